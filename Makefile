@@ -1,0 +1,34 @@
+# Two commands do all the set-up on a machine with Python >= 3.10 and a C compiler:
+#   make demo    runs the main job
+#   make test    passes the tests, lint and types included
+# On a machine whose Python already has torch >= 2.8 (a GPU build, say) it is used and never replaced.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint types unit lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.demo --out build/demo
+
+test: lint types unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+$(VENV)/.installed: pyproject.toml constraints.txt install.sh
+	PYTHON=$(PYTHON) sh install.sh $(VENV)
+	touch $@
+
+lock: $(VENV)/.installed
+	$(BIN)/pip freeze --exclude safevlm-edge --exclude torch > build/constraints.txt
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Suites, judges, statistics, reports, and speed against peers."""

@@ -1,0 +1,76 @@
+"""Write ``holisafe-mini`` to disk: ``python -m benchmarks.holisafe_mini --out DIR``.
+
+The folder has HoliSafe-Bench's published layout, ``holisafe_bench.json`` and ``images/``, and beside it
+``question_answering.json`` (utility) and ``answers.json``: the one right answer of every row, by file and id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from models.commandline import command
+from models.errors import InputError
+from models.holisafe_mini.scene import PARTS, draw
+from models.holisafe_mini.suite import Answered, Suite, build_suite
+
+__all__ = ["PAIRS_FILE", "QUESTIONS_FILE", "write_suite"]
+
+PAIRS_FILE = "holisafe_bench.json"
+QUESTIONS_FILE = "question_answering.json"
+ANSWERS_FILE = "answers.json"
+
+
+def write_suite(suite: Suite, out: Path) -> None:
+    """Write a suite as PNG and JSON into ``out``, which must not exist; all of it or nothing.
+
+    Errors: InputError when ``out`` exists.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for picture in suite.pictures:
+            path = unfinished / "images" / picture.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(picture.scene).save(path, optimize=False)
+        _write(unfinished / PAIRS_FILE, [item.row for item in suite.pairs])
+        _write(unfinished / QUESTIONS_FILE, [item.row for item in suite.questions])
+        answers = {PAIRS_FILE: _answers(suite.pairs), QUESTIONS_FILE: _answers(suite.questions)}
+        _write(unfinished / ANSWERS_FILE, answers)
+        unfinished.chmod(0o755)
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _answers(items: Iterable[Answered]) -> dict[str, str]:
+    return {str(item.row["id"]): item.answer for item in items}
+
+
+def _write(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option("--part", type=click.Choice(PARTS), default="test", show_default=True, help="Which part.")
+@click.option("--pairs", type=click.IntRange(min=100), default=1200, show_default=True, help="Question-image pairs.")
+@click.option("--questions", type=click.IntRange(min=0), default=400, show_default=True, help="Utility items.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed draws another suite.")
+def main(out: Path, part: str, pairs: int, questions: int, seed: int) -> None:
+    """Write a part of holisafe-mini as PNG and JSON; the same seed gives the same bytes."""
+    suite = build_suite(part, pairs=pairs, questions=questions, seed=seed)
+    write_suite(suite, out)
+    click.echo(f"{out}: {len(suite.pictures)} pictures, {len(suite.pairs)} pairs, {len(suite.questions)} questions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Calibration sets, activation capture, head distillation and guard thresholds."""

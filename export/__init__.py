@@ -1,0 +1,1 @@
+"""Guard bundles: the ONNX split, TensorRT engines, parity, writing."""

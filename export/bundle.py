@@ -1,0 +1,84 @@
+"""Write a guard bundle: all of it under a temporary name, then one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.errors import InputError
+from models.manifest import MANIFEST_NAME, Manifest
+
+__all__ = ["bundle_draft", "check_destination", "write_manifest"]
+
+_PARTIAL = ".partial-"
+
+
+def check_destination(out: Path) -> None:
+    """Raise InputError unless ``out`` is free, an empty folder, or a bundle that may be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file. Give --out the name of a folder.")
+    if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
+        raise InputError(
+            f"{out} holds something else than a guard bundle and is left as it is. "
+            "Give --out a folder that is empty, new or a bundle."
+        )
+
+
+@contextmanager
+def bundle_draft(out: Path) -> Iterator[Path]:
+    """Give a folder to write a bundle's files in; it becomes ``out`` when the block ends without error.
+
+    An existing bundle at ``out`` is replaced at that moment and not before. A draft whose process died is
+    removed by the next one. The manifest must have been written: see :func:`write_manifest`.
+
+    Errors: InputError when ``out`` holds something that is not a bundle.
+    """
+    check_destination(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    draft = out.parent / f".{out.name}{_PARTIAL}{os.getpid()}"
+    draft.mkdir()
+    try:
+        yield draft
+        Manifest.read(draft)
+        _put_in_place(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``, replacing an older one in a single step."""
+    unfinished = folder / f".{MANIFEST_NAME}{_PARTIAL}{os.getpid()}"
+    unfinished.write_text(manifest.to_json(), encoding="utf-8")
+    os.replace(unfinished, folder / MANIFEST_NAME)
+
+
+def _put_in_place(draft: Path, out: Path) -> None:
+    replaced = draft.with_name(draft.name + ".replaced")
+    if out.exists():
+        os.replace(out, replaced)
+    os.replace(draft, out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove drafts of ``out`` whose process is gone."""
+    for draft in out.parent.glob(f".{out.name}{_PARTIAL}*"):
+        pid = draft.name.rsplit("-", 1)[1].split(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

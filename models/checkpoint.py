@@ -1,0 +1,168 @@
+"""A Safe-VLM checkpoint, opened without running its code and without reading its weights.
+
+Opening reads JSON and safetensors headers. The family is told from the tensors that are there; every tensor has
+one canonical name, whatever layout stored it (see :mod:`models.family`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import CheckpointError
+from models.families import FAMILIES
+from models.family import HEAD_PREFIX, Family, TapSource
+from models.guard_head import HeadShape, check_width, hidden_size_of, read_classes, read_head, standard_classes
+from models.hub import fetch_checkpoint, find_model
+from models.json_file import read_json_object
+from models.shards import Shards
+from models.tap import Tap, find_tap
+from models.tensors import TensorStore
+
+__all__ = ["Checkpoint", "HeadShape", "open_checkpoint", "standard_classes", "tell_family"]
+
+OUTPUT_PREFIX = "lm_head."
+SHOWN_NAMES = 5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """What is known of a checkpoint before any weight is read."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    """The commit of the hub that was opened; ``None`` for a folder of this machine."""
+    family: Family
+    config: Mapping[str, Any]
+    """config.json as it is stored."""
+    classes: tuple[str, ...]
+    """Class names in the order of the head's outputs."""
+    head: HeadShape
+    tap: Tap
+    processor: Mapping[str, Any]
+    """Image processor settings: the checkpoint's own over the family's."""
+    tensors: TensorStore
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model, which is the width of the head's input."""
+        return self.head.widths[0]
+
+    def vision_names(self) -> tuple[str, ...]:
+        """Return the canonical names of the vision tower's and the projector's tensors."""
+        return self._names(*self.family.vision_prefixes)
+
+    def head_names(self) -> tuple[str, ...]:
+        """Return the canonical names of the guard head's tensors."""
+        return self._names(HEAD_PREFIX)
+
+    def language_names(self) -> tuple[str, ...]:
+        """Return the canonical names of the language model's tensors, output matrix included."""
+        return self._names(self.family.language_prefix, OUTPUT_PREFIX)
+
+    def layer_names(self, index: int) -> tuple[str, ...]:
+        """Return the canonical names of one decoder layer. Errors: CheckpointError when it has no tensors."""
+        names = self._names(f"{self.family.language_prefix}layers.{index}.")
+        if not names:
+            raise CheckpointError(f"{self.name}: the language model has no layer {index}. Count layers from 0.")
+        return names
+
+    def _names(self, *prefixes: str) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors.names() if name.startswith(prefixes))
+
+
+def open_checkpoint(
+    model: str | Path, *, tap: TapSource | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Open a folder, one of the six names, a hub id (``owner/name@revision``) or a tiny name.
+
+    ``tap`` overrides what config, code and family say of the guard's tap. Nothing of the checkpoint is imported
+    or run, and of a hub's shards only those that hold the guard head are fetched.
+    Errors: InputError for an unknown name, HubError, CheckpointError, GuardHeadError.
+    """
+    reference = find_model(model, revision)
+    commit = None
+    if reference.folder is not None:
+        folder = reference.folder
+        shards = Shards.local(folder)
+    else:
+        hub = fetch_checkpoint(reference.repo_id or reference.name, reference.revision)
+        folder, commit = hub.folder, hub.commit
+        top = [name for name in hub.files if "/" not in name]
+        shards = Shards(reference.name, folder, top, exists=hub.files.__contains__, path_of=hub.shard)
+    name = reference.name
+    family = tell_family(name, shards.stored)
+    tensors = TensorStore(shards, family.canonical)
+    config = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
+    head = read_head(name, tensors)
+    check_width(name, head, hidden_size_of(config, tensors))
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        revision=commit,
+        family=family,
+        config=config,
+        classes=read_classes(name, config, head),
+        head=head,
+        tap=find_tap(family, config, folder, tap),
+        processor=_read_processor(folder, family),
+        tensors=tensors,
+    )
+
+
+def tell_family(where: str, stored_names: Iterable[str]) -> Family:
+    """Return the family whose evidence stands among stored tensor names; ``model_type`` is not asked.
+
+    Errors: CheckpointError when none or several match, with what each lacks.
+    """
+    names = sorted(stored_names)
+    found = [family for family in FAMILIES.values() if family.matches(names)]
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(names[:SHOWN_NAMES]) or "none"
+    if found:
+        raise CheckpointError(
+            f"{where}: its tensors fit several families ({', '.join(family.title for family in found)}); one is "
+            f"allowed. Tensors stored: {shown}, … Remove the shards that belong to another checkpoint."
+        )
+    lacks = "; ".join(f"{family.title} would need {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
+    guard = any(HEAD_PREFIX in name for name in names)
+    what = "a Safe-VLM of no known family" if guard else "not a Safe-VLM checkpoint"
+    raise CheckpointError(
+        f"{where}: {what}: {lacks}. Tensors stored: {shown}{', …' if len(names) > SHOWN_NAMES else ''}. "
+        "Give a complete SafeLLaVA, SafeQwen2.5-VL or SafeGem checkpoint, vision tower and projector included."
+    )
+
+
+def _lacking(family: Family, stored: Iterable[str]) -> list[str]:
+    known = {family.canonical(name) for name in stored}
+    return [f"'{name}'" for name in family.evidence if name not in known]
+
+
+def _read_processor(folder: Path, family: Family) -> dict[str, Any]:
+    """Return the image processor's settings, the checkpoint's own over the family's defaults.
+
+    As in transformers, ``image_processor`` of ``processor_config.json`` goes before ``preprocessor_config.json``.
+    A setting that is null there is one that was never set. A checkpoint's own ``size`` replaces the family's
+    pixel bounds too, since both say how large an image may be.
+    """
+    own: dict[str, Any] = {}
+    if (folder / "preprocessor_config.json").is_file():
+        own = read_json_object(folder / "preprocessor_config.json", needed_for="the image processor's settings")
+    if (folder / "processor_config.json").is_file():
+        nested = read_json_object(folder / "processor_config.json", needed_for="the processor's settings")
+        if nested.get("image_processor") is not None:
+            own = nested["image_processor"]
+            if not isinstance(own, dict):
+                raise CheckpointError(
+                    f"{folder / 'processor_config.json'}: 'image_processor' is {own!r}, an object is allowed. "
+                    "Fetch the file again."
+                )
+    own = {key: value for key, value in own.items() if value is not None}
+    defaults = dict(family.preprocessing)
+    if "size" in own:
+        defaults = {key: value for key, value in defaults.items() if key not in ("min_pixels", "max_pixels")}
+    return {**defaults, **own}

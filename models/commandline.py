@@ -1,0 +1,46 @@
+"""How every command ends: one message and an exit code for what was expected, a traceback for a bug."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from models.errors import SafeVLMError
+
+__all__ = ["INTERRUPTED", "USAGE", "printable", "run"]
+
+USAGE = 2
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a click command and exit: with the whole number it returns, else 0.
+
+    SafeVLMError becomes ``error: message`` on stderr and its own code, wrong usage 2, Ctrl-C 130. Every other
+    exception is a bug of ours and keeps its traceback (Python then exits with 1).
+    """
+    try:
+        code = command.main(None if arguments is None else list(arguments), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except SafeVLMError as error:
+        click.echo(f"error: {printable(str(error))}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def printable(text: str) -> str:
+    """Escape control characters: a file's name must not move the cursor or colour the terminal."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else _escaped(sign) for sign in text)
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -1,0 +1,54 @@
+"""LLaVA-1.5: CLIP vision tower read at layer -2 without CLS, two-layer projector, Llama."""
+
+from __future__ import annotations
+
+from models.family import HEAD_RENAME, Family, PromptFormat, Rename
+
+__all__ = ["LLAVA"]
+
+LLAVA = Family(
+    key="llava",
+    title="SafeLLaVA",
+    renames=(
+        HEAD_RENAME,
+        # The original repository: everything under `model.`, the projector as `mm_projector.{0,2}`.
+        Rename(r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        Rename(r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+        Rename(r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+        # transformers, with and without `model.`, and with CLIP's former `vision_model.` level.
+        Rename(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        Rename(r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+        Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+        Rename(r"^language_model\.model\.", "model.language_model."),
+        Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
+        Rename(r"^lm_head\.", "lm_head."),
+        Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+    ),
+    evidence=(
+        "model.multi_modal_projector.linear_1.weight",
+        "model.multi_modal_projector.linear_2.weight",
+        "model.vision_tower.embeddings.class_embedding",
+    ),
+    default_tap="language_model",
+    vision_prefixes=("model.vision_tower.", "model.multi_modal_projector."),
+    prompt=PromptFormat(
+        before_image=(
+            "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+            "helpful, detailed, and polite answers to the user's questions. USER: "
+        ),
+        image_token="<image>",
+        after_image="\n",
+        after_question=" ASSISTANT:",
+        end_of_turn="</s>",
+    ),
+    processor_source="openai/clip-vit-large-patch14-336",
+    preprocessing={
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 336},
+        "crop_size": {"height": 336, "width": 336},
+        "do_center_crop": True,
+        "resample": 3,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+)

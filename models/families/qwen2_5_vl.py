@@ -1,0 +1,49 @@
+"""Qwen2.5-VL: windowed vision tower with two-axis rotary, 2x2 patch merger, Qwen2.5 with three-axis rotary."""
+
+from __future__ import annotations
+
+from models.family import HEAD_RENAME, Family, PromptFormat, Rename
+
+__all__ = ["QWEN2_5_VL"]
+
+QWEN2_5_VL = Family(
+    key="qwen2_5_vl",
+    title="SafeQwen2.5-VL",
+    renames=(
+        HEAD_RENAME,
+        Rename(r"^(?:model\.)?visual\.", "model.visual."),
+        Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+        Rename(r"^language_model\.model\.", "model.language_model."),
+        Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
+        Rename(r"^lm_head\.", "lm_head."),
+        Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+    ),
+    evidence=(
+        "model.visual.patch_embed.proj.weight",
+        "model.visual.merger.mlp.2.weight",
+        "model.visual.blocks.0.mlp.gate_proj.weight",
+    ),
+    default_tap="language_model",
+    vision_prefixes=("model.visual.",),
+    prompt=PromptFormat(
+        before_image=(
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        ),
+        image_token="<|image_pad|>",
+        after_image="<|vision_end|>",
+        after_question="<|im_end|>\n<|im_start|>assistant\n",
+        end_of_turn="<|im_end|>",
+    ),
+    processor_source="Qwen/Qwen2.5-VL-7B-Instruct",
+    preprocessing={
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "resample": 3,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+)

@@ -1,0 +1,87 @@
+"""What differs between the three architectures, as data: one :class:`Family` each, in ``models/families``.
+
+Canonical tensor names are those of transformers >= 5 (``model.vision_tower.*``, ``model.visual.*``,
+``model.multi_modal_projector.*``, ``model.language_model.*``, ``lm_head.*``) plus the guard's own
+``img_safety_head.mlp.*``. A family's ``renames`` bring every layout that is known to exist to those names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+__all__ = ["HEAD_PREFIX", "HEAD_RENAME", "Family", "PromptFormat", "Rename", "TapSource"]
+
+TapSource = Literal["projector", "language_model"]
+
+HEAD_PREFIX = "img_safety_head."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """One user turn with one image, as text pieces around the image tokens and the question.
+
+    The prompt is ``before_image``, the image token repeated once per image feature, ``after_image``, the
+    question, ``after_question``; the model answers and ends with ``end_of_turn``. Special tokens stand in
+    the text by name, the beginning-of-sequence token included.
+    """
+
+    before_image: str
+    image_token: str
+    after_image: str
+    after_question: str
+    end_of_turn: str
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One rule from a stored tensor name to the canonical one: ``re.sub`` of an anchored pattern."""
+
+    pattern: str
+    replacement: str
+
+    @cached_property
+    def compiled(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
+
+
+HEAD_RENAME = Rename(r"^(?:.*\.)?img_safety_head\.", HEAD_PREFIX)
+"""The guard head may carry any prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """An architecture: how its tensors are named, where its guard taps, how its prompt is written."""
+
+    key: str
+    """Short name used in manifests: ``llava``, ``qwen2_5_vl`` or ``gemma3``."""
+    title: str
+    """The name people know: ``SafeLLaVA``, ``SafeQwen2.5-VL``, ``SafeGem``."""
+    renames: tuple[Rename, ...]
+    """Tried in order on a stored name; the first that matches gives the canonical name."""
+    evidence: tuple[str, ...]
+    """Canonical names that, all present, prove this family (shapes are not looked at)."""
+    default_tap: TapSource
+    vision_prefixes: tuple[str, ...]
+    """Canonical prefixes of the vision tower and the projector: what a guard export reads, with the head."""
+    language_prefix: str = "model.language_model."
+    prompt: PromptFormat
+    processor_source: str
+    """Hub id of the base model whose processor is used when the checkpoint carries none."""
+    preprocessing: dict[str, object] = field(default_factory=dict)
+    """Processor settings used when the checkpoint carries none, in ``preprocessor_config.json`` terms."""
+
+    def canonical(self, name: str) -> str | None:
+        """Return the canonical name of a stored tensor, or ``None`` when no rule of this family knows it."""
+        for rename in self.renames:
+            if rename.compiled.match(name):
+                return rename.compiled.sub(rename.replacement, name, count=1)
+        return None
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Say whether a checkpoint with these stored tensor names is of this family."""
+        known = {self.canonical(name) for name in names}
+        return all(evidence in known for evidence in self.evidence)

@@ -1,0 +1,88 @@
+"""Lay out a torch module without memory for its parameters, and fill them from a checkpoint one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from models.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from models.tensors import TensorStore
+
+__all__ = ["fill", "on_meta"]
+
+NAMES_SHOWN = 4
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Make the factories that parameters come from allocate on ``meta``; buffers stay real.
+
+    Unlike ``torch.device("meta")`` this keeps rotary frequencies, position ids and embedding scales, which
+    are computed (``arange``, ``tensor``) and not stored in a checkpoint.
+    """
+
+    factories = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.factories:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def on_meta(build: Callable[[], Module]) -> Module:
+    """Return what ``build`` makes, its parameters on ``meta`` and its unstored buffers computed."""
+    with _ParametersOnMeta():
+        module = build()
+    unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    assert not unset, f"buffers without data: {unset}"
+    return module.eval()
+
+
+def fill(
+    module: nn.Module,
+    tensors: TensorStore,
+    *,
+    prefix: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give every parameter of ``module`` its tensor ``prefix + name``, read one at a time, without gradient.
+
+    All names and shapes are checked before the first byte is read. A parameter that another one is tied to
+    is filled once; tie again afterwards.
+
+    Errors: CheckpointError, naming the tensors that are missing or of another shape.
+    """
+    slots = dict(module.named_parameters())
+    missing = [prefix + name for name in slots if prefix + name not in tensors]
+    if missing:
+        more = f" and {len(missing) - NAMES_SHOWN} more" if len(missing) > NAMES_SHOWN else ""
+        listed = ", ".join(f"'{name}'" for name in missing[:NAMES_SHOWN])
+        raise CheckpointError(
+            f"the checkpoint lacks {listed}{more}, which its config.json calls for. Fetch it again, and "
+            "config and tensors from the same revision."
+        )
+    for name, slot in slots.items():
+        stored = tuple(tensors.shape(prefix + name))
+        if stored != tuple(slot.shape):
+            raise CheckpointError(
+                f"tensor '{prefix}{name}' has shape {stored}, config.json asks for {tuple(slot.shape)}. "
+                "Fetch config and tensors from the same revision."
+            )
+    for name in slots:
+        path, _, leaf = name.rpartition(".")
+        value = tensors.read(prefix + name).to(dtype)
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))

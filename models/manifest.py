@@ -1,0 +1,267 @@
+"""``manifest.json``: what a guard bundle says about itself.
+
+Read with :meth:`Manifest.read`, written with :meth:`Manifest.to_json`. A manifest is checked where it is
+made, so a writer cannot produce one that a reader refuses. Paths are relative to the bundle, with ``/``;
+hashes are SHA-256 in 64 lower-case hexadecimal digits; probabilities are 0..1; times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.errors import BundleError
+from models.family import TapSource
+from models.preprocessing import Preprocessing
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "EngineInfo",
+    "GuardFile",
+    "Latency",
+    "Manifest",
+    "Parity",
+    "Source",
+    "Tap",
+    "TensorSpec",
+    "Thresholds",
+]
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+MAX_BYTES = 16 * 2**20
+"""A manifest is a few kilobytes; more than this is not one."""
+
+
+def _inside(path: str) -> str:
+    """Return ``path`` if it is relative, normal and stays in its folder."""
+    pure = PurePosixPath(path)
+    normal = not pure.is_absolute() and ".." not in pure.parts and str(pure) == path and path != "."
+    if not normal or "\\" in path or ":" in path or "\0" in path:
+        raise ValueError(
+            f"path {path!r} is not a plain relative path inside the bundle, such as 'guard.fp32.onnx'"
+        )
+    return path
+
+
+def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError(f"a name appears twice: {', '.join(names)}")
+    return names
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+BundlePath = Annotated[str, AfterValidator(_inside)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Milliseconds = Annotated[float, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorSpec(_Frozen):
+    """An input or output of a graph; ``"N"`` in the shape is the batch."""
+
+    name: str
+    shape: tuple[Positive | Literal["N"], ...]
+    dtype: str
+
+
+class Parity(_Frozen):
+    """How a file's answers compare with the reference path, over so many images."""
+
+    images: Count
+    max_abs_prob_delta: float = Field(ge=0)
+    label_flips: Count
+    reference: str
+
+
+class Latency(_Frozen):
+    """Time for one batch, measured on the named machine with the named runtime."""
+
+    median_ms: Milliseconds
+    p95_ms: Milliseconds
+    batch: Positive
+    runtime: str
+    machine: str
+
+
+class EngineInfo(_Frozen):
+    """What a TensorRT engine was built with, and the only GPU and version it runs on."""
+
+    tensorrt_version: str
+    gpu_name: str
+    compute_capability: str
+    min_batch: Positive
+    opt_batch: Positive
+    max_batch: Positive
+    options: Mapping[str, str | int | float | bool | None] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineInfo:
+        if not self.min_batch <= self.opt_batch <= self.max_batch:
+            raise ValueError(f"batch sizes must rise: {self.min_batch}, {self.opt_batch}, {self.max_batch}")
+        return self
+
+
+class GuardFile(_Frozen):
+    """One file of the bundle. Weights beside a graph (``onnx_data``) have neither inputs nor outputs."""
+
+    path: BundlePath
+    sha256: Sha256
+    bytes: Count
+    kind: Literal["onnx", "onnx_data", "engine"]
+    precision: str
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    parity: Parity | None = None
+    latency: Latency | None = None
+    engine: EngineInfo | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> GuardFile:
+        if (self.kind == "engine") != (self.engine is not None):
+            raise ValueError(f"{self.path}: 'engine' describes a file of kind 'engine' and no other")
+        return self
+
+
+class Source(_Frozen):
+    """The checkpoint a guard was made from; ``sha256`` covers the tensors that were used."""
+
+    checkpoint: str
+    revision: str | None = None
+    sha256: Sha256
+    family: str
+    standalone: bool = True
+
+
+class Tap(_Frozen):
+    """Where the guard's features come from, and how that was learned."""
+
+    source: TapSource
+    pooling: str
+    tokens: str
+    learned: str
+    evidence: str = ""
+
+
+class Thresholds(_Frozen):
+    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between.
+
+    ``per_class`` blocks, besides, an image whose probability of that class reaches the value. Fitted by
+    ``method`` at level ``alpha`` on ``n`` images of the labels file with this hash, on this date (ISO 8601).
+    """
+
+    method: str
+    alpha: float = Field(gt=0, lt=1)
+    n: Positive
+    fitted_on: str
+    labels_sha256: Sha256
+    block: float = Field(ge=0)
+    allow: float = Field(ge=0)
+    per_class: Mapping[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Thresholds:
+        if self.allow > self.block:
+            raise ValueError(f"allow ({self.allow}) must not be above block ({self.block})")
+        return self
+
+
+class Manifest(_Frozen):
+    """Everything a reader needs to run a guard and to know where it came from."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    tool_version: str
+    source: Source
+    tap: Tap
+    classes: Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_unique)]
+    preprocessing: Preprocessing
+    files: tuple[GuardFile, ...] = Field(min_length=1)
+    default_file: BundlePath
+    thresholds: Thresholds | None = None
+    fidelity: Mapping[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        _unique(tuple(file.path for file in self.files))
+        runnable = [file.path for file in self.files if file.kind != "onnx_data"]
+        if self.default_file not in runnable:
+            raise ValueError(f"default_file {self.default_file!r} is not among {', '.join(runnable)}")
+        strangers = set((self.thresholds and self.thresholds.per_class) or {}) - set(self.classes)
+        if strangers:
+            raise ValueError(f"thresholds for classes that do not exist: {', '.join(sorted(strangers))}")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read ``manifest.json`` (or the folder with it); BundleError says what is wrong and where."""
+        path = path / MANIFEST_NAME if path.is_dir() else path
+        return cls.from_bytes(_content(path), where=str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, where: str) -> Manifest:
+        """Check the text of a manifest; ``where`` names it in messages."""
+        stated = _object(content, where)
+        version = stated.get("schema_version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise BundleError(
+                f"{where}: schema_version {version!r} is unknown; this release reads {SCHEMA_VERSION}. "
+                "Install the release that wrote the bundle, or export it again with this one."
+            )
+        try:
+            return cls.model_validate(stated)
+        except ValidationError as error:
+            raise BundleError(_first_problem(error, where)) from error
+
+    def to_json(self) -> str:
+        """Return the text of ``manifest.json``: indented, with a newline at its end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"{path} is missing. A guard bundle is a folder with a {MANIFEST_NAME}, as "
+            "`python -m export.onnx --model M --out DIR` writes it."
+        ) from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(content) > MAX_BYTES:
+        raise BundleError(f"{path} is larger than {MAX_BYTES} bytes; a manifest is a few kilobytes of JSON.")
+    return content
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        stated = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{where} is not valid JSON ({error}). Copy the bundle again, or export it anew."
+        ) from error
+    if not isinstance(stated, dict):
+        raise BundleError(
+            f"{where} holds {type(stated).__name__}, not a JSON object. Export the bundle anew."
+        )
+    return stated
+
+
+def _first_problem(error: ValidationError, where: str) -> str:
+    """Return one sentence on the first of the problems that pydantic found."""
+    first, count = error.errors(include_url=False)[0], error.error_count()
+    place = ".".join(str(part) for part in first["loc"]) or "the manifest as a whole"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    more = f" ({count - 1} more problems follow)" if count > 1 else ""
+    return f"{where}: {place}: {reason}{more}. Copy the bundle again, or export it anew."

@@ -1,0 +1,313 @@
+"""The whole model: a question and an image in, an answer and the guard's verdict out of one prefill.
+
+The modules are transformers' own; this file only puts image features among the token embeddings, which
+transformers does by an image token that not every tokenizer has, and reads the guard from the same pass.
+
+Shapes: N images (one question each), H × W pixels, T image tokens, L positions of the padded prompt,
+D width of the language model, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from models.errors import InputError
+from models.family import Family, TapSource
+from models.filling import fill, on_meta
+from models.preprocessing import Preprocessing
+from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, stop_ids
+from models.qwen_grid import grid_thw
+from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
+from models.transformers_config import build_config
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
+
+__all__ = ["IMAGE", "Answer", "Prefill", "SafeVLM", "load_safe_vlm"]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the model says to one question, and the guard's C probabilities (float32) for its image."""
+
+    text: str
+    guard_probs: np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefill:
+    """N prompts, padded on the left to L positions, with their images' features in place.
+
+    ``masks`` go to the language model as they are: ``attention_mask`` N × L, 0 at padding, and for Gemma-3
+    ``token_type_ids`` N × L, 1 at image tokens, which see each other both ways.
+    """
+
+    inputs_embeds_NLD: Tensor
+    position_ids: Tensor
+    """N × L, for Qwen2.5-VL 3 × N × L (time, row, column)."""
+    masks: dict[str, Tensor]
+    image_mask_NL: Tensor
+    """True at the T image tokens of every row."""
+    features_NTD: Tensor
+    """The projector's output, before it became part of ``inputs_embeds_NLD``."""
+
+
+@dataclass(frozen=True)
+class _Language:
+    """What differs between the families' language models when their input is embeddings."""
+
+    model_class: Callable[[Any], nn.Module]
+    positions: Callable[[Any, Tensor, Tensor, tuple[int, int]], Tensor]
+    images_see_themselves: bool = False
+
+
+def _text_positions(core: Any, attention_NL: Tensor, image_NL: Tensor, size: tuple[int, int]) -> Tensor:
+    """Count the positions that are not padding, N × L."""
+    return (attention_NL.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _axial_positions(core: Any, attention_NL: Tensor, image_NL: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return Qwen2.5-VL's positions in time, row and column, 3 × N × L, by transformers' own rule."""
+    grid = grid_thw(len(image_NL), *size, core.config.vision_config.patch_size).to(image_NL.device)
+    positions, _ = core.get_rope_index(
+        torch.zeros_like(attention_NL), image_NL.int(), image_grid_thw=grid, attention_mask=attention_NL
+    )
+    return cast(Tensor, positions)
+
+
+_LANGUAGES: dict[type, _Language] = {
+    LlavaConfig: _Language(LlavaForConditionalGeneration, _text_positions),
+    Qwen2_5_VLConfig: _Language(Qwen2_5_VLForConditionalGeneration, _axial_positions),
+    Gemma3Config: _Language(Gemma3ForConditionalGeneration, _text_positions, images_see_themselves=True),
+}
+
+
+class SafeVLM(nn.Module):
+    """A Safe-VLM: ``model`` is transformers' ``…ForConditionalGeneration``, ``head`` the guard's."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: GuardHead,
+        *,
+        family: Family,
+        classes: tuple[str, ...],
+        tap_source: TapSource,
+        preprocessing: Preprocessing,
+        tokenizer: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.family = family
+        self.classes = classes
+        self.tap_source = tap_source
+        self.preprocessing = preprocessing
+        self.tokenizer = tokenizer
+        config = cast(Any, model).config
+        self._language = _LANGUAGES[type(config)]
+        self._geometry = geometry_of(config)
+
+    @property
+    def core(self) -> Any:
+        """transformers' inner model: vision tower, projector and language model, without the output layer."""
+        return self.model.model
+
+    # -- inputs -----------------------------------------------------------------------------------------
+
+    def image_features(self, rgb_NHWC: Tensor) -> Tensor:
+        """Return the projector's output, N × T × D, of uint8 RGB images; gradients flow."""
+        return image_features(self.core, self._geometry, self.preprocessing, rgb_NHWC)
+
+    def prompt_ids(self, question: str, *, size: tuple[int, int] | None = None) -> list[int]:
+        """Return the prompt's token ids, ``IMAGE`` (-200) once for every image token.
+
+        ``size`` is the image's (height, width) in pixels, by default the preprocessing contract's.
+        """
+        height, width = size or (self.preprocessing.height, self.preprocessing.width)
+        tokens = self._geometry.tokens(height, width)
+        return prompt_ids(self.tokenizer, self.family.prompt, question, tokens)
+
+    def embed(self, images_NHWC: Tensor, questions: Sequence[str]) -> Prefill:
+        """Return the prefill's input for one question an image; InputError when their numbers differ."""
+        if len(images_NHWC) != len(questions) or not questions:
+            raise InputError(
+                f"{len(images_NHWC)} images and {len(questions)} questions were given; one question an image "
+                "is needed, and at least one of each. Repeat an image that is asked about twice."
+            )
+        size = (images_NHWC.shape[1], images_NHWC.shape[2])
+        features = self.image_features(images_NHWC)
+        return self.assemble([self.prompt_ids(question, size=size) for question in questions], features, size)
+
+    def assemble(
+        self, sequences: Sequence[Sequence[int]], features_NTD: Tensor, size: tuple[int, int]
+    ) -> Prefill:
+        """Pad token ids on the left and put row i's features where its ``IMAGE`` placeholders stand.
+
+        For training, give ids that go on with the answer. ``size`` is the images' (height, width) in pixels.
+
+        Errors: InputError when a row has not T placeholders.
+        """
+        longest = max(map(len, sequences))
+        device = features_NTD.device
+        padded = [[0] * (longest - len(ids)) + list(ids) for ids in sequences]
+        real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
+        ids_NL = torch.tensor(padded, device=device)
+        attention_NL = torch.tensor(real, device=device)
+        image_NL = ids_NL == IMAGE
+        tokens = features_NTD.shape[1]
+        if image_NL.sum(dim=-1).tolist() != [tokens] * len(features_NTD):
+            raise InputError(
+                f"the prompts hold {image_NL.sum(dim=-1).tolist()} image placeholders, {len(features_NTD)} "
+                f"images of {tokens} image tokens were given. Build the ids with prompt_ids(question, size=...)."
+            )
+        words = cast(Tensor, self.core.get_input_embeddings()(ids_NL.clamp(min=0)))
+        embeds = words.masked_scatter(image_NL.unsqueeze(-1), features_NTD.to(words.dtype))
+        masks = {"attention_mask": attention_NL}
+        if self._language.images_see_themselves:
+            masks["token_type_ids"] = image_NL.int()
+        return Prefill(
+            inputs_embeds_NLD=embeds,
+            position_ids=self._language.positions(self.core, attention_NL, image_NL, size),
+            masks=masks,
+            image_mask_NL=image_NL,
+            features_NTD=features_NTD,
+        )
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    def language_forward(
+        self,
+        inputs_embeds_NLD: Tensor,
+        masks: dict[str, Tensor],
+        position_ids: Tensor,
+        past_key_values: DynamicCache | None = None,
+    ) -> Tensor:
+        """Return the language model's last hidden state, after its final norm, N × L × D; gradients flow.
+
+        ``past_key_values`` is read and extended; ``attention_mask`` then covers what it holds, too.
+        """
+        output = self.core(
+            inputs_embeds=inputs_embeds_NLD,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            return_dict=True,
+            **masks,
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def token_logits(self, hidden_NLD: Tensor) -> Tensor:
+        """Return the output layer's N × L × V logits of hidden states."""
+        return cast(Tensor, cast(Any, self.model).lm_head(hidden_NLD))
+
+    def guard_logits(self, prefill: Prefill, hidden_NLD: Tensor) -> Tensor:
+        """Return the guard's N × C logits from a prefill and its last hidden state; gradients flow."""
+        tapped = prefill.features_NTD
+        if self.tap_source == "language_model":
+            tapped = hidden_NLD[prefill.image_mask_NL].view(tapped.shape)
+        return self._head_of(tapped)
+
+    def _head_of(self, tapped_NTD: Tensor) -> Tensor:
+        return cast(Tensor, self.head(tapped_NTD.float().mean(dim=1)))
+
+    @torch.inference_mode()
+    def guard(self, images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the exact guard's probabilities and logits, N × C, without a question.
+
+        Image tokens see only what stands before them (Gemma-3: and each other), so a tap behind the language
+        model needs the prompt up to the image and no more.
+        """
+        features = self.image_features(images_NHWC)
+        if self.tap_source == "projector":
+            logits = self._head_of(features)
+        else:
+            size = (images_NHWC.shape[1], images_NHWC.shape[2])
+            ids = self.prompt_ids("", size=size)
+            prefix = ids[: len(ids) - ids[::-1].index(IMAGE)]
+            prefill = self.assemble([prefix] * len(features), features, size)
+            hidden = self.language_forward(prefill.inputs_embeds_NLD, prefill.masks, prefill.position_ids)
+            logits = self.guard_logits(prefill, hidden)
+        return torch.softmax(logits, dim=-1), logits
+
+    @torch.inference_mode()
+    def answer(self, images_NHWC: Tensor, questions: Sequence[str], max_new_tokens: int = 32) -> list[Answer]:
+        """Answer one question an image by greedy decoding, judging the images in the same prefill."""
+        prefill = self.embed(images_NHWC, questions)
+        cache = DynamicCache(config=self.core.config.get_text_config())
+        hidden = self.language_forward(prefill.inputs_embeds_NLD, prefill.masks, prefill.position_ids, cache)
+        probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1).cpu().numpy()
+        written = self._decode(prefill, hidden[:, -1:], cache, max_new_tokens)
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+        return [Answer(text, row) for text, row in zip(texts, probs, strict=True)]
+
+    def _decode(
+        self, prefill: Prefill, hidden_N1D: Tensor, cache: DynamicCache, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
+        stops = stop_ids(self.tokenizer, self.family.prompt)
+        table = self.core.get_input_embeddings()
+        attention, position = prefill.masks["attention_mask"], prefill.position_ids[..., -1:]
+        written: list[list[int]] = [[] for _ in hidden_N1D]
+        open_rows = set(range(len(written)))
+        for step in range(max_new_tokens):
+            chosen_N1 = self.token_logits(hidden_N1D).argmax(dim=-1)
+            for row in sorted(open_rows):
+                token = int(chosen_N1[row, 0])
+                if token in stops:
+                    open_rows.remove(row)
+                else:
+                    written[row].append(token)
+            if not open_rows or step + 1 == max_new_tokens:
+                break
+            position = position + 1
+            attention = torch.cat([attention, torch.ones_like(chosen_N1)], dim=-1)
+            hidden_N1D = self.language_forward(
+                table(chosen_N1), {"attention_mask": attention}, position, cache
+            )
+        return written
+
+
+def load_safe_vlm(
+    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, grid: tuple[int, int] | None = None
+) -> SafeVLM:
+    """Return the whole model of a checkpoint, in evaluation mode and without gradients.
+
+    ``grid`` is the preprocessing contract's (height, width) where the family lets one choose (Qwen2.5-VL);
+    the model itself takes every size that the family takes.
+
+    Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
+    """
+    config = build_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    model: Any = on_meta(lambda: _LANGUAGES[type(config)].model_class(config))
+    leave_out_unread(model.model, checkpoint.tensors)
+    fill(model, checkpoint.tensors, prefix="", dtype=dtype)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return SafeVLM(
+        model,
+        build_head(checkpoint, dtype=dtype),
+        family=checkpoint.family,
+        classes=checkpoint.classes,
+        tap_source=checkpoint.tap.source,
+        preprocessing=Preprocessing.from_processor(
+            checkpoint.processor, family=checkpoint.family.key, grid=grid
+        ),
+        tokenizer=tokenizer,
+    ).eval()

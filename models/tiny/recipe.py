@@ -1,0 +1,178 @@
+"""Train a tiny Safe-VLM from nothing: ``python -m models.tiny.recipe --model tiny-safegem --out DIR``.
+
+Two stages, two CPU cores, bfloat16 autocast, well under an hour a model. First the vision tower and the
+projector learn to see, through a throw-away probe that names what lies in each cell of a picture. Then the
+whole model and the guard head are trained jointly. Many questions about one picture share its prefix: they
+are packed as branches of one sequence, each seeing the prefix and itself alone, at the positions that it
+would have by itself.
+
+Shapes: B pictures, K questions a picture, T image tokens, P prefix tokens (image included), L packed tokens,
+H hidden width, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.holisafe_mini.questions import Pair, sample_pair
+from models.holisafe_mini.scene import Scene, world
+from models.tiny.blueprints import BLUEPRINTS, Blueprint
+from models.tiny.network import TinyNetwork
+from models.tiny.packing import Packed, Packer
+from models.tiny.pictures import Pictures
+from models.tiny.shipping import ship
+from models.tiny.tokenizers import train_tokenizer
+
+__all__ = ["Recipe", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a tiny checkpoint is trained; the defaults made the ones that ship."""
+
+    seed: int = 0
+    pictures: int = 24_000
+    see_steps: int = 1_500
+    see_batch: int = 64
+    joint_steps: int = 2_200
+    joint_batch: int = 24
+    safe_questions: int = 6
+    unsafe_questions: int = 3
+    guard_weight: float = 1.0
+    warmup: int = 100
+    weight_decay: float = 0.02
+
+
+class Probe(nn.Module):
+    """Name what lies in each of the four cells, from projector tokens; thrown away after the first stage."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        kinds = len(world()["shapes"]) + len(world()["classes"]) + 1
+        self.norm = nn.LayerNorm(width)
+        self.kind = nn.Linear(width, kinds)
+        self.colour = nn.Linear(width, len(world()["colours"]) + 1)
+
+    def forward(self, features: Tensor, cells: Tensor) -> Tensor:
+        """Return the loss for ``features`` B×T×H against ``cells`` B×4×2 (kind, colour; 0 is nothing)."""
+        side = round(features.shape[1] ** 0.5)
+        grid = features.transpose(1, 2).unflatten(2, (side, side))
+        seen = self.norm(F.adaptive_avg_pool2d(grid.float(), 2).flatten(2).transpose(1, 2))
+        kind = F.cross_entropy(self.kind(seen).flatten(0, 1).float(), cells[..., 0].flatten())
+        colour = F.cross_entropy(self.colour(seen).flatten(0, 1).float(), cells[..., 1].flatten())
+        return kind + colour
+
+
+def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
+    """Train ``blueprint`` and write the checkpoint folder ``out``."""
+    torch.manual_seed(recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(blueprint.family, out)
+    pictures = Pictures.drawn("train", recipe.pictures, blueprint)
+    network = TinyNetwork(blueprint)
+    network.compile_layers()
+    log.info("%s: %.2f M parameters", blueprint.name, network.parameter_count / 1e6)
+    learn_to_see(network, pictures, recipe)
+    learn_jointly(network, pictures, Packer(blueprint, out), recipe)
+    ship(network, out)
+
+
+def learn_to_see(network: TinyNetwork, pictures: Pictures, recipe: Recipe) -> None:
+    """First stage: vision tower and projector, and the guard head where it taps the projector."""
+    probe = Probe(network.width)
+    modules = [probe, network.head, *network.vision_modules]
+    parameters = [p for module in modules for p in module.parameters()]
+    rng = np.random.default_rng([recipe.seed, 1])
+    for step, optimizer in _steps(parameters, recipe.see_steps, network.blueprint.learning_rate, recipe):
+        batch = rng.integers(len(pictures), size=recipe.see_batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = network.image_features(pictures.rgb(batch))
+            loss = probe(features, pictures.cells(batch))
+            guard = network.head(features.float().mean(1))
+        guard_loss = F.cross_entropy(guard.float(), pictures.labels(batch))
+        (loss + guard_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        _report("see", step, probe=loss, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch)))
+
+
+def learn_jointly(network: TinyNetwork, pictures: Pictures, packer: Packer, recipe: Recipe) -> None:
+    """Second stage: language model, vision tower, projector and guard head together."""
+    rng = np.random.default_rng([recipe.seed, 2])
+    parameters = list(network.parameters())
+    for step, optimizer in _steps(parameters, recipe.joint_steps, network.blueprint.learning_rate, recipe):
+        batch = rng.integers(len(pictures), size=recipe.joint_batch)
+        packed = packer.pack([sample_questions(pictures.scenes[i], recipe, rng) for i in batch])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, guard = network(pictures.rgb(batch), packed)
+        loss = F.cross_entropy(logits.float(), packed.targets)
+        guard_loss = F.cross_entropy(guard.float(), pictures.labels(batch))
+        (loss + recipe.guard_weight * guard_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        right = (logits.argmax(-1) == packed.targets).float().mean()
+        _report("joint", step, answer=loss, token=right, guard=guard_loss,
+                accuracy=_accuracy(guard, pictures.labels(batch)))
+
+
+def sample_questions(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[Pair]:
+    """Sample the questions asked about one picture in one step, harmless ones most often."""
+    if scene.label:
+        types = rng.choice(["USU", "UUU"], size=recipe.unsafe_questions, p=[0.7, 0.3])
+    else:
+        types = rng.choice(["SSS", "SSU", "SUU"], size=recipe.safe_questions, p=[0.62, 0.25, 0.13])
+    return [sample_pair(scene, str(pair_type), rng) for pair_type in types]
+
+
+def _steps(
+    parameters: list[nn.Parameter], count: int, rate: float, recipe: Recipe
+) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+    """Yield step numbers with a fresh AdamW under warm-up and linear decay."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    for step in range(count):
+        factor = min((step + 1) / recipe.warmup, (count - step) / count)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        optimizer.zero_grad(set_to_none=True)
+        yield step, optimizer
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+_started = time.monotonic()
+
+
+def _report(stage: str, step: int, **values: Tensor) -> None:
+    if step % 50 == 0:
+        text = " ".join(f"{name} {value.item():.3f}" for name, value in values.items())
+        log.info("%6.0f s  %s %5d  %s", time.monotonic() - _started, stage, step, text)
+
+
+@click.command()
+@click.option("--model", type=click.Choice(list(BLUEPRINTS)), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--joint-steps", type=int, default=Recipe.joint_steps, show_default=True)
+@click.option("--see-steps", type=int, default=Recipe.see_steps, show_default=True)
+def main(model: str, out: Path, joint_steps: int, see_steps: int) -> None:
+    """Train a tiny Safe-VLM and write its checkpoint folder."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train(BLUEPRINTS[model], out, Recipe(joint_steps=joint_steps, see_steps=see_steps))
+
+
+if __name__ == "__main__":
+    main()

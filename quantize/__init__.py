@@ -1,0 +1,1 @@
+"""GPTQ and INT8: number grids, packing and on-disk formats."""

@@ -1,0 +1,1 @@
+"""One runner a runtime, reading a bundle, and judging images with it."""

@@ -1,0 +1,141 @@
+"""Judge images with a guard bundle; needs numpy, Pillow, pydantic and the runtime's own library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.errors import ImageFileError, SafeVLMError
+from models.image import open_image, to_rgb
+from models.manifest import Thresholds
+from runtimes.bundle import open_bundle
+from runtimes.runner import GuardRunner
+from runtimes.select import Runtime, select_runner
+from runtimes.verdict import Judgement, decide
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Guard", "ImageSource"]
+
+ImageSource: TypeAlias = "Path | str | bytes | Image.Image"
+_Pixels: TypeAlias = "npt.NDArray[np.uint8]"
+BATCH = 8
+
+
+class Guard:
+    """A guard ready to judge images; a context manager around its runner.
+
+    >>> with Guard.open("build/guard") as guard:
+    ...     guard.judge(["holiday.jpg"])
+    """
+
+    def __init__(
+        self,
+        runner: GuardRunner,
+        classes: Iterable[str],
+        thresholds: Thresholds | None = None,
+        *,
+        batch: int = BATCH,
+    ) -> None:
+        self.runner = runner
+        self.classes = tuple(classes)
+        self.thresholds = thresholds
+        self.batch = batch
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        runtime: Runtime | str = "auto",
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+        batch: int = BATCH,
+    ) -> Guard:
+        """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`."""
+        bundle = open_bundle(path, verify=verify)
+        runner = select_runner(bundle, runtime, precision=precision, threads=threads)
+        return cls(runner, bundle.manifest.classes, bundle.manifest.thresholds, batch=batch)
+
+    def __enter__(self) -> Self:
+        self.runner.activate()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.runner.deactivate()
+
+    def judge(self, images: Iterable[ImageSource]) -> list[Judgement]:
+        """Return a judgement for each image, in order; see :meth:`stream`."""
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[ImageSource]) -> Iterator[Judgement]:
+        """Yield a judgement for each image, in order, a batch at a time.
+
+        An image that cannot be read, or that the runner cannot judge, gets the verdict ``error`` with the
+        reason, and the others are judged all the same.
+        """
+        batch: list[tuple[str, _Pixels | SafeVLMError]] = []
+        for position, image in enumerate(images):
+            name = _name(image, position)
+            batch.append((name, self._pixels(image, name)))
+            if len(batch) == self.batch:
+                yield from self._judge_batch(batch)
+                batch = []
+        yield from self._judge_batch(batch)
+
+    def _pixels(self, image: ImageSource, name: str) -> _Pixels | SafeVLMError:
+        try:
+            if isinstance(image, Image.Image):
+                opened = to_rgb(image, where=name)
+            else:
+                opened = open_image(Path(image) if isinstance(image, str) else image)
+        except ImageFileError as error:
+            return error
+        return self.runner.preprocessing.apply(opened)
+
+    def _judge_batch(self, batch: list[tuple[str, _Pixels | SafeVLMError]]) -> Iterator[Judgement]:
+        rows = iter(self._rows([pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]))
+        for name, pixels in batch:
+            answer = next(rows) if isinstance(pixels, np.ndarray) else pixels
+            if isinstance(answer, SafeVLMError):
+                yield Judgement(file=name, verdict="error", error=str(answer))
+            else:
+                yield self._judgement(name, answer)
+
+    def _rows(self, pictures: list[_Pixels]) -> list[npt.NDArray[np.float32] | SafeVLMError]:
+        """Return a row of probabilities for each; a batch that fails is judged one by one."""
+        if not pictures:
+            return []
+        try:
+            return list(self.runner.infer(np.stack(pictures)).probs)
+        except SafeVLMError as error:
+            if len(pictures) == 1:
+                return [error]
+        return [row for picture in pictures for row in self._rows([picture])]
+
+    def _judgement(self, name: str, row: npt.NDArray[np.float32]) -> Judgement:
+        decision = decide(row, self.classes, self.thresholds)
+        return Judgement(
+            file=name,
+            verdict=decision.verdict,
+            label=decision.label,
+            p_unsafe=decision.p_unsafe,
+            probs=dict(zip(self.classes, map(float, row), strict=True)),
+        )
+
+
+def _name(image: ImageSource, position: int) -> str:
+    """Return what an image is called in its judgement: its path, or its place among the others."""
+    if isinstance(image, (str, Path)):
+        return str(image)
+    return str(getattr(image, "filename", "")) or f"image {position + 1}"

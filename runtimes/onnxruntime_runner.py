@@ -1,0 +1,101 @@
+"""The guard on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import BundleError, MissingExtraError
+from models.manifest import GuardFile
+from runtimes.bundle import Bundle
+from runtimes.runner import GuardOutput, GuardRunner
+
+__all__ = ["OnnxRuntimeRunner"]
+
+PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+"""Tried in this order where the installed build has them."""
+OUTPUTS = ["probs", "logits"]
+
+
+class OnnxRuntimeRunner(GuardRunner):
+    """Run an ONNX file of a bundle: the default one, or ``file``.
+
+    ``threads`` bounds the threads within an operation (ONNX Runtime chooses when it is None).
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        file: GuardFile | None = None,
+        threads: int | None = None,
+        *,
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.bundle = bundle
+        self.file = file or bundle.file()
+        self.threads = threads
+        self.providers = providers
+        self.preprocessing = bundle.manifest.preprocessing
+        self.class_count = len(bundle.manifest.classes)
+        self._session: Any = None
+
+    def _activate(self) -> None:
+        try:
+            onnxruntime = import_module("onnxruntime")
+            state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "onnx", "judging with ONNX Runtime") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: a command prints one message, not a log
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        there = onnxruntime.get_available_providers()
+        wanted = self.providers or [name for name in PREFERRED_PROVIDERS if name in there]
+        path = self.bundle.path(self.file)
+        refusals = (
+            state.Fail,
+            state.InvalidArgument,
+            state.InvalidGraph,
+            state.InvalidProtobuf,
+            state.NoModel,
+            state.NoSuchFile,
+            state.NotImplemented,
+            state.RuntimeException,
+        )
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=list(wanted))
+        except refusals as error:
+            raise BundleError(
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {_first_line(error)}. "
+                "Export the bundle again, or install a newer onnxruntime."
+            ) from error
+        _check_names(session, str(path))
+        self._session = session
+
+    def _deactivate(self) -> None:
+        self._session = None
+
+    def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        probs, logits = self._session.run(OUTPUTS, {"rgb": rgb})
+        return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits))
+
+
+def _check_names(session: Any, path: str) -> None:
+    inputs = [tensor.name for tensor in session.get_inputs()]
+    outputs = [tensor.name for tensor in session.get_outputs()]
+    if inputs != ["rgb"] or not set(OUTPUTS) <= set(outputs):
+        raise BundleError(
+            f"{path}: a guard has the input rgb and the outputs probs and logits; this file has {inputs} "
+            f"and {outputs}. Export the bundle again."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,126 @@
+"""The contract of every runner: N pictures in, their class probabilities out, checked on both sides.
+
+Name law: runtime ``onnxruntime`` is class ``OnnxRuntimeRunner`` in ``runtimes/onnxruntime_runner.py``.
+Shapes: N pictures, H x W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import InputError, SafeVLMError
+from models.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["GuardOutput", "GuardRunner"]
+
+SUM_TOLERANCE = 1e-2
+"""A float16 softmax over 20 classes sums to 1 within a few thousandths."""
+
+
+@dataclass(frozen=True)
+class GuardOutput:
+    """Probabilities and logits, each float32, N x C."""
+
+    probs: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+class GuardRunner(abc.ABC):
+    """One guard on one runtime; a context manager that holds the runtime's resources while it is entered.
+
+    A subclass fills in :meth:`_activate`, :meth:`_run` and, where it holds something, :meth:`_deactivate`,
+    and sets :attr:`preprocessing` at the latest when it is activated.
+    """
+
+    runtime: ClassVar[str]
+    preprocessing: Preprocessing
+    class_count: int | None = None
+    """C, where it is known before the first answer."""
+
+    def __init__(self) -> None:
+        self._active = False
+
+    def __enter__(self) -> Self:
+        self.activate()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.deactivate()
+
+    def activate(self) -> None:
+        """Load the model; what was taken is given back when that fails. Twice is the same as once."""
+        if self._active:
+            return
+        try:
+            self._activate()
+        except BaseException:
+            self._deactivate()
+            raise
+        self._active = True
+
+    def deactivate(self) -> None:
+        """Give everything back; nothing happens where nothing is held."""
+        self._active = False
+        self._deactivate()
+
+    def infer(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        """Judge N x H x W x 3 grey levels (uint8, at the contract's size).
+
+        Raises InputError for another type or shape, SafeVLMError for an answer that is not N rows of finite
+        probabilities that sum to 1.
+        """
+        if not self._active:
+            raise SafeVLMError(f"{type(self).__name__} is not active: enter it with `with` or activate()")
+        self._check_input(rgb)
+        output = self._run(np.ascontiguousarray(rgb))
+        self._check_output(output, len(rgb))
+        return output
+
+    @abc.abstractmethod
+    def _activate(self) -> None: ...
+
+    @abc.abstractmethod
+    def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput: ...
+
+    def _deactivate(self) -> None:
+        return None
+
+    def _check_input(self, rgb: npt.NDArray[np.uint8]) -> None:
+        wanted = (self.preprocessing.height, self.preprocessing.width, 3)
+        if rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[1:] != wanted or len(rgb) == 0:
+            raise InputError(
+                f"a guard takes uint8 of shape N x {wanted[0]} x {wanted[1]} x 3 with N of at least 1, not "
+                f"{rgb.dtype} of shape {' x '.join(map(str, rgb.shape))}: use Preprocessing.apply"
+            )
+
+    def _check_output(self, output: GuardOutput, count: int) -> None:
+        classes = self.class_count or output.probs.shape[-1]
+        for name, values in (("probs", output.probs), ("logits", output.logits)):
+            if values.shape != (count, classes) or values.dtype != np.float32:
+                raise SafeVLMError(
+                    f"{self.runtime} returned {name} of {values.dtype} {values.shape}, not float32 "
+                    f"{(count, classes)}: the guard's file does not fit its manifest; export it again"
+                )
+            if not np.isfinite(values).all():
+                raise SafeVLMError(
+                    f"{self.runtime} returned {name} that are not finite numbers for "
+                    f"{int((~np.isfinite(values).all(axis=1)).sum())} of {count} pictures: no verdict can be "
+                    "given; try the fp32 file of the bundle"
+                )
+        sums = output.probs.sum(axis=1)
+        if (np.abs(sums - 1) > SUM_TOLERANCE).any() or (output.probs < 0).any():
+            raise SafeVLMError(
+                f"{self.runtime} returned rows that are not probabilities (sums {sums.min():.4g} to "
+                f"{sums.max():.4g}, least {output.probs.min():.4g}): export the guard again"
+            )

@@ -1,0 +1,71 @@
+"""Choose the runner of a bundle by the runtime's name."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, get_args
+
+from models.errors import InputError
+from runtimes.bundle import Bundle
+from runtimes.runner import GuardRunner
+
+__all__ = ["RUNTIMES", "Runtime", "select_runner"]
+
+Runtime = Literal["auto", "onnxruntime", "tensorrt", "torch"]
+RUNTIMES: tuple[str, ...] = get_args(Runtime)
+
+_log = logging.getLogger(__name__)
+
+
+def select_runner(
+    bundle: Bundle,
+    runtime: Runtime | str = "auto",
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+) -> GuardRunner:
+    """Return a runner, not yet activated.
+
+    ``auto`` is TensorRT where the bundle has an engine that runs on this machine, else ONNX Runtime.
+    ``torch`` opens the checkpoint that the bundle names and runs its untouched path; it has no precisions.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, not {threads}")
+    if runtime == "auto":
+        return _auto(bundle, precision, threads)
+    if runtime == "onnxruntime":
+        return _onnxruntime(bundle, precision, threads)
+    if runtime == "tensorrt":
+        from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
+
+        return TensorRTRunner(bundle, usable_engine(bundle, precision))
+    if runtime == "torch":
+        return _torch(bundle, precision, threads)
+    raise InputError(f"unknown runtime {runtime!r}; allowed: {', '.join(RUNTIMES)}")
+
+
+def _auto(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
+    engines = bundle.files("engine")
+    if any(precision in (None, file.precision) for file in engines):
+        from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
+
+        try:
+            return TensorRTRunner(bundle, usable_engine(bundle, precision))
+        except InputError as error:
+            _log.info("TensorRT is passed over: %s", error)
+    return _onnxruntime(bundle, precision, threads)
+
+
+def _onnxruntime(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
+    from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(bundle, bundle.file(precision), threads)
+
+
+def _torch(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
+    if precision is not None:
+        raise InputError("runtime torch judges with the checkpoint itself, in float32: leave --precision out")
+    from runtimes.torch_runner import TorchRunner, open_source
+
+    size = bundle.manifest.preprocessing
+    return TorchRunner(open_source(bundle), grid=(size.height, size.width), threads=threads)

@@ -1,0 +1,197 @@
+"""The guard on TensorRT 8.6, 10 and 11: name-based tensors, device memory through cuda-python, no torch.
+
+API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api (``ICudaEngine``,
+``IExecutionContext``); every call used here exists in 8.6, 10.x and 11.x alike.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import BundleError, InputError, MissingExtraError, SafeVLMError
+from models.manifest import EngineInfo, GuardFile
+from runtimes.bundle import Bundle
+from runtimes.cuda import CudaRuntime, DeviceBuffer, Gpu, current_gpu, load_cuda
+from runtimes.runner import GuardOutput, GuardRunner
+
+__all__ = ["TensorRTRunner", "engine_mismatch", "import_tensorrt", "usable_engine"]
+
+PURPOSE = "judging with TensorRT"
+INPUT, OUTPUTS = "rgb", ("probs", "logits")
+
+
+def import_tensorrt() -> Any:
+    """Return the ``tensorrt`` module; MissingExtraError where it is not installed."""
+    try:
+        return import_module("tensorrt")
+    except ImportError as error:
+        raise MissingExtraError("tensorrt", "trt", PURPOSE) from error
+
+
+def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:
+    """Say why an engine cannot run with this TensorRT on this GPU; None when it can."""
+    if info.tensorrt_version != version:
+        return f"it was built with TensorRT {info.tensorrt_version}, here is {version}"
+    built_for = Gpu(info.gpu_name, info.compute_capability)
+    if built_for != gpu:
+        return (
+            f"it was built on {built_for.name} (compute capability {built_for.compute_capability}), "
+            f"here is {gpu.name} ({gpu.compute_capability})"
+        )
+    return None
+
+
+def usable_engine(bundle: Bundle, precision: str | None = None) -> GuardFile:
+    """Return the bundle's first engine that runs here.
+
+    Raises MissingExtraError without the libraries, InputError without a GPU, BundleError when the bundle
+    has no engine or only engines of another TensorRT or GPU, with the command that builds one.
+    """
+    bundle.file(precision, kind="engine")
+    version = str(import_tensorrt().__version__)
+    gpu = current_gpu(load_cuda(PURPOSE))
+    reasons = []
+    for file in bundle.files("engine"):
+        if precision is not None and file.precision != precision:
+            continue
+        reason = _mismatch(file, version, gpu)
+        if reason is None:
+            return file
+        reasons.append(f"{file.path}: {reason}")
+    raise _not_for_here(bundle, "; ".join(reasons))
+
+
+class TensorRTRunner(GuardRunner):
+    """Run an engine of a bundle: the first that fits this machine, or ``file``.
+
+    A batch above the engine's profile is judged in parts; one below its least batch is refused.
+    """
+
+    runtime = "tensorrt"
+
+    def __init__(self, bundle: Bundle, file: GuardFile | None = None) -> None:
+        super().__init__()
+        self.bundle = bundle
+        self.file = file
+        self.preprocessing = bundle.manifest.preprocessing
+        self.class_count = len(bundle.manifest.classes)
+        self._cuda: CudaRuntime | None = None
+        self._stream: Any = None
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._engine: Any = None
+        self._context: Any = None
+        self._least, self._most = 1, 1
+
+    def _activate(self) -> None:
+        trt = import_tensorrt()
+        self._cuda = load_cuda(PURPOSE)
+        gpu = current_gpu(self._cuda)  # before any TensorRT object: creating one without a GPU can crash
+        if self.file is None:
+            self.file = usable_engine(self.bundle)
+        reason = _mismatch(self.file, str(trt.__version__), gpu)
+        if reason is not None:
+            raise _not_for_here(self.bundle, f"{self.file.path}: {reason}")
+        self._engine = _deserialize(trt, self.bundle, self.bundle.path(self.file))
+        self._check_tensors(trt)
+        least, _, most = self._engine.get_tensor_profile_shape(INPUT, 0)
+        self._least, self._most = int(least[0]), int(most[0])
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise SafeVLMError(f"{self.file.path}: TensorRT could not create an execution context (memory?)")
+        self._stream = self._cuda.call("cudaStreamCreate")
+        self._allocate()
+
+    def _deactivate(self) -> None:
+        self._context = self._engine = None
+        buffers, self._buffers = self._buffers, {}
+        stream, self._stream = self._stream, None
+        for buffer in buffers.values():
+            buffer.free()
+        if stream is not None and self._cuda is not None:
+            self._cuda.call("cudaStreamDestroy", stream)
+
+    def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        parts = [self._run_part(rgb[start : start + self._most]) for start in range(0, len(rgb), self._most)]
+        return GuardOutput(
+            probs=np.concatenate([part.probs for part in parts]),
+            logits=np.concatenate([part.logits for part in parts]),
+        )
+
+    def _run_part(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        """Judge at most the profile's largest batch."""
+        if len(rgb) < self._least:
+            raise InputError(
+                f"this engine takes {self._least} to {self._most} pictures at once, not {len(rgb)}: build "
+                f"one from 1 up with `{_rebuild(self.bundle)}`"
+            )
+        assert self._cuda is not None and self.class_count is not None
+        if not self._context.set_input_shape(INPUT, rgb.shape):
+            raise SafeVLMError(f"TensorRT refused an input of shape {rgb.shape}")
+        shape = (len(rgb), self.class_count)
+        for name in OUTPUTS:
+            if (stated := tuple(self._context.get_tensor_shape(name))) != shape:
+                raise SafeVLMError(f"TensorRT gives {name} the shape {stated}, not {shape}")
+        self._cuda.to_device(self._pointer(INPUT), rgb.ctypes.data, rgb.nbytes, self._stream)
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise SafeVLMError("TensorRT could not queue the guard; its log above says why")
+        results = {name: np.empty(shape, np.float32) for name in OUTPUTS}
+        for name, result in results.items():
+            self._cuda.to_host(result.ctypes.data, self._pointer(name), result.nbytes, self._stream)
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+        return GuardOutput(**results)
+
+    def _check_tensors(self, trt: Any) -> None:
+        """Compare the engine's tensors with the contract: uint8 in, float32 out."""
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        found = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))).name for name in names}
+        wanted = {INPUT: "uint8"} | dict.fromkeys(OUTPUTS, "float32")
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        inputs = [name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT]
+        if found != wanted or inputs != [INPUT]:
+            raise BundleError(
+                f"a guard engine has {wanted}; this one has {found}, of which {inputs} are inputs. "
+                f"Build it again: {_rebuild(self.bundle)}"
+            )
+
+    def _allocate(self) -> None:
+        assert self._cuda is not None and self.class_count is not None
+        picture = self.preprocessing.height * self.preprocessing.width * 3
+        sizes = {INPUT: picture * self._most} | dict.fromkeys(OUTPUTS, 4 * self.class_count * self._most)
+        for name, size in sizes.items():
+            self._buffers[name] = DeviceBuffer(self._cuda, size)
+            if not self._context.set_tensor_address(name, self._pointer(name)):
+                raise SafeVLMError(f"TensorRT refused the memory of {name}")
+
+    def _pointer(self, name: str) -> int:
+        pointer = self._buffers[name].pointer
+        assert pointer is not None
+        return pointer
+
+
+def _deserialize(trt: Any, bundle: Bundle, path: Path) -> Any:
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise _not_for_here(bundle, f"{path.name}: TensorRT {trt.__version__} could not read it")
+    return engine
+
+
+def _mismatch(file: GuardFile, version: str, gpu: Gpu) -> str | None:
+    if file.engine is None:
+        return f"it is a file of kind {file.kind}, not an engine"
+    return engine_mismatch(file.engine, version, gpu)
+
+
+def _rebuild(bundle: Bundle) -> str:
+    return f"python -m export.trt --bundle {bundle.folder}"
+
+
+def _not_for_here(bundle: Bundle, reason: str) -> BundleError:
+    return BundleError(
+        f"no engine of {bundle.folder} runs here ({reason}). An engine runs only with the TensorRT version "
+        f"and on the GPU it was built with. Build one here, `{_rebuild(bundle)}`, or use --runtime onnxruntime."
+    )

@@ -1,0 +1,84 @@
+"""From class probabilities to a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import InputError
+from models.manifest import Thresholds
+
+__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "safe_index"]
+
+Verdict = Literal["allow", "block", "unsure", "error"]
+
+DEFAULT_BLOCK = 0.5
+"""p(unsafe) from which an image is blocked until thresholds are fitted."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict on one row of probabilities; ``label`` is the most probable class, safe included."""
+
+    verdict: Verdict
+    label: str
+    p_unsafe: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one image, by the name it was given; with ``error`` nothing else is known of it."""
+
+    file: str
+    verdict: Verdict
+    label: str | None = None
+    p_unsafe: float | None = None
+    probs: Mapping[str, float] = MappingProxyType({})
+    error: str | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the object that ``runtimes.check --json`` prints; ``error`` is there only for errors."""
+        stated: dict[str, object] = {
+            "file": self.file,
+            "verdict": self.verdict,
+            "label": self.label,
+            "p_unsafe": self.p_unsafe,
+            "probs": dict(self.probs),
+        }
+        return stated if self.error is None else stated | {"error": self.error}
+
+
+def safe_index(classes: Sequence[str]) -> int:
+    """Return which class is the safe one: ``safe`` by name, else the first."""
+    return classes.index("safe") if "safe" in classes else 0
+
+
+def decide(
+    probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None = None
+) -> Decision:
+    """Judge one row of C probabilities.
+
+    p(unsafe) is 1 - p(safe). Without thresholds, block from 0.5 up, else allow. With them: block from
+    ``block`` up, or when a class reaches its own threshold; allow below ``allow``; unsure between.
+    """
+    if probs.shape != (len(classes),):
+        raise InputError(f"one row of {len(classes)} probabilities is judged, not a shape of {probs.shape}")
+    p_unsafe = min(1.0, max(0.0, 1.0 - float(probs[safe_index(classes)])))
+    label = classes[int(probs.argmax())]
+    return Decision(_verdict(p_unsafe, probs, classes, thresholds), label, p_unsafe)
+
+
+def _verdict(
+    p_unsafe: float, probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None
+) -> Verdict:
+    if thresholds is None:
+        return "block" if p_unsafe >= DEFAULT_BLOCK else "allow"
+    limits = thresholds.per_class or {}
+    if p_unsafe >= thresholds.block or any(probs[classes.index(name)] >= p for name, p in limits.items()):
+        return "block"
+    return "allow" if p_unsafe < thresholds.allow else "unsure"
