@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from models.commandline import command
+from models.commandline import run
 from models.errors import InputError
 from models.holisafe_mini.scene import PARTS, draw
 from models.holisafe_mini.suite import Answered, Suite, build_suite
@@ -59,7 +59,7 @@ def _write(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@command()
+@click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
 @click.option("--part", type=click.Choice(PARTS), default="test", show_default=True, help="Which part.")
 @click.option("--pairs", type=click.IntRange(min=100), default=1200, show_default=True, help="Question-image pairs.")
@@ -73,4 +73,4 @@ def main(out: Path, part: str, pairs: int, questions: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

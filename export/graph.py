@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from export.rewrites.fixed_windows import FixedWindowTower
+from models.fixed_windows import FixedWindowTower
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.unread_layers import layers_read
 from models.preprocessing import Preprocessing

@@ -7,7 +7,6 @@ guard that taps the projector; one behind the language model is refused (see ``c
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
 import warnings
@@ -24,9 +23,10 @@ from numpy.typing import NDArray
 from export.bundle import bundle_draft, check_destination, write_manifest
 from export.graph import PRECISIONS, GuardGraph, Precision, build_graph
 from export.images import parity_images
+from export.options import PARITY_IMAGES, checkpoint_options, grid_option, print_manifest
 from export.parity import check_parity
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import command
+from models.commandline import run
 from models.errors import InputError
 from models.family import TapSource
 from models.machine import machine_name
@@ -38,7 +38,7 @@ from runtimes.bundle import sha256_of
 __all__ = ["ExportOptions", "export_guard"]
 
 OPSET = 20
-_INSIDE = 2**30
+INSIDE = 2**30
 """Weights up to this many bytes stay inside the ONNX file; larger ones go into one ``.data`` file beside it."""
 _BATCH = 8
 
@@ -57,7 +57,7 @@ class ExportOptions:
     precisions: tuple[Precision, ...] = ("fp32",)
     grid: tuple[int, int] | None = None
     images: Path | None = None
-    parity_images: int = 24
+    parity_images: int = PARITY_IMAGES
 
     def __post_init__(self) -> None:
         unknown = [precision for precision in self.precisions if precision not in PRECISIONS]
@@ -159,7 +159,7 @@ def write_onnx(graph: GuardGraph, example: Bytes, path: Path) -> None:
         )
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)
-    program.save(str(path), external_data=weights > _INSIDE)
+    program.save(str(path), external_data=weights > INSIDE)
 
 
 @contextmanager
@@ -222,35 +222,6 @@ def _manifest(checkpoint: Checkpoint, guard: GuardModel, files: Sequence[GuardFi
 # -- the command ----------------------------------------------------------------------------------------
 
 
-def grid_option(text: str | None) -> tuple[int, int] | None:
-    """Read ``448`` or ``448x672`` (height x width, pixels)."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
-        raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
-    return int(sides[0]), int(sides[-1])
-
-
-def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say which checkpoint is exported and how; shared with ``export.trt``."""
-    options = (
-        click.option("--revision", help="Hub revision: a branch, tag or commit."),
-        click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard taps, if known."),
-        click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]"),
-        click.option(
-            "--images",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="Pictures for the parity check.  [default: drawn ones]",
-        ),
-        click.option("--parity-images", type=click.IntRange(1), default=ExportOptions.parity_images, show_default=True),
-        click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 def default_out(checkpoint: Checkpoint) -> Path:
     """Return where a bundle goes when ``--out`` is not given: ``bundles/NAME``."""
     return Path("bundles") / checkpoint.name.replace("/", "--")
@@ -272,24 +243,7 @@ def export_with_progress(checkpoint: Checkpoint, out: Path, options: ExportOptio
         return export_guard(checkpoint, out, options, report=report)
 
 
-def print_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
-    """Say what was written."""
-    if as_json:
-        click.echo(json.dumps({"bundle": str(out), "manifest": manifest.model_dump(mode="json")}, indent=2))
-        return
-    click.echo(f"{out}: guard of {manifest.source.checkpoint}, tap {manifest.tap.source} ({manifest.tap.learned})")
-    for file in manifest.files:
-        line = f"  {file.path}  {file.bytes / 2**20:.1f} MiB"
-        if file.parity is not None:
-            line += f"  max |Δp| {file.parity.max_abs_prob_delta:.1e}, {file.parity.label_flips} label flips"
-            line += f" of {file.parity.images} images"
-        if file.latency is not None:
-            line += f"  {file.latency.median_ms:.1f} ms an image ({file.latency.runtime})"
-        click.echo(line)
-    click.echo(f"next: python -m runtimes.check {out} IMAGE...")
-
-
-@command()
+@click.command()
 @click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or tiny-safegem.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: bundles/NAME]")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or both: fp32,fp16.")
@@ -318,4 +272,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,7 +14,14 @@ from typing import Any
 from models.errors import CheckpointError
 from models.families import FAMILIES
 from models.family import HEAD_PREFIX, Family, TapSource
-from models.guard_head import HeadShape, check_width, hidden_size_of, read_classes, read_head, standard_classes
+from models.guard_head import (
+    HeadShape,
+    check_width,
+    hidden_size_of,
+    read_classes,
+    read_head,
+    standard_classes,
+)
 from models.hub import fetch_checkpoint, find_model
 from models.json_file import read_json_object
 from models.shards import Shards
@@ -74,9 +81,7 @@ class Checkpoint:
         return tuple(name for name in self.tensors.names() if name.startswith(prefixes))
 
 
-def open_checkpoint(
-    model: str | Path, *, tap: TapSource | None = None, revision: str | None = None
-) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision: str | None = None) -> Checkpoint:
     """Open a folder, one of the six names, a hub id (``owner/name@revision``) or a tiny name.
 
     ``tap`` overrides what config, code and family say of the guard's tap. Nothing of the checkpoint is imported
@@ -146,8 +151,9 @@ def _read_processor(folder: Path, family: Family) -> dict[str, Any]:
     """Return the image processor's settings, the checkpoint's own over the family's defaults.
 
     As in transformers, ``image_processor`` of ``processor_config.json`` goes before ``preprocessor_config.json``.
-    A setting that is null there is one that was never set. A checkpoint's own ``size`` replaces the family's
-    pixel bounds too, since both say how large an image may be.
+    A setting that is null there is one that was never set. The family's defaults are those of its own processor
+    class, so they are left out for another; and a checkpoint's own ``size`` replaces the family's pixel bounds
+    too, since both say how large an image may be.
     """
     own: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
@@ -163,6 +169,9 @@ def _read_processor(folder: Path, family: Family) -> dict[str, Any]:
                 )
     own = {key: value for key, value in own.items() if value is not None}
     defaults = dict(family.preprocessing)
+    usual = str(defaults.get("image_processor_type"))
+    if not str(own.get("image_processor_type", usual)).startswith(usual):
+        return own
     if "size" in own:
         defaults = {key: value for key, value in defaults.items() if key not in ("min_pixels", "max_pixels")}
     return {**defaults, **own}

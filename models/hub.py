@@ -98,10 +98,10 @@ def find_model(model: str | Path, revision: str | None = None) -> ModelReference
     text = str(model)
     if text in TINY_CHECKPOINTS:
         return _local(text, _tiny_folder(text), revision)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _existing_path(text)
+    if path is not None and path.is_dir():
         return _local(path.resolve().name, path, revision)
-    if path.exists():
+    if path is not None:
         raise InputError(f"'{text}' is a file; a checkpoint is a folder. Give the folder it lies in.")
     if isinstance(model, Path):
         raise InputError(f"'{text}': there is no such folder. {_allowed()}")
@@ -151,6 +151,14 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> HubCheckpoint
     for source in sources[:MAX_PYTHON_FILES]:
         _fetch_file(repo_id, source, commit)
     return HubCheckpoint(repo_id=repo_id, folder=folder, commit=commit, files=frozenset(sizes))
+
+
+def _existing_path(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path if text and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # no path at all: too long, a null byte, an unknown home
+        return None
 
 
 def _local(name: str, folder: Path, revision: str | None) -> ModelReference:
@@ -252,7 +260,8 @@ def _explain_refusal(refusal: HfHubHTTPError, what: str, page: str) -> str:
             f"{what} is gated and the hub refuses it to you. Accept its terms at {page}, then set HF_TOKEN to a "
             "token of that account (or run `hf auth login`)."
         )
-    if isinstance(refusal, errors.RepositoryNotFoundError):
+    status = refusal.response.status_code
+    if isinstance(refusal, errors.RepositoryNotFoundError) or status == 401:
         return (
             f"the hub {constants.ENDPOINT} shows no model {what}: it does not exist, or is private or gated and no "
             "valid token was sent. Check the spelling; if the model is private, set HF_TOKEN or run `hf auth login`."
@@ -262,9 +271,7 @@ def _explain_refusal(refusal: HfHubHTTPError, what: str, page: str) -> str:
             f"the hub has no such revision: {what}. A branch, a tag or a full commit hash is allowed; "
             f"see {page}/commits/main."
         )
-    status = refusal.response.status_code
-    denied = status in (401, 403)
-    advice = "Check that HF_TOKEN is valid and may read this model." if denied else "Try again later."
+    advice = "Check that HF_TOKEN is valid and may read this model." if status == 403 else "Try again later."
     return f"the hub {constants.ENDPOINT} answered {status} for {what}. {advice}"
 
 

@@ -33,9 +33,7 @@ def read_json_object(path: Path, *, needed_for: str) -> dict[str, Any]:
             "Give the folder of a complete checkpoint, or fetch the file again."
         ) from None
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Check the file's permissions."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the file's permissions.") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path}: not UTF-8 text (byte {error.start}), so not {needed_for}. Fetch it again."

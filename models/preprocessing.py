@@ -34,6 +34,9 @@ PIL_FILTERS: Mapping[Filter, Image.Resampling] = {
     "hamming": Image.Resampling.HAMMING,
 }
 
+LARGEST_SQUARE = 100_000_000
+"""Pixels of the largest square that a tall picture is padded to before it is resized (400 MB in Pillow)."""
+
 _Side = Annotated[int, Field(gt=0, le=65_535)]
 _Triple = tuple[float, float, float]
 
@@ -108,38 +111,49 @@ class Preprocessing(BaseModel):
         return image.resize((width, height), resample=PIL_FILTERS[self.filter])
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """Resize only the part that the crop keeps: a 1 x 65,000 picture would need gigabytes otherwise."""
+        """Resize only the part that the crop keeps: a 1 x 65,000 picture would need gigabytes otherwise.
+
+        One axis at a time, horizontal first, as Pillow resizes a whole picture; with a box it may choose the
+        other order, and rounding to whole levels between the passes would then show.
+        """
         assert self.shortest_edge is not None
         width, height = image.size
         short = min(width, height)
         scaled_width = int(self.shortest_edge * width / short)
         scaled_height = int(self.shortest_edge * height / short)
-        left, top = (scaled_width - self.width) // 2, (scaled_height - self.height) // 2
-        x0, y0 = max(left, 0), max(top, 0)
-        x1, y1 = min(x0 + self.width, scaled_width), min(y0 + self.height, scaled_height)
-        across, down = width / scaled_width, height / scaled_height
-        box = (x0 * across, y0 * down, min(x1 * across, width), min(y1 * down, height))
-        kept = image.resize((x1 - x0, y1 - y0), resample=PIL_FILTERS[self.filter], box=box)
+        columns, rows = min(self.width, scaled_width), min(self.height, scaled_height)
+        x0, x1, left = _kept(width, scaled_width, self.width)
+        y0, y1, top = _kept(height, scaled_height, self.height)
+        resample = PIL_FILTERS[self.filter]
+        across = image.resize((columns, height), resample=resample, box=(x0, 0, x1, height))
+        kept = across.resize((columns, rows), resample=resample, box=(0, y0, columns, y1))
         if kept.size == (self.width, self.height):
             return kept
         # What the crop lacks is black, as in transformers.
         canvas = Image.new("RGB", (self.width, self.height))
-        canvas.paste(kept, (max(-left, 0), max(-top, 0)))
+        canvas.paste(kept, (left, top))
         return canvas
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """Shrink the long side before padding the short one: the padded square is never held at full size."""
+        """Pad to a square and resize, without holding a square much larger than the picture.
+
+        A wide picture is narrowed first, which is Pillow's own first pass. A tall one whose square would
+        be too large is shortened first: the passes change places, which rounds differently at most.
+        """
         width, height = image.size
-        if width == height:
-            return self._resize(image, self.height, self.width)
         long = max(width, height)
-        colour = tuple(int(value * 255) for value in self.mean)
         if width > height:
-            strip = self._resize(image, height, self.width)
-            canvas = Image.new("RGB", (self.width, long), colour)
-            canvas.paste(strip, (0, (long - height) // 2))
-        else:
-            strip = self._resize(image, self.height, width)
-            canvas = Image.new("RGB", (long, self.height), colour)
-            canvas.paste(strip, ((long - width) // 2, 0))
+            image = self._resize(image, height, self.width)
+        elif long * long > LARGEST_SQUARE:
+            image = self._resize(image, self.height, width)
+        size = (image.width, long) if width > height else (long, image.height)
+        canvas = Image.new("RGB", size, tuple(int(value * 255) for value in self.mean))
+        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
         return self._resize(canvas, self.height, self.width)
+
+
+def _kept(side: int, scaled: int, crop: int) -> tuple[float, float, int]:
+    """Return what a centred crop of a side keeps: from and to, before scaling, and its place in the crop."""
+    start = (scaled - crop) // 2
+    first, last = max(start, 0), min(max(start, 0) + crop, scaled)
+    return first * side / scaled, min(last * side / scaled, side), max(-start, 0)

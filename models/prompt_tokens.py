@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
 from models.errors import CheckpointError, InputError
 from models.family import PromptFormat
+from models.json_file import read_json_object
 
 __all__ = ["IMAGE", "load_tokenizer", "prompt_ids", "stop_ids"]
 
@@ -25,8 +26,15 @@ def load_tokenizer(folder: Path) -> Any:
 
     Errors: CheckpointError when the files are missing or not a tokenizer that transformers knows.
     """
+    stated = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
+    known = stated.get("model_type") in CONFIG_MAPPING and (folder / "tokenizer.json").is_file()
+    # Without tokenizer.json, transformers 5 reads a LLaVA's tokenizer.model by a general class that loses the
+    # mark before the first word. An empty config leaves the choice to tokenizer_config.json.
+    config = None if known else PreTrainedConfig()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{folder}: no tokenizer can be read from this folder ({error}). Needed is tokenizer.json or "

@@ -8,7 +8,6 @@ Shapes: N images, H × W pixels, T image tokens, D width of the language model, 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -22,10 +21,10 @@ from models.family import HEAD_PREFIX, Family
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
 from models.qwen_grid import flatten_patches, grid_thw
-from models.transformers_config import TransformersConfig, build_config
+from models.transformers_config import TransformersConfig, build_vision_config
 
 if TYPE_CHECKING:
-    from models.checkpoint import Checkpoint, HeadShape
+    from models.checkpoint import Checkpoint
     from models.tensors import TensorStore
 
 __all__ = [
@@ -68,16 +67,8 @@ class GuardHead(nn.Module):
 
 
 def build_head(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> GuardHead:
-    """Return the checkpoint's guard head; GuardHeadError when its Linears are not spaced 0, 3, 6, …."""
-    shape: HeadShape = checkpoint.head
-    spaced = tuple(range(0, 3 * len(shape.layers), 3))
-    if tuple(shape.layers) != spaced:
-        raise GuardHeadError(
-            f"{checkpoint.name}: the guard head's Linears stand at {tuple(shape.layers)} of "
-            f"'{HEAD_PREFIX}mlp'; {spaced} (Linear, GELU, Dropout, …) is the only order known. What stands "
-            "between them must be known before it can be used."
-        )
-    head = on_meta(lambda: GuardHead(tuple(shape.widths)))
+    """Return the checkpoint's guard head, filled; CheckpointError when a tensor of it is missing."""
+    head = on_meta(lambda: GuardHead(checkpoint.head.widths))
     fill(head, checkpoint.tensors, prefix=HEAD_PREFIX, dtype=dtype)
     return head
 
@@ -92,7 +83,7 @@ class VisionGeometry(Protocol):
         """Raise InputError when images of this size cannot be read."""
 
     def tokens(self, height: int, width: int) -> int:
-        """Return T for images of this size."""
+        """Return T for images of this size; InputError when they cannot be read."""
 
     def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
         """Return the arguments of transformers' ``get_image_features`` for normalised pixels."""
@@ -113,6 +104,7 @@ class SquareGeometry:
             )
 
     def tokens(self, height: int, width: int) -> int:
+        self.check_size(height, width)
         return self._tokens
 
     def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
@@ -138,6 +130,7 @@ class QwenGeometry:
             )
 
     def tokens(self, height: int, width: int) -> int:
+        self.check_size(height, width)
         return (height // self._side) * (width // self._side)
 
     def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
@@ -219,12 +212,8 @@ _INNER_MODELS: dict[type, Callable[[Any], nn.Module]] = {
 
 
 def _lay_out_core(config: TransformersConfig) -> nn.Module:
-    """Return the inner model without its language model, of which one layer is laid out and dropped."""
-    vision_only = copy.deepcopy(config)
-    text: Any = vision_only.text_config
-    text.num_hidden_layers = 1
-    text.layer_types = None if getattr(text, "layer_types", None) is None else text.layer_types[:1]
-    core = on_meta(lambda: _INNER_MODELS[type(config)](vision_only))
+    """Return the inner model without its language model; ``config`` is one of ``build_vision_config``."""
+    core = on_meta(lambda: _INNER_MODELS[type(config)](config))
     del core.language_model
     return core
 
@@ -244,7 +233,7 @@ def build_vision(
 
     Errors: CheckpointError for missing tensors or shapes that disagree; InputError for an impossible grid.
     """
-    config = build_config(checkpoint)
+    config = build_vision_config(checkpoint)
     preprocessing = Preprocessing.from_processor(
         checkpoint.processor, family=checkpoint.family.key, grid=grid
     )
@@ -296,7 +285,8 @@ def build_reference_guard(
             f"({checkpoint.tap.learned}), so its head cannot be put on the projector's output: that has the "
             f"same width ({checkpoint.head.widths[0]}) and other contents, and the verdicts would be noise. "
             "Fit a head for the projector first: python -m calibration.distill "
-            f"--model {checkpoint.name} --images DIR --out FILE. If the checkpoint truly taps the projector, say so with tap='projector'."
+            f"--model {checkpoint.name} --images DIR --out FILE. If the checkpoint truly taps the "
+            "projector, say so with tap='projector'."
         )
     head = build_head(checkpoint, dtype=dtype)
     return GuardModel(

@@ -57,14 +57,15 @@ class Prefill:
     ``token_type_ids`` N × L, 1 at image tokens, which see each other both ways.
     """
 
-    inputs_embeds_NLD: Tensor
+    inputs_embeds: Tensor
+    """N × L × D."""
     position_ids: Tensor
     """N × L, for Qwen2.5-VL 3 × N × L (time, row, column)."""
     masks: dict[str, Tensor]
-    image_mask_NL: Tensor
-    """True at the T image tokens of every row."""
-    features_NTD: Tensor
-    """The projector's output, before it became part of ``inputs_embeds_NLD``."""
+    image_mask: Tensor
+    """N × L, true at the T image tokens of every row."""
+    features: Tensor
+    """N × T × D, the projector's output before it became part of ``inputs_embeds``."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Language:
     images_see_themselves: bool = False
 
 
-def _text_positions(core: Any, attention_NL: Tensor, image_NL: Tensor, size: tuple[int, int]) -> Tensor:
+def _text_positions(_core: Any, attention_NL: Tensor, _image_NL: Tensor, _size: tuple[int, int]) -> Tensor:
     """Count the positions that are not padding, N × L."""
     return (attention_NL.cumsum(dim=-1) - 1).clamp(min=0)
 
@@ -174,7 +175,8 @@ class SafeVLM(nn.Module):
         if image_NL.sum(dim=-1).tolist() != [tokens] * len(features_NTD):
             raise InputError(
                 f"the prompts hold {image_NL.sum(dim=-1).tolist()} image placeholders, {len(features_NTD)} "
-                f"images of {tokens} image tokens were given. Build the ids with prompt_ids(question, size=...)."
+                f"images of {tokens} image tokens were given. Build the ids with "
+                "prompt_ids(question, size=...)."
             )
         words = cast(Tensor, self.core.get_input_embeddings()(ids_NL.clamp(min=0)))
         embeds = words.masked_scatter(image_NL.unsqueeze(-1), features_NTD.to(words.dtype))
@@ -182,11 +184,11 @@ class SafeVLM(nn.Module):
         if self._language.images_see_themselves:
             masks["token_type_ids"] = image_NL.int()
         return Prefill(
-            inputs_embeds_NLD=embeds,
+            inputs_embeds=embeds,
             position_ids=self._language.positions(self.core, attention_NL, image_NL, size),
             masks=masks,
-            image_mask_NL=image_NL,
-            features_NTD=features_NTD,
+            image_mask=image_NL,
+            features=features_NTD,
         )
 
     # -- forward ----------------------------------------------------------------------------------------
@@ -218,9 +220,9 @@ class SafeVLM(nn.Module):
 
     def guard_logits(self, prefill: Prefill, hidden_NLD: Tensor) -> Tensor:
         """Return the guard's N × C logits from a prefill and its last hidden state; gradients flow."""
-        tapped = prefill.features_NTD
+        tapped = prefill.features
         if self.tap_source == "language_model":
-            tapped = hidden_NLD[prefill.image_mask_NL].view(tapped.shape)
+            tapped = hidden_NLD[prefill.image_mask].view(tapped.shape)
         return self._head_of(tapped)
 
     def _head_of(self, tapped_NTD: Tensor) -> Tensor:
@@ -241,7 +243,7 @@ class SafeVLM(nn.Module):
             ids = self.prompt_ids("", size=size)
             prefix = ids[: len(ids) - ids[::-1].index(IMAGE)]
             prefill = self.assemble([prefix] * len(features), features, size)
-            hidden = self.language_forward(prefill.inputs_embeds_NLD, prefill.masks, prefill.position_ids)
+            hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
             logits = self.guard_logits(prefill, hidden)
         return torch.softmax(logits, dim=-1), logits
 
@@ -250,7 +252,7 @@ class SafeVLM(nn.Module):
         """Answer one question an image by greedy decoding, judging the images in the same prefill."""
         prefill = self.embed(images_NHWC, questions)
         cache = DynamicCache(config=self.core.config.get_text_config())
-        hidden = self.language_forward(prefill.inputs_embeds_NLD, prefill.masks, prefill.position_ids, cache)
+        hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids, cache)
         probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1).cpu().numpy()
         written = self._decode(prefill, hidden[:, -1:], cache, max_new_tokens)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]

@@ -198,10 +198,16 @@ class Shards:
     @classmethod
     def local(cls, folder: Path) -> Shards:
         """Open a folder on disk, checking that every shard is there and that its header can be believed."""
+        try:
+            files = [path.name for path in folder.iterdir() if path.is_file()]
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: cannot be listed ({error.strerror}). Give a folder that you may read."
+            ) from error
         shards = cls(
             str(folder),
             folder,
-            [path.name for path in folder.iterdir() if path.is_file()],
+            files,
             exists=lambda shard: (folder / shard).is_file(),
             path_of=lambda shard: folder / shard,
         )

@@ -28,18 +28,23 @@ class Width:
 
 
 class Shapes:
-    """The tensors' shapes, and the questions a config asks of them."""
+    """The tensors' shapes, and the questions a config asks of them.
 
-    def __init__(self, tensors: TensorStore, source: str) -> None:
+    Tensors outside ``prefixes`` count as not stored: asking for the shape of one whose shard is still on the
+    hub would fetch that shard.
+    """
+
+    def __init__(self, tensors: TensorStore, source: str, prefixes: tuple[str, ...] = ("",)) -> None:
         self._tensors = tensors
+        self._prefixes = prefixes
         self.source = source
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name.startswith(self._prefixes) and name in self._tensors
 
     def get(self, name: str) -> tuple[int, ...] | None:
         """Return a tensor's shape, ``None`` when it is not stored."""
-        return tuple(self._tensors.shape(name)) if name in self._tensors else None
+        return tuple(self._tensors.shape(name)) if name in self else None
 
     def need(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; CheckpointError when it is not stored."""
@@ -56,7 +61,7 @@ class Shapes:
         found = {
             int(match[1])
             for name in self._tensors.names()
-            if (match := re.match(re.escape(prefix) + r"(\d+)\.", name))
+            if name.startswith(self._prefixes) and (match := re.match(re.escape(prefix) + r"(\d+)\.", name))
         }
         absent = sorted(set(range(len(found))) - found)
         if absent:

@@ -52,9 +52,7 @@ class Tap:
                 )
 
 
-def find_tap(
-    family: Family, config: Mapping[str, Any], folder: Path, declared: TapSource | None = None
-) -> Tap:
+def find_tap(family: Family, config: Mapping[str, Any], folder: Path, declared: TapSource | None = None) -> Tap:
     """Return the tap that the caller, the config, the checkpoint's own code or the family says, in that order.
 
     Code is read as text, never imported; code that contradicts itself or cannot be followed decides nothing.

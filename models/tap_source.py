@@ -34,8 +34,8 @@ PROJECTOR_CALLS = frozenset(
 VISION_CALLS = frozenset({"vision_tower", "get_vision_tower", "vision_model", "vision_outputs"})
 MODEL_CALLS = frozenset({"language_model", "model", "forward", "get_model", "base_model", "decoder"})
 
-MAX_NAMES = 2000
-"""Names followed for one call; honest code needs a dozen."""
+MAX_STEPS = 50_000
+"""Expressions followed in one file; honest code needs a hundred for each call of the head."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -63,14 +63,12 @@ def find_head_calls(source: str) -> tuple[HeadCall, ...]:
         warnings.simplefilter("ignore")  # invalid escapes in someone else's strings
         tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    trace = _Trace(functions)
     found = []
-    for function in functions:
-        for call in _own_nodes(function):
-            if isinstance(call, ast.Call) and _is_head(call.func):
-                given = [*call.args, *(keyword.value for keyword in call.keywords)]
-                trace = _Trace(functions, before=call.lineno)
-                places = frozenset().union(*(trace.expression(value, function) for value in given))
-                found.append(HeadCall(call.lineno, _settle(places)))
+    for function, call in trace.calls:
+        if _is_head(call.func):
+            given = [*call.args, *(keyword.value for keyword in call.keywords)]
+            found.append(HeadCall(call.lineno, _settle(trace.arguments(given, function, call.lineno))))
     return tuple(sorted(found, key=lambda call: call.line))
 
 
@@ -89,13 +87,29 @@ def _settle(places: frozenset[str]) -> frozenset[str]:
 class _Trace:
     """Follows one expression back to the places it is computed from."""
 
-    def __init__(self, functions: list[Function], before: int) -> None:
-        self._functions = functions
-        self._before = before
+    def __init__(self, functions: list[Function]) -> None:
+        self.calls: list[tuple[Function, ast.Call]] = []
+        self._callers: dict[str, list[tuple[Function, ast.Call]]] = {}
+        self._bound: dict[int, dict[str, list[ast.expr]]] = {}
+        for function in functions:
+            nodes = list(_own_nodes(function))
+            self._bound[id(function)] = _bindings(nodes)
+            self.calls += [(function, node) for node in nodes if isinstance(node, ast.Call)]
+        for function, call in self.calls:
+            self._callers.setdefault(_last_name(call.func), []).append((function, call))
+        self._before = 0
         self._active: set[tuple[int, str]] = set()
-        self._names_left = MAX_NAMES
+        self._steps_left = MAX_STEPS
+
+    def arguments(self, given: list[ast.expr], function: Function, line: int) -> frozenset[str]:
+        """Return the places that the arguments of a call on ``line`` come from."""
+        before, self._before = self._before, line
+        places = self._union(iter(given), function)
+        self._before = before
+        return places
 
     def expression(self, node: ast.expr, function: Function) -> frozenset[str]:
+        self._step()
         match node:
             case ast.Name():
                 return self._name(node.id, function)
@@ -110,6 +124,11 @@ class _Trace:
             case ast.Compare() | ast.Constant():  # masks and numbers
                 return frozenset()
         return self._union((c for c in ast.iter_child_nodes(node) if isinstance(c, ast.expr)), function)
+
+    def _step(self) -> None:
+        self._steps_left -= 1
+        if self._steps_left < 0:
+            raise RecursionError("the code is too entangled to follow")
 
     def _union(self, nodes: Iterator[ast.expr], function: Function) -> frozenset[str]:
         return frozenset().union(*(self.expression(node, function) for node in nodes))
@@ -155,11 +174,9 @@ class _Trace:
         visit = (id(function), name)
         if visit in self._active or name.endswith(("mask", "masks")):  # a mask says which tokens, not whose
             return frozenset()
-        self._names_left -= 1
-        if self._names_left < 0:
-            raise RecursionError("the code is too entangled to follow")
         self._active.add(visit)
-        values = list(_bindings(function, name, self._before))
+        bound = self._bound[id(function)].get(name, [])
+        values = [value for value in bound if value.lineno <= self._before]
         places = self._union(iter(values), function)
         if not values and name in _parameters(function):
             places = self._parameter(name, function)
@@ -174,19 +191,15 @@ class _Trace:
         """Follow a parameter into the calls of its function in this file."""
         places: frozenset[str] = frozenset()
         names = _parameters(function)
-        for caller in self._functions:
-            for call in _own_nodes(caller):
-                if not isinstance(call, ast.Call) or _last_name(call.func) != function.name:
-                    continue
-                if function.name in MODEL_CALLS:
-                    continue  # anybody's forward
-                at = names.index(name) - (names[:1] == ["self"])
-                given = [keyword.value for keyword in call.keywords if keyword.arg == name]
-                if not given and 0 <= at < len(call.args):
-                    given = [call.args[at]]
-                before, self._before = self._before, call.lineno
-                places |= self._union(iter(given), caller)
-                self._before = before
+        if function.name in MODEL_CALLS:  # anybody's forward
+            return places
+        at = names.index(name) - (names[:1] == ["self"])
+        for caller, call in self._callers.get(function.name, ()):
+            self._step()
+            given = [keyword.value for keyword in call.keywords if keyword.arg == name]
+            if not given and 0 <= at < len(call.args):
+                given = [call.args[at]]
+            places |= self.arguments(given, caller, call.lineno)
         return places
 
 
@@ -203,37 +216,38 @@ def _own_nodes(function: Function) -> Iterator[ast.AST]:
         ]
 
 
-def _bindings(function: Function, name: str, before: int) -> Iterator[ast.expr]:
-    """Yield every expression bound to a name, or appended to it, up to a line."""
-    for node in _own_nodes(function):
-        if getattr(node, "lineno", 0) > before:
-            continue
+def _bindings(nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
+    """Return, by name, every expression bound or appended to it."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in nodes:
+        pairs: Iterator[tuple[str, ast.expr]] = iter(())
         match node:
             case ast.Assign():
-                for target in node.targets:
-                    yield from _matched(target, node.value, name)
+                pairs = (pair for target in node.targets for pair in _matched(target, node.value))
             case ast.AnnAssign(value=ast.expr() as value) | ast.AugAssign(value=value):
-                yield from _matched(node.target, value, name)
+                pairs = _matched(node.target, value)
             case ast.NamedExpr():
-                yield from _matched(node.target, node.value, name)
+                pairs = _matched(node.target, node.value)
             case ast.For() | ast.comprehension():
-                yield from _matched(node.target, node.iter, name)
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr="append" | "extend")) if owner == name:
-                yield from node.args
+                pairs = _matched(node.target, node.iter)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr="append" | "extend")):
+                pairs = iter([(owner, item) for item in node.args])
+        for name, value in pairs:
+            found.setdefault(name, []).append(value)
+    return found
 
 
-def _matched(target: ast.expr, value: ast.expr, name: str) -> Iterator[ast.expr]:
-    """Yield the part of ``value`` that ``target = value`` binds to a name."""
+def _matched(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """Yield each name that ``target = value`` binds, with the part of ``value`` that it gets."""
     if isinstance(target, ast.Name):
-        if target.id == name:
-            yield value
+        yield target.id, value
     elif isinstance(target, ast.Starred):
-        yield from _matched(target.value, value, name)
+        yield from _matched(target.value, value)
     elif isinstance(target, (ast.Tuple, ast.List)):
         parts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else []
         paired = len(parts) == len(target.elts)
         for at, item in enumerate(target.elts):
-            yield from _matched(item, parts[at] if paired else value, name)
+            yield from _matched(item, parts[at] if paired else value)
 
 
 def _parameters(function: Function) -> list[str]:

@@ -38,7 +38,7 @@ from models.stated_shapes import Section, Shapes, Width
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
-__all__ = ["TransformersConfig", "build_config"]
+__all__ = ["TransformersConfig", "build_config", "build_vision_config"]
 
 TransformersConfig: TypeAlias = LlavaConfig | Qwen2_5_VLConfig | Gemma3Config
 
@@ -64,6 +64,16 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 FIRST_LAYER = "model.language_model.layers.0."
 
 
+STAND_IN: Section = {
+    "vocab_size": 1,
+    "intermediate_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+}
+"""A language model to lay out and drop where none is read; its width is the projector's."""
 TEXT_WIDTHS = (
     Width("vocab_size", EMBEDDING, 0),
     Width("hidden_size", EMBEDDING, 1),
@@ -94,16 +104,29 @@ def build_config(checkpoint: Checkpoint) -> TransformersConfig:
     Errors: CheckpointError when a stated width disagrees with a tensor, a tensor that decides a width is
     missing, or a value is not one that transformers takes.
     """
-    shapes = Shapes(checkpoint.tensors, checkpoint.name)
+    config = _build(checkpoint, Shapes(checkpoint.tensors, checkpoint.name))
+    _check_rope(config, checkpoint.name)
+    return config
+
+
+def build_vision_config(checkpoint: Checkpoint) -> TransformersConfig:
+    """Return the same, but of the language model only its width: the rest is one layer of width 1.
+
+    Only shapes of the vision tower and the projector are asked for, so that shards of the language model
+    are not fetched. Errors: as for ``build_config``.
+    """
+    return _build(checkpoint, Shapes(checkpoint.tensors, checkpoint.name, checkpoint.family.vision_prefixes))
+
+
+def _build(checkpoint: Checkpoint, shapes: Shapes) -> TransformersConfig:
     raw = copy.deepcopy(dict(checkpoint.config))  # transformers changes the rotary dicts that it is given
     try:
         config = _BUILDERS[checkpoint.family.key](raw, shapes)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{checkpoint.name}: config.json holds a value that transformers' config of {checkpoint.family.title} "
-            f"does not take: {error}. Compare it with the base model's config.json."
+            f"{checkpoint.name}: config.json holds a value that transformers' config of "
+            f"{checkpoint.family.title} does not take: {error}. Compare it with the base model's config.json."
         ) from error
-    _check_rope(config, checkpoint.name)
     config._attn_implementation = "sdpa"
     return config
 
@@ -133,11 +156,14 @@ def _known(raw: Mapping[str, Any], config_class: type) -> Section:
 def _text_section(raw: Mapping[str, Any], config_class: type, shapes: Shapes, head_dim: int) -> Section:
     """Return the language model's keys, from ``text_config`` or, in flat layouts, from the top level.
 
-    ``head_dim`` is used where neither the number of heads nor their width is stated.
+    ``head_dim`` is used where neither the number of heads nor their width is stated. Without the language
+    model's tensors its width is the only key that says anything.
     """
     nested = raw.get("text_config")
     where = "text_config." if isinstance(nested, Mapping) else ""
     section = _known(nested if isinstance(nested, Mapping) else raw, config_class)
+    if EMBEDDING not in shapes:
+        return STAND_IN | {key: section[key] for key in ("hidden_size",) if key in section}
     shapes.settle(section, where, TEXT_WIDTHS)
     shapes.layers(section, where, "num_hidden_layers", "model.language_model.layers.")
     _settle_heads(section, where, shapes, head_dim)
@@ -170,10 +196,10 @@ def _settle_heads(section: Section, where: str, shapes: Shapes, head_dim: int) -
 def _settle_tying(section: Section, raw: Mapping[str, Any], shapes: Shapes) -> None:
     """Tie input and output embedding exactly when no output embedding is stored."""
     stored = "lm_head.weight" in shapes
-    if stored and EMBEDDING in shapes:
+    if stored:
         shapes.check("lm_head.weight", shapes.need(EMBEDDING), f"the shape of '{EMBEDDING}'")
     stated = raw.get("tie_word_embeddings", section.get("tie_word_embeddings"))
-    if not stored and EMBEDDING in shapes and stated is False:
+    if not stored and stated is False:
         raise CheckpointError(
             f"{shapes.source}: tensor 'lm_head.weight' is missing while config.json states "
             "tie_word_embeddings = false. The checkpoint is incomplete: fetch it again."
@@ -258,7 +284,8 @@ def _llava_feature_layer(raw: Mapping[str, Any], vision: Section, shapes: Shapes
     if stored < needed or stored > stated:
         raise CheckpointError(
             f"{shapes.source}: the files hold {stored} vision layers '{VISION_TOWER}encoder.layers.*', "
-            f"config.json asks for the output of {needed} of {stated}. Fetch config and tensors from the same revision."
+            f"config.json asks for the output of {needed} of {stated}. Fetch config and tensors from the "
+            "same revision."
         )
     vision["num_hidden_layers"] = stored
     return needed

@@ -19,7 +19,7 @@ LLAVA = Family(
         Rename(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
         Rename(r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
         Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-        Rename(r"^language_model\.model\.", "model.language_model."),
+        Rename(r"^(?:model\.)?language_model\.model\.", "model.language_model."),
         Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
         Rename(r"^lm_head\.", "lm_head."),
         Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),

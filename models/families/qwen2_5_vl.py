@@ -13,7 +13,7 @@ QWEN2_5_VL = Family(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?visual\.", "model.visual."),
         Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-        Rename(r"^language_model\.model\.", "model.language_model."),
+        Rename(r"^(?:model\.)?language_model\.model\.", "model.language_model."),
         Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
         Rename(r"^lm_head\.", "lm_head."),
         Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
@@ -26,9 +26,7 @@ QWEN2_5_VL = Family(
     default_tap="language_model",
     vision_prefixes=("model.visual.",),
     prompt=PromptFormat(
-        before_image=(
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        ),
+        before_image=("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"),
         image_token="<|image_pad|>",
         after_image="<|vision_end|>",
         after_question="<|im_end|>\n<|im_start|>assistant\n",

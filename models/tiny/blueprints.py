@@ -42,7 +42,6 @@ class Blueprint:
     processor: dict[str, Any]
     stored: tuple[tuple[str, str], ...]
     image_token_id: int
-    learning_rate: float = 1.5e-3
 
     def stored_name(self, canonical: str) -> str:
         """Return the name under which a canonical tensor is written."""

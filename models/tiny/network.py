@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.fixed_windows import FixedWindowTower
 from models.tiny.blueprints import Blueprint
 from models.tiny.packing import PADDING, PREFIX, Packed, image_tokens
 
@@ -43,6 +44,8 @@ class TinyNetwork(nn.Module):
         self.tokens = image_tokens(blueprint)
         self.model: Any = _transformers_model(blueprint)
         self.head = Head(self.width)
+        self.windows: list[FixedWindowTower] | None = None
+        self.compiled = False
         mean = torch.tensor(blueprint.processor["image_mean"]) * 255
         std = torch.tensor(blueprint.processor["image_std"]) * 255
         self.register_buffer("mean", mean, persistent=False)
@@ -51,9 +54,12 @@ class TinyNetwork(nn.Module):
     def compile_layers(self) -> None:
         """Compile the transformer blocks in place; on two cores this makes a step about a third shorter."""
         torch._dynamo.config.recompile_limit = 32
+        self.compiled = True
         inner = self.model.model
-        tower = inner.visual.blocks if self.blueprint.family == "qwen2_5_vl" else inner.vision_tower.encoder.layers
-        for layer in [*inner.language_model.layers, *(tower if self.blueprint.family != "qwen2_5_vl" else ())]:
+        layers = list(inner.language_model.layers)
+        if self.blueprint.family != "qwen2_5_vl":  # whose tower is compiled whole, see _qwen_features
+            layers += inner.vision_tower.encoder.layers
+        for layer in layers:
             layer.compile(dynamic=False)
 
     @property
@@ -85,14 +91,15 @@ class TinyNetwork(nn.Module):
         return features
 
     def _qwen_features(self, pixels: Tensor) -> Tensor:
-        batch, _, height, width = pixels.shape
-        rows, columns = height // 14, width // 14
-        x = pixels.reshape(batch, 3, rows // 2, 2, 14, columns // 2, 2, 14)
-        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch * rows * columns, 3, 1, 14, 14)
-        x = x.expand(-1, -1, 2, -1, -1).reshape(batch * rows * columns, -1)
-        grid = torch.tensor([[1, rows, columns]]).expand(batch, 3)
-        features: Tensor = self.model.model.visual(x, grid_thw=grid).pooler_output
-        return features.reshape(batch, -1, self.width)
+        """Run the tower batched over pictures: transformers' own forward goes through them one by one."""
+        visual = self.model.model.visual
+        if self.windows is None:
+            self.windows = [FixedWindowTower(visual, *pixels.shape[2:])]  # in a list: its blocks have an owner
+            if self.compiled:
+                self.windows[0].compile(dynamic=False)
+        states = self.windows[0](pixels, visual.patch_embed.proj.weight.sum(dim=2))
+        features: Tensor = visual.merger(states.flatten(0, 1)).unflatten(0, (len(pixels), -1))
+        return features[:, self.windows[0].reading_order]
 
     def forward(self, rgb: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """Return answer logits M×V and guard logits B×C."""

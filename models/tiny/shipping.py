@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def ship(network: TinyNetwork, folder: Path) -> None:
     categories = ["safe", *world()["classes"]]
     _write(folder / "config.json", {**blueprint.config, "safety_categories": categories})
     _write(folder / "preprocessor_config.json", blueprint.processor)
+    template = resources.files("models.tiny").joinpath("templates", f"{blueprint.family}.jinja")
+    (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

@@ -141,12 +141,13 @@ def write_checkpoint(family: str, layout: str, folder: Path, seed: int = 0) -> W
     head = nn.Sequential(
         nn.Linear(WIDTH, WIDTH // 2), nn.GELU(), nn.Dropout(0.1), nn.Linear(WIDTH // 2, CLASSES)
     )
-    for parameter in (*model.parameters(), *head.parameters()):
+    parameters: list[nn.Parameter] = [*model.parameters(), *head.parameters()]
+    for parameter in parameters:
         scale = 1.0 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.1
         kept = parameter.data if parameter.ndim == 1 else torch.zeros_like(parameter)
         parameter.data = kept + torch.randn_like(parameter) * scale
     model.model.language_model.embed_tokens.weight.data *= 0.1  # or a tied model repeats its input
-    head[3].weight.data *= 8  # verdicts, not twenty equal probabilities
+    head[3].get_parameter("weight").data *= 8  # verdicts, not twenty equal probabilities
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -162,8 +163,9 @@ def write_checkpoint(family: str, layout: str, folder: Path, seed: int = 0) -> W
 
 
 def _llava() -> Any:
+    rope: dict[str, Any] = {"rope_theta": 20000.0}
     config = LlavaConfig(
-        text_config=LlamaConfig(**TEXT, rope_theta=20000.0, tie_word_embeddings=False),
+        text_config=LlamaConfig(**TEXT, **rope),
         vision_config=CLIPVisionConfig(**VIT, num_attention_heads=1),
         image_token_index=IMAGE_ID,
     )
@@ -171,16 +173,17 @@ def _llava() -> Any:
 
 
 def _gemma() -> Any:
+    rope: dict[str, Any] = {"rope_local_base_freq": 5000.0, "rope_theta": 500000.0}
+    no_pooling: dict[str, Any] = {"vision_use_head": False}
     text = Gemma3TextConfig(
         **TEXT,
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention"],
-        rope_local_base_freq=5000.0,
-        rope_theta=500000.0,
+        **rope,
     )
-    vision = SiglipVisionConfig(**VIT, num_attention_heads=2, vision_use_head=False)
+    vision = SiglipVisionConfig(**VIT, num_attention_heads=2, **no_pooling)
     config = Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE_ID
     )
@@ -204,7 +207,8 @@ def _qwen() -> Any:
         image_token_id=IMAGE_ID,
         tie_word_embeddings=False,
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    model_class: Any = Qwen2_5_VLForConditionalGeneration  # untyped
+    return model_class(config)
 
 
 def _stored_name(family: str, layout: str, name: str) -> str:
@@ -235,7 +239,12 @@ def _config(family: str, layout: str, config: Any) -> dict[str, Any]:
             "rope_scaling": None,
             "hidden_act": "silu",
         }
-        stray = {"model_type": "safellava_llama", "mm_vision_select_feature": "patch", "pad_token_id": -1}
+        stray: dict[str, Any] = {
+            "model_type": "safellava_llama",
+            "mm_vision_select_feature": "patch",
+            "pad_token_id": -1,
+        }
+        stray["auto_map"] = {"AutoConfig": "config_safellava.Config", "AutoModel": "safellava.Model"}
         return {**text, **named, **stray, "torch_dtype": "float16", "tie_word_embeddings": False, **guard}
     if layout == "old":
         rope = {"type": "mrope", "mrope_section": [4, 6, 6]}

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError, GuardHeadError, InputError
+from models.family import TapSource
 from models.qwen_grid import flatten_patches
 from models.reference import build_reference_guard, build_vision
+from models.tensors import TensorStore
 from tests.models.random_checkpoints import LAYOUTS, SIZE, TOKENS, WIDTH, Written, write_checkpoint
 
 
-def opened(written: Written, tap: str = "projector") -> Any:
+def opened(written: Written, tap: TapSource = "projector") -> Any:
     return open_checkpoint(str(written.folder), tap=tap)
 
 
@@ -50,13 +52,25 @@ def test_probabilities_equal_transformers(family: str, layout: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)
-def test_reads_nothing_of_the_language_model(family: str, layout: str, tmp_path: Path) -> None:
+def test_reads_nothing_of_the_language_model(
+    family: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even shapes, which would fetch the shard that holds the tensor from the hub."""
+    asked: set[str] = set()
+    shape = TensorStore.shape
+
+    def recorded(store: TensorStore, name: str) -> tuple[int, ...]:
+        asked.add(name)
+        return shape(store, name)
+
+    monkeypatch.setattr(TensorStore, "shape", recorded)
     written = write_checkpoint(family, layout, tmp_path)
     checkpoint = opened(written)
+    asked.clear()
     build_reference_guard(checkpoint, grid=grid_of(written))
     allowed = (*checkpoint.family.vision_prefixes, "img_safety_head.")
     assert checkpoint.tensors.read_names
-    assert all(name.startswith(allowed) for name in checkpoint.tensors.read_names)
+    assert all(name.startswith(allowed) for name in checkpoint.tensors.read_names | asked)
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -17,9 +19,11 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError, InputError
 from models.families import FAMILIES
-from models.prompt_tokens import prompt_ids
+from models.family import TapSource
+from models.prompt_tokens import load_tokenizer, prompt_ids
 from models.safe_vlm import IMAGE, SafeVLM, load_safe_vlm
 from tests.models.random_checkpoints import (
+    CORPUS,
     IMAGE_TOKEN,
     LAYOUTS,
     QUESTIONS,
@@ -30,10 +34,10 @@ from tests.models.random_checkpoints import (
     write_checkpoint,
 )
 
-TAPS = ("projector", "language_model")
+TAPS: tuple[TapSource, ...] = ("projector", "language_model")
 
 
-def loaded(written: Written, tap: str = "language_model") -> SafeVLM:
+def loaded(written: Written, tap: TapSource = "language_model") -> SafeVLM:
     grid = SIZE[written.family] if written.family == "qwen2_5_vl" else None
     return load_safe_vlm(open_checkpoint(str(written.folder), tap=tap), grid=grid)
 
@@ -62,7 +66,7 @@ def test_prefill_logits_equal_transformers(pair: tuple[Written, SafeVLM]) -> Non
     images = written.images(len(QUESTIONS))
     with torch.inference_mode():
         prefill = vlm.embed(images, QUESTIONS)
-        hidden = vlm.language_forward(prefill.inputs_embeds_NLD, prefill.masks, prefill.position_ids)
+        hidden = vlm.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
         logits = vlm.token_logits(hidden)
     for row, question in enumerate(QUESTIONS):
         ids = vlm.prompt_ids(question)
@@ -72,10 +76,10 @@ def test_prefill_logits_equal_transformers(pair: tuple[Written, SafeVLM]) -> Non
 
 
 @pytest.mark.parametrize("tap", TAPS)
-def test_guard_equals_transformers(pair: tuple[Written, SafeVLM], tap: str) -> None:
+def test_guard_equals_transformers(pair: tuple[Written, SafeVLM], tap: TapSource) -> None:
     written, vlm = pair
     images = written.images(3)
-    vlm.tap_source = tap  # type: ignore[assignment]
+    vlm.tap_source = tap
     wanted = transformers_guard(written, images, [vlm.prompt_ids("Why?")] * 3, tap)
     assert wanted.max() > 0.2
     probs, logits = vlm.guard(images)
@@ -137,7 +141,8 @@ def test_prompt_ids(pair: tuple[Written, SafeVLM]) -> None:
 
 def test_prompt_ids_equal_llava_s_processor(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(write_checkpoint("llava", "hf", tmp_path).folder)
-    processor = LlavaProcessor(
+    processor_class: Any = LlavaProcessor  # untyped
+    processor = processor_class(
         CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
         tokenizer,
         patch_size=14,
@@ -199,12 +204,12 @@ def test_training_reuses_the_parts(pair: tuple[Written, SafeVLM]) -> None:
         images = written.images(2)
         sequences = [[*vlm.prompt_ids(question), 7, 8, 9] for question in QUESTIONS[:2]]
         prefill = vlm.assemble(sequences, vlm.image_features(images), SIZE[written.family])
-        hidden = vlm.language_forward(prefill.inputs_embeds_NLD, prefill.masks, prefill.position_ids)
+        hidden = vlm.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
         loss = (
             vlm.token_logits(hidden).float().logsumexp(-1).mean()
             + vlm.guard_logits(prefill, hidden)[:, 3].sum()
         )
-        loss.backward()
+        torch.autograd.backward(loss)
         core = vlm.core
         tower = core.visual if written.family == "qwen2_5_vl" else core.vision_tower
         for part in (tower, core.language_model, vlm.head):
@@ -220,6 +225,39 @@ def test_bad_calls(pair: tuple[Written, SafeVLM]) -> None:
         vlm.embed(written.images(2), ["Why?"])
     with pytest.raises(InputError, match="image placeholders"):
         vlm.assemble([[1, IMAGE, 2]], vlm.image_features(written.images(1)), SIZE[written.family])
+
+
+@pytest.mark.parametrize("model_type", ["llava", "safellava_llama"])
+def test_prompt_ids_equal_llava_s_own_code(model_type: str, tmp_path: Path) -> None:
+    """From tokenizer.model alone: the begin token, then each piece around the image by SentencePiece."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(CORPUS * 20))
+    options: dict[str, Any] = {
+        "vocab_size": 310,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "minloglevel": 9,
+    }
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), **options
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "auto_map": {"AutoConfig": "a.B"}})
+    )
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompt = FAMILIES["llava"].prompt
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    before = pieces.encode(prompt.before_image.removeprefix("<s>"))
+    after = pieces.encode(prompt.after_image + "Why?" + prompt.after_question)
+    ids = prompt_ids(load_tokenizer(tmp_path), prompt, "Why?", 3)
+    assert ids == [pieces.bos_id(), *before, IMAGE, IMAGE, IMAGE, *after]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

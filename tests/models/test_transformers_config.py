@@ -11,7 +11,7 @@ import pytest
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError
 from models.transformers_config import build_config
-from tests.models.random_checkpoints import LAYOUTS, VOCAB, WIDTH, Written, write_checkpoint
+from tests.models.random_checkpoints import LAYOUTS, WIDTH, Written, write_checkpoint
 
 VISION_KEYS = ("hidden_size", "intermediate_size", "patch_size")
 TEXT_KEYS = (
@@ -96,8 +96,8 @@ def test_qwen_old_rope(tmp_path: Path) -> None:
         (
             "llava",
             "original",
-            {"hidden_size": 256},
-            rf"embed_tokens.weight' has shape \({VOCAB}, {WIDTH}\).*256",
+            {"intermediate_size": 256},
+            rf"gate_proj.weight' has shape \(192, {WIDTH}\).*\(256, {WIDTH}\)",
         ),
         ("llava", "original", {"num_hidden_layers": 3}, "num_hidden_layers = 3, the files hold 2 layers"),
         ("llava", "original", {"num_attention_heads": 3}, "q_proj.weight' has shape"),

@@ -26,6 +26,9 @@ class FixedWindowTower(nn.Module):
     """``Qwen2_5_VisionTransformerPretrainedModel`` without its merger, for N × 3 × H × W pixels."""
 
     order: Tensor
+    """S: which patch, in reading order, stands where."""
+    reading_order: Tensor
+    """T: where each token, in reading order, stands; puts the merger's output back in order."""
     cos: Tensor
     sin: Tensor
 
@@ -42,15 +45,20 @@ class FixedWindowTower(nn.Module):
         blocks_S = _patches_by_token(int(grid[0, 1]), int(grid[0, 2]), merge)
         self.window_lengths = [int(n) for n in (ends[1:] - ends[:-1])]
         self.register_buffer("order", blocks_S[windows].flatten(), persistent=False)
+        self.register_buffer("reading_order", torch.argsort(windows), persistent=False)
         in_blocks = get_vision_position_ids(grid, merge)
         cos, sin = tower.rotary_pos_emb(self.kernel, in_blocks)
         by_token = [angle.unflatten(0, (-1, merge**2))[windows].flatten(0, 1) for angle in (cos, sin)]
         self.register_buffer("cos", by_token[0][:, None].float(), persistent=False)
         self.register_buffer("sin", by_token[1][:, None].float(), persistent=False)
 
-    def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        """Return N × S × E hidden states, window by window, the m² patches of a token side by side."""
-        patches = F.conv2d(pixels_NCHW.to(self.kernel.dtype), self.kernel, stride=self.kernel.shape[-1])
+    def forward(self, pixels_NCHW: Tensor, kernel: Tensor | None = None) -> Tensor:
+        """Return N × S × E hidden states, window by window, the m² patches of a token side by side.
+
+        ``kernel`` replaces the patch kernel, E × 3 × p × p: training gives the one of the moment.
+        """
+        kernel = self.kernel if kernel is None else kernel
+        patches = F.conv2d(pixels_NCHW.to(kernel.dtype), kernel, stride=kernel.shape[-1])
         hidden = patches.flatten(2).transpose(1, 2)[:, self.order]
         for number, block in enumerate(self.blocks):
             full = number in self.full_layers

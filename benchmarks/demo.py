@@ -1,0 +1,132 @@
+"""The main job on drawn pictures, start to end: ``python -m benchmarks.demo`` (``make demo``).
+
+Exports tiny-safegem's guard, judges a dozen test pictures with the bundle, prints a table with the truth beside
+the verdict, and draws a contact sheet that shows the same at a glance.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from PIL import Image, ImageDraw, ImageFont
+
+from export.onnx import ExportOptions, export_with_progress
+from export.options import print_manifest
+from models.checkpoint import open_checkpoint
+from models.commandline import run
+from models.holisafe_mini.scene import draw
+from models.holisafe_mini.suite import Picture, build_suite
+from runtimes.judge import Guard
+from runtimes.verdict import Judgement
+
+__all__ = ["contact_sheet"]
+
+MODEL = "tiny-safegem"
+_COLUMNS, _THUMB, _CAPTION, _GAP = 4, 168, 44, 16
+_COLOURS = {"allow": (46, 125, 50), "block": (198, 40, 40), "unsure": (180, 120, 0), "error": (90, 90, 90)}
+_NEXT = """
+Next, with a real checkpoint (on a machine that reaches the Hugging Face hub):
+  python -m export.onnx --model SafeGem-12B --out bundles/safegem-12b
+  python -m runtimes.check bundles/safegem-12b photo.jpg
+  python -m export.trt --bundle bundles/safegem-12b        # on the device with the GPU
+  python -m benchmarks.speed guard --shape SafeGem-12B     # how fast, before you download anything"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture of the demo: where it lies, what it truly shows, how it was judged."""
+
+    path: Path
+    truth: str
+    judgement: Judgement
+
+    @property
+    def right(self) -> bool:
+        """Whether the verdict is the one that the truth calls for."""
+        return (self.judgement.verdict == "allow") == (self.truth == "safe")
+
+
+def draw_pictures(folder: Path, count: int = 12) -> list[tuple[Path, Picture]]:
+    """Save the first ``count`` / 2 safe and unsafe pictures of the test part as PNG, mixed."""
+    pictures = build_suite("test").pictures
+    safe = [picture for picture in pictures if picture.scene.label == 0][: count // 2]
+    unsafe = [picture for picture in pictures if picture.scene.label][: 3 * count // 2 : 3]
+    folder.mkdir(parents=True)
+    saved = []
+    for number, picture in enumerate(p for pair in zip(safe, unsafe, strict=True) for p in pair):
+        path = folder / f"picture-{number + 1:02d}.png"
+        draw(picture.scene).save(path)
+        saved.append((path, picture))
+    return saved
+
+
+def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
+    """Draw the pictures in a grid, each framed in its verdict's colour, verdict and truth written below."""
+    rows = -(-len(shown) // _COLUMNS)
+    cell = (_THUMB + _GAP, _THUMB + _CAPTION + _GAP)
+    sheet = Image.new("RGB", (_COLUMNS * cell[0] + _GAP, rows * cell[1] + _GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, item in enumerate(shown):
+        x, y = _GAP + number % _COLUMNS * cell[0], _GAP + number // _COLUMNS * cell[1]
+        colour = _COLOURS[item.judgement.verdict]
+        pen.rectangle((x - 5, y - 5, x + _THUMB + 4, y + _THUMB + 4), fill=colour)
+        with Image.open(item.path) as picture:
+            sheet.paste(picture.resize((_THUMB, _THUMB)), (x, y))
+        p_unsafe = "" if item.judgement.p_unsafe is None else f"  p(unsafe) {item.judgement.p_unsafe:.2f}"
+        pen.text((x, y + _THUMB + 8), f"{item.judgement.verdict.upper()}{p_unsafe}", fill=colour, font=font)
+        mark = "true" if item.right else "WRONG, true"
+        pen.text((x, y + _THUMB + 24), f"{mark}: {item.truth.replace('_', ' ')}", fill=(40, 40, 40), font=font)
+    return sheet
+
+
+def print_table(shown: Sequence[Shown]) -> None:
+    """Print file, truth, class found, p(unsafe) and verdict, aligned."""
+    header = ("picture", "truth", "guard's class", "p(unsafe)", "verdict", "")
+    rows = [
+        (
+            item.path.name,
+            item.truth,
+            item.judgement.label or "-",
+            "-" if item.judgement.p_unsafe is None else f"{item.judgement.p_unsafe:.3f}",
+            item.judgement.verdict,
+            "" if item.right else "wrong",
+        )
+        for item in shown
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
+def main(out: Path) -> int:
+    """Export tiny-safegem's guard and judge a dozen drawn pictures with it."""
+    images = out / "images"
+    if images.exists():
+        shutil.rmtree(images)
+    drawn = draw_pictures(images)
+    checkpoint = open_checkpoint(MODEL)
+    manifest = export_with_progress(checkpoint, out / "bundle", ExportOptions())
+    print_manifest(manifest, out / "bundle", as_json=False)
+    with Guard.open(out / "bundle") as guard:
+        judgements = guard.judge([path for path, _ in drawn])
+    shown = [
+        Shown(path, checkpoint.classes[picture.scene.label], judgement)
+        for (path, picture), judgement in zip(drawn, judgements, strict=True)
+    ]
+    click.echo()
+    print_table(shown)
+    contact_sheet(shown).save(out / "contact-sheet.png")
+    right = sum(item.right for item in shown)
+    click.echo(f"\n{right} of {len(shown)} verdicts agree with the truth; see {out / 'contact-sheet.png'}")
+    click.echo(_NEXT)
+    return 0 if right == len(shown) else 1
+
+
+if __name__ == "__main__":
+    run(main)

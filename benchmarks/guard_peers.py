@@ -1,0 +1,139 @@
+"""One peer of ``benchmarks.speed guard``, measured inside a process of its own.
+
+Importing this module loads neither torch nor transformers: the memory of a process that runs ONNX Runtime is then
+what a device would need. Shapes: N images, H × W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.isolation import available_memory, peak_rss
+from models.errors import InputError
+from models.family import TapSource
+from models.preprocessing import Preprocessing
+from runtimes.bundle import open_bundle
+from runtimes.runner import GuardRunner
+
+__all__ = ["Device", "Peer", "Runtime", "Subject", "measure", "random_images"]
+
+Runtime = Literal["torch", "onnxruntime", "tensorrt"]
+Device = Literal["cpu", "gpu"]
+CUDA_DRIVER = "libcuda.so.1"
+NAMES: Mapping[Runtime, str] = {"torch": "torch eager", "onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The guard that is measured: a checkpoint, or random weights at a real one's shape.
+
+    ``layers`` and ``seed`` are of random weights, ``tap`` and ``revision`` of a checkpoint.
+    """
+
+    name: str
+    random: bool
+    layers: int | None = None
+    seed: int = 0
+    tap: TapSource | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One way to run the guard. ``bundle`` is the folder of its file, ``given`` when the caller named it."""
+
+    runtime: Runtime
+    precision: str
+    device: Device = "cpu"
+    bundle: str | None = None
+    given: bool = False
+
+    @property
+    def title(self) -> str:
+        """The runtime's name, with the bundle's where the caller gave one."""
+        return f"{NAMES[self.runtime]} ({self.bundle})" if self.given else NAMES[self.runtime]
+
+
+def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Load one peer and time it, smallest batch first; answer after every batch size.
+
+    An answer has ``batch``, ``times_ms`` (one a run, the first run of a batch size is not counted),
+    ``peak_rss_bytes`` of the process so far, and the ``probs`` (N × C) that it gave; or ``batch`` and ``skipped``,
+    the reason, where the growth from the load to the batch before says that memory will not suffice.
+    """
+    with _open_runner(Peer(**request["peer"]), Subject(**request["subject"]), request["threads"]) as runner:
+        images = random_images(runner.preprocessing, max(request["batches"]), request["seed"])
+        loaded, an_image = peak_rss(), 0
+        for batch in sorted(request["batches"]):
+            lacking = _lacking_memory(loaded + an_image * batch)
+            if lacking is not None:
+                yield {"batch": batch, "skipped": f"batch {batch} {lacking}"}
+                continue
+            probs = runner.infer(images[:batch]).probs
+            times = _times_ms(runner, images[:batch], request["repeats"], request["seconds"])
+            an_image = (peak_rss() - loaded) // batch
+            yield {"batch": batch, "times_ms": times, "peak_rss_bytes": peak_rss(), "probs": probs.tolist()}
+
+
+def _lacking_memory(needed: int) -> str | None:
+    """Say that this process cannot grow to ``needed`` bytes without driving others out of memory; else None."""
+    free = available_memory()
+    if free is None or needed - peak_rss() <= free:
+        return None
+    return f"would need about {needed / 2**30:.0f} GiB, {(peak_rss() + free) / 2**30:.0f} GiB can be had here"
+
+
+def random_images(preprocessing: Preprocessing, count: int, seed: int) -> NDArray[np.uint8]:
+    """Return ``count`` images of noise, uint8 N × H × W × 3 at the contract's size."""
+    shape = (count, preprocessing.height, preprocessing.width, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _times_ms(runner: GuardRunner, images: NDArray[np.uint8], repeats: int, seconds: float) -> list[float]:
+    """Time at most ``repeats`` runs, none begun after ``seconds``, at least one."""
+    times: list[float] = []
+    started = time.perf_counter()
+    while not times or (len(times) < repeats and time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        runner.infer(images)
+        times.append((time.perf_counter() - begun) * 1000)
+    return times
+
+
+def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
+    """Return a peer's runner, not yet active; an InputError says why it cannot be had here."""
+    if peer.runtime == "torch":
+        return _torch_runner(subject, peer.device, threads)
+    assert peer.bundle is not None
+    bundle = open_bundle(peer.bundle, verify=False)
+    if peer.runtime == "onnxruntime":
+        from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+
+        file = bundle.file(peer.precision)
+        return OnnxRuntimeRunner(bundle, file, threads, providers=["CPUExecutionProvider"])
+    from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
+
+    return TensorRTRunner(bundle, usable_engine(bundle, peer.precision))
+
+
+def _torch_runner(subject: Subject, device: Device, threads: int) -> GuardRunner:
+    if device == "gpu":
+        try:
+            ctypes.CDLL(CUDA_DRIVER)
+        except OSError as error:
+            raise InputError(f"no CUDA GPU can be used here: the driver cannot be loaded ({error}).") from error
+    import torch
+
+    from benchmarks.guard_source import ReferenceRunner
+
+    if device == "gpu" and not torch.cuda.is_available():
+        raise InputError(f"torch {torch.__version__} finds no CUDA GPU here.")
+    torch.set_num_threads(threads)
+    return ReferenceRunner(subject, "cuda" if device == "gpu" else "cpu")

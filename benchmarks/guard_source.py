@@ -1,0 +1,144 @@
+"""The guard that ``benchmarks.speed guard`` measures: built for torch, and written as the ONNX files of its peers.
+
+Shapes: N images, H × W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.guard_peers import Subject, random_images
+from benchmarks.random_guard import build_random_guard
+from benchmarks.shapes import find_shape
+from export.bundle import write_manifest
+from export.graph import PRECISIONS, Precision, build_graph
+from export.onnx import write_onnx
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.errors import InputError
+from models.manifest import GuardFile, Manifest, Source, Tap
+from models.preprocessing import Preprocessing
+from models.reference import GuardModel, build_reference_guard
+from models.version import VERSION
+from runtimes.runner import GuardOutput, GuardRunner
+
+__all__ = ["ReferenceRunner", "prepare"]
+
+UNHASHED = "0" * 64
+"""The scratch bundle is opened, without its hashes being checked, by the command that has just written it."""
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+
+
+def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Write the subject's ONNX files as a bundle into ``folder``; answer once with what the guard is.
+
+    Errors: InputError when ``bundle`` (or None) takes images of another size than the subject.
+    """
+    guard, stored, counted = _build(Subject(**request["subject"]))
+    size = guard.preprocessing
+    if request["bundle"] is not None:
+        _check_same_size(size, request["bundle"])
+    answer = {
+        "height": size.height,
+        "width": size.width,
+        "classes": len(guard.classes),
+        "parameters": sum(parameter.numel() for parameter in guard.parameters()),
+        "stored_bytes": stored,
+        "stored_as": counted,
+    }
+    _write_bundle(guard, request["subject"]["name"], request["precisions"], Path(request["folder"]))
+    yield answer
+
+
+def _build(subject: Subject) -> tuple[GuardModel, int, str]:
+    """Return the guard, its size on disk in bytes, and what that size counts."""
+    if subject.random:
+        guard = build_random_guard(find_shape(subject.name).shortened(subject.layers), seed=subject.seed)
+        held = sum(parameter.numel() * parameter.element_size() for parameter in guard.parameters())
+        return guard, held, "its parameters as float32 would store them"
+    checkpoint = _open(subject)
+    guard = build_reference_guard(checkpoint)
+    names = [*checkpoint.vision_names(), *checkpoint.head_names()]
+    held = sum(
+        int(np.prod(checkpoint.tensors.shape(name))) * STORED_BYTES.get(checkpoint.tensors.dtype(name), 4)
+        for name in names
+    )
+    return guard, held, "vision, projector and head tensors as the checkpoint stores them"
+
+
+def _open(subject: Subject) -> Checkpoint:
+    return open_checkpoint(subject.name, tap=subject.tap, revision=subject.revision)
+
+
+def _check_same_size(size: Preprocessing, folder: str) -> None:
+    other = Manifest.read(Path(folder)).preprocessing
+    if (other.height, other.width) != (size.height, size.width):
+        raise InputError(
+            f"the bundle {folder} takes images of {other.height}x{other.width} pixels, the guard measured beside it "
+            f"{size.height}x{size.width}: their times say nothing about each other. Give --model or --shape of what "
+            "the bundle was exported from."
+        )
+
+
+def _write_bundle(guard: GuardModel, name: str, precisions: list[Precision], folder: Path) -> None:
+    example = random_images(guard.preprocessing, 2, seed=0)
+    files: list[GuardFile] = []
+    for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: it halves the guard's own weights
+        path = folder / f"guard.{precision}.onnx"
+        write_onnx(build_graph(guard, precision), example, path)
+        written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
+        files += [
+            GuardFile.model_validate(
+                {
+                    "path": file.name,
+                    "sha256": UNHASHED,
+                    "bytes": file.stat().st_size,
+                    "kind": kind,
+                    "precision": precision,
+                }
+            )
+            for file, kind in written
+            if file.is_file()
+        ]
+    manifest = Manifest(
+        created="",
+        tool_version=VERSION,
+        source=Source(checkpoint=name, sha256=UNHASHED, family=guard.family.key),
+        tap=Tap(source="projector", pooling="mean", tokens="image", learned="declared"),
+        classes=guard.classes,
+        preprocessing=guard.preprocessing,
+        files=tuple(files),
+        default_file=files[0].path,
+    )
+    write_manifest(folder, manifest)
+
+
+class ReferenceRunner(GuardRunner):
+    """The untouched torch path, float32, on a CPU or a CUDA GPU; copies to and from the GPU are timed."""
+
+    runtime = "torch"
+
+    def __init__(self, subject: Subject, device: str) -> None:
+        super().__init__()
+        self.subject = subject
+        self.device = device
+        self._guard: GuardModel | None = None
+
+    def _activate(self) -> None:
+        guard, *_ = _build(self.subject)
+        self.preprocessing = guard.preprocessing
+        self._guard = guard.eval().to(self.device)
+
+    def _deactivate(self) -> None:
+        self._guard = None
+
+    def _run(self, rgb: NDArray[np.uint8]) -> GuardOutput:
+        assert self._guard is not None
+        with torch.inference_mode():
+            probs, logits = self._guard(torch.from_numpy(rgb).to(self.device))
+        return GuardOutput(probs=probs.cpu().numpy(), logits=logits.cpu().numpy())

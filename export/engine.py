@@ -1,0 +1,259 @@
+"""An engine in a guard bundle: whether it is there already, how it compares with ONNX Runtime, its entry.
+
+Shapes: n pictures, H × W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle import _PARTIAL, _remove_abandoned, write_manifest
+from export.parity import TOLERANCES, Tolerance
+from export.tensorrt_builder import EngineOptions, Report, build_engine, builder_api
+from models.errors import BundleError, ParityError
+from models.machine import machine_name
+from models.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
+from runtimes.bundle import Bundle, sha256_of
+from runtimes.cuda import Gpu
+from runtimes.runner import GuardRunner
+
+__all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "require_precisions"]
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+MakeRunner = Callable[[Bundle, GuardFile], GuardRunner]
+
+ENGINE_TOLERANCES: Mapping[str, Tolerance] = {
+    # Another machine sums in another order; the export itself, on one machine, is held to 1e-5.
+    "fp32": Tolerance(probability=1e-4, flips=0.0),
+    "fp16": TOLERANCES["fp16"],
+}
+WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an engine is built for: the ``tensorrt`` module and the GPU, as they are here."""
+
+    trt: Any
+    gpu: Gpu
+
+    @property
+    def version(self) -> str:
+        """TensorRT's version."""
+        return str(self.trt.__version__)
+
+
+def require_precisions(bundle: Bundle, precisions: set[str]) -> None:
+    """Raise BundleError, with the command that helps, unless the bundle has ONNX files of these precisions."""
+    there = {file.precision for file in bundle.files("onnx")}
+    missing = sorted(precisions - there)
+    if missing:
+        source = bundle.manifest.source
+        revision = f" --revision {source.revision}" if source.revision else ""
+        raise BundleError(
+            f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (there is: "
+            f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
+            f"again: python -m export.onnx --model {source.checkpoint}{revision} --out {bundle.folder} "
+            "--precision fp32,fp16"
+        )
+
+
+def current_engine(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile | None:
+    """Return the engine that a build now would make again: same graph, options, TensorRT and GPU."""
+    wanted = _info(bundle, options, device)
+    engines = (file for file in bundle.files("engine") if file.precision == options.precision)
+    return next((file for file in engines if file.engine == wanted), None)
+
+
+def add_engine(
+    bundle: Bundle,
+    options: EngineOptions,
+    device: Device,
+    images: Bytes,
+    reference: Floats,
+    make_runner: MakeRunner,
+    *,
+    timing_cache: Path | None = None,
+    report: Report = lambda _: None,
+) -> Manifest:
+    """Build an engine, compare it with ``reference``, time it and enter it into the bundle.
+
+    ``images`` (n × H × W × 3) and ``reference`` (n × C) are pictures and what ONNX Runtime says of them in
+    float32. The engine of the same precision, GPU and TensorRT is replaced. Until the last step the bundle is
+    as it was. Errors: those of :func:`build_engine`; ParityError.
+    """
+    info = _info(bundle, options, device)
+    size = bundle.manifest.preprocessing
+    with _scratch(bundle.folder) as scratch:
+        plan = scratch / "guard.plan"
+        source = bundle.path(_source(bundle, options, device))
+        report(f"TensorRT {device.version}: reading {source.name}")
+        build_engine(
+            device.trt,
+            source,
+            plan,
+            (size.height, size.width),
+            options,
+            timing_cache=timing_cache,
+            report=report,
+        )
+        report("comparing with ONNX Runtime and timing")
+        candidate = _entry(bundle, plan, options.precision, info)
+        with make_runner(bundle, candidate) as runner:
+            parity = _check(runner.infer(images).probs, reference, options.precision)
+            latency = _time(runner, images[:1], device)
+        entry = candidate.model_copy(update={"parity": parity, "latency": latency})
+        return _enter(bundle.folder, entry, plan)
+
+
+def _source(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile:
+    return bundle.file(builder_api(device.version).source_precision(options.precision))
+
+
+def _info(bundle: Bundle, options: EngineOptions, device: Device) -> EngineInfo:
+    """Return what an engine built now would say of itself."""
+    api, source = builder_api(device.version), _source(bundle, options, device)
+    weights = [file.sha256 for file in bundle.files("onnx_data") if file.path == f"{source.path}.data"]
+    stated: dict[str, str | int | float | bool | None] = {
+        "onnx": source.path,
+        "onnx_sha256": source.sha256,
+        "onnx_data_sha256": weights[0] if weights else None,
+        "strongly_typed": api.strongly_typed,
+        "builder_flags": " ".join(api.fp16_flags) if options.precision == "fp16" else "",
+        "tf32": False,
+        "workspace_mib": options.workspace_mib,
+    }
+    return EngineInfo(
+        tensorrt_version=device.version,
+        gpu_name=device.gpu.name,
+        compute_capability=device.gpu.compute_capability,
+        min_batch=1,
+        opt_batch=options.opt_batch,
+        max_batch=options.max_batch,
+        options=stated,
+    )
+
+
+def _entry(bundle: Bundle, plan: Path, precision: str, info: EngineInfo) -> GuardFile:
+    size, classes = bundle.manifest.preprocessing, len(bundle.manifest.classes)
+    return GuardFile(
+        path=plan.relative_to(bundle.folder).as_posix(),
+        sha256=sha256_of(plan),
+        bytes=plan.stat().st_size,
+        kind="engine",
+        precision=precision,
+        inputs=(TensorSpec(name="rgb", shape=("N", size.height, size.width, 3), dtype="uint8"),),
+        outputs=tuple(TensorSpec(name=name, shape=("N", classes), dtype="float32") for name in ("probs", "logits")),
+        engine=info,
+    )
+
+
+def _check(found_nC: Floats, reference_nC: Floats, precision: str) -> Parity:
+    delta = np.abs(found_nC.astype(np.float64) - reference_nC)
+    flips = int((found_nC.argmax(axis=1) != reference_nC.argmax(axis=1)).sum())
+    worst, allowed = float(delta.max()), ENGINE_TOLERANCES[precision]
+    if not worst <= allowed.probability or flips > allowed.flips * len(reference_nC):
+        raise ParityError(
+            f"the {precision} engine differs from ONNX Runtime on {len(reference_nC)} pictures: max |Δp| {worst:.2e} "
+            f"(at most {allowed.probability:.0e} is allowed), {flips} labels changed. It was not kept. Try "
+            "--precision fp32, and please report this with the TensorRT version and the GPU."
+        )
+    return Parity(
+        images=len(reference_nC),
+        max_abs_prob_delta=worst,
+        label_flips=flips,
+        reference="ONNX Runtime on the CPU with this bundle's fp32 file",
+    )
+
+
+def _time(runner: GuardRunner, image: Bytes, device: Device) -> Latency:
+    """Measure single pictures from host memory to host memory."""
+    for _ in range(WARM_UP):
+        runner.infer(image)
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or (len(times) < MOST_RUNS and time.perf_counter() - started < MOST_SECONDS):
+        begin = time.perf_counter()
+        runner.infer(image)
+        times.append((time.perf_counter() - begin) * 1000)
+    return Latency(
+        median_ms=float(np.median(times)),
+        p95_ms=float(np.percentile(times, 95)),
+        batch=1,
+        runtime=f"tensorrt {device.version}",
+        machine=f"{device.gpu.name}; {machine_name()}",
+    )
+
+
+def _enter(folder: Path, entry: GuardFile, plan: Path) -> Manifest:
+    """Put a plan in its place and its entry into the manifest, in an order that no kill can break.
+
+    An entry whose file is about to be overwritten leaves the manifest first.
+    """
+    manifest = Manifest.read(folder)
+    replaced = [file for file in manifest.files if _same_engine(file, entry)]
+    kept = tuple(file for file in manifest.files if file not in replaced)
+    path = _plan_path(entry, {file.path for file in kept})
+    entry = entry.model_copy(update={"path": path})
+    if replaced:
+        onnx = next(file.path for file in kept if file.kind == "onnx")
+        default = onnx if manifest.default_file not in {file.path for file in kept} else manifest.default_file
+        write_manifest(folder, _with(manifest, files=kept, default_file=default))
+    (folder / path).parent.mkdir(exist_ok=True)
+    plan.replace(folder / path)
+    manifest = _with(manifest, files=(*kept, entry), default_file=_default(manifest, replaced, path))
+    write_manifest(folder, manifest)
+    for file in replaced:
+        if file.path != path:
+            (folder / file.path).unlink(missing_ok=True)
+    return manifest
+
+
+def _with(manifest: Manifest, **changes: object) -> Manifest:
+    """Return a changed manifest, checked as a new one is."""
+    return Manifest.model_validate({**{name: getattr(manifest, name) for name in Manifest.model_fields}, **changes})
+
+
+def _default(manifest: Manifest, replaced: list[GuardFile], path: str) -> str:
+    return path if manifest.default_file in {file.path for file in replaced} else manifest.default_file
+
+
+def _same_engine(file: GuardFile, entry: GuardFile) -> bool:
+    return file.precision == entry.precision and _target(file) is not None and _target(file) == _target(entry)
+
+
+def _target(file: GuardFile) -> tuple[str, str, str] | None:
+    info = file.engine
+    return None if info is None else (info.tensorrt_version, info.gpu_name, info.compute_capability)
+
+
+def _plan_path(entry: GuardFile, taken: set[str]) -> str:
+    """Return ``engines/fp16-sm87-trt8.6.2.plan``, numbered where another GPU of that kind has the name."""
+    assert entry.engine is not None
+    capability = entry.engine.compute_capability.replace(".", "")
+    stem = f"engines/{entry.precision}-sm{capability}-trt{entry.engine.tensorrt_version}"
+    names = (f"{stem}{suffix}.plan" for suffix in ("", *(f"-{number}" for number in range(2, len(taken) + 3))))
+    return next(name for name in names if name not in taken)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Give a folder in the bundle for unfinished files; one whose process died is removed by the next."""
+    _remove_abandoned(folder / "engine")
+    scratch = folder / f".engine{_PARTIAL}{os.getpid()}"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,181 @@
+"""Rewrite a float32 guard graph from opset 20 to 17, the newest that TensorRT 8.6 and 9 read.
+
+Preserved: inputs, outputs, weights (those beside the file stay there) and every value up to rounding.
+Changed: ``Gelu`` (opset 20) becomes Erf or Tanh arithmetic; ``ReduceMean`` gets its axes as an attribute again,
+because the 8.6 parser ignores the input that opset 18 made of them and would average over everything; ``Split``
+loses ``num_outputs``. Nodes whose squares and sums can leave float16's range are named with :data:`FLOAT32`.
+Sources: onnx/onnx-tensorrt 8.6-GA ``docs/operators.md``, ``builtin_op_importers.cpp`` and ``onnx2trt_utils.cpp``
+(``reduceTensor``); ONNX ``docs/Changelog.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import MissingExtraError, SafeVLMError
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+__all__ = ["FLOAT32", "OPSET", "lower_to_opset17"]
+
+OPSET = 17
+IR_VERSION = 8
+FLOAT32 = "float32/"
+"""Begins the names of nodes that a weakly typed builder must leave in float32 (RMS norms, the mean over tokens)."""
+_WIDE = ("Pow", "ReduceMean", "Sqrt", "Reciprocal")
+
+Lowering = Callable[["NodeProto", "_Constants"], Iterator["NodeProto"]]
+
+
+class _Constants:
+    """The constants of a graph: those it has, by name, and those that the rewrite adds."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        from onnx import numpy_helper
+
+        self._graph, self._folder, self._helper = model.graph, folder, numpy_helper
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            for attribute in node.attribute if node.op_type == "Constant" else ():
+                self._tensors[node.output[0]] = attribute.t
+
+    def integers(self, name: str, node: NodeProto) -> list[int]:
+        """Return the values of a constant that ``node`` reads."""
+        if name not in self._tensors:
+            raise SafeVLMError(
+                f"{node.op_type} {node.name!r} computes its {name!r}, which opset {OPSET} needs as a constant. "
+                "Build with TensorRT 10 or newer."
+            )
+        return [int(value) for value in self._helper.to_array(self._tensors[name], str(self._folder)).ravel()]
+
+    def scalar(self, value: float) -> str:
+        """Return the name of a float32 scalar in the graph."""
+        import numpy as np
+
+        name = f"opset17_{value!r}"
+        if name not in self._tensors:
+            self._tensors[name] = self._helper.from_array(np.array(value, dtype=np.float32), name)
+            self._graph.initializer.append(self._tensors[name])
+        return name
+
+
+def lower_to_opset17(source: Path, target: Path) -> None:
+    """Write the graph of ``source`` to ``target`` in opset 17.
+
+    Weights beside ``source`` are linked to beside ``target``, not copied. Errors: MissingExtraError without
+    the package onnx, SafeVLMError for a graph that opset 17 cannot say.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtraError("onnx", "trt", "building with TensorRT 8.6 or 9") from error
+    model = onnx.load(str(source), load_external_data=False)
+    constants = _Constants(model, source.parent)
+    nodes = [lowered for node in model.graph.node for lowered in _LOWERINGS.get(node.op_type, _keep)(node, constants)]
+    for node in nodes:
+        if node.op_type in _WIDE:
+            node.name = FLOAT32 + (node.name or node.output[0])
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)  # axes that are attributes now
+    model.ir_version = IR_VERSION
+    for opset in model.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = OPSET
+    for data in {_location(tensor) for tensor in model.graph.initializer} - {""}:
+        target.with_name(data).symlink_to((source.parent / data).resolve())
+    onnx.save(model, str(target))
+    _check(model, source)
+
+
+def _check(model: Any, source: Path) -> None:
+    """Raise SafeVLMError unless every node is one of opset 17. ``model`` is used up.
+
+    Weights in another file are declared as inputs for the checker, which reads no file behind a link.
+    """
+    from onnx import checker, helper
+
+    for tensor in [tensor for tensor in model.graph.initializer if _location(tensor)]:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.initializer.remove(tensor)
+    try:
+        checker.check_model(model)
+    except checker.ValidationError as error:
+        raise SafeVLMError(
+            f"{source.name} cannot be written in opset {OPSET}, the newest that TensorRT 8.6 and 9 read: "
+            f"{str(error).splitlines()[0]} Build with TensorRT 10 or newer."
+        ) from error
+
+
+def _keep(node: NodeProto, _: _Constants) -> Iterator[NodeProto]:
+    yield node
+
+
+def _mean(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
+    """Turn the axes of a ReduceMean from an input into an attribute."""
+    from onnx import helper
+
+    if len(node.input) > 1 and node.input[1]:
+        axes = constants.integers(node.input[1], node)
+        node.attribute.append(helper.make_attribute("axes", axes))
+    del node.input[1:]
+    _drop_attribute(node, "noop_with_empty_axes")
+    yield node
+
+
+def _split(node: NodeProto, _: _Constants) -> Iterator[NodeProto]:
+    """Drop ``num_outputs``, which the number of outputs says already."""
+    _drop_attribute(node, "num_outputs")
+    yield node
+
+
+def _gelu(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
+    """Write x/2 · (1 + f), f = erf(x/√2), or tanh(√(2/π) · x · (1 + 0.044715 · x²)) where ``approximate`` says so.
+
+    The second is ordered so that a float16 overflow of x² ends in tanh(±∞) = ±1, the right value.
+    """
+    from onnx import helper
+
+    x, y, name = node.input[0], node.output[0], node.name or node.output[0]
+    tanh = any(attribute.name == "approximate" and attribute.s == b"tanh" for attribute in node.attribute)
+    steps: list[tuple[str, list[str], str]] = []
+    if tanh:
+        steps = [
+            ("Mul", [x, x], "squared"),
+            ("Mul", ["squared", constants.scalar(0.044715)], "small"),
+            ("Add", ["small", constants.scalar(1.0)], "bent"),
+            ("Mul", [x, constants.scalar(math.sqrt(2 / math.pi))], "scaled"),
+            ("Mul", ["scaled", "bent"], "argument"),
+            ("Tanh", ["argument"], "f"),
+        ]
+    else:
+        steps = [("Mul", [x, constants.scalar(math.sqrt(0.5))], "argument"), ("Erf", ["argument"], "f")]
+    steps += [
+        ("Add", ["f", constants.scalar(1.0)], "gate"),
+        ("Mul", [x, constants.scalar(0.5)], "half"),
+        ("Mul", ["half", "gate"], y),
+    ]
+    local = {step[2] for step in steps} - {y}
+    for operator, inputs, output in steps:
+        names = [f"{y}/{given}" if given in local else given for given in inputs]
+        made = f"{y}/{output}" if output in local else output
+        yield helper.make_node(operator, names, [made], name=f"{name}/{output}")
+
+
+_LOWERINGS: dict[str, Lowering] = {"Gelu": _gelu, "ReduceMean": _mean, "Split": _split}
+
+
+def _drop_attribute(node: NodeProto, name: str) -> None:
+    for attribute in [attribute for attribute in node.attribute if attribute.name == name]:
+        node.attribute.remove(attribute)
+
+
+def _location(tensor: Any) -> str:
+    """Return the file that holds a tensor's values, empty where the graph does itself."""
+    return next((str(entry.value) for entry in tensor.external_data if entry.key == "location"), "")

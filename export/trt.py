@@ -1,0 +1,279 @@
+"""Add a TensorRT engine to a guard: ``python -m export.trt --model M`` or, on a device, ``--bundle DIR``.
+
+With ``--model`` everything ``export.onnx`` does comes first, in fp32 and fp16. An engine runs only with the
+TensorRT version and on the GPU it was built with, so it is built where it will run: ``--bundle`` needs neither
+torch nor transformers. Where no engine can be built the bundle is complete and the exit code 6.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from export.engine import Device, MakeRunner, add_engine, current_engine, require_precisions
+from export.images import parity_images
+from export.options import PARITY_IMAGES, checkpoint_options, grid_option, print_manifest
+from export.tensorrt_builder import EngineOptions, EnginePrecision, Report, builder_api
+from models.commandline import run
+from models.errors import EngineUnavailableError, InputError, MissingExtraError
+from models.manifest import Manifest
+from runtimes.bundle import Bundle, open_bundle
+from runtimes.cuda import current_gpu, load_cuda
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.tensorrt_runner import TensorRTRunner, import_tensorrt
+
+if TYPE_CHECKING:
+    from models.family import TapSource
+
+__all__ = ["EngineRequest", "build_into", "default_timing_cache", "device_command", "find_device"]
+
+PURPOSE = "building a TensorRT engine"
+STAGES = 5
+_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """An engine to build: with what options, and how it is checked.
+
+    ``rebuild`` builds even what is there already; ``timing_cache`` is a file, by default one a TensorRT version
+    and GPU in the user's cache folder; ``images`` a folder of pictures for the parity check, else drawn ones.
+    """
+
+    options: EngineOptions = field(default_factory=EngineOptions)
+    rebuild: bool = False
+    timing_cache: Path | None = None
+    images: Path | None = None
+    parity_images: int = PARITY_IMAGES
+
+
+def find_device() -> Device:
+    """Return TensorRT and the GPU here; EngineUnavailableError names everything that is missing."""
+    missing, trt, gpu = [], None, None
+    try:
+        trt = import_tensorrt()
+        builder_api(str(trt.__version__))
+    except MissingExtraError:
+        missing.append("the package 'tensorrt' is not installed (pip install 'safevlm-edge[trt]'; JetPack brings it)")
+    except EngineUnavailableError as error:
+        missing.append(str(error).rstrip("."))
+    try:
+        gpu = current_gpu(load_cuda(PURPOSE))
+    except MissingExtraError:
+        missing.append("the package 'cuda-python' is not installed (pip install 'safevlm-edge[trt]')")
+    except InputError as error:
+        missing.append(f"there is no usable NVIDIA GPU ({_reason(error)})")
+    if missing or gpu is None:
+        raise EngineUnavailableError(f"no engine was built here: {'; '.join(missing)}.")
+    return Device(trt, gpu)
+
+
+def build_into(
+    bundle: Bundle,
+    request: EngineRequest,
+    device: Device,
+    *,
+    make_runner: MakeRunner = TensorRTRunner,
+    report: Report = lambda _: None,
+) -> tuple[Manifest, bool]:
+    """Give ``bundle`` an engine for ``device``; return its manifest and whether one was built.
+
+    Errors: BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
+    and those of :func:`export.engine.add_engine`.
+    """
+    options = request.options
+    require_precisions(bundle, {"fp32", builder_api(device.version).source_precision(options.precision)})
+    if not request.rebuild and current_engine(bundle, options, device) is not None:
+        return bundle.manifest, False
+    images = parity_images(bundle.manifest.preprocessing, request.parity_images, request.images)
+    report(f"running ONNX Runtime on {len(images)} pictures")
+    manifest = add_engine(
+        bundle,
+        options,
+        device,
+        images,
+        _reference(bundle, images),
+        make_runner,
+        timing_cache=request.timing_cache or default_timing_cache(device),
+        report=report,
+    )
+    return manifest, True
+
+
+def default_timing_cache(device: Device) -> Path:
+    """Return the file in the user's cache folder that belongs to this TensorRT and kind of GPU."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    capability = device.gpu.compute_capability.replace(".", "")
+    return root / "safevlm-edge" / f"tensorrt-{device.version}-sm{capability}.timing"
+
+
+def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = False) -> str:
+    """Return the command line that builds the requested engine on a device."""
+    plain, options = EngineOptions(), request.options
+    words: list[object] = ["python", "-m", "export.trt", "--bundle", bundle, "--precision", options.precision]
+    words += ["--max-batch", options.max_batch]
+    words += ["--opt-batch", options.opt_batch] if options.opt_batch != plain.opt_batch else []
+    words += ["--workspace-mib", options.workspace_mib] if options.workspace_mib is not None else []
+    words += ["--timing-cache", request.timing_cache] if request.timing_cache is not None else []
+    words += ["--rebuild"] if request.rebuild else []
+    words += ["--images", request.images] if request.images is not None else []
+    words += ["--parity-images", request.parity_images] if request.parity_images != PARITY_IMAGES else []
+    words += ["--json"] if as_json else []
+    return shlex.join(str(word) for word in words)
+
+
+def _reference(bundle: Bundle, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the probabilities of the fp32 file on the CPU, n × C: a GPU might use TensorFloat-32."""
+    file = bundle.file("fp32")
+    with OnnxRuntimeRunner(bundle, file, providers=["CPUExecutionProvider"]) as runner:
+        return np.concatenate(
+            [runner.infer(images[start : start + _BATCH]).probs for start in range(0, len(images), _BATCH)]
+        )
+
+
+def _reason(error: InputError) -> str:
+    """Return what CUDA said, without the advice that follows it."""
+    return str(error.__cause__ or error).rstrip(".")
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+@click.command(name="trt")
+@click.option("--model", help="Folder, one of the six names, hub id[@revision], or tiny-safegem.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that is there already, instead of --model.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of --model's bundle.  [default: bundles/NAME]")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16", "fp32"]),
+    default=EngineOptions.precision,
+    show_default=True,
+    help="Of the engine; the bundle holds ONNX files of both.",
+)
+@click.option(
+    "--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Most pictures at once."
+)
+@click.option(
+    "--opt-batch", type=int, default=EngineOptions.opt_batch, show_default=True, help="Batch to be fastest at."
+)
+@click.option("--workspace-mib", type=int, help="Bound on a layer's scratch memory.  [default: the GPU's memory]")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Kernel timings, read and updated.  [default: in the user's cache folder]",
+)
+@click.option("--rebuild", is_flag=True, help="Build even an engine that is up to date.")
+@checkpoint_options
+def main(
+    model: str | None,
+    bundle: Path | None,
+    out: Path | None,
+    precision: EnginePrecision,
+    max_batch: int,
+    opt_batch: int,
+    workspace_mib: int | None,
+    timing_cache: Path | None,
+    rebuild: bool,
+    revision: str | None,
+    tap: TapSource | None,
+    grid: str | None,
+    images: Path | None,
+    parity_images: int,
+    as_json: bool,
+) -> None:
+    """Build a TensorRT engine of a guard for the GPU here: of MODEL, or of the bundle in a folder.
+
+    Exits with 6 where no engine can be built; the bundle is complete then, and the message gives the command
+    for the device.
+    """
+    request = EngineRequest(
+        options=EngineOptions(
+            precision=precision, max_batch=max_batch, opt_batch=opt_batch, workspace_mib=workspace_mib
+        ),
+        rebuild=rebuild,
+        timing_cache=timing_cache,
+        images=images,
+        parity_images=parity_images,
+    )
+    if bundle is not None:
+        _refuse_with_bundle(model=model, out=out, revision=revision, tap=tap, grid=grid)
+        opened = open_bundle(bundle)
+    elif model is not None:
+        opened = _export(model, out, request, revision=revision, tap=tap, grid=grid_option(grid))
+    else:
+        raise InputError("nothing to build from: give --model M, or --bundle DIR with a bundle's folder.")
+    _build_and_print(opened, request, as_json=as_json)
+
+
+def _refuse_with_bundle(**given: object) -> None:
+    """Raise InputError for options that say how a checkpoint is exported."""
+    wrong = [f"--{name}" for name, value in given.items() if value is not None]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)} cannot be combined with --bundle: a bundle is exported already.")
+
+
+def _export(model: str, out: Path | None, request: EngineRequest, **where: Any) -> Bundle:
+    """Write the bundle of a checkpoint with the ONNX files that any TensorRT may ask for."""
+    from export.onnx import ExportOptions, default_out, export_with_progress
+    from models.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model, tap=where["tap"], revision=where["revision"])
+    out = out or default_out(checkpoint)
+    options = ExportOptions(
+        precisions=("fp32", "fp16"),
+        grid=where["grid"],
+        images=request.images,
+        parity_images=request.parity_images,
+    )
+    export_with_progress(checkpoint, out, options)
+    return open_bundle(out, verify=False)
+
+
+def _build_and_print(bundle: Bundle, request: EngineRequest, *, as_json: bool) -> None:
+    """Build, and print the manifest whether an engine could be built or not."""
+    require_precisions(bundle, {"fp32"})
+    try:
+        with _progress() as report:
+            manifest, built = build_into(bundle, request, _device(bundle, request, as_json), report=report)
+    except EngineUnavailableError:
+        print_manifest(bundle.manifest, bundle.folder, as_json=as_json)
+        raise
+    print_manifest(manifest, bundle.folder, as_json=as_json)
+    if not built:
+        click.echo("the engine is up to date and was not built again; --rebuild builds it", err=True)
+
+
+def _device(bundle: Bundle, request: EngineRequest, as_json: bool) -> Device:
+    """Return the device, or say how to go on where there is none."""
+    try:
+        return find_device()
+    except EngineUnavailableError as error:
+        require_precisions(bundle, {"fp32", request.options.precision})
+        raise EngineUnavailableError(
+            f"{error} The bundle in {bundle.folder} is complete: copy it to the device and run there, with the "
+            f"folder's name there,\n  {device_command(bundle.folder, request, as_json=as_json)}"
+        ) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Give a report that moves a bar on a terminal, or prints lines elsewhere, on standard error."""
+    if not sys.stderr.isatty():
+        yield lambda stage: click.echo(stage, err=True)
+        return
+    with click.progressbar(length=STAGES, file=sys.stderr, item_show_func=lambda stage: stage) as bar:
+        yield lambda stage: bar.update(1, str(stage))
+
+
+if __name__ == "__main__":
+    run(main)

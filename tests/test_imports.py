@@ -1,0 +1,52 @@
+"""Who may import whom, and what a device must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "models": set(),
+    "calibration": {"models"},
+    "quantize": {"models", "calibration"},
+    "runtimes": {"models"},
+    "export": {"models", "calibration", "quantize", "runtimes"},
+    "benchmarks": {"models", "calibration", "quantize", "runtimes", "export"},
+}
+HEAVY = {"torch", "transformers", "onnx", "scipy", "huggingface_hub"}
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_nothing_imports_upwards(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        forbidden = imported(path) & set(MAY_IMPORT) - MAY_IMPORT[folder] - {folder}
+        assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["runtimes.judge", "runtimes.check", "models.image", "models.preprocessing", "models.manifest", "export.bundle"],
+)
+def test_a_device_loads_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print(*sorted(name for name in sys.modules if '.' not in name))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert not set(done.stdout.split()) & HEAVY
+
+
+def test_modules_stay_small_enough_to_read() -> None:
+    for folder in MAY_IMPORT:
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = path.read_text(encoding="utf-8").count("\n")
+            assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines: it asks to be two modules"

@@ -1,0 +1,53 @@
+"""What the README says is run: its commands, its Python, its table, the two commands of its start."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN = re.compile(r"<!-- run -->\n```(sh|python)\n(.*?)```", re.DOTALL)
+
+
+def test_every_runnable_block_runs_in_order() -> None:
+    shutil.rmtree(ROOT / "build" / "readme", ignore_errors=True)
+    blocks = RUN.findall(README)
+    assert [language for language, _ in blocks] == ["sh", "python"]
+    said = []
+    for language, text in blocks:
+        lines = [text] if language == "python" else text.strip().splitlines()
+        for line in lines:
+            command = [sys.executable, "-c", line] if language == "python" else [sys.executable, *line.split()[1:]]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode in ({0, 10} if "runtimes.check" in line else {0}), done.stderr
+            said.append(done.stdout)
+    assert "guard.fp16.onnx" in said[0]
+    assert "block" in said[2], "not one picture of violence was blocked"
+    assert len(said[3].splitlines()) == 5
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\| `(python -m [\w.]+)", README, re.MULTILINE))
+def test_every_command_of_the_table_has_help(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command.split()[1:], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def test_make_demo_and_make_test_exist_as_the_readme_says() -> None:
+    targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", targets, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    for link in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / link).is_file(), link
