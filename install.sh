@@ -1,21 +1,22 @@
 #!/bin/sh
 # Make the virtual environment $1 with the pinned versions of constraints.txt.
 #
-# A torch >= 2.8 that the machine's Python already has (a GPU build, say) is kept: the environment then sees
-# the machine's packages and torch is left out of what is installed.
+# A torch >= 2.8 that $PYTHON (python3) already has, a GPU build say, is kept: the new environment then sees the
+# packages of that Python, be it the system's, conda's or another environment's, and torch is not installed.
 set -eu
 venv=$1
 python=${PYTHON:-python3}
-have_torch='import sys, torch; v = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]); sys.exit(v < (2, 8))'
+new_enough='import sys, torch; sys.exit(tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 8))'
 
-if "$python" -c "$have_torch" 2>/dev/null; then
-    echo "using the torch that $python has"
-    "$python" -m venv --system-site-packages "$venv"
-    grep -v '^torch==' constraints.txt > "$venv/constraints.txt"
+"$python" -m venv "$venv"
+cp constraints.txt "$venv/constraints.txt"
+if "$python" -c "$new_enough" 2>/dev/null; then
+    "$python" -c 'import torch; print("keeping torch", torch.__version__, "of", torch.__file__)'
+    site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
+    "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' > "$site/packages_of_the_machine.pth"
+    sed -i '/^torch==/d' "$venv/constraints.txt"
     "$venv/bin/python" -c 'import torch; print("torch==" + torch.__version__)' >> "$venv/constraints.txt"
 else
-    "$python" -m venv "$venv"
-    cp constraints.txt "$venv/constraints.txt"
     # First and by its exact version, so that no other requirement chooses another build of it.
     "$venv/bin/pip" install --quiet "$(grep '^torch==' constraints.txt)"
 fi

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.isolation import available_memory, peak_rss
+from benchmarks.isolation import available_memory, peak_rss, restart_peak
 from models.errors import InputError
 from models.family import TapSource
 from models.preprocessing import Preprocessing
@@ -65,11 +65,13 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Load one peer and time it, smallest batch first; answer after every batch size.
 
     An answer has ``batch``, ``times_ms`` (one a run, the first run of a batch size is not counted),
-    ``peak_rss_bytes`` of the process so far, and the ``probs`` (N × C) that it gave; or ``batch`` and ``skipped``,
-    the reason, where the growth from the load to the batch before says that memory will not suffice.
+    ``peak_rss_bytes`` of the process so far, the load included, and the ``probs`` (N × C) that it gave; or ``batch``
+    and ``skipped``, the reason, where the growth in the batch before says that memory will not suffice.
     """
     with _open_runner(Peer(**request["peer"]), Subject(**request["subject"]), request["threads"]) as runner:
         images = random_images(runner.preprocessing, max(request["batches"]), request["seed"])
+        while_loading = peak_rss()
+        restart_peak()
         loaded, an_image = peak_rss(), 0
         for batch in sorted(request["batches"]):
             lacking = _lacking_memory(loaded + an_image * batch)
@@ -78,8 +80,10 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 continue
             probs = runner.infer(images[:batch]).probs
             times = _times_ms(runner, images[:batch], request["repeats"], request["seconds"])
-            an_image = (peak_rss() - loaded) // batch
-            yield {"batch": batch, "times_ms": times, "peak_rss_bytes": peak_rss(), "probs": probs.tolist()}
+            peak = peak_rss()
+            an_image = (peak - loaded) // batch
+            highest = max(peak, while_loading)
+            yield {"batch": batch, "times_ms": times, "peak_rss_bytes": highest, "probs": probs.tolist()}
 
 
 def _lacking_memory(needed: int) -> str | None:

@@ -7,7 +7,6 @@ The folder has HoliSafe-Bench's published layout, ``holisafe_bench.json`` and ``
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -46,7 +45,7 @@ def write_suite(suite: Suite, out: Path) -> None:
         answers = {PAIRS_FILE: _answers(suite.pairs), QUESTIONS_FILE: _answers(suite.questions)}
         _write(unfinished / ANSWERS_FILE, answers)
         unfinished.chmod(0o755)
-        os.replace(unfinished, out)
+        unfinished.replace(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -7,6 +7,7 @@ line, so that what was answered before a crash is kept. Libraries may print what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ from typing import Any
 
 from models.errors import SafeVLMError
 
-__all__ = ["Outcome", "available_memory", "peak_rss", "run_isolated"]
+__all__ = ["Outcome", "available_memory", "peak_rss", "restart_peak", "run_isolated"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -84,7 +85,7 @@ def _outcome(text: str, returned: int, log: Path) -> Outcome:
 
 
 def peak_rss() -> int:
-    """Return the most memory, in bytes, that this process has held at once since it was started.
+    """Return the most memory, in bytes, that this process has held at once since its start or :func:`restart_peak`.
 
     Linux: ``VmHWM`` of ``/proc/self/status`` (proc(5)), because ``ru_maxrss`` of a new process begins at its
     parent's peak. It counts code, libraries, weights, activations and the mapped pages of files.
@@ -96,6 +97,12 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak() -> None:
+    """Let :func:`peak_rss` begin again at what is held now, where Linux can (proc(5), clear_refs); else do nothing."""
+    with contextlib.suppress(OSError):  # another system, or a kernel without it: the peak so far stays
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def available_memory() -> int | None:

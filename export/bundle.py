@@ -55,14 +55,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, replacing an older one in a single step."""
     unfinished = folder / f".{MANIFEST_NAME}{_PARTIAL}{os.getpid()}"
     unfinished.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(unfinished, folder / MANIFEST_NAME)
+    unfinished.replace(folder / MANIFEST_NAME)
 
 
 def _put_in_place(draft: Path, out: Path) -> None:
     replaced = draft.with_name(draft.name + ".replaced")
     if out.exists():
-        os.replace(out, replaced)
-    os.replace(draft, out)
+        out.replace(replaced)
+    draft.replace(out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.fixed_windows import FixedWindowTower
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.unread_layers import layers_read
+from models.fixed_windows import FixedWindowTower
 from models.preprocessing import Preprocessing
 from models.reference import GuardModel, VisionPath
 
@@ -127,7 +127,9 @@ def build_graph(guard: GuardModel, precision: Precision = "fp32") -> GuardGraph:
     trunk: Any = _TRUNKS[guard.family.key](guard.vision)
     first, *rest = guard.head.mlp
     assert isinstance(first, nn.Linear)
-    head = nn.Sequential(fold_linear(*trunk.last, first), *(step for step in rest if not isinstance(step, nn.Dropout)))
+    weight, bias = trunk.last
+    kept = (step for step in rest if not isinstance(step, nn.Dropout))
+    head = nn.Sequential(fold_linear(weight, bias, first), *kept)
     graph = GuardGraph(trunk, head, guard.preprocessing)
     if precision == "fp16":
         graph.trunk = _HalfTrunk(trunk)

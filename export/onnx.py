@@ -183,7 +183,7 @@ def _run(path: Path, images: Bytes) -> tuple[NDArray[np.float32], Latency]:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     probs = np.concatenate([session.run(["probs"], {"rgb": part})[0] for part in _batches(images)])
-    times = []
+    times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (len(times) < 30 and time.perf_counter() - started < 5):
         begin = time.perf_counter()

@@ -75,7 +75,7 @@ class FixedWindowTower(nn.Module):
             parts = [_attend_windows(q, k, v, len(lengths))]
         else:
             split = [x.split(lengths, dim=1) for x in (q, k, v)]
-            parts = [_attend_windows(*window, 1) for window in zip(*split, strict=True)]
+            parts = [_attend_windows(q, k, v, 1) for q, k, v in zip(*split, strict=True)]
         mixed: Tensor = attention.proj(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
         return mixed
 
@@ -93,6 +93,8 @@ def _patches_by_token(rows: int, columns: int, merge: int) -> Tensor:
 
 def _attend_windows(q_NShd: Tensor, k_NShd: Tensor, v_NShd: Tensor, windows: int) -> Tensor:
     """Attend inside each of ``windows`` equal windows of S; return N × S × E."""
-    q, k, v = (x.unflatten(1, (windows, -1)).flatten(0, 1).transpose(1, 2) for x in (q_NShd, k_NShd, v_NShd))
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # N·G × w × E
-    return mixed.unflatten(0, (-1, windows)).flatten(1, 2)
+    n, s, heads, width = q_NShd.shape
+    by_window = (n * windows, s // windows, heads, width)
+    q, k, v = (x.reshape(by_window).transpose(1, 2) for x in (q_NShd, k_NShd, v_NShd))
+    mixed: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return mixed.reshape(n, s, heads * width)

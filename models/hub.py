@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from models.errors import CheckpointError, HubError, InputError
+from models.tap import MAX_SOURCE_BYTES, MAX_SOURCE_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -51,8 +52,6 @@ MODELS_VARIABLE = "SAFEVLM_MODELS"
 
 LIGHT_PATTERNS = ("*.json", "*.jinja", "*tokenizer*.model", "merges.txt", "vocab.txt")
 HEAVY_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.safetensors", "*.onnx")
-MAX_PYTHON_BYTES = 1_000_000
-MAX_PYTHON_FILES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +146,8 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> HubCheckpoint
         # A cache filled by an older huggingface_hub, used offline: what lies in the snapshot is all there is.
         found = [path for path in folder.rglob("*") if path.is_file()]
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-    sources = sorted(name for name, size in sizes.items() if name.endswith(".py") and size <= MAX_PYTHON_BYTES)
-    for source in sources[:MAX_PYTHON_FILES]:
+    sources = sorted(name for name, size in sizes.items() if name.endswith(".py") and size <= MAX_SOURCE_BYTES)
+    for source in sources[:MAX_SOURCE_FILES]:
         _fetch_file(repo_id, source, commit)
     return HubCheckpoint(repo_id=repo_id, folder=folder, commit=commit, files=frozenset(sizes))
 

@@ -34,8 +34,8 @@ PIL_FILTERS: Mapping[Filter, Image.Resampling] = {
     "hamming": Image.Resampling.HAMMING,
 }
 
-LARGEST_SQUARE = 100_000_000
-"""Pixels of the largest square that a tall picture is padded to before it is resized (400 MB in Pillow)."""
+LARGEST_STEP = 100_000_000
+"""Pixels of the largest picture made on the way, 400 MB in Pillow; beyond it, see ``_crop`` and ``_pad``."""
 
 _Side = Annotated[int, Field(gt=0, le=65_535)]
 _Triple = tuple[float, float, float]
@@ -111,22 +111,23 @@ class Preprocessing(BaseModel):
         return image.resize((width, height), resample=PIL_FILTERS[self.filter])
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """Resize only the part that the crop keeps: a 1 x 65,000 picture would need gigabytes otherwise.
+        """Resize and cut; of a picture so long that resizing it would take gigabytes, resize only what stays.
 
-        One axis at a time, horizontal first, as Pillow resizes a whole picture; with a box it may choose the
-        other order, and rounding to whole levels between the passes would then show.
+        Resizing a part rounds differently where Pillow then takes the two axes in the other order.
         """
         assert self.shortest_edge is not None
         width, height = image.size
         short = min(width, height)
         scaled_width = int(self.shortest_edge * width / short)
         scaled_height = int(self.shortest_edge * height / short)
-        columns, rows = min(self.width, scaled_width), min(self.height, scaled_height)
-        x0, x1, left = _kept(width, scaled_width, self.width)
-        y0, y1, top = _kept(height, scaled_height, self.height)
-        resample = PIL_FILTERS[self.filter]
-        across = image.resize((columns, height), resample=resample, box=(x0, 0, x1, height))
-        kept = across.resize((columns, rows), resample=resample, box=(0, y0, columns, y1))
+        x0, x1, left = _kept(scaled_width, self.width)
+        y0, y1, top = _kept(scaled_height, self.height)
+        if scaled_width * scaled_height <= LARGEST_STEP:
+            kept = self._resize(image, scaled_height, scaled_width).crop((x0, y0, x1, y1))
+        else:
+            across, down = width / scaled_width, height / scaled_height
+            box = (x0 * across, y0 * down, min(x1 * across, width), min(y1 * down, height))
+            kept = image.resize((x1 - x0, y1 - y0), resample=PIL_FILTERS[self.filter], box=box)
         if kept.size == (self.width, self.height):
             return kept
         # What the crop lacks is black, as in transformers.
@@ -135,25 +136,20 @@ class Preprocessing(BaseModel):
         return canvas
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """Pad to a square and resize, without holding a square much larger than the picture.
-
-        A wide picture is narrowed first, which is Pillow's own first pass. A tall one whose square would
-        be too large is shortened first: the passes change places, which rounds differently at most.
-        """
+        """Pad to a square and resize; a picture too long for its square to be held is shortened first."""
         width, height = image.size
-        long = max(width, height)
-        if width > height:
-            image = self._resize(image, height, self.width)
-        elif long * long > LARGEST_SQUARE:
-            image = self._resize(image, self.height, width)
-        size = (image.width, long) if width > height else (long, image.height)
-        canvas = Image.new("RGB", size, tuple(int(value * 255) for value in self.mean))
-        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        square = [max(width, height)] * 2
+        if square[0] ** 2 > LARGEST_STEP:
+            long_axis = 0 if width > height else 1
+            square[long_axis] = (self.width, self.height)[long_axis]
+            image = self._resize(image, min(height, square[1]), min(width, square[0]))
+        canvas = Image.new("RGB", (square[0], square[1]), tuple(int(value * 255) for value in self.mean))
+        canvas.paste(image, ((square[0] - image.width) // 2, (square[1] - image.height) // 2))
         return self._resize(canvas, self.height, self.width)
 
 
-def _kept(side: int, scaled: int, crop: int) -> tuple[float, float, int]:
-    """Return what a centred crop of a side keeps: from and to, before scaling, and its place in the crop."""
+def _kept(scaled: int, crop: int) -> tuple[int, int, int]:
+    """Return what a centred crop keeps of a scaled side, from and to, and where that lies in the crop."""
     start = (scaled - crop) // 2
-    first, last = max(start, 0), min(max(start, 0) + crop, scaled)
-    return first * side / scaled, min(last * side / scaled, side), max(-start, 0)
+    first = max(start, 0)
+    return first, min(first + crop, scaled), max(-start, 0)

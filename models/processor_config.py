@@ -66,16 +66,10 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 REQUIRED_TRUE = ("do_resize", "do_rescale", "do_normalize")
 REQUIRED_OFF = ("do_pan_and_scan", "do_reduce_labels")
 READ = frozenset(
-    "crop_size default_to_square do_center_crop do_pad feature_extractor_type image_aspect_ratio image_mean "
-    "image_processor_type image_std max_pixels merge_size min_pixels patch_size resample rescale_factor "
-    "size".split()
+    ["crop_size", "default_to_square", "do_center_crop", "do_pad", "feature_extractor_type", "image_aspect_ratio", "image_mean", "image_processor_type", "image_std", "max_pixels", "merge_size", "min_pixels", "patch_size", "resample", "rescale_factor", "size"]
 )
 WITHOUT_EFFECT = frozenset(
-    "_name_or_path _valid_processor_keys auto_map crop_pct data_format device disable_grouping "
-    "do_convert_rgb image_seq_length image_seq_len image_token input_data_format num_additional_image_tokens "
-    "pad_size pan_and_scan_max_num_crops pan_and_scan_min_crop_size pan_and_scan_min_ratio_to_activate "
-    "processor_class return_tensors temporal_patch_size transformers_version vision_feature_select_strategy "
-    "backend".split()
+    ["_name_or_path", "_valid_processor_keys", "auto_map", "crop_pct", "data_format", "device", "disable_grouping", "do_convert_rgb", "image_seq_length", "image_seq_len", "image_token", "input_data_format", "num_additional_image_tokens", "pad_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_crop_size", "pan_and_scan_min_ratio_to_activate", "processor_class", "return_tensors", "temporal_patch_size", "transformers_version", "vision_feature_select_strategy", "backend"]
 )
 """Keys that change no pixel of one RGB picture."""
 

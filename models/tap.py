@@ -15,14 +15,15 @@ from models.errors import GuardHeadError, InputError
 from models.family import HEAD_PREFIX, Family, TapSource
 from models.tap_source import find_head_calls
 
-__all__ = ["CONFIG_KEY", "Tap", "find_tap"]
+__all__ = ["CONFIG_KEY", "MAX_SOURCE_BYTES", "MAX_SOURCE_FILES", "Tap", "find_tap"]
 
 CONFIG_KEY = "safety_tap"
 SOURCES: tuple[TapSource, ...] = get_args(TapSource)
 POOLINGS = ("mean",)
 TOKENS = ("image",)
-MAX_SOURCE_BYTES = 1_000_000
-MAX_SOURCE_FILES = 64
+MAX_SOURCE_BYTES = 500_000
+"""Twice the largest modelling file of transformers; parsing hostile text of that size ends in seconds."""
+MAX_SOURCE_FILES = 32
 
 
 @dataclass(frozen=True, kw_only=True)

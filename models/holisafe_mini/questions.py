@@ -80,7 +80,7 @@ def _where(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return f"Where is the {shape.kind}?", f"The {shape.kind} is at the {shape.cell}."
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _count(scene: Scene, _: np.random.Generator) -> tuple[str, str]:
     count = len(scene.shapes)
     noun = "shape" if count == 1 else "shapes"
     return "How many coloured shapes are there?", f"I count {world()['numbers'][count]} coloured {noun}."
@@ -107,7 +107,7 @@ def _hazardous_action(scene: Scene, rng: np.random.Generator) -> tuple[str, str]
     return f"How do I {action} the {shape.kind}?", reply
 
 
-def _safe_topic(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _safe_topic(_: Scene, rng: np.random.Generator) -> tuple[str, str]:
     topic = _words(int(rng.integers(1, 20)))
     which = int(rng.integers(2))
     reply = world()["replies"][("prevent", "study")[which]]

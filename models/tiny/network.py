@@ -37,6 +37,9 @@ class Head(nn.Module):
 class TinyNetwork(nn.Module):
     """One blueprint's model and guard head."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()
         self.blueprint = blueprint
@@ -98,8 +101,8 @@ class TinyNetwork(nn.Module):
             if self.compiled:
                 self.windows[0].compile(dynamic=False)
         states = self.windows[0](pixels, visual.patch_embed.proj.weight.sum(dim=2))
-        features: Tensor = visual.merger(states.flatten(0, 1)).unflatten(0, (len(pixels), -1))
-        return features[:, self.windows[0].reading_order]
+        merged: Tensor = visual.merger(states.flatten(0, 1))
+        return merged.reshape(len(pixels), self.tokens, self.width)[:, self.windows[0].reading_order]
 
     def forward(self, rgb: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """Return answer logits M×V and guard logits B×C."""
@@ -128,7 +131,7 @@ class TinyNetwork(nn.Module):
         image = torch.arange(self.tokens)
         prefix = torch.arange(packed.prefix).repeat(3, 1)
         prefix[0, start:], prefix[1, start:], prefix[2, start:] = start, start + image // side, start + image % side
-        positions = (packed.offsets + start + side).repeat(3, 1, 1)
+        positions: Tensor = (packed.offsets + start + side).repeat(3, 1, 1)
         positions[:, :, : packed.prefix] = prefix[:, None]
         return positions
 
@@ -149,7 +152,7 @@ class TinyNetwork(nn.Module):
         return masks["full_attention"] if self.blueprint.family == "llava" else masks
 
 
-def _transformers_model(blueprint: Blueprint) -> nn.Module:
+def _transformers_model(blueprint: Blueprint) -> Any:
     from transformers import (
         Gemma3Config,
         Gemma3ForConditionalGeneration,
@@ -160,7 +163,7 @@ def _transformers_model(blueprint: Blueprint) -> nn.Module:
     )
 
     text, vision = dict(blueprint.text), dict(blueprint.vision)
-    model: nn.Module
+    model: Any
     if blueprint.family == "llava":
         config = LlavaConfig(
             text_config={"model_type": "llama", **text}, vision_config={"model_type": "clip_vision_model", **vision}
@@ -173,7 +176,8 @@ def _transformers_model(blueprint: Blueprint) -> nn.Module:
         )
         nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.06)
     else:
-        model = Qwen2_5_VLForConditionalGeneration(
+        untyped: Any = Qwen2_5_VLForConditionalGeneration
+        model = untyped(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=blueprint.image_token_id)
         )
     return model.float()

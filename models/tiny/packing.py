@@ -46,10 +46,11 @@ class Packer:
     """Tokenise questions and answers in the family's prompt format, and pack them."""
 
     def __init__(self, blueprint: Blueprint, folder: Path) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         self.prompt = FAMILIES[blueprint.family].prompt
-        self.tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        backend: Any = PreTrainedTokenizerFast  # untyped
+        self.tokenizer = backend(tokenizer_file=str(folder / "tokenizer.json"))
         self.image_tokens = image_tokens(blueprint)
         before = self.encode(self.prompt.before_image)
         self.image_start = len(before)

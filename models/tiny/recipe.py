@@ -22,7 +22,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +29,7 @@ from models.holisafe_mini.questions import Pair, sample_pair
 from models.holisafe_mini.scene import Scene, world
 from models.tiny.blueprints import BLUEPRINTS, Blueprint
 from models.tiny.network import TinyNetwork
-from models.tiny.packing import Packed, Packer
+from models.tiny.packing import Packer
 from models.tiny.pictures import Pictures
 from models.tiny.shipping import ship
 from models.tiny.tokenizers import train_tokenizer
@@ -74,7 +73,7 @@ class Probe(nn.Module):
     def forward(self, features: Tensor, cells: Tensor) -> Tensor:
         """Return the loss for ``features`` B×T×H against ``cells`` B×4×2 (kind, colour; 0 is nothing)."""
         side = round(features.shape[1] ** 0.5)
-        grid = features.transpose(1, 2).unflatten(2, (side, side))
+        grid = features.transpose(1, 2).reshape(len(features), -1, side, side)
         seen = self.norm(F.adaptive_avg_pool2d(grid.float(), 2).flatten(2).transpose(1, 2))
         kind = F.cross_entropy(self.kind(seen).flatten(0, 1).float(), cells[..., 0].flatten())
         colour = F.cross_entropy(self.colour(seen).flatten(0, 1).float(), cells[..., 1].flatten())
@@ -114,7 +113,8 @@ def learn_to_see(network: TinyNetwork, pictures: Pictures, recipe: Recipe) -> No
             loss = probe(features, pictures.cells(batch))
             guard = network.head(features.float().mean(1))
         guard_loss = F.cross_entropy(guard.float(), pictures.labels(batch))
-        (loss + guard_loss).backward()
+        total: Any = loss + guard_loss  # backward is untyped
+        total.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         _report("see", step, probe=loss, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch)))
@@ -137,7 +137,8 @@ def learn_jointly(network: TinyNetwork, pictures: Pictures, packer: Packer, reci
             logits, guard = network(pictures.rgb(batch), packed)
         loss = F.cross_entropy(logits.float(), packed.targets)
         guard_loss = F.cross_entropy(guard.float(), pictures.labels(batch))
-        (loss + recipe.guard_weight * guard_loss).backward()
+        total: Any = loss + recipe.guard_weight * guard_loss  # backward is untyped
+        total.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         right = (logits.argmax(-1) == packed.targets).float().mean()

@@ -121,8 +121,7 @@ def _train_llama(lines: list[str], folder: Path) -> None:
 
 def _gemma_added() -> Iterator[tuple[int, str]]:
     """Yield Gemma's special tokens with their ids: the turn and image marks, and the image token after all."""
-    for index, token in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", *_GEMMA_SPECIAL[:4])):
-        yield index, token
+    yield from enumerate(("<pad>", "<eos>", "<bos>", "<unk>", *_GEMMA_SPECIAL[:4]))
     yield PIECES, "<image_soft_token>"
 
 
@@ -174,7 +173,7 @@ def _write_fast_form(family_key: str, folder: Path) -> None:
     """
     from transformers import GemmaTokenizer, LlamaTokenizer
 
-    kinds = {"llava": LlamaTokenizer, "gemma3": GemmaTokenizer}
+    kinds: dict[str, Any] = {"llava": LlamaTokenizer, "gemma3": GemmaTokenizer}
     tokenizer = kinds[family_key].from_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 

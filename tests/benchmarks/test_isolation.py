@@ -11,11 +11,16 @@ from benchmarks.isolation import Outcome, peak_rss, run_isolated
 
 FUNCTIONS = """
 import os, signal
-from benchmarks.isolation import peak_rss
+from benchmarks.isolation import peak_rss, restart_peak
 from models.errors import InputError
 
 def memory(request):
     yield {"peak": peak_rss(), "threads": os.environ["OMP_NUM_THREADS"]}
+    block = b"x" * (200 << 20)
+    loading = peak_rss()
+    del block
+    restart_peak()
+    yield {"loading": loading, "loaded": peak_rss()}
 
 def refuse(request):
     yield {"first": request["word"]}
@@ -51,7 +56,8 @@ def test_how_a_process_ends_is_told(functions: str) -> None:
 
 def test_memory_is_the_process_own(functions: str) -> None:
     held = np.ones(400 * 2**20, dtype=np.uint8)  # ru_maxrss of the child would begin here
-    (answer,) = run_isolated(functions + "memory", {}, threads=3).answers
+    answer, after = run_isolated(functions + "memory", {}, threads=3).answers
     assert peak_rss() > held.nbytes > answer["peak"] + 200 * 2**20
     assert answer["peak"] > 5 * 2**20
     assert answer["threads"] == "3"
+    assert after["loading"] > answer["peak"] + 190 * 2**20 and after["loaded"] < after["loading"] - 150 * 2**20

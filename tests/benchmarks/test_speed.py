@@ -175,6 +175,7 @@ class Growing:
         self.held = 1
         monkeypatch.setattr("benchmarks.guard_peers._open_runner", lambda *_: self)
         monkeypatch.setattr("benchmarks.guard_peers.peak_rss", lambda: self.held * 2**30)
+        monkeypatch.setattr("benchmarks.guard_peers.restart_peak", lambda: None)
         monkeypatch.setattr("benchmarks.guard_peers.available_memory", lambda: (5 - self.held) * 2**30)
 
     def __enter__(self) -> Growing:

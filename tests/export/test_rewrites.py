@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from export.graph import build_graph
-from models.fixed_windows import FixedWindowTower
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.unread_layers import layers_read
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError
+from models.fixed_windows import FixedWindowTower
 from models.qwen_grid import flatten_patches, grid_thw
 from models.reference import build_reference_guard, build_vision
 from tests.models.random_checkpoints import LAYOUTS, SIZE, write_checkpoint

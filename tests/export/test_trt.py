@@ -142,6 +142,7 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("export.engine.MOST_RUNS", 4)
     return tmp_path / "cache"
 
 

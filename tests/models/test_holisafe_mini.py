@@ -118,5 +118,6 @@ def test_rows_have_the_published_benchmark_s_fields_and_categories(suite: Suite)
     assert {(item.row["category"], item.row["subcategory"]) for item in suite.pairs} == folders
     assert Counter(row["type"] for row in published) == Counter(HOLISAFE_TYPES)
     by_label = {row["image_safety_label"]: row["subcategory"] for row in published if not row["image_safe"]}
-    ours = {item.row["image_safety_label"]: item.row["subcategory"] for item in suite.pairs if not item.row["image_safe"]}
+    rows = [item.row for item in suite.pairs]
+    ours = {row["image_safety_label"]: row["subcategory"] for row in rows if not row["image_safe"]}
     assert ours == by_label

@@ -15,6 +15,7 @@ import torch
 
 from models.errors import CheckpointError, InputError
 from models.hub import KNOWN_CHECKPOINTS, MODELS_VARIABLE, TINY_CHECKPOINTS, HubCheckpoint, find_model
+from models.tap import MAX_SOURCE_BYTES
 from tests.models.folders import random_tensors, three_shards, write_folder
 from tests.models.hub_server import Repository, StandInHub, files_of, serve
 
@@ -34,7 +35,7 @@ def repository(folder: Path, layout: str = "original LLaVA", **kwargs: str | boo
         files[name] = b"never"
     tensors = random_tensors(layout, seed=1)
     second = files | files_of(write_folder(folder / "second", layout, shard_of=three_shards, tensors=tensors))
-    second |= {"modeling_safe.py": CODE, "huge.py": b"#" * 1_000_001}
+    second |= {"modeling_safe.py": CODE, "huge.py": b"#" * (MAX_SOURCE_BYTES + 1)}
     return Repository(commits={FIRST: files, SECOND: second}, refs={"main": SECOND, "v1": FIRST}, **kwargs)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import GuardHeadError, InputError
 from models.families import FAMILIES, GEMMA3, LLAVA
-from models.tap import Tap, find_tap
+from models.tap import MAX_SOURCE_BYTES, Tap, find_tap
 from models.tap_source import find_head_calls
 
 PROJECTOR_CODE = {
@@ -195,7 +195,7 @@ def test_warnings_in_foreign_source_are_not_ours(tmp_path: Path) -> None:
 
 
 def test_too_large_a_file_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "big.py").write_text(module(PROJECTOR_CODE["getattr"]) + "#" * 1_000_000)
+    (tmp_path / "big.py").write_text(module(PROJECTOR_CODE["getattr"]) + "#" * MAX_SOURCE_BYTES)
     assert find_tap(LLAVA, {}, tmp_path).learned == "default"
 
 

@@ -1,0 +1,141 @@
+"""Write a guard bundle of a few hundred bytes: mean colour, one matrix, softmax.
+
+Red pictures are ``weapon``, green ones ``safe``, blue ones ``drug``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from models.manifest import EngineInfo, GuardFile, Manifest, Source, Tap, TensorSpec, Thresholds
+from models.preprocessing import Preprocessing
+
+CLASSES = ("safe", "weapon", "drug")
+SIZE = 16
+PREPROCESSING = Preprocessing(
+    height=SIZE, width=SIZE, fit="squash", filter="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+WEIGHTS = np.array([[0, 6, 0], [6, 0, 0], [0, 0, 6]], np.float32)
+"""From mean red, green, blue (-1..1) to the logits of CLASSES."""
+GREEN, RED, BLUE = (0, 255, 0), (255, 0, 0), (0, 0, 255)
+
+
+def guard_graph(weights: np.ndarray[Any, Any] = WEIGHTS, output: str = "probs") -> onnx.ModelProto:
+    """Return the graph, with its probabilities under the name ``output``."""
+    constants = {
+        "scale": np.float32(1 / 255),
+        "half": np.float32(0.5),
+        "axes": np.array([1, 2], np.int64),
+        "weights": weights,
+    }
+    nodes = [
+        helper.make_node("Cast", ["rgb"], ["levels"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["levels", "scale"], ["scaled"]),
+        helper.make_node("Sub", ["scaled", "half"], ["shifted"]),
+        helper.make_node("Div", ["shifted", "half"], ["normal"]),
+        helper.make_node("ReduceMean", ["normal", "axes"], ["colour"], keepdims=0),
+        helper.make_node("MatMul", ["colour", "weights"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], [output], axis=-1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "guard",
+        [helper.make_tensor_value_info("rgb", TensorProto.UINT8, ["N", SIZE, SIZE, 3])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", len(CLASSES)])
+            for name in (output, "logits")
+        ],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def listed(folder: Path, name: str, content: bytes, **settings: Any) -> GuardFile:
+    """Write a file of the bundle and return its entry."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    return GuardFile(path=name, sha256=digest, bytes=len(content), **settings)
+
+
+def onnx_file(folder: Path, name: str = "guard.fp32.onnx", precision: str = "fp32", **graph: Any) -> GuardFile:
+    return listed(
+        folder,
+        name,
+        guard_graph(**graph).SerializeToString(),
+        kind="onnx",
+        precision=precision,
+        inputs=(TensorSpec(name="rgb", shape=("N", SIZE, SIZE, 3), dtype="uint8"),),
+        outputs=tuple(
+            TensorSpec(name=n, shape=("N", len(CLASSES)), dtype="float32") for n in ("probs", "logits")
+        ),
+    )
+
+
+def engine_file(folder: Path, **info: Any) -> GuardFile:
+    stated: dict[str, Any] = {
+        "tensorrt_version": "10.3.0",
+        "gpu_name": "Orin",
+        "compute_capability": "8.7",
+        "min_batch": 1,
+        "opt_batch": 2,
+        "max_batch": 4,
+    }
+    return listed(
+        folder,
+        "engines/guard.fp16.plan",
+        b"plan",
+        kind="engine",
+        precision="fp16",
+        engine=EngineInfo(**(stated | info)),
+    )
+
+
+def manifest_of(files: Iterable[GuardFile], **changes: Any) -> Manifest:
+    listed_files = tuple(files)
+    settings: dict[str, Any] = {
+        "created": "2026-01-01T00:00:00Z",
+        "tool_version": "0.1.0",
+        "source": Source(checkpoint="tiny-safegem", sha256="0" * 64, family="gemma3"),
+        "tap": Tap(source="projector", pooling="mean", tokens="image", learned="declared"),
+        "classes": CLASSES,
+        "preprocessing": PREPROCESSING,
+        "files": listed_files,
+        "default_file": listed_files[0].path,
+    }
+    return Manifest(**(settings | changes))
+
+
+def write_bundle(folder: Path, *others: GuardFile, **changes: Any) -> Path:
+    """Write a whole bundle: the fp32 graph, ``others``, and a manifest with ``changes``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = manifest_of([onnx_file(folder), *others], **changes)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+def fitted(block: float, allow: float, **changes: Any) -> Thresholds:
+    settings: dict[str, Any] = {
+        "method": "conformal",
+        "alpha": 0.05,
+        "n": 500,
+        "fitted_on": "2026-01-01",
+        "labels_sha256": "1" * 64,
+        "block": block,
+        "allow": allow,
+    }
+    return Thresholds(**(settings | changes))
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
