@@ -11,9 +11,10 @@ from pathlib import Path
 from models.errors import InputError
 from models.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ["bundle_draft", "check_destination", "write_manifest"]
+__all__ = ["PARTIAL", "bundle_draft", "check_destination", "remove_abandoned", "write_manifest"]
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
+"""Stands before the process number in the name of what is unfinished."""
 
 
 def check_destination(out: Path) -> None:
@@ -40,8 +41,8 @@ def bundle_draft(out: Path) -> Iterator[Path]:
     """
     check_destination(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    draft = out.parent / f".{out.name}{_PARTIAL}{os.getpid()}"
+    remove_abandoned(out)
+    draft = out.parent / f".{out.name}{PARTIAL}{os.getpid()}"
     draft.mkdir()
     try:
         yield draft
@@ -53,7 +54,7 @@ def bundle_draft(out: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, replacing an older one in a single step."""
-    unfinished = folder / f".{MANIFEST_NAME}{_PARTIAL}{os.getpid()}"
+    unfinished = folder / f".{MANIFEST_NAME}{PARTIAL}{os.getpid()}"
     unfinished.write_text(manifest.to_json(), encoding="utf-8")
     unfinished.replace(folder / MANIFEST_NAME)
 
@@ -66,9 +67,9 @@ def _put_in_place(draft: Path, out: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_abandoned(out: Path) -> None:
+def remove_abandoned(out: Path) -> None:
     """Remove drafts of ``out`` whose process is gone."""
-    for draft in out.parent.glob(f".{out.name}{_PARTIAL}*"):
+    for draft in out.parent.glob(f".{out.name}{PARTIAL}*"):
         pid = draft.name.rsplit("-", 1)[1].split(".")[0]
         if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(draft, ignore_errors=True)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import _PARTIAL, _remove_abandoned, write_manifest
-from export.parity import TOLERANCES, Tolerance
+from export.bundle import PARTIAL, remove_abandoned, write_manifest
+from export.parity import TOLERANCES, Tolerance, check_parity
 from export.tensorrt_builder import EngineOptions, Report, build_engine, builder_api
-from models.errors import BundleError, ParityError
+from models.errors import BundleError
 from models.machine import machine_name
-from models.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
+from models.manifest import EngineInfo, GuardFile, Latency, Manifest, TensorSpec
 from runtimes.bundle import Bundle, sha256_of
 from runtimes.cuda import Gpu
 from runtimes.runner import GuardRunner
@@ -35,7 +35,7 @@ MakeRunner = Callable[[Bundle, GuardFile], GuardRunner]
 
 ENGINE_TOLERANCES: Mapping[str, Tolerance] = {
     # Another machine sums in another order; the export itself, on one machine, is held to 1e-5.
-    "fp32": Tolerance(probability=1e-4, flips=0.0),
+    "fp32": Tolerance(probability=1e-4, labels_may_change=False),
     "fp16": TOLERANCES["fp16"],
 }
 WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
@@ -111,7 +111,14 @@ def add_engine(
         report("comparing with ONNX Runtime and timing")
         candidate = _entry(bundle, plan, options.precision, info)
         with make_runner(bundle, candidate) as runner:
-            parity = _check(runner.infer(images).probs, reference, options.precision)
+            parity = check_parity(
+                reference,
+                runner.infer(images).probs,
+                ENGINE_TOLERANCES[options.precision],
+                what=f"the {options.precision} engine",
+                reference="ONNX Runtime on the CPU with this bundle's fp32 file",
+                advice="Try --precision fp32, and please report this with the TensorRT version and the GPU.",
+            )
             latency = _time(runner, images[:1], device)
         entry = candidate.model_copy(update={"parity": parity, "latency": latency})
         return _enter(bundle.folder, entry, plan)
@@ -156,24 +163,6 @@ def _entry(bundle: Bundle, plan: Path, precision: str, info: EngineInfo) -> Guar
         inputs=(TensorSpec(name="rgb", shape=("N", size.height, size.width, 3), dtype="uint8"),),
         outputs=tuple(TensorSpec(name=name, shape=("N", classes), dtype="float32") for name in ("probs", "logits")),
         engine=info,
-    )
-
-
-def _check(found_nC: Floats, reference_nC: Floats, precision: str) -> Parity:
-    delta = np.abs(found_nC.astype(np.float64) - reference_nC)
-    flips = int((found_nC.argmax(axis=1) != reference_nC.argmax(axis=1)).sum())
-    worst, allowed = float(delta.max()), ENGINE_TOLERANCES[precision]
-    if not worst <= allowed.probability or flips > allowed.flips * len(reference_nC):
-        raise ParityError(
-            f"the {precision} engine differs from ONNX Runtime on {len(reference_nC)} pictures: max |Δp| {worst:.2e} "
-            f"(at most {allowed.probability:.0e} is allowed), {flips} labels changed. It was not kept. Try "
-            "--precision fp32, and please report this with the TensorRT version and the GPU."
-        )
-    return Parity(
-        images=len(reference_nC),
-        max_abs_prob_delta=worst,
-        label_flips=flips,
-        reference="ONNX Runtime on the CPU with this bundle's fp32 file",
     )
 
 
@@ -250,8 +239,8 @@ def _plan_path(entry: GuardFile, taken: set[str]) -> str:
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """Give a folder in the bundle for unfinished files; one whose process died is removed by the next."""
-    _remove_abandoned(folder / "engine")
-    scratch = folder / f".engine{_PARTIAL}{os.getpid()}"
+    remove_abandoned(folder / "engine")
+    scratch = folder / f".engine{PARTIAL}{os.getpid()}"
     scratch.mkdir()
     try:
         yield scratch

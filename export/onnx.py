@@ -24,7 +24,7 @@ from export.bundle import bundle_draft, check_destination, write_manifest
 from export.graph import PRECISIONS, GuardGraph, Precision, build_graph
 from export.images import parity_images
 from export.options import PARITY_IMAGES, checkpoint_options, grid_option, print_manifest
-from export.parity import check_parity
+from export.parity import TOLERANCES, check_parity
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import run
 from models.errors import InputError
@@ -40,6 +40,7 @@ __all__ = ["ExportOptions", "export_guard"]
 OPSET = 20
 INSIDE = 2**30
 """Weights up to this many bytes stay inside the ONNX file; larger ones go into one ``.data`` file beside it."""
+REFERENCE = "transformers' own forward pass in float32"
 _BATCH = 8
 
 Bytes = NDArray[np.uint8]
@@ -118,7 +119,7 @@ def _export_file(
     write_onnx(build_graph(guard, precision), images[:2], path)
     report(f"{precision}: checking parity and timing")
     found, latency = _run(path, images)
-    parity = check_parity(reference, found, precision, what=path.name)
+    parity = check_parity(reference, found, TOLERANCES[precision], what=path.name, reference=REFERENCE)
     height, width, classes = *images.shape[1:3], len(guard.classes)
     outputs = tuple(TensorSpec(name=name, shape=("N", classes), dtype="float32") for name in ("probs", "logits"))
     main_file = GuardFile(

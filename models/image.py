@@ -30,7 +30,23 @@ EAGER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 LATE_FORMATS = ("WEBP", "TIFF", "MPO", "JPEG2000", "AVIF")
 FORMATS_TEXT = "JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF or PPM"
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".j2k", ".avif", ".ppm", ".pgm", ".pbm"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+        ".jp2",
+        ".j2k",
+        ".avif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+    ]
 )
 """File names that are taken for images when a folder is searched, in lower case."""
 

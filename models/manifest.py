@@ -43,9 +43,7 @@ def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     normal = not pure.is_absolute() and ".." not in pure.parts and str(pure) == path and path != "."
     if not normal or "\\" in path or ":" in path or "\0" in path:
-        raise ValueError(
-            f"path {path!r} is not a plain relative path inside the bundle, such as 'guard.fp32.onnx'"
-        )
+        raise ValueError(f"path {path!r} is not a plain relative path inside the bundle, such as 'guard.fp32.onnx'")
     return path
 
 
@@ -248,13 +246,9 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
     try:
         stated = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{where} is not valid JSON ({error}). Copy the bundle again, or export it anew."
-        ) from error
+        raise BundleError(f"{where} is not valid JSON ({error}). Copy the bundle again, or export it anew.") from error
     if not isinstance(stated, dict):
-        raise BundleError(
-            f"{where} holds {type(stated).__name__}, not a JSON object. Export the bundle anew."
-        )
+        raise BundleError(f"{where} holds {type(stated).__name__}, not a JSON object. Export the bundle anew.")
     return stated
 
 

@@ -66,9 +66,7 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
         if (self.fit == "crop") != (self.shortest_edge is not None):
-            raise ValueError(
-                f"shortest_edge is for fit 'crop' and only for it: {self.fit}, {self.shortest_edge}"
-            )
+            raise ValueError(f"shortest_edge is for fit 'crop' and only for it: {self.fit}, {self.shortest_edge}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0 in every channel: {self.std}")
         return self

@@ -66,10 +66,51 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 REQUIRED_TRUE = ("do_resize", "do_rescale", "do_normalize")
 REQUIRED_OFF = ("do_pan_and_scan", "do_reduce_labels")
 READ = frozenset(
-    ["crop_size", "default_to_square", "do_center_crop", "do_pad", "feature_extractor_type", "image_aspect_ratio", "image_mean", "image_processor_type", "image_std", "max_pixels", "merge_size", "min_pixels", "patch_size", "resample", "rescale_factor", "size"]
+    [
+        "crop_size",
+        "default_to_square",
+        "do_center_crop",
+        "do_pad",
+        "feature_extractor_type",
+        "image_aspect_ratio",
+        "image_mean",
+        "image_processor_type",
+        "image_std",
+        "max_pixels",
+        "merge_size",
+        "min_pixels",
+        "patch_size",
+        "resample",
+        "rescale_factor",
+        "size",
+    ]
 )
 WITHOUT_EFFECT = frozenset(
-    ["_name_or_path", "_valid_processor_keys", "auto_map", "crop_pct", "data_format", "device", "disable_grouping", "do_convert_rgb", "image_seq_length", "image_seq_len", "image_token", "input_data_format", "num_additional_image_tokens", "pad_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_crop_size", "pan_and_scan_min_ratio_to_activate", "processor_class", "return_tensors", "temporal_patch_size", "transformers_version", "vision_feature_select_strategy", "backend"]
+    [
+        "_name_or_path",
+        "_valid_processor_keys",
+        "auto_map",
+        "crop_pct",
+        "data_format",
+        "device",
+        "disable_grouping",
+        "do_convert_rgb",
+        "image_seq_length",
+        "image_seq_len",
+        "image_token",
+        "input_data_format",
+        "num_additional_image_tokens",
+        "pad_size",
+        "pan_and_scan_max_num_crops",
+        "pan_and_scan_min_crop_size",
+        "pan_and_scan_min_ratio_to_activate",
+        "processor_class",
+        "return_tensors",
+        "temporal_patch_size",
+        "transformers_version",
+        "vision_feature_select_strategy",
+        "backend",
+    ]
 )
 """Keys that change no pixel of one RGB picture."""
 
@@ -94,9 +135,7 @@ def read_processor(processor: _Settings, *, family: str, grid: tuple[int, int] |
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the settings as a whole"
-        raise InputError(
-            f"image processor settings ({kind}) are not usable: {where}: {first['msg']}"
-        ) from error
+        raise InputError(f"image processor settings ({kind}) are not usable: {where}: {first['msg']}") from error
 
 
 def _kind(processor: _Settings, family: str) -> str:
@@ -193,9 +232,7 @@ def _clip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
     if not _pads(settings):
         return {"height": height, "width": width, "fit": "crop", "shortest_edge": edge}
     if (height, width) != (edge, edge):
-        _refuse(
-            "crop_size", settings["crop_size"], f"{edge}x{edge}, the shortest edge, when pictures are padded"
-        )
+        _refuse("crop_size", settings["crop_size"], f"{edge}x{edge}, the shortest edge, when pictures are padded")
     return {"height": height, "width": width, "fit": "pad"}
 
 

@@ -85,7 +85,7 @@ def table(judgements: Sequence[Judgement], *, colour: bool) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = []
     for row in rows:
-        verdict, p_unsafe, label, p_label = (cell.ljust(width) for cell, width in zip(row, widths))
+        verdict, p_unsafe, label, p_label = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         if colour and row[0] in COLOURS:
             verdict = click.style(verdict, fg=COLOURS[row[0]])
         lines.append("  ".join((verdict, p_unsafe, label, p_label, row[4])))

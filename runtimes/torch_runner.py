@@ -25,9 +25,7 @@ class TorchRunner(GuardRunner):
 
     runtime = "torch"
 
-    def __init__(
-        self, checkpoint: Any, *, grid: tuple[int, int] | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Any, *, grid: tuple[int, int] | None = None, threads: int | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
         self.grid = grid

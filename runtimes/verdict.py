@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -38,7 +37,7 @@ class Judgement:
     verdict: Verdict
     label: str | None = None
     p_unsafe: float | None = None
-    probs: Mapping[str, float] = MappingProxyType({})
+    probs: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
     def to_json(self) -> dict[str, object]:
@@ -58,9 +57,7 @@ def safe_index(classes: Sequence[str]) -> int:
     return classes.index("safe") if "safe" in classes else 0
 
 
-def decide(
-    probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None = None
-) -> Decision:
+def decide(probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None = None) -> Decision:
     """Judge one row of C probabilities.
 
     p(unsafe) is 1 - p(safe). Without thresholds, block from 0.5 up, else allow. With them: block from

@@ -74,6 +74,7 @@ def python(code: str, tmp_path: Path, url: str, **variables: str) -> Any:
         [sys.executable, "-c", prelude + code],
         env={**inherited, "PYTHONPATH": str(Path.cwd()), **settings, **variables},
         capture_output=True,
+        check=False,
         text=True,
         timeout=120,
         cwd=tmp_path,

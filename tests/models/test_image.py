@@ -32,8 +32,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: t
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -89,18 +88,14 @@ def test_palette_and_colour_key_transparency_are_white_too() -> None:
     assert levels(open_image(encoded(palette, "GIF", transparency=0))).tolist() == [[[255] * 3, [0, 255, 0]]]
     key = Image.new("RGB", (2, 1), (9, 9, 9))
     key.putpixel((1, 0), (0, 0, 200))
-    assert levels(open_image(encoded(key, "PNG", transparency=(9, 9, 9)))).tolist() == [
-        [[255] * 3, [0, 0, 200]]
-    ]
+    assert levels(open_image(encoded(key, "PNG", transparency=(9, 9, 9)))).tolist() == [[[255] * 3, [0, 0, 200]]]
 
 
 def test_cmyk_is_converted_as_pillow_does() -> None:
     cmyk = NOISE.resize((64, 64)).convert("CMYK")
     for kind in ("JPEG", "TIFF"):
         content = encoded(cmyk, kind)
-        assert np.array_equal(
-            levels(open_image(content)), levels(Image.open(io.BytesIO(content)).convert("RGB"))
-        )
+        assert np.array_equal(levels(open_image(content)), levels(Image.open(io.BytesIO(content)).convert("RGB")))
     red = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     assert (abs(levels(open_image(red)) - [255, 0, 0]) <= 4).all()
 
@@ -169,7 +164,7 @@ def test_formats_that_start_other_programs_are_not_tried() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_more_than_one_picture_is_refused(kind: str) -> None:
     content = encoded(NOISE, kind, save_all=True, append_images=[ImageOps.invert(NOISE)])
-    with pytest.raises(ImageFileError, match="animated or has several pages.*Save each frame"):
+    with pytest.raises(ImageFileError, match=r"animated or has several pages.*Save each frame"):
         open_image(content)
 
 
@@ -180,7 +175,7 @@ def test_a_phones_picture_with_a_second_one_behind_it_is_its_first() -> None:
 
 
 def test_a_mode_without_plain_colour_is_refused() -> None:
-    with pytest.raises(ImageFileError, match="mode F is not supported.*save it as an RGB PNG"):
+    with pytest.raises(ImageFileError, match=r"mode F is not supported.*save it as an RGB PNG"):
         open_image(encoded(Image.new("F", (4, 4)), "TIFF"))
     with pytest.raises(ImageFileError, match="mode I is not supported"):
         open_image(encoded(Image.new("I", (4, 4), 70_000), "TIFF"))

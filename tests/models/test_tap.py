@@ -82,6 +82,9 @@ UNCLEAR_CODE = {
         vision_outputs = self.vision_tower(pixels)
         logits = self.img_safety_head(vision_outputs.last_hidden_state)
     """,
+    "the raw vision tower, from elsewhere": """
+        logits = self.img_safety_head(kwargs.vision_outputs.last_hidden_state)
+    """,
     "an unknown function": """
         logits = self.img_safety_head(self.mystery(x))
     """,

@@ -49,10 +49,7 @@ def guard_graph(weights: np.ndarray[Any, Any] = WEIGHTS, output: str = "probs") 
         nodes,
         "guard",
         [helper.make_tensor_value_info("rgb", TensorProto.UINT8, ["N", SIZE, SIZE, 3])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", len(CLASSES)])
-            for name in (output, "logits")
-        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", len(CLASSES)]) for name in (output, "logits")],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
@@ -75,9 +72,7 @@ def onnx_file(folder: Path, name: str = "guard.fp32.onnx", precision: str = "fp3
         kind="onnx",
         precision=precision,
         inputs=(TensorSpec(name="rgb", shape=("N", SIZE, SIZE, 3), dtype="uint8"),),
-        outputs=tuple(
-            TensorSpec(name=n, shape=("N", len(CLASSES)), dtype="float32") for n in ("probs", "logits")
-        ),
+        outputs=tuple(TensorSpec(name=n, shape=("N", len(CLASSES)), dtype="float32") for n in ("probs", "logits")),
     )
 
 

@@ -1,0 +1,67 @@
+"""Every command ends with one message and the code of what happened."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from models.commandline import printable, run
+from models.errors import BundleError, EngineUnavailableError, ParityError
+
+
+def ended(command: click.Command, *arguments: str) -> object:
+    with pytest.raises(SystemExit) as caught:
+        run(command, arguments)
+    return caught.value.code
+
+
+def raising(error: BaseException) -> click.Command:
+    @click.command()
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(BundleError("it is\x1b[31m altered"), 2), (ParityError("p"), 1), (EngineUnavailableError("e"), 6)],
+)
+def test_our_errors_become_a_message_and_their_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(raising(error)) == code
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {printable(str(error))}\n" and printed.out == ""
+    assert "\x1b" not in printed.err
+
+
+def test_wrong_usage_is_2_and_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
+    command = click.Command("demo", params=[click.Argument(["bundle"])], help="Say hello.")
+    assert ended(command) == 2
+    assert "Missing argument 'BUNDLE'" in capsys.readouterr().err
+    assert ended(command, "x", "--nonsense") == 2
+    assert "No such option" in capsys.readouterr().err
+    assert ended(command, "--help") == 0
+    assert "Say hello." in capsys.readouterr().out
+
+
+def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(raising(KeyboardInterrupt())) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_returned_number_is_the_exit_code() -> None:
+    assert ended(click.Command("demo", callback=lambda: 10)) == 10
+    assert ended(click.Command("demo", callback=lambda: None)) == 0
+    assert ended(click.Command("demo", callback=lambda: click.get_current_context().exit(3))) == 3
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()), [])
+
+
+def test_control_characters_are_escaped_and_letters_kept() -> None:
+    assert printable("grün 図\n") == "grün 図\n"
+    assert printable("\x1b[2J\r\x07\udcff") == "\\x1b[2J\\r\\x07\\udcff"
