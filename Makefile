@@ -16,6 +16,7 @@ test: lint types unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

@@ -240,9 +240,7 @@ def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[_Measured],
 # -- rows -----------------------------------------------------------------------------------------------
 
 
-def _row(
-    subject: Subject, measured: _Measured, batch: int, baselines: Mapping[Device, _Measured], rounds: int
-) -> Row:
+def _row(subject: Subject, measured: _Measured, batch: int, baselines: Mapping[Device, _Measured], rounds: int) -> Row:
     """Sum up one peer at one batch size; ``baselines`` are the torch peers by device."""
     answers = measured.answers.get(batch, [])
     peer = measured.peer

@@ -69,9 +69,7 @@ def score(model: SafeVLM, suite: Suite, *, report: Callable[[int], None] = lambd
     )
 
 
-def _answer(
-    model: SafeVLM, suite: Suite, items: Sequence[Answered], report: Callable[[int], None]
-) -> list[Answer]:
+def _answer(model: SafeVLM, suite: Suite, items: Sequence[Answered], report: Callable[[int], None]) -> list[Answer]:
     """Answer in batches of questions of equal length, so that little is padded; return in the given order."""
     scenes = {picture.path: picture.scene for picture in suite.pictures}
     order = sorted(range(len(items)), key=lambda i: len(str(items[i].row["query"])))

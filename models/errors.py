@@ -74,8 +74,7 @@ class MissingExtraError(InputError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package '{library}', which is not installed: "
-            f"pip install 'safevlm-edge[{extra}]'"
+            f"{purpose} needs the package '{library}', which is not installed: pip install 'safevlm-edge[{extra}]'"
         )
 
 

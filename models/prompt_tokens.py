@@ -32,9 +32,7 @@ def load_tokenizer(folder: Path) -> Any:
     # mark before the first word. An empty config leaves the choice to tokenizer_config.json.
     config = None if known else PreTrainedConfig()
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=False, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{folder}: no tokenizer can be read from this folder ({error}). Needed is tokenizer.json or "

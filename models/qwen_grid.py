@@ -12,9 +12,7 @@ from torch import Tensor
 __all__ = ["flatten_patches", "grid_thw"]
 
 
-def flatten_patches(
-    pixels_NCHW: Tensor, *, patch_size: int, temporal_patch_size: int, merge_size: int
-) -> Tensor:
+def flatten_patches(pixels_NCHW: Tensor, *, patch_size: int, temporal_patch_size: int, merge_size: int) -> Tensor:
     """Return (N·P) × (C·t·p·p) patches, the m×m patches of one image token standing together.
 
     A still image stands for ``t`` equal frames. ``H`` and ``W`` must be multiples of p·m.

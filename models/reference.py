@@ -179,9 +179,7 @@ class VisionPath(nn.Module):
         return image_features(self.core, self.geometry, self.preprocessing, rgb_NHWC)
 
 
-def image_features(
-    core: nn.Module, geometry: VisionGeometry, preprocessing: Preprocessing, rgb_NHWC: Tensor
-) -> Tensor:
+def image_features(core: nn.Module, geometry: VisionGeometry, preprocessing: Preprocessing, rgb_NHWC: Tensor) -> Tensor:
     """Normalise uint8 RGB and return the N × T × D features that ``core`` makes of it."""
     if rgb_NHWC.dtype != torch.uint8 or rgb_NHWC.ndim != 4 or rgb_NHWC.shape[-1] != 3:
         raise InputError(
@@ -234,9 +232,7 @@ def build_vision(
     Errors: CheckpointError for missing tensors or shapes that disagree; InputError for an impossible grid.
     """
     config = build_vision_config(checkpoint)
-    preprocessing = Preprocessing.from_processor(
-        checkpoint.processor, family=checkpoint.family.key, grid=grid
-    )
+    preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
     geometry_of(config).check_size(preprocessing.height, preprocessing.width)
     core = _lay_out_core(config)
     leave_out_unread(core, checkpoint.tensors)
@@ -289,6 +285,4 @@ def build_reference_guard(
             "projector, say so with tap='projector'."
         )
     head = build_head(checkpoint, dtype=dtype)
-    return GuardModel(
-        build_vision(checkpoint, grid, dtype=dtype), head, checkpoint.family, checkpoint.classes
-    )
+    return GuardModel(build_vision(checkpoint, grid, dtype=dtype), head, checkpoint.family, checkpoint.classes)

@@ -155,9 +155,7 @@ class SafeVLM(nn.Module):
         features = self.image_features(images_NHWC)
         return self.assemble([self.prompt_ids(question, size=size) for question in questions], features, size)
 
-    def assemble(
-        self, sequences: Sequence[Sequence[int]], features_NTD: Tensor, size: tuple[int, int]
-    ) -> Prefill:
+    def assemble(self, sequences: Sequence[Sequence[int]], features_NTD: Tensor, size: tuple[int, int]) -> Prefill:
         """Pad token ids on the left and put row i's features where its ``IMAGE`` placeholders stand.
 
         For training, give ids that go on with the answer. ``size`` is the images' (height, width) in pixels.
@@ -279,9 +277,7 @@ class SafeVLM(nn.Module):
                 break
             position = position + 1
             attention = torch.cat([attention, torch.ones_like(chosen_N1)], dim=-1)
-            hidden_N1D = self.language_forward(
-                table(chosen_N1), {"attention_mask": attention}, position, cache
-            )
+            hidden_N1D = self.language_forward(table(chosen_N1), {"attention_mask": attention}, position, cache)
         return written
 
 
@@ -308,8 +304,6 @@ def load_safe_vlm(
         family=checkpoint.family,
         classes=checkpoint.classes,
         tap_source=checkpoint.tap.source,
-        preprocessing=Preprocessing.from_processor(
-            checkpoint.processor, family=checkpoint.family.key, grid=grid
-        ),
+        preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
         tokenizer=tokenizer,
     ).eval()

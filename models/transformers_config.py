@@ -243,9 +243,7 @@ def _llava(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:
     layer = _llava_feature_layer(raw, vision, shapes)
     projector = "model.multi_modal_projector.linear_1.weight"
     text.setdefault("hidden_size", shapes.need(projector)[0])
-    shapes.check(
-        projector, (text["hidden_size"], vision["hidden_size"]), "hidden_size of language model and tower"
-    )
+    shapes.check(projector, (text["hidden_size"], vision["hidden_size"]), "hidden_size of language model and tower")
     select = raw.get("vision_feature_select_strategy") or raw.get("mm_vision_select_feature") or "default"
     return LlavaConfig(
         text_config=LlamaConfig(**text),
@@ -300,9 +298,7 @@ def _gemma3(raw: Mapping[str, Any], shapes: Shapes) -> Gemma3Config:
     shapes.layers(vision, "vision_config.", "num_hidden_layers", VISION_TOWER + "encoder.layers.")
     projector = "model.multi_modal_projector.mm_input_projection_weight"
     text.setdefault("hidden_size", shapes.need(projector)[1])
-    shapes.check(
-        projector, (vision["hidden_size"], text["hidden_size"]), "hidden_size of tower and language model"
-    )
+    shapes.check(projector, (vision["hidden_size"], text["hidden_size"]), "hidden_size of tower and language model")
     tokens = shapes.whole(dict(raw), "", "mm_tokens_per_image", 256)
     side, grid = math.isqrt(tokens), vision["image_size"] // vision["patch_size"]
     if side * side != tokens or grid % side:

@@ -51,7 +51,7 @@ class OnnxRuntimeRunner(GuardRunner):
             onnxruntime = import_module("onnxruntime")
             state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
         except ImportError as error:
-            raise MissingExtraError("onnxruntime", "onnx", "judging with ONNX Runtime") from error
+            raise MissingExtraError("onnxruntime", "cpu", "judging with ONNX Runtime") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: a command prints one message, not a log
         if self.threads is not None:

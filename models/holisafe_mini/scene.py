@@ -68,8 +68,7 @@ def sample_scene(rng: np.random.Generator, label: int) -> Scene:
     kinds = rng.permutation(world()["shapes"])[:count]
     colours = rng.permutation(list(world()["colours"]))[:count]
     shapes = tuple(
-        Shape(str(kind), str(colour), cell)
-        for kind, colour, cell in zip(kinds, colours, cells[:count], strict=True)
+        Shape(str(kind), str(colour), cell) for kind, colour, cell in zip(kinds, colours, cells[:count], strict=True)
     )
     return Scene(
         shapes=shapes,
@@ -105,9 +104,7 @@ def _place(cell: str, size: int, rng: np.random.Generator) -> tuple[float, float
     return float(x), float(y), float(radius)
 
 
-def _outline(
-    kind: str, x: float, y: float, radius: float, rng: np.random.Generator
-) -> list[tuple[float, float]]:
+def _outline(kind: str, x: float, y: float, radius: float, rng: np.random.Generator) -> list[tuple[float, float]]:
     """Return the corners of a shape, slightly rotated: radii and angles (in turns) by kind."""
     corners = {
         "circle": [(1.0, i / 64) for i in range(64)],

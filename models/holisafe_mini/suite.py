@@ -129,9 +129,7 @@ def _pair_row(
     return Answered(row=_row(number, picture, pair.query, pair_type), answer=pair.answer)
 
 
-def _question_row(
-    number: int, picture: Picture, rng: np.random.Generator, asked: set[tuple[str, str]]
-) -> Answered:
+def _question_row(number: int, picture: Picture, rng: np.random.Generator, asked: set[tuple[str, str]]) -> Answered:
     for _ in range(_TRIES):
         query, answer = sample_question(picture.scene, rng)
         if (picture.path, query) not in asked:

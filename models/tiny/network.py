@@ -25,8 +25,9 @@ class Head(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Dropout(0.1),
-                                 nn.Linear(width // 2, CLASSES))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width // 2), nn.GELU(), nn.Dropout(0.1), nn.Linear(width // 2, CLASSES)
+        )
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return logits B×C for pooled features B×H."""
@@ -109,9 +110,7 @@ class TinyNetwork(nn.Module):
         features = self.image_features(rgb)
         start = packed.prefix - self.tokens
         embedded = self.model.get_input_embeddings()(packed.ids)
-        embedded = torch.cat(
-            [embedded[:, :start], features.to(embedded.dtype), embedded[:, packed.prefix :]], dim=1
-        )
+        embedded = torch.cat([embedded[:, :start], features.to(embedded.dtype), embedded[:, packed.prefix :]], dim=1)
         hidden = self.model.model.language_model(
             inputs_embeds=embedded,
             attention_mask=self._masks(packed),

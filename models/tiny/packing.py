@@ -75,8 +75,15 @@ class Packer:
             branch[i, : len(row_ids)] = torch.tensor(row_branch)
             where += [(i, column, row_ids[column + 1]) for column in supervised]
         at = torch.tensor(where)
-        return Packed(ids=ids, offsets=offsets, branch=branch, rows=at[:, 0], columns=at[:, 1],
-                      targets=at[:, 2], prefix=len(self.prefix))
+        return Packed(
+            ids=ids,
+            offsets=offsets,
+            branch=branch,
+            rows=at[:, 0],
+            columns=at[:, 1],
+            targets=at[:, 2],
+            prefix=len(self.prefix),
+        )
 
     def _row(self, pairs: list[Pair]) -> tuple[list[int], list[int], list[int], list[int]]:
         ids, offsets, branch = list(self.prefix), list(range(len(self.prefix))), [PREFIX] * len(self.prefix)

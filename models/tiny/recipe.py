@@ -142,8 +142,9 @@ def learn_jointly(network: TinyNetwork, pictures: Pictures, packer: Packer, reci
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         right = (logits.argmax(-1) == packed.targets).float().mean()
-        _report("joint", step, answer=loss, token=right, guard=guard_loss,
-                accuracy=_accuracy(guard, pictures.labels(batch)))
+        _report(
+            "joint", step, answer=loss, token=right, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch))
+        )
 
 
 def sample_questions(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[Pair]:
@@ -155,9 +156,7 @@ def sample_questions(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> 
     return [sample_pair(scene, str(pair_type), rng) for pair_type in types]
 
 
-def _steps(
-    groups: list[dict[str, Any]], count: int, recipe: Recipe
-) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+def _steps(groups: list[dict[str, Any]], count: int, recipe: Recipe) -> Iterator[tuple[int, torch.optim.Optimizer]]:
     """Yield step numbers with a fresh AdamW under warm-up and linear decay of each group's rate."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     rates = [group["lr"] for group in groups]

@@ -194,9 +194,7 @@ def _train_qwen(lines: list[str], folder: Path) -> None:
         vocab_size=PIECES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in _QWEN_SPECIAL]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _QWEN_SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
     _write(

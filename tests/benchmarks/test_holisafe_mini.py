@@ -35,7 +35,8 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_one_command_writes_the_published_layout(tmp_path: Path) -> None:
     out = tmp_path / "mini"
     command = [sys.executable, "-m", "benchmarks.holisafe_mini", "--out", str(out)]
-    said = subprocess.run([*command, "--pairs", "100", "--questions", "4"], capture_output=True, text=True, check=True, timeout=120).stdout
+    command += ["--pairs", "100", "--questions", "4"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert "100 pairs, 4 questions" in said
     rows = json.loads((out / PAIRS_FILE).read_text(encoding="utf-8"))
     assert [row["id"] for row in rows] == list(range(100))

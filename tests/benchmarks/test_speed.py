@@ -32,6 +32,8 @@ from tests.benchmarks.test_random_guard import small_shape
 from tests.models.random_checkpoints import write_checkpoint
 
 QUICK = SpeedOptions(batches=(2, 1), rounds=1, repeats=2, seconds=0.05, threads=1)
+
+
 def in_process(function: str, request: Mapping[str, Any], *, threads: int) -> Outcome:
     """Stand in for a process: the same function on the same JSON, here."""
     module, _, name = function.partition(":")
@@ -73,9 +75,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 
 def row_of(record: dict[str, Any], runtime: str, batch: int, device: str = "cpu") -> dict[str, Any]:
     (row,) = (
-        row
-        for row in record["rows"]
-        if (row["runtime"], row["batch"], row["device"]) == (runtime, batch, device)
+        row for row in record["rows"] if (row["runtime"], row["batch"], row["device"]) == (runtime, batch, device)
     )
     return dict(row)
 
@@ -241,10 +241,7 @@ class Script:
             return Outcome(answers=(), problem="the process was ended by SIGKILL", exit_code=1)
         time = self.times[runtime][number]
         found = {"times_ms": [time, 3 * time, time], "peak_rss_bytes": number}
-        answers = [
-            {**found, "batch": batch, "probs": [[0.05] * 20] * batch}
-            for batch in request["batches"]
-        ]
+        answers = [{**found, "batch": batch, "probs": [[0.05] * 20] * batch} for batch in request["batches"]]
         return Outcome(answers=tuple(answers))
 
 

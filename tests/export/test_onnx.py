@@ -120,9 +120,7 @@ def test_the_manifest_says_where_the_guard_came_from(bundle: Path, written: Writ
         assert file.latency.median_ms > 0
 
 
-def test_large_weights_lie_beside_the_graph(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_lie_beside_the_graph(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, "INSIDE", 1000)
     out = tmp_path / "guard"
     manifest = export_guard(open_checkpoint(str(written.folder)), out, QUICK)

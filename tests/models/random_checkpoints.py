@@ -138,9 +138,7 @@ def write_checkpoint(family: str, layout: str, folder: Path, seed: int = 0) -> W
     """Make a random model of a family and write it into ``folder`` in one of its layouts."""
     torch.manual_seed(seed)
     model = {"llava": _llava, "qwen2_5_vl": _qwen, "gemma3": _gemma}[family]()
-    head = nn.Sequential(
-        nn.Linear(WIDTH, WIDTH // 2), nn.GELU(), nn.Dropout(0.1), nn.Linear(WIDTH // 2, CLASSES)
-    )
+    head = nn.Sequential(nn.Linear(WIDTH, WIDTH // 2), nn.GELU(), nn.Dropout(0.1), nn.Linear(WIDTH // 2, CLASSES))
     parameters: list[nn.Parameter] = [*model.parameters(), *head.parameters()]
     for parameter in parameters:
         scale = 1.0 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.1
@@ -184,9 +182,7 @@ def _gemma() -> Any:
         **rope,
     )
     vision = SiglipVisionConfig(**VIT, num_attention_heads=2, **no_pooling)
-    config = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE_ID
-    )
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE_ID)
     return Gemma3ForConditionalGeneration(config)
 
 
@@ -298,9 +294,7 @@ def _write_tokenizer(family: str, folder: Path, *, with_image_token: bool) -> No
         scheme = "first" if family == "llava" else "never"
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    trainer = trainers.BpeTrainer(
-        vocab_size=160, special_tokens=special, initial_alphabet=["\n"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=special, initial_alphabet=["\n"], show_progress=False)
     tokenizer.train_from_iterator([*CORPUS, "\n"], trainer)
     tokenizer.add_tokens([f"word{i}" for i in range(tokenizer.get_vocab_size(), IMAGE_ID)])
     if with_image_token:

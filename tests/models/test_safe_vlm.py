@@ -42,9 +42,7 @@ def loaded(written: Written, tap: TapSource = "language_model") -> SafeVLM:
     return load_safe_vlm(open_checkpoint(str(written.folder), tap=tap), grid=grid)
 
 
-def transformers_guard(
-    written: Written, images: torch.Tensor, ids: list[list[int]], tap: str
-) -> torch.Tensor:
+def transformers_guard(written: Written, images: torch.Tensor, ids: list[list[int]], tap: str) -> torch.Tensor:
     """Return the guard's probabilities from transformers' full forward on equally long prompts."""
     if tap == "projector":
         return written.probs(written.features(images))
@@ -86,9 +84,7 @@ def test_guard_equals_transformers(pair: tuple[Written, SafeVLM], tap: TapSource
     torch.testing.assert_close(probs, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.softmax(logits, -1), probs)
     answered = vlm.answer(images, QUESTIONS, max_new_tokens=1)
-    torch.testing.assert_close(
-        torch.from_numpy(np.stack([a.guard_probs for a in answered])), wanted, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(torch.from_numpy(np.stack([a.guard_probs for a in answered])), wanted, atol=1e-5, rtol=0)
 
 
 def test_answers_equal_one_by_one_and_transformers_generate(pair: tuple[Written, SafeVLM]) -> None:
@@ -150,17 +146,9 @@ def test_prompt_ids_equal_llava_s_processor(tmp_path: Path) -> None:
         num_additional_image_tokens=1,
     )
     prompt = FAMILIES["llava"].prompt
-    text = (
-        prompt.before_image.removeprefix("<s>")
-        + "<image>"
-        + prompt.after_image
-        + "Why?"
-        + prompt.after_question
-    )
+    text = prompt.before_image.removeprefix("<s>") + "<image>" + prompt.after_image + "Why?" + prompt.after_question
     image = np.zeros((56, 56, 3), np.uint8)
-    wanted = processor(images=[image], text=[text], return_tensors="np", add_special_tokens=False)[
-        "input_ids"
-    ][0]
+    wanted = processor(images=[image], text=[text], return_tensors="np", add_special_tokens=False)["input_ids"][0]
     ids = prompt_ids(tokenizer, prompt, "Why?", 16)
     own = [tokenizer.convert_tokens_to_ids("<image>") if token == IMAGE else token for token in ids]
     assert own == [tokenizer.bos_token_id, *wanted.tolist()]
@@ -178,9 +166,7 @@ def test_prompt_ids_equal_gemma_s_processor(tmp_path: Path) -> None:
     processor = Gemma3Processor(Gemma3ImageProcessorPil(size=size), tokenizer, image_seq_length=4)
     text = "<bos><start_of_turn>user\n<start_of_image>Why?<end_of_turn>\n<start_of_turn>model\n"
     image = np.zeros((56, 56, 3), np.uint8)
-    wanted = processor(images=[[image]], text=[text], return_tensors="np", add_special_tokens=False)[
-        "input_ids"
-    ][0]
+    wanted = processor(images=[[image]], text=[text], return_tensors="np", add_special_tokens=False)["input_ids"][0]
     ids = prompt_ids(tokenizer, FAMILIES["gemma3"].prompt, "Why?", 4)
     assert [tokenizer.image_token_id if token == IMAGE else token for token in ids] == wanted.tolist()
 
@@ -191,9 +177,7 @@ def test_prompt_ids_equal_qwen_s_expanded_text(tmp_path: Path) -> None:
     text = prompt.before_image + "<|image_pad|>" * 6 + prompt.after_image + "Why?" + prompt.after_question
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids = prompt_ids(tokenizer, prompt, "Why?", 6)
-    assert [pad if token == IMAGE else token for token in ids] == tokenizer.encode(
-        text, add_special_tokens=False
-    )
+    assert [pad if token == IMAGE else token for token in ids] == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_training_reuses_the_parts(pair: tuple[Written, SafeVLM]) -> None:
@@ -205,10 +189,7 @@ def test_training_reuses_the_parts(pair: tuple[Written, SafeVLM]) -> None:
         sequences = [[*vlm.prompt_ids(question), 7, 8, 9] for question in QUESTIONS[:2]]
         prefill = vlm.assemble(sequences, vlm.image_features(images), SIZE[written.family])
         hidden = vlm.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
-        loss = (
-            vlm.token_logits(hidden).float().logsumexp(-1).mean()
-            + vlm.guard_logits(prefill, hidden)[:, 3].sum()
-        )
+        loss = vlm.token_logits(hidden).float().logsumexp(-1).mean() + vlm.guard_logits(prefill, hidden)[:, 3].sum()
         torch.autograd.backward(loss)
         core = vlm.core
         tower = core.visual if written.family == "qwen2_5_vl" else core.vision_tower
@@ -239,12 +220,8 @@ def test_prompt_ids_equal_llava_s_own_code(model_type: str, tmp_path: Path) -> N
         "minloglevel": 9,
     }
     options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "tokenizer"), **options
-    )
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": model_type, "auto_map": {"AutoConfig": "a.B"}})
-    )
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "tokenizer"), **options)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": {"AutoConfig": "a.B"}}))
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",

@@ -121,9 +121,7 @@ def test_qwen_old_rope(tmp_path: Path) -> None:
         ("gemma3", "hf", {"mm_tokens_per_image": 9}, "mm_tokens_per_image = 9"),
     ],
 )
-def test_disagreement_is_named(
-    family: str, layout: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_disagreement_is_named(family: str, layout: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     written = write_checkpoint(family, layout, tmp_path)
     with pytest.raises(CheckpointError, match=message):
         config_of(written, **changes)

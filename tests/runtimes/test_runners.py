@@ -231,3 +231,19 @@ def test_runners_are_chosen_by_name(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     runner = select_runner(bundle, "torch")
     assert isinstance(runner, TorchRunner) and runner.checkpoint == "opened" and runner.grid == (SIZE, SIZE)
     assert asked == {"model": "tiny-safegem", "tap": "projector", "revision": None}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_the_torch_runner_takes_real_checkpoints(family: str, tmp_path: Path) -> None:
+    from models.checkpoint import open_checkpoint
+    from tests.models.random_checkpoints import write_checkpoint
+
+    checkpoint = open_checkpoint(str(write_checkpoint(family, "hf", tmp_path).folder), tap="projector")
+    with TorchRunner(checkpoint) as runner:
+        size = runner.preprocessing
+        grid = (size.height, size.width)
+        rgb = np.random.default_rng(0).integers(0, 256, (2, *grid, 3), dtype=np.uint8)
+        output = runner.infer(rgb)
+    assert output.probs.shape == (2, len(checkpoint.classes))
+    with TorchRunner(checkpoint, grid=grid) as runner:
+        assert np.array_equal(runner.infer(rgb).probs, output.probs)
