@@ -87,7 +87,7 @@ TINY_SAFELLAVA = Blueprint(
         "architectures": ["SafeLlavaLlamaForCausalLM"],
         "model_type": "safellava_llama",
         **_LLAMA,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_vision_tower": "safevlm-edge/tiny-clip-patch14-84",
         "mm_hidden_size": 128,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,

@@ -36,6 +36,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def sample(self, rng: np.random.Generator, count: int, safe: float) -> NDArray[np.int64]:
+        """Return the numbers of ``count`` pictures, the share ``safe`` of them safe: those with even numbers."""
+        half = rng.integers(len(self) // 2, size=count)
+        return 2 * half + (rng.random(count) >= safe)
+
     def rgb(self, batch: NDArray[np.int64]) -> Tensor:
         """Return uint8 B×S×S×3."""
         return torch.from_numpy(self.pixels[batch])

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What a joint step is made of: the share of safe pictures, questions a picture, shares of their types."""
+
+    safe_images: float = 0.5
+    safe_questions: int = 6
+    unsafe_questions: int = 3
+    safe_types: Mapping[str, float] = field(default_factory=lambda: {"SSS": 0.62, "SSU": 0.25, "SUU": 0.13})
+    unsafe_types: Mapping[str, float] = field(default_factory=lambda: {"USU": 0.7, "UUU": 0.3})
+
+    def sample(self, scene: Scene, rng: np.random.Generator) -> list[Pair]:
+        """Sample the questions asked about one picture in one step."""
+        types = self.unsafe_types if scene.label else self.safe_types
+        count = self.unsafe_questions if scene.label else self.safe_questions
+        chosen = rng.choice(list(types), size=count, p=list(types.values()))
+        return [sample_pair(scene, str(pair_type), rng) for pair_type in chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a tiny checkpoint is trained; the defaults made the ones that ship."""
 
@@ -49,8 +67,11 @@ class Recipe:
     see_batch: int = 64
     joint_steps: int = 1_300
     joint_batch: int = 24
-    safe_questions: int = 6
-    unsafe_questions: int = 3
+    polish_steps: int = 1_200
+    joint_mix: Mix = Mix()
+    polish_mix: Mix = Mix(
+        safe_images=0.8, safe_questions=7, unsafe_questions=2, safe_types={"SSS": 0.75, "SSU": 0.2, "SUU": 0.05}
+    )
     guard_weight: float = 1.0
     see_rate: float = 1.5e-3
     joint_rate: float = 8e-4
@@ -81,22 +102,32 @@ class Probe(nn.Module):
 
 
 def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
-    """Train ``blueprint`` and write the checkpoint folder ``out``."""
+    """Train ``blueprint`` and write the checkpoint folder ``out``; a killed run goes on behind its last stage."""
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(blueprint.family, out)
     pictures = Pictures.drawn("train", recipe.pictures, blueprint)
+    packer = Packer(blueprint, out)
     network = TinyNetwork(blueprint)
     network.compile_layers()
     log.info("%s: %.2f M parameters", blueprint.name, network.parameter_count / 1e6)
-    seen = out.parent / f".{out.name}.seen.pt"
-    if seen.exists():
-        network.load_state_dict(torch.load(seen, weights_only=True))
-    else:
-        learn_to_see(network, pictures, recipe)
-        torch.save(network.state_dict(), seen)
-    learn_jointly(network, pictures, Packer(blueprint, out), recipe)
+    stages: dict[str, Callable[[], None]] = {
+        "see": lambda: learn_to_see(network, pictures, recipe),
+        "joint": lambda: learn_jointly("joint", network, pictures, packer, recipe),
+        "polish": lambda: learn_jointly("polish", network, pictures, packer, recipe),
+    }
+    done = [name for name in stages if _state(out, name).exists()]
+    if done:
+        network.load_state_dict(torch.load(_state(out, done[-1]), weights_only=True))
+    for name in list(stages)[list(stages).index(done[-1]) + 1 if done else 0 :]:
+        stages[name]()
+        torch.save(network.state_dict(), _state(out, name))
     ship(network, out)
+
+
+def _state(out: Path, stage: str) -> Path:
+    """Return where the network is kept behind a stage: beside ``out``, not in it."""
+    return out.parent / f".{out.name}.{stage}.pt"
 
 
 def learn_to_see(network: TinyNetwork, pictures: Pictures, recipe: Recipe) -> None:
@@ -120,9 +151,16 @@ def learn_to_see(network: TinyNetwork, pictures: Pictures, recipe: Recipe) -> No
         _report("see", step, probe=loss, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch)))
 
 
-def learn_jointly(network: TinyNetwork, pictures: Pictures, packer: Packer, recipe: Recipe) -> None:
-    """Second stage: language model, vision tower, projector and guard head together."""
-    rng = np.random.default_rng([recipe.seed, 2])
+def learn_jointly(stage: str, network: TinyNetwork, pictures: Pictures, packer: Packer, recipe: Recipe) -> None:
+    """Second and third stage: language model, vision tower, projector and guard head together.
+
+    The third asks mostly about what safe pictures show, which is learned last.
+    """
+    mix, count = {
+        "joint": (recipe.joint_mix, recipe.joint_steps),
+        "polish": (recipe.polish_mix, recipe.polish_steps),
+    }[stage]
+    rng = np.random.default_rng([recipe.seed, 2 if stage == "joint" else 3])
     parameters = list(network.parameters())
     vision = [p for module in network.vision_modules for p in module.parameters()]
     known = set(map(id, vision))
@@ -130,9 +168,9 @@ def learn_jointly(network: TinyNetwork, pictures: Pictures, packer: Packer, reci
         {"params": vision, "lr": recipe.joint_rate * recipe.vision_share},
         {"params": [p for p in parameters if id(p) not in known], "lr": recipe.joint_rate},
     ]
-    for step, optimizer in _steps(groups, recipe.joint_steps, recipe):
-        batch = rng.integers(len(pictures), size=recipe.joint_batch)
-        packed = packer.pack([sample_questions(pictures.scenes[i], recipe, rng) for i in batch])
+    for step, optimizer in _steps(groups, count, recipe):
+        batch = pictures.sample(rng, recipe.joint_batch, mix.safe_images)
+        packed = packer.pack([mix.sample(pictures.scenes[i], rng) for i in batch])
         with torch.autocast("cpu", torch.bfloat16):
             logits, guard = network(pictures.rgb(batch), packed)
         loss = F.cross_entropy(logits.float(), packed.targets)
@@ -143,17 +181,8 @@ def learn_jointly(network: TinyNetwork, pictures: Pictures, packer: Packer, reci
         optimizer.step()
         right = (logits.argmax(-1) == packed.targets).float().mean()
         _report(
-            "joint", step, answer=loss, token=right, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch))
+            stage, step, answer=loss, token=right, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch))
         )
-
-
-def sample_questions(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[Pair]:
-    """Sample the questions asked about one picture in one step, harmless ones most often."""
-    if scene.label:
-        types = rng.choice(["USU", "UUU"], size=recipe.unsafe_questions, p=[0.7, 0.3])
-    else:
-        types = rng.choice(["SSS", "SSU", "SUU"], size=recipe.safe_questions, p=[0.62, 0.25, 0.13])
-    return [sample_pair(scene, str(pair_type), rng) for pair_type in types]
 
 
 def _steps(groups: list[dict[str, Any]], count: int, recipe: Recipe) -> Iterator[tuple[int, torch.optim.Optimizer]]:
@@ -186,10 +215,11 @@ def _report(stage: str, step: int, **values: Tensor) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--joint-steps", type=int, default=Recipe.joint_steps, show_default=True)
 @click.option("--see-steps", type=int, default=Recipe.see_steps, show_default=True)
-def main(model: str, out: Path, joint_steps: int, see_steps: int) -> None:
+@click.option("--polish-steps", type=int, default=Recipe.polish_steps, show_default=True)
+def main(model: str, out: Path, joint_steps: int, see_steps: int, polish_steps: int) -> None:
     """Train a tiny Safe-VLM and write its checkpoint folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(BLUEPRINTS[model], out, Recipe(joint_steps=joint_steps, see_steps=see_steps))
+    train(BLUEPRINTS[model], out, Recipe(joint_steps=joint_steps, see_steps=see_steps, polish_steps=polish_steps))
 
 
 if __name__ == "__main__":
