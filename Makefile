@@ -15,11 +15,11 @@ demo: $(VENV)/.installed
 test: lint types unit
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check --quiet .
 
 types: $(VENV)/.installed
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt install.sh
 	touch $@
 
 lock: $(VENV)/.installed
-	$(BIN)/pip freeze --exclude safevlm-edge --exclude torch > build/constraints.txt
+	$(BIN)/python -m pip freeze --exclude safevlm-edge --exclude torch > build/constraints.txt
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -18,6 +18,6 @@ if "$python" -c "$new_enough" 2>/dev/null; then
     "$venv/bin/python" -c 'import torch; print("torch==" + torch.__version__)' >> "$venv/constraints.txt"
 else
     # First and by its exact version, so that no other requirement chooses another build of it.
-    "$venv/bin/pip" install --quiet "$(grep '^torch==' constraints.txt)"
+    "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' constraints.txt)"
 fi
-"$venv/bin/pip" install --quiet --constraint "$venv/constraints.txt" --editable '.[torch,cpu,dev]'
+"$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" --editable '.[torch,cpu,dev]'

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-__all__ = ["HEAD_PREFIX", "HEAD_RENAME", "Family", "PromptFormat", "Rename", "TapSource"]
+__all__ = [
+    "FLAT_LANGUAGE_RENAME",
+    "HEAD_PREFIX",
+    "HEAD_RENAME",
+    "LANGUAGE_RENAMES",
+    "Family",
+    "PromptFormat",
+    "Rename",
+    "TapSource",
+]
 
 TapSource = Literal["projector", "language_model"]
 
@@ -50,6 +59,17 @@ class Rename:
 
 HEAD_RENAME = Rename(r"^(?:.*\.)?img_safety_head\.", HEAD_PREFIX)
 """The guard head may carry any prefix."""
+
+LANGUAGE_RENAMES = (
+    Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+    Rename(r"^(?:model\.)?language_model\.model\.", "model.language_model."),
+    Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
+    Rename(r"^lm_head\.", "lm_head."),
+)
+"""The language model as transformers names it, before and since version 5."""
+
+FLAT_LANGUAGE_RENAME = Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model.")
+"""The language model at the top, as the original LLaVA and the first Qwen2.5-VL checkpoints have it."""
 
 
 @dataclass(frozen=True, kw_only=True)

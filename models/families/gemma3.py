@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.family import HEAD_RENAME, Family, PromptFormat, Rename
+from models.family import HEAD_RENAME, LANGUAGE_RENAMES, Family, PromptFormat, Rename
 
 __all__ = ["GEMMA3"]
 
@@ -13,10 +13,7 @@ GEMMA3 = Family(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
         Rename(r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-        Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-        Rename(r"^(?:model\.)?language_model\.model\.", "model.language_model."),
-        Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
-        Rename(r"^lm_head\.", "lm_head."),
+        *LANGUAGE_RENAMES,
     ),
     evidence=(
         "model.multi_modal_projector.mm_input_projection_weight",

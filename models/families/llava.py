@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.family import HEAD_RENAME, Family, PromptFormat, Rename
+from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, PromptFormat, Rename
 
 __all__ = ["LLAVA"]
 
@@ -18,11 +18,8 @@ LLAVA = Family(
         # transformers, with and without `model.`, and with CLIP's former `vision_model.` level.
         Rename(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
         Rename(r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-        Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-        Rename(r"^(?:model\.)?language_model\.model\.", "model.language_model."),
-        Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
-        Rename(r"^lm_head\.", "lm_head."),
-        Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+        *LANGUAGE_RENAMES,
+        FLAT_LANGUAGE_RENAME,
     ),
     evidence=(
         "model.multi_modal_projector.linear_1.weight",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.family import HEAD_RENAME, Family, PromptFormat, Rename
+from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, PromptFormat, Rename
 
 __all__ = ["QWEN2_5_VL"]
 
@@ -12,11 +12,8 @@ QWEN2_5_VL = Family(
     renames=(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?visual\.", "model.visual."),
-        Rename(r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-        Rename(r"^(?:model\.)?language_model\.model\.", "model.language_model."),
-        Rename(r"^(?:model\.)?language_model\.", "model.language_model."),
-        Rename(r"^lm_head\.", "lm_head."),
-        Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+        *LANGUAGE_RENAMES,
+        FLAT_LANGUAGE_RENAME,
     ),
     evidence=(
         "model.visual.patch_embed.proj.weight",

@@ -12,27 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from models.fixed_windows import FixedWindowTower
+from models.reference import GuardHead
 from models.tiny.blueprints import Blueprint
 from models.tiny.packing import PADDING, PREFIX, Packed, image_tokens
 
 __all__ = ["TinyNetwork"]
 
 CLASSES = 20
-
-
-class Head(nn.Module):
-    """The guard head, as the checkpoints store it: ``mlp.0`` and ``mlp.3``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, width // 2), nn.GELU(), nn.Dropout(0.1), nn.Linear(width // 2, CLASSES)
-        )
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Return logits B×C for pooled features B×H."""
-        logits: Tensor = self.mlp(pooled)
-        return logits
 
 
 class TinyNetwork(nn.Module):
@@ -47,7 +33,7 @@ class TinyNetwork(nn.Module):
         self.width = int(blueprint.text["hidden_size"])
         self.tokens = image_tokens(blueprint)
         self.model: Any = _transformers_model(blueprint)
-        self.head = Head(self.width)
+        self.head = GuardHead((self.width, self.width // 2, CLASSES))
         self.windows: list[FixedWindowTower] | None = None
         self.compiled = False
         mean = torch.tensor(blueprint.processor["image_mean"]) * 255
@@ -119,7 +105,8 @@ class TinyNetwork(nn.Module):
         ).last_hidden_state
         tapped = features if self.blueprint.family == "gemma3" else hidden[:, start : packed.prefix]
         logits: Tensor = self.model.lm_head(hidden[packed.rows, packed.columns])
-        return logits, self.head(tapped.float().mean(1))
+        guard: Tensor = self.head(tapped.float().mean(1))
+        return logits, guard
 
     def _positions(self, packed: Packed) -> Tensor:
         in_prefix = packed.branch == PREFIX
