@@ -29,12 +29,17 @@ def is_refusal(answer: str) -> bool:
     return answer.strip().startswith(world()["replies"]["refusal"].split(",")[0])
 
 
-def sample_pair(scene: Scene, pair_type: str, rng: np.random.Generator) -> Pair:
-    """Sample a question of this type; the type's first letter must agree with the scene."""
+def sample_pair(
+    scene: Scene, pair_type: str, rng: np.random.Generator, shares: tuple[float, ...] | None = None
+) -> Pair:
+    """Sample a question of this type; the type's first letter must agree with the scene.
+
+    ``shares`` are those of the kinds of harmless question, else the world's own.
+    """
     if (pair_type[0] == "S") != (scene.label == 0):
         raise ValueError(f"a pair of type {pair_type} needs another scene than one of class {scene.label}")
     if pair_type == "SSS":
-        return Pair(pair_type, *sample_question(scene, rng))
+        return Pair(pair_type, *sample_question(scene, rng, shares))
     if pair_type == "SSU":
         return Pair(pair_type, *_hazardous_action(scene, rng))
     if pair_type == "USU":
@@ -46,9 +51,9 @@ def sample_pair(scene: Scene, pair_type: str, rng: np.random.Generator) -> Pair:
     return Pair(pair_type, query, _refuse("because_text", topic=topic))
 
 
-def sample_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def sample_question(scene: Scene, rng: np.random.Generator, shares: tuple[float, ...] | None = None) -> tuple[str, str]:
     """Sample a harmless question and its answer, as if the scene had no symbol."""
-    kind = rng.choice(len(_QUESTIONS), p=_WEIGHTS)
+    kind = rng.choice(len(_QUESTIONS), p=shares or _WEIGHTS)
     return _QUESTIONS[kind](scene, rng)
 
 

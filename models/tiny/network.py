@@ -91,8 +91,8 @@ class TinyNetwork(nn.Module):
         merged: Tensor = visual.merger(states.flatten(0, 1))
         return merged.reshape(len(pixels), self.tokens, self.width)[:, self.windows[0].reading_order]
 
-    def forward(self, rgb: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Return answer logits M×V and guard logits B×C."""
+    def forward(self, rgb: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """Return answer logits M×V, guard logits B×C and the projector output B×T×H."""
         features = self.image_features(rgb)
         start = packed.prefix - self.tokens
         embedded = self.model.get_input_embeddings()(packed.ids)
@@ -106,7 +106,7 @@ class TinyNetwork(nn.Module):
         tapped = features if self.blueprint.family == "gemma3" else hidden[:, start : packed.prefix]
         logits: Tensor = self.model.lm_head(hidden[packed.rows, packed.columns])
         guard: Tensor = self.head(tapped.float().mean(1))
-        return logits, guard
+        return logits, guard, features
 
     def _positions(self, packed: Packed) -> Tensor:
         in_prefix = packed.branch == PREFIX

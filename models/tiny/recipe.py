@@ -46,6 +46,8 @@ class Mix:
     safe_images: float = 0.5
     safe_questions: int = 6
     unsafe_questions: int = 3
+    questions: tuple[float, ...] | None = None
+    """Shares of the kinds of harmless question, else the world's own."""
     safe_types: Mapping[str, float] = field(default_factory=lambda: {"SSS": 0.62, "SSU": 0.25, "SUU": 0.13})
     unsafe_types: Mapping[str, float] = field(default_factory=lambda: {"USU": 0.7, "UUU": 0.3})
 
@@ -54,7 +56,7 @@ class Mix:
         types = self.unsafe_types if scene.label else self.safe_types
         count = self.unsafe_questions if scene.label else self.safe_questions
         chosen = rng.choice(list(types), size=count, p=list(types.values()))
-        return [sample_pair(scene, str(pair_type), rng) for pair_type in chosen]
+        return [sample_pair(scene, str(pair_type), rng, self.questions) for pair_type in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +69,18 @@ class Recipe:
     see_batch: int = 64
     joint_steps: int = 1_300
     joint_batch: int = 24
-    polish_steps: int = 1_200
+    look_steps: int = 300
+    polish_steps: int = 900
     joint_mix: Mix = Mix()
     polish_mix: Mix = Mix(
-        safe_images=0.8, safe_questions=7, unsafe_questions=2, safe_types={"SSS": 0.75, "SSU": 0.2, "SUU": 0.05}
+        safe_images=0.8,
+        safe_questions=7,
+        unsafe_questions=2,
+        questions=(0.18, 0.25, 0.25, 0.08, 0.12, 0.1, 0.02),
+        safe_types={"SSS": 0.75, "SSU": 0.2, "SUU": 0.05},
     )
     guard_weight: float = 1.0
+    probe_weight: float = 0.3
     see_rate: float = 1.5e-3
     joint_rate: float = 8e-4
     vision_share: float = 0.3
@@ -82,7 +90,10 @@ class Recipe:
 
 
 class Probe(nn.Module):
-    """Name what lies in each of the four cells, from projector tokens; thrown away after the first stage."""
+    """Name at every image token what lies in its cell of the picture; thrown away after training.
+
+    Every token has to know the kind and the colour of the same thing, which is what a question binds together.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,11 +105,11 @@ class Probe(nn.Module):
     def forward(self, features: Tensor, cells: Tensor) -> Tensor:
         """Return the loss for ``features`` B×T×H against ``cells`` B×4×2 (kind, colour; 0 is nothing)."""
         side = round(features.shape[1] ** 0.5)
-        grid = features.transpose(1, 2).reshape(len(features), -1, side, side)
-        seen = self.norm(F.adaptive_avg_pool2d(grid.float(), 2).flatten(2).transpose(1, 2))
-        kind = F.cross_entropy(self.kind(seen).flatten(0, 1).float(), cells[..., 0].flatten())
-        colour = F.cross_entropy(self.colour(seen).flatten(0, 1).float(), cells[..., 1].flatten())
-        return kind + colour
+        half = torch.arange(side) * 2 // side
+        truth = cells[:, (2 * half[:, None] + half).flatten()].flatten(0, 1)  # B·T × 2
+        seen = self.norm(features.float()).flatten(0, 1)
+        kind = F.cross_entropy(self.kind(seen).float(), truth[:, 0])
+        return kind + F.cross_entropy(self.colour(seen).float(), truth[:, 1])
 
 
 def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
@@ -111,10 +122,14 @@ def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
     network = TinyNetwork(blueprint)
     network.compile_layers()
     log.info("%s: %.2f M parameters", blueprint.name, network.parameter_count / 1e6)
+    probe = Probe(network.width)
     stages: dict[str, Callable[[], None]] = {
-        "see": lambda: learn_to_see(network, pictures, recipe),
-        "joint": lambda: learn_jointly("joint", network, pictures, packer, recipe),
-        "polish": lambda: learn_jointly("polish", network, pictures, packer, recipe),
+        "see": lambda: learn_to_see(network, probe, pictures, recipe.see_steps, recipe),
+        "joint": lambda: learn_jointly(network, probe, pictures, packer, recipe.joint_steps, recipe.joint_mix, recipe),
+        "look": lambda: learn_to_see(network, probe, pictures, recipe.look_steps, recipe),
+        "polish": lambda: learn_jointly(
+            network, probe, pictures, packer, recipe.polish_steps, recipe.polish_mix, recipe
+        ),
     }
     done = [name for name in stages if _state(out, name).exists()]
     if done:
@@ -130,59 +145,47 @@ def _state(out: Path, stage: str) -> Path:
     return out.parent / f".{out.name}.{stage}.pt"
 
 
-def learn_to_see(network: TinyNetwork, pictures: Pictures, recipe: Recipe) -> None:
-    """First stage: vision tower and projector, and the guard head where it taps the projector."""
-    probe = Probe(network.width)
-    modules = [probe, network.head, *network.vision_modules]
-    parameters = [p for module in modules for p in module.parameters()]
-    rng = np.random.default_rng([recipe.seed, 1])
-    groups = [{"params": parameters, "lr": recipe.see_rate}]
-    for step, optimizer in _steps(groups, recipe.see_steps, recipe):
+def learn_to_see(network: TinyNetwork, probe: Probe, pictures: Pictures, steps: int, recipe: Recipe) -> None:
+    """Train vision tower and projector until every image token names what lies in its cell."""
+    parameters = [p for module in (probe, *network.vision_modules) for p in module.parameters()]
+    rng = np.random.default_rng([recipe.seed, 1, steps])
+    for step, optimizer in _steps([{"params": parameters, "lr": recipe.see_rate}], steps, recipe):
         batch = rng.integers(len(pictures), size=recipe.see_batch)
         with torch.autocast("cpu", torch.bfloat16):
-            features = network.image_features(pictures.rgb(batch))
-            loss = probe(features, pictures.cells(batch))
-            guard = network.head(features.float().mean(1))
-        guard_loss = F.cross_entropy(guard.float(), pictures.labels(batch))
-        total: Any = loss + guard_loss  # backward is untyped
-        total.backward()
+            loss: Any = probe(network.image_features(pictures.rgb(batch)), pictures.cells(batch))
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        _report("see", step, probe=loss, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch)))
+        _report("see", step, probe=loss)
 
 
-def learn_jointly(stage: str, network: TinyNetwork, pictures: Pictures, packer: Packer, recipe: Recipe) -> None:
-    """Second and third stage: language model, vision tower, projector and guard head together.
-
-    The third asks mostly about what safe pictures show, which is learned last.
-    """
-    mix, count = {
-        "joint": (recipe.joint_mix, recipe.joint_steps),
-        "polish": (recipe.polish_mix, recipe.polish_steps),
-    }[stage]
-    rng = np.random.default_rng([recipe.seed, 2 if stage == "joint" else 3])
-    parameters = list(network.parameters())
+def learn_jointly(
+    network: TinyNetwork, probe: Probe, pictures: Pictures, packer: Packer, steps: int, mix: Mix, recipe: Recipe
+) -> None:
+    """Train language model, vision tower, projector and guard head together; the probe keeps the tower seeing."""
     vision = [p for module in network.vision_modules for p in module.parameters()]
     known = set(map(id, vision))
+    others = [p for p in (*network.parameters(), *probe.parameters()) if id(p) not in known]
     groups = [
         {"params": vision, "lr": recipe.joint_rate * recipe.vision_share},
-        {"params": [p for p in parameters if id(p) not in known], "lr": recipe.joint_rate},
+        {"params": others, "lr": recipe.joint_rate},
     ]
-    for step, optimizer in _steps(groups, count, recipe):
+    rng = np.random.default_rng([recipe.seed, 2, steps])
+    for step, optimizer in _steps(groups, steps, recipe):
         batch = pictures.sample(rng, recipe.joint_batch, mix.safe_images)
         packed = packer.pack([mix.sample(pictures.scenes[i], rng) for i in batch])
         with torch.autocast("cpu", torch.bfloat16):
-            logits, guard = network(pictures.rgb(batch), packed)
+            logits, guard, features = network(pictures.rgb(batch), packed)
+            probe_loss = probe(features, pictures.cells(batch))
         loss = F.cross_entropy(logits.float(), packed.targets)
         guard_loss = F.cross_entropy(guard.float(), pictures.labels(batch))
-        total: Any = loss + recipe.guard_weight * guard_loss  # backward is untyped
+        total: Any = loss + recipe.guard_weight * guard_loss + recipe.probe_weight * probe_loss
         total.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_([*vision, *others], 1.0)
         optimizer.step()
         right = (logits.argmax(-1) == packed.targets).float().mean()
-        _report(
-            stage, step, answer=loss, token=right, guard=guard_loss, accuracy=_accuracy(guard, pictures.labels(batch))
-        )
+        accuracy = (guard.argmax(-1) == pictures.labels(batch)).float().mean()
+        _report("joint", step, answer=loss, token=right, guard=guard_loss, accuracy=accuracy, probe=probe_loss)
 
 
 def _steps(groups: list[dict[str, Any]], count: int, recipe: Recipe) -> Iterator[tuple[int, torch.optim.Optimizer]]:
@@ -195,10 +198,6 @@ def _steps(groups: list[dict[str, Any]], count: int, recipe: Recipe) -> Iterator
             group["lr"] = rate * factor
         optimizer.zero_grad(set_to_none=True)
         yield step, optimizer
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(-1) == labels).float().mean()
 
 
 _started = time.monotonic()
@@ -215,11 +214,16 @@ def _report(stage: str, step: int, **values: Tensor) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--joint-steps", type=int, default=Recipe.joint_steps, show_default=True)
 @click.option("--see-steps", type=int, default=Recipe.see_steps, show_default=True)
+@click.option("--look-steps", type=int, default=Recipe.look_steps, show_default=True)
 @click.option("--polish-steps", type=int, default=Recipe.polish_steps, show_default=True)
-def main(model: str, out: Path, joint_steps: int, see_steps: int, polish_steps: int) -> None:
+def main(model: str, out: Path, joint_steps: int, see_steps: int, look_steps: int, polish_steps: int) -> None:
     """Train a tiny Safe-VLM and write its checkpoint folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(BLUEPRINTS[model], out, Recipe(joint_steps=joint_steps, see_steps=see_steps, polish_steps=polish_steps))
+    train(
+        BLUEPRINTS[model],
+        out,
+        Recipe(joint_steps=joint_steps, see_steps=see_steps, polish_steps=polish_steps, look_steps=look_steps),
+    )
 
 
 if __name__ == "__main__":
