@@ -37,6 +37,8 @@ from models.tiny.tokenizers import train_tokenizer
 __all__ = ["Recipe", "train"]
 
 log = logging.getLogger(__name__)
+IGNORED = -100
+"""No truth for a token: cross-entropy passes over it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,10 @@ class Probe(nn.Module):
         """Return the loss for ``features`` B×T×H against ``cells`` B×4×2 (kind, colour; 0 is nothing)."""
         side = round(features.shape[1] ** 0.5)
         half = torch.arange(side) * 2 // side
-        truth = cells[:, (2 * half[:, None] + half).flatten()].flatten(0, 1)  # B·T × 2
+        truth = cells[:, (2 * half[:, None] + half).flatten()].clone()  # B × T × 2
+        between = 2 * torch.arange(side) + 1 == side  # the middle of an odd side lies in two cells
+        truth[:, (between[:, None] | between).flatten()] = IGNORED
+        truth = truth.flatten(0, 1)
         seen = self.norm(features.float()).flatten(0, 1)
         kind = F.cross_entropy(self.kind(seen).float(), truth[:, 0])
         return kind + F.cross_entropy(self.colour(seen).float(), truth[:, 1])
