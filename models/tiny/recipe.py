@@ -1,8 +1,8 @@
 """Train a tiny Safe-VLM from nothing: ``python -m models.tiny.recipe --model tiny-safegem --out DIR``.
 
-Two stages, two CPU cores, bfloat16 autocast, well under an hour a model. First the vision tower and the
-projector learn to see, through a throw-away probe that names what lies in each cell of a picture. Then the
-whole model and the guard head are trained jointly. Many questions about one picture share its prefix: they
+Two CPU cores, bfloat16 autocast, about an hour a model. First the vision tower and the projector learn to see,
+through a throw-away probe that names what lies in each cell of a picture. Then the whole model and the guard
+head are trained jointly, and both once more with the questions that are learned last. Many questions about one picture share its prefix: they
 are packed as branches of one sequence, each seeing the prefix and itself alone, at the positions that it
 would have by itself.
 
