@@ -2,9 +2,9 @@
 
 Two CPU cores, bfloat16 autocast, about an hour a model. First the vision tower and the projector learn to see,
 through a throw-away probe that names what lies in each cell of a picture. Then the whole model and the guard
-head are trained jointly, and both once more with the questions that are learned last. Many questions about one picture share its prefix: they
-are packed as branches of one sequence, each seeing the prefix and itself alone, at the positions that it
-would have by itself.
+head are trained jointly, and both once more with the questions that are learned last. Many questions about one
+picture share its prefix: they are packed as branches of one sequence, each seeing the prefix and itself alone,
+at the positions that it would have by itself.
 
 Shapes: B pictures, K questions a picture, T image tokens, P prefix tokens (image included), L packed tokens,
 H hidden width, V vocabulary, C classes.
