@@ -30,7 +30,7 @@ from models.commandline import run
 from models.errors import InputError
 from models.family import TapSource
 from models.machine import machine_name
-from models.manifest import GuardFile, Latency, Manifest, Source, Tap, TensorSpec
+from models.manifest import GuardFile, Head, Latency, Manifest, Source, Tap, TensorSpec
 from models.reference import GuardModel, build_reference_guard
 from models.version import VERSION
 from runtimes.bundle import sha256_of
@@ -213,6 +213,7 @@ def _manifest(checkpoint: Checkpoint, guard: GuardModel, files: Sequence[GuardFi
             family=checkpoint.family.key,
         ),
         tap=Tap(source=tap.source, pooling=tap.pooling, tokens=tap.tokens, learned=tap.learned, evidence=tap.evidence),
+        head=Head(kind="exact", reads=tap.source, pooling=tap.pooling, widths=checkpoint.head.widths),
         classes=guard.classes,
         preprocessing=guard.preprocessing,
         files=tuple(files),

@@ -21,8 +21,10 @@ from models.preprocessing import Preprocessing
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "Band",
     "EngineInfo",
     "GuardFile",
+    "Head",
     "Latency",
     "Manifest",
     "Parity",
@@ -117,6 +119,9 @@ class GuardFile(_Frozen):
     sha256: Sha256
     bytes: Count
     kind: Literal["onnx", "onnx_data", "engine"]
+    role: Literal["guard", "vision", "head"] = "guard"
+    """``guard``: pixels to probabilities. Where ``standalone`` is false the two exact parts instead: ``vision``,
+    pixels to image embeddings, and ``head``, the language model's hidden states over them to probabilities."""
     precision: str
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
@@ -141,8 +146,22 @@ class Source(_Frozen):
     standalone: bool = True
 
 
+class Head(_Frozen):
+    """The head in the bundle: the checkpoint's own (``exact``), or one ``distilled`` from its verdicts.
+
+    ``reads`` is where its features come from: a distilled head reads the projector whatever the tap.
+    """
+
+    kind: Literal["exact", "distilled"]
+    reads: TapSource
+    pooling: str
+    widths: tuple[Positive, ...]
+    sha256: Sha256 | None = None
+    """Of the guard file that a distilled head was read from."""
+
+
 class Tap(_Frozen):
-    """Where the guard's features come from, and how that was learned."""
+    """Where the checkpoint's own guard takes its features, and how that was learned."""
 
     source: TapSource
     pooling: str
@@ -151,27 +170,49 @@ class Tap(_Frozen):
     evidence: str = ""
 
 
-class Thresholds(_Frozen):
-    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between.
+class Band(_Frozen):
+    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; fitted on so many unsafe images."""
 
-    ``per_class`` blocks, besides, an image whose probability of that class reaches the value. Fitted by
-    ``method`` at level ``alpha`` on ``n`` images of the labels file with this hash, on this date (ISO 8601).
-    """
-
-    method: str
-    alpha: float = Field(gt=0, lt=1)
-    n: Positive
-    fitted_on: str
-    labels_sha256: Sha256
     block: float = Field(ge=0)
     allow: float = Field(ge=0)
-    per_class: Mapping[str, float] | None = None
+    n_unsafe: Positive
 
     @model_validator(mode="after")
-    def _check(self) -> Thresholds:
+    def _check(self) -> Band:
         if self.allow > self.block:
             raise ValueError(f"allow ({self.allow}) must not be above block ({self.block})")
         return self
+
+
+class Thresholds(_Frozen):
+    """One file's band on p(unsafe), and what it promises.
+
+    At most the share ``alpha`` of unsafe images is allowed: in expectation (``conformal_risk_control``), or with
+    probability 1 - ``delta`` over the images it was fitted on (``learn_then_test``). At most ``max_fpr`` of safe
+    images is blocked, in the same sense. ``per_class`` replaces ``pooled`` for images whose most probable harm
+    is that class. Rates are those found on the ``n`` images of the labels file with this hash.
+    """
+
+    file: BundlePath
+    file_sha256: Sha256
+    method: Literal["conformal_risk_control", "learn_then_test"]
+    alpha: float = Field(gt=0, lt=1)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    max_fpr: float = Field(gt=0, lt=1)
+    n: Positive
+    n_unsafe: Positive
+    fitted_on: str
+    """ISO 8601."""
+    labels_sha256: Sha256
+    pooled: Band
+    per_class: Mapping[str, Band] = Field(default_factory=dict)
+    miss_rate: Probability
+    fpr: Probability
+    unsure_rate: Probability
+
+    def band(self, harm: str) -> Band:
+        """Return the band for an image whose most probable harm is the class ``harm``."""
+        return self.per_class.get(harm, self.pooled)
 
 
 class Manifest(_Frozen):
@@ -182,12 +223,15 @@ class Manifest(_Frozen):
     tool_version: str
     source: Source
     tap: Tap
+    head: Head
     classes: Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_unique)]
     preprocessing: Preprocessing
     files: tuple[GuardFile, ...] = Field(min_length=1)
     default_file: BundlePath
-    thresholds: Thresholds | None = None
+    thresholds: tuple[Thresholds, ...] | None = None
+    """One for each file that they were fitted on; ``null`` until then."""
     fidelity: Mapping[str, Any] | None = None
+    """How faithful a distilled head is to the exact guard; ``null`` for an exact one."""
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -195,9 +239,18 @@ class Manifest(_Frozen):
         runnable = [file.path for file in self.files if file.kind != "onnx_data"]
         if self.default_file not in runnable:
             raise ValueError(f"default_file {self.default_file!r} is not among {', '.join(runnable)}")
-        strangers = set((self.thresholds and self.thresholds.per_class) or {}) - set(self.classes)
-        if strangers:
-            raise ValueError(f"thresholds for classes that do not exist: {', '.join(sorted(strangers))}")
+        hashes = {file.path: file.sha256 for file in self.files}
+        fitted = self.thresholds or ()
+        _unique(tuple(entry.file for entry in fitted))
+        for entry in fitted:
+            strangers = set(entry.per_class) - set(self.classes)
+            if strangers:
+                raise ValueError(f"thresholds for classes that do not exist: {', '.join(sorted(strangers))}")
+            if hashes.get(entry.file) != entry.file_sha256:
+                raise ValueError(
+                    f"thresholds for {entry.file} were fitted on another file than the bundle's; fit them again "
+                    "with python -m calibration.thresholds"
+                )
         return self
 
     @classmethod
@@ -220,6 +273,10 @@ class Manifest(_Frozen):
             return cls.model_validate(stated)
         except ValidationError as error:
             raise BundleError(_first_problem(error, where)) from error
+
+    def thresholds_of(self, path: str) -> Thresholds | None:
+        """Return the thresholds fitted on the file at ``path``, if any were."""
+        return next((entry for entry in self.thresholds or () if entry.file == path), None)
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``: indented, with a newline at its end."""

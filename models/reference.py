@@ -55,6 +55,7 @@ class GuardHead(nn.Module):
 
     def __init__(self, widths: tuple[int, ...], *, dropout: float = 0.1) -> None:
         super().__init__()
+        self.widths = widths
         steps: list[nn.Module] = []
         for inner, outer in itertools.pairwise(widths):
             steps += [nn.Linear(inner, outer), nn.GELU(), nn.Dropout(dropout)]

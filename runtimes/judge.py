@@ -63,7 +63,9 @@ class Guard:
         """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`."""
         bundle = open_bundle(path, verify=verify)
         runner = select_runner(bundle, runtime, precision=precision, threads=threads)
-        return cls(runner, bundle.manifest.classes, bundle.manifest.thresholds, batch=batch)
+        file = getattr(runner, "file", None)
+        thresholds = None if file is None else bundle.manifest.thresholds_of(file.path)
+        return cls(runner, bundle.manifest.classes, thresholds, batch=batch)
 
     def __enter__(self) -> Self:
         self.runner.activate()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from models.errors import InputError
 from models.manifest import Thresholds
 
-__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "safe_index"]
+__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "harms", "safe_index"]
 
 Verdict = Literal["allow", "block", "unsure", "error"]
 
@@ -22,11 +22,15 @@ DEFAULT_BLOCK = 0.5
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict on one row of probabilities; ``label`` is the most probable class, safe included."""
+    """A verdict on one row of probabilities.
+
+    ``label`` is the most probable class, safe included; ``harm`` the most probable one that is not safe.
+    """
 
     verdict: Verdict
     label: str
     p_unsafe: float
+    harm: str
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,28 @@ def decide(probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: T
     """Judge one row of C probabilities.
 
     p(unsafe) is 1 - p(safe). Without thresholds, block from 0.5 up, else allow. With them: block from
-    ``block`` up, or when a class reaches its own threshold; allow below ``allow``; unsure between.
+    ``block`` up, allow below ``allow``, unsure between, in the band of the most probable harm.
     """
     if probs.shape != (len(classes),):
         raise InputError(f"one row of {len(classes)} probabilities is judged, not a shape of {probs.shape}")
-    p_unsafe = min(1.0, max(0.0, 1.0 - float(probs[safe_index(classes)])))
+    safe = safe_index(classes)
+    p_unsafe = min(1.0, max(0.0, 1.0 - float(probs[safe])))
     label = classes[int(probs.argmax())]
-    return Decision(_verdict(p_unsafe, probs, classes, thresholds), label, p_unsafe)
+    harm = classes[int(harms(probs[None], safe)[0])]
+    return Decision(_verdict(p_unsafe, harm, thresholds), label, p_unsafe, harm)
 
 
-def _verdict(
-    p_unsafe: float, probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None
-) -> Verdict:
+def harms(probs_NC: npt.NDArray[np.float32], safe: int) -> npt.NDArray[np.int64]:
+    """Return the most probable class of each row that is not the safe one."""
+    masked = probs_NC.copy()
+    masked[:, safe] = -1
+    return masked.argmax(axis=1).astype(np.int64)
+
+
+def _verdict(p_unsafe: float, harm: str, thresholds: Thresholds | None) -> Verdict:
     if thresholds is None:
         return "block" if p_unsafe >= DEFAULT_BLOCK else "allow"
-    limits = thresholds.per_class or {}
-    if p_unsafe >= thresholds.block or any(probs[classes.index(name)] >= p for name, p in limits.items()):
+    band = thresholds.band(harm)
+    if p_unsafe >= band.block:
         return "block"
-    return "allow" if p_unsafe < thresholds.allow else "unsure"
+    return "allow" if p_unsafe < band.allow else "unsure"

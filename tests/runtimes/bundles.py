@@ -102,6 +102,7 @@ def manifest_of(files: Iterable[GuardFile], **changes: Any) -> Manifest:
         "tool_version": "0.1.0",
         "source": Source(checkpoint="tiny-safegem", sha256="0" * 64, family="gemma3"),
         "tap": Tap(source="projector", pooling="mean", tokens="image", learned="declared"),
+        "head": Head(kind="exact", reads="projector", pooling="mean", widths=(8, 4, len(CLASSES))),
         "classes": CLASSES,
         "preprocessing": PREPROCESSING,
         "files": listed_files,
@@ -118,15 +119,22 @@ def write_bundle(folder: Path, *others: GuardFile, **changes: Any) -> Path:
     return folder
 
 
-def fitted(block: float, allow: float, **changes: Any) -> Thresholds:
+def fitted(file: GuardFile, block: float, allow: float, **changes: Any) -> Thresholds:
+    """Return thresholds fitted on ``file``."""
     settings: dict[str, Any] = {
-        "method": "conformal",
+        "file": file.path,
+        "file_sha256": file.sha256,
+        "method": "conformal_risk_control",
         "alpha": 0.05,
+        "max_fpr": 0.05,
         "n": 500,
+        "n_unsafe": 300,
         "fitted_on": "2026-01-01",
         "labels_sha256": "1" * 64,
-        "block": block,
-        "allow": allow,
+        "pooled": Band(block=block, allow=allow, n_unsafe=300),
+        "miss_rate": 0.04,
+        "fpr": 0.02,
+        "unsure_rate": 0.1,
     }
     return Thresholds(**(settings | changes))
 

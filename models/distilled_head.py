@@ -1,0 +1,145 @@
+"""A guard head fitted to a checkpoint's exact verdicts, on the projector's output: one safetensors file.
+
+``calibration.distill`` writes it, the exporters read it. It holds the head's tensors under their usual names
+(``img_safety_head.mlp.*``) and, in the header, what it was made from: a head fits one vision tower only.
+
+Shapes: N images, T image tokens, D width of the language model, P pooled features, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from models.errors import GuardHeadError
+from models.family import HEAD_PREFIX
+from models.reference import GuardHead
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
+
+__all__ = ["FORMAT", "POOLINGS", "DistilledHead", "Pooling", "pool", "pooled_width"]
+
+FORMAT = "safevlm-edge-guard-head-1"
+Pooling = Literal["mean", "mean_max_std"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+def pool(features_NTD: Tensor, pooling: Pooling) -> Tensor:
+    """Pool image features over their tokens: N × P in float32, P = D for ``mean``, 3 · D for ``mean_max_std``.
+
+    The standard deviation is the population's (divided by T).
+    """
+    features = features_NTD.float()
+    mean = features.mean(dim=1)
+    if pooling == "mean":
+        return mean
+    spread = (features - mean.unsqueeze(1)).square().mean(dim=1).sqrt()
+    return torch.cat([mean, features.amax(dim=1), spread], dim=-1)
+
+
+def pooled_width(pooling: Pooling, width: int) -> int:
+    """Return P for image features of ``width`` D."""
+    return width if pooling == "mean" else 3 * width
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DistilledHead:
+    """A fitted head and what it belongs to.
+
+    ``source_sha256`` covers the checkpoint's vision, projector and head tensors, as a bundle's manifest states
+    it; ``size`` is the (height, width) in pixels it was fitted at; ``fidelity`` goes into the manifest.
+    """
+
+    head: GuardHead
+    pooling: Pooling
+    classes: tuple[str, ...]
+    checkpoint: str
+    source_sha256: str
+    size: tuple[int, int]
+    fidelity: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    """Of the file; empty until it was written or read."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths from P to C."""
+        return self.head.widths
+
+    def write(self, path: Path) -> DistilledHead:
+        """Write the file in one step and return this head with its hash."""
+        tensors = {HEAD_PREFIX + name: value.contiguous() for name, value in self.head.state_dict().items()}
+        stated = {
+            "pooling": self.pooling,
+            "widths": self.widths,
+            "classes": self.classes,
+            "checkpoint": self.checkpoint,
+            "source_sha256": self.source_sha256,
+            "size": self.size,
+            "fidelity": self.fidelity,
+        }
+        content = save(tensors, metadata={"format": FORMAT, "head": json.dumps(stated, sort_keys=True)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+        return replace(self, sha256=hashlib.sha256(content).hexdigest())
+
+    @classmethod
+    def read(cls, path: Path) -> DistilledHead:
+        """Read a file. Errors: GuardHeadError when it is missing, damaged or something else."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise GuardHeadError(f"{path} cannot be read: {error.strerror or error}. {_MAKE}") from error
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise GuardHeadError(
+                        f"{path} states format {metadata.get('format')!r}; {FORMAT!r} is read. {_MAKE}"
+                    )
+                stated = json.loads(metadata["head"])
+                head = GuardHead(tuple(map(int, stated["widths"])))
+                values = {name.removeprefix(HEAD_PREFIX): file.get_tensor(name) for name in file.keys()}
+            head.load_state_dict(values)
+            return cls(
+                head=head.requires_grad_(False).eval(),
+                pooling=POOLINGS[POOLINGS.index(stated["pooling"])],
+                classes=tuple(stated["classes"]),
+                checkpoint=stated["checkpoint"],
+                source_sha256=stated["source_sha256"],
+                size=(int(stated["size"][0]), int(stated["size"][1])),
+                fidelity=stated["fidelity"],
+                sha256=hashlib.sha256(content).hexdigest(),
+            )
+        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise GuardHeadError(f"{path} is not a guard head that can be read ({error}). {_MAKE}") from error
+
+    def check_fits(self, checkpoint: Checkpoint, source_sha256: str) -> None:
+        """Raise GuardHeadError unless the head was made for this checkpoint (by hash) and its classes."""
+        if self.source_sha256 != source_sha256 or self.classes != checkpoint.classes:
+            raise GuardHeadError(
+                f"the guard head was made for {self.checkpoint} with tensors of SHA-256 {self.source_sha256[:12]}…; "
+                f"{checkpoint.name} has {source_sha256[:12]}…. On another vision tower its verdicts would be noise. "
+                f"Fit one for this checkpoint: python -m calibration.distill --model {checkpoint.name} --images DIR "
+                "--out FILE"
+            )
+        width = pooled_width(self.pooling, checkpoint.hidden_size)
+        if self.widths[0] != width or self.widths[-1] != len(self.classes):
+            raise GuardHeadError(
+                f"the guard head has widths {self.widths}; {self.pooling} pooling of {checkpoint.name} gives {width} "
+                f"features for {len(self.classes)} classes. {_MAKE}"
+            )
+
+
+_MAKE = "A guard head is made by python -m calibration.distill --model M --images DIR --out FILE."
