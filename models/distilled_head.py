@@ -109,8 +109,9 @@ class DistilledHead:
                         f"{path} states format {metadata.get('format')!r}; {FORMAT!r} is read. {_MAKE}"
                     )
                 stated = json.loads(metadata["head"])
+                names = list(file.keys())
                 head = GuardHead(tuple(map(int, stated["widths"])))
-                values = {name.removeprefix(HEAD_PREFIX): file.get_tensor(name) for name in file.keys()}
+                values = {name.removeprefix(HEAD_PREFIX): file.get_tensor(name) for name in names}
             head.load_state_dict(values)
             return cls(
                 head=head.requires_grad_(False).eval(),

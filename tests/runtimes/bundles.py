@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from models.manifest import EngineInfo, GuardFile, Manifest, Source, Tap, TensorSpec, Thresholds
+from models.manifest import Band, EngineInfo, GuardFile, Head, Manifest, Source, Tap, TensorSpec, Thresholds
 from models.preprocessing import Preprocessing
 
 CLASSES = ("safe", "weapon", "drug")
