@@ -38,7 +38,7 @@ from models.transformers_config import build_config
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
-__all__ = ["IMAGE", "Answer", "Prefill", "SafeVLM", "load_safe_vlm"]
+__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "load_safe_vlm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,24 @@ class Prefill:
     """N × L, true at the T image tokens of every row."""
     features: Tensor
     """N × T × D, the projector's output before it became part of ``inputs_embeds``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun:
+    """N prefilled prompts: the guard's verdict on their images, and what decoding goes on from.
+
+    Decoding extends ``cache``, so each is finished at most once.
+    """
+
+    guard_probs: np.ndarray[Any, np.dtype[np.float32]]
+    """N × C, float32, of the exact guard."""
+    last_hidden: Tensor
+    """N × 1 × D, at the prompts' last position; nothing else of the last hidden state is kept."""
+    attention_mask: Tensor
+    """N × L."""
+    last_position: Tensor
+    """N × 1, for Qwen2.5-VL 3 × N × 1."""
+    cache: DynamicCache
 
 
 @dataclass(frozen=True)
@@ -144,16 +162,36 @@ class SafeVLM(nn.Module):
         tokens = self._geometry.tokens(height, width)
         return prompt_ids(self.tokenizer, self.family.prompt, question, tokens)
 
-    def embed(self, images_NHWC: Tensor, questions: Sequence[str]) -> Prefill:
-        """Return the prefill's input for one question an image; InputError when their numbers differ."""
-        if len(images_NHWC) != len(questions) or not questions:
+    def embed(
+        self, images_NHWC: Tensor | None, questions: Sequence[str], features_NTD: Tensor | None = None
+    ) -> Prefill:
+        """Return the prefill's input for one question an image.
+
+        ``features_NTD`` is what :meth:`image_features` made of the images before (a tower shared with the
+        standalone guard): the vision tower does not run again. The images then tell their size and no more;
+        without them it is the preprocessing contract's.
+
+        Errors: InputError when the numbers of images and questions differ, or features of another shape.
+        """
+        given = features_NTD if images_NHWC is None else images_NHWC
+        if given is None or len(given) != len(questions) or not questions:
             raise InputError(
-                f"{len(images_NHWC)} images and {len(questions)} questions were given; one question an image "
-                "is needed, and at least one of each. Repeat an image that is asked about twice."
+                f"{0 if given is None else len(given)} images and {len(questions)} questions were given; one "
+                "question an image is needed, and at least one of each. Repeat an image that is asked about twice."
             )
-        size = (images_NHWC.shape[1], images_NHWC.shape[2])
-        features = self.image_features(images_NHWC)
-        return self.assemble([self.prompt_ids(question, size=size) for question in questions], features, size)
+        size = (self.preprocessing.height, self.preprocessing.width)
+        if images_NHWC is not None:
+            size = (images_NHWC.shape[1], images_NHWC.shape[2])
+        sequences = [self.prompt_ids(question, size=size) for question in questions]
+        if features_NTD is None:
+            features_NTD = self.image_features(cast(Tensor, images_NHWC))
+        wanted = (len(questions), self._geometry.tokens(*size), self.core.get_input_embeddings().embedding_dim)
+        if tuple(features_NTD.shape) != wanted:
+            raise InputError(
+                f"image features of shape {tuple(features_NTD.shape)} were given; {wanted} (images, image tokens, "
+                f"width) is needed for {size[0]}x{size[1]} pixels. Give those of this checkpoint's vision tower."
+            )
+        return self.assemble(sequences, features_NTD, size)
 
     def assemble(self, sequences: Sequence[Sequence[int]], features_NTD: Tensor, size: tuple[int, int]) -> Prefill:
         """Pad token ids on the left and put row i's features where its ``IMAGE`` placeholders stand.
@@ -246,23 +284,41 @@ class SafeVLM(nn.Module):
         return torch.softmax(logits, dim=-1), logits
 
     @torch.inference_mode()
-    def answer(self, images_NHWC: Tensor, questions: Sequence[str], max_new_tokens: int = 32) -> list[Answer]:
-        """Answer one question an image by greedy decoding, judging the images in the same prefill."""
-        prefill = self.embed(images_NHWC, questions)
+    def begin(self, images_NHWC: Tensor | None, questions: Sequence[str], features_NTD: Tensor | None = None) -> Begun:
+        """Run the one prefill that decoding needs and read the guard from it; :meth:`finish` goes on.
+
+        Arguments and errors are those of :meth:`embed`. Of the last hidden state the image positions are read
+        and the last position is kept: no hidden states of other layers, no second pass.
+        """
+        prefill = self.embed(images_NHWC, questions, features_NTD)
         cache = DynamicCache(config=self.core.config.get_text_config())
         hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids, cache)
-        probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1).cpu().numpy()
-        written = self._decode(prefill, hidden[:, -1:], cache, max_new_tokens)
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
-        return [Answer(text, row) for text, row in zip(texts, probs, strict=True)]
+        probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1)
+        return Begun(
+            guard_probs=probs.cpu().numpy(),
+            last_hidden=hidden[:, -1:].clone(),  # a view would keep all N × L × D alive
+            attention_mask=prefill.masks["attention_mask"],
+            last_position=prefill.position_ids[..., -1:],
+            cache=cache,
+        )
 
-    def _decode(
-        self, prefill: Prefill, hidden_N1D: Tensor, cache: DynamicCache, max_new_tokens: int
-    ) -> list[list[int]]:
+    @torch.inference_mode()
+    def finish(self, begun: Begun, max_new_tokens: int = 32) -> list[str]:
+        """Answer the prompts of :meth:`begin` by greedy decoding: one pass for every token after the first."""
+        written = self._decode(begun, max_new_tokens)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
+
+    def answer(self, images_NHWC: Tensor, questions: Sequence[str], max_new_tokens: int = 32) -> list[Answer]:
+        """Answer one question an image by greedy decoding, judging the images in the same prefill."""
+        begun = self.begin(images_NHWC, questions)
+        texts = self.finish(begun, max_new_tokens)
+        return [Answer(text, begun.guard_probs[row]) for row, text in enumerate(texts)]
+
+    def _decode(self, begun: Begun, max_new_tokens: int) -> list[list[int]]:
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
         stops = stop_ids(self.tokenizer, self.family.prompt)
         table = self.core.get_input_embeddings()
-        attention, position = prefill.masks["attention_mask"], prefill.position_ids[..., -1:]
+        hidden_N1D, attention, position = begun.last_hidden, begun.attention_mask, begun.last_position
         written: list[list[int]] = [[] for _ in hidden_N1D]
         open_rows = set(range(len(written)))
         for step in range(max_new_tokens):
@@ -277,7 +333,7 @@ class SafeVLM(nn.Module):
                 break
             position = position + 1
             attention = torch.cat([attention, torch.ones_like(chosen_N1)], dim=-1)
-            hidden_N1D = self.language_forward(table(chosen_N1), {"attention_mask": attention}, position, cache)
+            hidden_N1D = self.language_forward(table(chosen_N1), {"attention_mask": attention}, position, begun.cache)
         return written
 
 

@@ -1,0 +1,354 @@
+"""The gate: an image passes the guard before a language model answers about it.
+
+::
+
+    image ─► standalone guard ─┬─ block ──────────────────────────────► refused, the language model never ran
+                               ├─ unsure ─► prefill ─► exact verdict ─┬─ block ─► refused before a token
+                               └─ allow ──► prefill ─► exact verdict ─┴─ allow ─► answer from that prefill
+
+The exact verdict falls out of the prefill that the answer needs, so it costs no pass of its own; the policy's
+``confirm`` says whether it may still block what the guard allowed. Without a standalone guard (a bundle that says
+``standalone: false``) every image is judged by the exact verdict.
+
+The gate fails closed. Whatever a guard or language runner raises, a deadline that passes, an answer that is no row of
+probabilities, an image that cannot be read: the verdict is block, the stage ``error``, and the reason in the result.
+What the guard judged is what the language model is shown: one decode, flattened to upright RGB, never the file.
+
+The command ``python -m runtimes.gate --bundle DIR IMAGE --question TEXT`` is in ``runtimes.gate_command``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.errors import ImageFileError, InputError, SafeVLMError
+from models.image import open_image, to_rgb
+from runtimes.gate_result import GateResult
+from runtimes.judge import Guard, ImageSource
+from runtimes.lane import Lane, OverranError
+from runtimes.language import LanguageRunner
+from runtimes.policy import Finding, Policy, find
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Gate", "GateResult"]
+
+Part = Literal["guard", "exact", "generate"]
+MAX_NEW_TOKENS = 256
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """An image as the guard saw it; without a guard only the picture."""
+
+    picture: Image.Image
+    pixels: npt.NDArray[np.uint8] | None = None
+    probs: npt.NDArray[np.float32] | None = None
+    embeddings: npt.NDArray[np.float32] | None = None
+    ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class Gate:
+    """A guard, a language model, or both, behind one question; a context manager around them.
+
+    >>> with Gate(Guard.open("build/guard"), TorchLanguageRunner(open_checkpoint("tiny-safellava"))) as gate:
+    ...     gate.ask("holiday.jpg", "What is this?").answer
+
+    ``timeout`` bounds, in seconds each, judging with the standalone guard and the prefill with its exact verdict,
+    waiting for other requests included; ``generation_timeout`` bounds the answer. ``digest`` is the bundle's, by
+    default that of the guard's own. ``share_embeddings`` lets a guard that gives image embeddings spare the language
+    model its vision tower: right only where both are of one checkpoint.
+
+    Errors: InputError when there is nothing to judge with, a time is not above 0, or the policy names a class that
+    the guard does not know; on entering, too, when guard and language model have different classes.
+    """
+
+    def __init__(
+        self,
+        guard: Guard | None,
+        language: LanguageRunner | None,
+        policy: Policy | None = None,
+        timeout: float = 30.0,
+        *,
+        generation_timeout: float = 300.0,
+        digest: str | None = None,
+        share_embeddings: bool = True,
+    ) -> None:
+        if guard is None and language is None:
+            raise InputError("a gate needs a guard, a language model, or both; neither was given.")
+        for name, seconds in (("timeout", timeout), ("generation_timeout", generation_timeout)):
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise InputError(f"{name} is {seconds}: a number of seconds above 0 is needed.")
+        self.guard = guard
+        self.language = language
+        self.policy = policy or Policy()
+        self.timeout = timeout
+        self.generation_timeout = generation_timeout
+        self.share_embeddings = share_embeddings
+        self.digest = digest
+        if digest is None and guard is not None:
+            self.digest = getattr(getattr(guard.runner, "bundle", None), "digest", None)
+        if guard is not None:
+            self.policy.check(guard.classes)
+        self.guard_lane = Lane("guard")
+        self.language_lane = Lane("language model")
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as held:
+            for part in (self.guard, self.language):
+                if part is not None:
+                    held.enter_context(part)
+            self._check_classes()
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for lane in (self.guard_lane, self.language_lane):
+            lane.close()
+        self._held.close()
+
+    @property
+    def stuck(self) -> int:
+        """How many calls of guard and language model overran their time and are still running."""
+        return self.guard_lane.stuck + self.language_lane.stuck
+
+    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> GateResult:
+        """Judge an image and, if it passes, answer the question about it.
+
+        Never raises on account of image, guard or language model: see the module's text.
+        """
+        request = _Request(self, image, question, max_new_tokens)
+        begun = time.perf_counter()
+        try:
+            result = request.decide()
+        except Exception as error:  # of any kind, a bug of the gate's own included: it fails closed
+            result = request.failed(error)
+        return replace(result, ms={**request.ms, "total": (time.perf_counter() - begun) * 1000})
+
+    def _check_classes(self) -> None:
+        if self.language is None:
+            return
+        exact = self.language.classes
+        if self.guard is None and exact is None:
+            raise InputError(
+                f"runtime {self.language.runtime} cannot read the exact verdict, and there is no standalone guard: "
+                "nothing would be judged. Give a bundle with a standalone guard."
+            )
+        if exact is None:
+            return
+        if self.guard is not None and self.guard.classes != exact:
+            differ = sorted(set(self.guard.classes) ^ set(exact)) or ["their order"]
+            raise InputError(
+                f"guard and language model have different classes ({', '.join(differ[:6])}): they are of different "
+                "checkpoints. Give the checkpoint that the bundle was exported from."
+            )
+        self.policy.check(exact)
+
+
+class _Request:
+    """One image and question on their way through the gate, and what is known of them so far."""
+
+    def __init__(self, gate: Gate, image: ImageSource, question: str, max_new_tokens: int) -> None:
+        self.gate = gate
+        self.image = image
+        self.question = question
+        self.max_new_tokens = max_new_tokens
+        self.part: Part = "guard"
+        self.ms: dict[str, float] = {}
+        self.probs: dict[str, float] | None = None
+        self.exact_probs: dict[str, float] | None = None
+        self.created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+    # -- the way ----------------------------------------------------------------------------------------
+
+    def decide(self) -> GateResult:
+        """Go through the stages; whatever is raised on the way is an error of ``part``."""
+        gate = self.gate
+        seen = self._see()
+        found = self._guard_finding(seen)
+        if found is not None and found.verdict == "block":
+            return self._blocked("guard", found, "the standalone guard blocks the image")
+        settled = gate.language is not None and gate.language.classes is not None
+        if found is not None and found.verdict == "unsure" and not settled and self._stops_unsure(found.review):
+            reason = "the standalone guard is unsure, and there is no exact verdict to settle it"
+            return self._blocked("guard", found, reason)
+        if gate.language is not None:
+            return self._answer(gate.language, seen, found)
+        assert found is not None  # a gate has a guard or a language model
+        return self._allowed("guard", found, None)
+
+    def _answer(self, language: LanguageRunner, seen: _Seen, found: Finding | None) -> GateResult:
+        """Prefill once; judge that; go on generating from it."""
+        lane, exact = self.gate.language_lane, None
+        with ExitStack() as turn:
+            with self._timed("exact"):
+                left = turn.enter_context(lane.turn(self.gate.timeout))
+                prefilled = lane.run(lambda: language.prefill(*self._input(language, seen)), left).get()
+                if prefilled.exact_probs is not None or found is None:
+                    exact = self._exact_finding(language, prefilled.exact_probs)
+            refusal = None if exact is None else self._refusal(found, exact)
+            if refusal is not None:
+                return refusal
+            with self._timed("generate"):
+                tokens, seconds = self.max_new_tokens, self.gate.generation_timeout
+                answer = lane.run(lambda: language.generate(prefilled.handle, tokens), seconds).get()
+                if not isinstance(answer, str):
+                    raise SafeVLMError(f"runtime {language.runtime} answered with {type(answer).__name__}, not text")
+        if exact is not None and (found is None or found.verdict == "unsure"):
+            return self._allowed("exact", exact, answer)
+        assert found is not None  # without a guard there is an exact verdict, or an error
+        return self._allowed("guard", found, answer)
+
+    def _refusal(self, found: Finding | None, exact: Finding) -> GateResult | None:
+        """Return the block that the exact verdict demands, or None."""
+        before = None if found is None else found.verdict
+        if exact.verdict == "allow" or (before == "allow" and not self.gate.policy.confirm):
+            return None
+        review = exact.review or (found is not None and found.review)
+        if exact.verdict == "unsure" and not self._stops_unsure(review):
+            return None
+        does = "blocks the image" if exact.verdict == "block" else "is unsure of the image"
+        after = {"allow": ", which the standalone guard allowed", "unsure": "; the standalone guard was unsure"}
+        return self._blocked("exact", exact, f"the exact verdict {does}{after.get(before or '', '')}", review=review)
+
+    # -- its parts --------------------------------------------------------------------------------------
+
+    def _see(self) -> _Seen:
+        lane = self.gate.guard_lane
+        with self._timed("guard"), lane.turn(self.gate.timeout) as left:
+            seen = lane.run(lambda: _look(self.image, self.gate.guard), left).get()
+        self.ms = dict(seen.ms)
+        return seen
+
+    def _input(
+        self, language: LanguageRunner, seen: _Seen
+    ) -> tuple[npt.NDArray[np.uint8], str, npt.NDArray[np.float32] | None]:
+        """Return the picture at the language model's size, which is the guard's very pixels where sizes agree."""
+        size, guard = language.preprocessing, self.gate.guard
+        if size is None:
+            return np.array(seen.picture, dtype=np.uint8), self.question, None
+        if seen.pixels is None or guard is None or guard.runner.preprocessing != size:
+            return size.apply(seen.picture), self.question, None
+        shared = self.gate.share_embeddings and language.takes_embeddings
+        return seen.pixels, self.question, seen.embeddings if shared else None
+
+    def _guard_finding(self, seen: _Seen) -> Finding | None:
+        guard = self.gate.guard
+        if guard is None:
+            return None
+        if seen.probs is None:
+            raise SafeVLMError("the guard gave no probabilities")
+        found = find(seen.probs, guard.classes, self.gate.policy, "guard", guard.thresholds)
+        self.probs = dict(zip(guard.classes, map(float, seen.probs), strict=True))
+        return found
+
+    def _exact_finding(self, language: LanguageRunner, probs: npt.NDArray[np.float32] | None) -> Finding:
+        if probs is None or language.classes is None:
+            raise SafeVLMError(f"runtime {language.runtime} gave no exact verdict, and there is no other")
+        found = find(probs, language.classes, self.gate.policy, "exact")
+        self.exact_probs = dict(zip(language.classes, map(float, probs), strict=True))
+        return found
+
+    def _stops_unsure(self, review: bool) -> bool:
+        """Say whether an image that no stage could settle is blocked."""
+        return review or self.gate.policy.still_unsure == "block"
+
+    @contextmanager
+    def _timed(self, part: Part) -> Iterator[None]:
+        """Note the milliseconds of a part, and that errors from here on are its."""
+        self.part, begun = part, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[part] = (time.perf_counter() - begun) * 1000
+
+    # -- the result -------------------------------------------------------------------------------------
+
+    def failed(self, cause: Exception) -> GateResult:
+        """Return the block that an error is."""
+        where = {"guard": "the guard", "exact": "the prefill", "generate": "the generation"}[self.part]
+        reason = f"{where} failed ({type(cause).__name__})"
+        if isinstance(cause, OverranError):
+            reason = f"{where} was not done in time"
+        elif isinstance(cause, ImageFileError):
+            reason = "the image cannot be read"
+        if isinstance(cause, SafeVLMError):
+            _log.info("blocked: %s", reason)
+        else:  # a bug: where it was raised, without the message, which may quote the question
+            _log.error("blocked: %s\n%s", reason, "".join(traceback.format_tb(cause.__traceback__)))
+        return self._result("block", "error", reason, error=f"{type(cause).__name__}: {cause}", error_in=self.part)
+
+    def _blocked(
+        self, stage: Literal["guard", "exact"], finding: Finding, reason: str, *, review: bool = False
+    ) -> GateResult:
+        return self._result("block", stage, reason, finding=finding, review=review or finding.review)
+
+    def _allowed(self, stage: Literal["guard", "exact"], finding: Finding, answer: str | None) -> GateResult:
+        by = {"guard": "the standalone guard", "exact": "the exact verdict"}[stage]
+        sure = "allows the image" if finding.verdict == "allow" else "is unsure, which the policy lets pass"
+        return self._result("allow", stage, f"{by} {sure}", finding=finding, answer=answer)
+
+    def _result(
+        self, verdict: Literal["allow", "block"], stage: Literal["guard", "exact", "error"], reason: str, **more: Any
+    ) -> GateResult:
+        return GateResult(
+            verdict=verdict,
+            stage=stage,
+            reason=reason,
+            created=self.created,
+            image=os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else None,
+            question=self.question,
+            probs=self.probs,
+            exact_probs=self.exact_probs,
+            policy=self.gate.policy,
+            bundle=self.gate.digest,
+            **more,
+        )
+
+
+def _look(image: ImageSource, guard: Guard | None) -> _Seen:
+    """Decode an image once and judge it, if there is a guard."""
+    begun = time.perf_counter()
+    if isinstance(image, Image.Image):
+        picture = to_rgb(image)
+    elif isinstance(image, (str, os.PathLike, bytes)):
+        picture = open_image(image if isinstance(image, bytes) else Path(image))
+    else:
+        raise ImageFileError(f"an image is a file's name, its bytes or an opened picture, not {type(image).__name__}")
+    decoded = time.perf_counter()
+    ms = {"decode": (decoded - begun) * 1000}
+    if guard is None:
+        return _Seen(picture, ms=ms)
+    pixels = guard.runner.preprocessing.apply(picture)
+    output = guard.runner.infer(pixels[None])
+    embeddings = getattr(output, "embeddings", None)
+    ms["guard"] = (time.perf_counter() - decoded) * 1000
+    return _Seen(picture, pixels, output.probs[0], None if embeddings is None else embeddings[0], ms)
+
+
+if __name__ == "__main__":
+    from models.commandline import run
+    from runtimes.gate_command import main
+
+    run(main)

@@ -1,0 +1,138 @@
+"""The contract of every language runner: a picture and a question in, the exact verdict and an answer out.
+
+It is asked in two steps so that a gate can stop between them: :meth:`LanguageRunner.prefill` runs what generation
+needs anyway and gives the exact guard's verdict where the runtime can read it there, :meth:`LanguageRunner.generate`
+goes on from that very prefill. Name law: as in ``runtimes.runner``.
+
+Shapes: H x W pixels, T image tokens, D width of the language model, C classes.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import InputError, SafeVLMError
+from models.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["LanguageRunner", "Prefilled"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """A prompt that was read, not yet answered.
+
+    ``exact_probs`` is the exact guard's float32 row of C probabilities, None from a runtime that cannot read it.
+    ``handle`` is the runner's own; it is good for one ``generate`` and until the next ``prefill``.
+    """
+
+    exact_probs: npt.NDArray[np.float32] | None
+    handle: Any
+
+
+class LanguageRunner(abc.ABC):
+    """One language model on one runtime; a context manager that holds its resources while it is entered.
+
+    A subclass fills in :meth:`_activate`, :meth:`_prefill`, :meth:`_generate` and, where it holds something,
+    :meth:`_deactivate`. The attributes below are set at the latest when it is activated.
+    """
+
+    runtime: ClassVar[str]
+    preprocessing: Preprocessing | None = None
+    """What brings a picture to this runner's size; None when it takes RGB pictures of any size."""
+    classes: tuple[str, ...] | None = None
+    """Of the exact verdict, in order; None when the runtime cannot give one."""
+    takes_embeddings: bool = False
+    """Whether the projector's output can stand in for the picture, so that it is not encoded twice."""
+
+    def __init__(self) -> None:
+        self._active = False
+
+    def __enter__(self) -> Self:
+        self.activate()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.deactivate()
+
+    def activate(self) -> None:
+        """Load the model; what was taken is given back when that fails. Twice is the same as once."""
+        if self._active:
+            return
+        try:
+            self._activate()
+        except BaseException:
+            self._deactivate()
+            raise
+        self._active = True
+
+    def deactivate(self) -> None:
+        """Give everything back; nothing happens where nothing is held."""
+        self._active = False
+        self._deactivate()
+
+    def prefill(
+        self,
+        rgb: npt.NDArray[np.uint8],
+        question: str,
+        embeddings: npt.NDArray[np.float32] | None = None,
+    ) -> Prefilled:
+        """Read an H x W x 3 picture (uint8, at :attr:`preprocessing`'s size) and a question.
+
+        ``embeddings`` (float32, T x D) is this checkpoint's projector output for the same picture, where it is at
+        hand and :attr:`takes_embeddings`.
+
+        Errors: InputError for another type or shape; SafeVLMError when the runner is not active.
+        """
+        self._check_active()
+        self._check_picture(rgb)
+        if embeddings is not None and not self.takes_embeddings:
+            raise InputError(f"runtime {self.runtime} takes no image embeddings: give the picture alone")
+        if embeddings is not None and (embeddings.dtype != np.float32 or embeddings.ndim != 2):
+            raise InputError(f"image embeddings are float32 T x D, not {embeddings.dtype} {embeddings.shape}")
+        return self._prefill(np.ascontiguousarray(rgb), question, embeddings)
+
+    def generate(self, handle: Any, max_new_tokens: int) -> str:
+        """Answer greedily from the handle of a prefill, which is used up; InputError below one token."""
+        self._check_active()
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        return self._generate(handle, max_new_tokens)
+
+    @abc.abstractmethod
+    def _activate(self) -> None: ...
+
+    @abc.abstractmethod
+    def _prefill(
+        self, rgb: npt.NDArray[np.uint8], question: str, embeddings: npt.NDArray[np.float32] | None
+    ) -> Prefilled: ...
+
+    @abc.abstractmethod
+    def _generate(self, handle: Any, max_new_tokens: int) -> str: ...
+
+    def _deactivate(self) -> None:
+        return None
+
+    def _check_active(self) -> None:
+        if not self._active:
+            raise SafeVLMError(f"{type(self).__name__} is not active: enter it with `with` or activate()")
+
+    def _check_picture(self, rgb: npt.NDArray[np.uint8]) -> None:
+        size = self.preprocessing
+        fits = size is None or rgb.shape[:2] == (size.height, size.width)
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not fits:
+            wanted = "H x W" if size is None else f"{size.height} x {size.width}"
+            raise InputError(
+                f"a language runner takes a uint8 picture of {wanted} x 3, not {rgb.dtype} of shape "
+                f"{' x '.join(map(str, rgb.shape))}: use Preprocessing.apply"
+            )
