@@ -38,7 +38,7 @@ from models.transformers_config import build_config
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
-__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "load_safe_vlm"]
+__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "load_safe_vlm", "model_class_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,6 +337,11 @@ class SafeVLM(nn.Module):
         return written
 
 
+def model_class_of(config: Any) -> Callable[[Any], nn.Module]:
+    """Return transformers' class of the whole model that ``config`` describes."""
+    return _LANGUAGES[type(config)].model_class
+
+
 def load_safe_vlm(
     checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, grid: tuple[int, int] | None = None
 ) -> SafeVLM:
@@ -349,7 +354,7 @@ def load_safe_vlm(
     """
     config = build_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
-    model: Any = on_meta(lambda: _LANGUAGES[type(config)].model_class(config))
+    model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
     if config.tie_word_embeddings:

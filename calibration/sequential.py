@@ -1,0 +1,229 @@
+"""Run a language model decoder layer by decoder layer, each read from the checkpoint when its turn comes.
+
+A model of 32 billion parameters then needs the memory of one layer and the activations of the samples. The
+skeleton is transformers' own model with its decoder layers taken out: its forward pass still builds positions
+and masks, and what it would hand to a layer is caught, so no family's rules are written again here.
+
+Shapes: B samples a batch, L positions, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.errors import InputError
+from models.filling import fill, on_meta
+from models.preprocessing import Preprocessing
+from models.prompt_tokens import load_tokenizer
+from models.reference import build_head, leave_out_unread
+from models.safe_vlm import Prefill, SafeVLM, model_class_of
+from models.transformers_config import build_config
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from models.checkpoint import Checkpoint
+
+__all__ = ["Activations", "LayerStream", "Visit"]
+
+Visit = Callable[[int, nn.Module, Callable[[], Iterator[None]]], None]
+"""Told a layer's number, the layer, and a function that runs it over the batches, one each step, without effect.
+
+It may look at the layer (with hooks while it runs) and change it in place; what it leaves is what then runs.
+"""
+
+
+class _Caught(Exception):
+    """What transformers was about to hand to a decoder layer."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+class _Gap(nn.Module):
+    """Stands where a decoder layer was: passes hidden states on, or gives what it was called with away."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.catches = False
+        for name in ("attention_type", "layer_type"):  # what models ask of their layers
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_BLD: Tensor, **arguments: Any) -> Tensor:
+        if self.catches:
+            raise _Caught(arguments)
+        return hidden_BLD
+
+
+class Activations:
+    """Hidden states of all batches, in memory up to ``max_bytes``, else in a memory-mapped temporary file.
+
+    float32 or the dtype of what is put in; bfloat16 is kept as its 16 bits. A context manager: the file goes
+    at its end, whatever happened.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, max_bytes: int | None) -> None:
+        self.sizes = [int(np.prod(shape)) for shape in shapes]
+        self.shapes = list(shapes)
+        self.nbytes = sum(self.sizes) * dtype.itemsize
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if max_bytes is not None and self.nbytes > max_bytes:
+            self._folder = tempfile.TemporaryDirectory(prefix="safevlm-activations-")
+            path = Path(self._folder.name) / "hidden"
+            self._flat = torch.from_file(str(path), shared=True, size=max(1, sum(self.sizes)), dtype=dtype)
+        else:
+            self._flat = torch.empty(sum(self.sizes), dtype=dtype)
+        self.starts = np.cumsum([0, *self.sizes]).tolist()
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether they are in a file."""
+        return self._folder is not None
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return batch ``index``, B × L × D; writing into it changes what is kept."""
+        return self._flat[self.starts[index] : self.starts[index + 1]].view(self.shapes[index])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._flat = torch.empty(0)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class LayerStream:
+    """A checkpoint whose vision path, head and small parts are loaded and whose decoder layers are not.
+
+    ``skeleton`` is a :class:`models.safe_vlm.SafeVLM` that makes prompts and image features as ever (``embed``
+    and ``assemble`` with the token ids named in ``token_ids``); its decoder layers are gaps and its output
+    layer is left out. ``dtype`` is what layers run in, ``device`` where.
+
+    Errors: CheckpointError for missing or mis-shaped tensors.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        grid: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        token_ids: Callable[[SafeVLM], Sequence[int]],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        config = build_config(checkpoint)
+        model: Any = on_meta(lambda: model_class_of(config)(config))
+        language = model.model.language_model
+        self._layers = language.layers
+        language.layers = nn.ModuleList(_Gap(layer) for layer in self._layers)
+        model.lm_head = nn.Identity()
+        embedding = language.embed_tokens
+        language.embed_tokens = nn.Identity()
+        leave_out_unread(model.model, checkpoint.tensors)
+        fill(model, checkpoint.tensors, prefix="", dtype=dtype)
+        language.embed_tokens = embedding
+        self.skeleton = SafeVLM(
+            model,
+            build_head(checkpoint, dtype=torch.float32),
+            family=checkpoint.family,
+            classes=checkpoint.classes,
+            tap_source=checkpoint.tap.source,
+            preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
+            tokenizer=load_tokenizer(checkpoint.folder),
+        ).eval()
+        self._fill_rows(embedding, token_ids(self.skeleton))
+        self.skeleton.to(self.device)
+        self._language = language
+
+    def __len__(self) -> int:
+        """Return the number of decoder layers."""
+        return len(self._layers)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest decoder layer's parameters in ``dtype``."""
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
+        return max(sizes) * self.dtype.itemsize
+
+    def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
+        """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""
+        stored = self.checkpoint.tensors.read(self.checkpoint.family.language_prefix + "embed_tokens.weight")
+        rows = sorted({token for token in ids if token >= 0} | {0})
+        if rows[-1] >= len(stored):
+            raise InputError(f"token {rows[-1]} is beyond the vocabulary of {len(stored)}: tokenizer and model differ")
+        table = torch.from_numpy(np.zeros(stored.shape, np.float32))  # calloc: untouched pages are not there
+        if self.dtype != torch.float32:
+            table = table.to(self.dtype)
+        table[rows] = stored[rows].to(self.dtype)
+        cast(Any, embedding).weight = nn.Parameter(table, requires_grad=False)
+
+    @torch.no_grad()
+    def run(
+        self,
+        batches: Sequence[Prefill],
+        hidden: Activations,
+        *,
+        visit: Visit | None = None,
+        report: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Take ``hidden`` from embeddings to last hidden states, after the final norm, in place.
+
+        ``batches`` are the prefills that ``hidden`` holds the ``inputs_embeds`` of; of them positions and masks
+        are read. ``visit`` sees each layer before it runs; ``report`` is told each layer's number when done.
+        """
+        for index in range(len(self)):
+            layer = self.load_layer(index)
+            if visit is not None:
+                visit(index, layer, lambda layer=layer, index=index: self._dry(index, layer, batches, hidden))  # type: ignore[misc]
+            for number, batch in enumerate(batches):
+                states = hidden[number]
+                states.copy_(self.run_layer(index, layer, batch, states))
+            del layer
+            report(index)
+        for number in range(len(batches)):
+            states = hidden[number]
+            states.copy_(self._language.norm(states.to(self.device)))
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Return decoder layer ``index`` with its tensors; the caller's reference is the only one."""
+        config = self._language.config
+        layer: nn.Module = on_meta(lambda: type(self._layers[index])(config, layer_idx=index))
+        prefix = f"{self.checkpoint.family.language_prefix}layers.{index}."
+        fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype)
+        return layer.to(self.device)
+
+    def run_layer(self, index: int, layer: nn.Module, batch: Prefill, hidden_BLD: Tensor) -> Tensor:
+        """Return what a layer makes of hidden states B × L × D, with the positions and masks it would have."""
+        states = hidden_BLD.to(self.device)
+        gap = cast(_Gap, self._language.layers[index])
+        gap.catches = True
+        try:
+            self.skeleton.language_forward(states, batch.masks, batch.position_ids)
+        except _Caught as caught:
+            arguments = caught.arguments
+        finally:
+            gap.catches = False
+        output = layer(states, **arguments)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def _dry(self, index: int, layer: nn.Module, batches: Sequence[Prefill], hidden: Activations) -> Iterator[None]:
+        for number, batch in enumerate(batches):
+            self.run_layer(index, layer, batch, hidden[number])
+            yield
