@@ -21,13 +21,13 @@ from export.graph import PRECISIONS, Precision, build_graph
 from export.onnx import write_onnx
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
-from models.manifest import GuardFile, Manifest, Source, Tap
+from models.manifest import GuardFile, Head, Manifest, Source, Tap
 from models.preprocessing import Preprocessing
 from models.reference import GuardModel, build_reference_guard
 from models.version import VERSION
 from runtimes.runner import GuardOutput, GuardRunner
 
-__all__ = ["ReferenceRunner", "prepare"]
+__all__ = ["ReferenceRunner", "prepare", "write_scratch_bundle"]
 
 UNHASHED = "0" * 64
 """The scratch bundle is opened, without its hashes being checked, by the command that has just written it."""
@@ -51,7 +51,7 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         "stored_bytes": stored,
         "stored_as": counted,
     }
-    _write_bundle(guard, request["subject"]["name"], request["precisions"], Path(request["folder"]))
+    write_scratch_bundle(guard, request["subject"]["name"], request["precisions"], Path(request["folder"]))
     yield answer
 
 
@@ -85,7 +85,8 @@ def _check_same_size(size: Preprocessing, folder: str) -> None:
         )
 
 
-def _write_bundle(guard: GuardModel, name: str, precisions: list[Precision], folder: Path) -> None:
+def write_scratch_bundle(guard: GuardModel, name: str, precisions: list[Precision], folder: Path) -> None:
+    """Write the guard's ONNX files and a manifest, unhashed: for a process that opens it with ``verify=False``."""
     example = random_images(guard.preprocessing, 2, seed=0)
     files: list[GuardFile] = []
     for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: it halves the guard's own weights
@@ -110,6 +111,7 @@ def _write_bundle(guard: GuardModel, name: str, precisions: list[Precision], fol
         tool_version=VERSION,
         source=Source(checkpoint=name, sha256=UNHASHED, family=guard.family.key),
         tap=Tap(source="projector", pooling="mean", tokens="image", learned="declared"),
+        head=Head(kind="exact", reads="projector", pooling="mean", widths=guard.head.widths),
         classes=guard.classes,
         preprocessing=guard.preprocessing,
         files=tuple(files),

@@ -33,7 +33,7 @@ from models.preprocessing import Preprocessing
 from models.reference import GuardHead, GuardModel, VisionPath
 from models.transformers_config import TransformersConfig
 
-__all__ = ["build_random_guard"]
+__all__ = ["build_random_guard", "fill_randomly"]
 
 
 def build_random_guard(shape: VisionShape, *, seed: int) -> GuardModel:
@@ -47,11 +47,11 @@ def build_random_guard(shape: VisionShape, *, seed: int) -> GuardModel:
     preprocessing = Preprocessing.from_processor(family.preprocessing, family=family.key)
     head = on_meta(lambda: GuardHead(shape.head_widths))
     guard = GuardModel(VisionPath(core, config, preprocessing), head, family, standard_classes())
-    _fill_randomly(guard, seed)
+    fill_randomly(guard, seed)
     return guard.eval()
 
 
-def _fill_randomly(module: nn.Module, seed: int) -> None:
+def fill_randomly(module: nn.Module, seed: int) -> None:
     """Draw matrices with variance 1 / inputs, which keeps activations finite; norms are 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, slot in list(module.named_parameters()):

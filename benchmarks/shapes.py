@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class VisionShape:
     layers_read: int
     layers_behind_tap: int
     config: Mapping[str, Any]
+    language: Mapping[str, Any] = field(default_factory=dict)
+    """The language model's, under transformers' names: layers, heads, key-value heads, MLP width, vocabulary."""
 
     @property
     def layers(self) -> int:
@@ -74,6 +76,7 @@ def _shapes() -> dict[str, VisionShape]:
             layers_read=tower["layers"] - tower["layers_behind_tap"],
             layers_behind_tap=tower["layers_behind_tap"],
             config=tower["config"],
+            language=stored["languages"][name],
         )
     return shapes
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from benchmarks.gate_speed import GateOptions, GateSpeed, gate_table, measure_gate
 from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, Row, SpeedOptions, measure_guard
 from benchmarks.shapes import find_shape, shape_names
@@ -25,7 +26,7 @@ from models.family import TapSource
 from models.machine import core_count, machine_name
 from models.version import VERSION
 
-__all__ = ["guard_record", "guard_table", "main"]
+__all__ = ["gate_record", "guard_record", "guard_table", "main"]
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy")
@@ -48,6 +49,14 @@ HOW_MEASURED: Mapping[str, str] = {
     ),
     "ratio": "torch eager's median over this peer's, same device, batch size and run: above 1 is faster",
 }
+HOW_GATED: Mapping[str, str] = {
+    "latency": (
+        "from an opened picture at the contract's size to a block, or to the text of an answer; median of the rounds' "
+        "medians; the first run of each way is not counted; decoding an image file is not in it"
+    ),
+    "course": "forced by limits of the policy (block at 0, never); guard and exact verdict are computed all the same",
+    "passes": "counted with hooks in a run that is not timed",
+}
 
 
 # -- what is told ---------------------------------------------------------------------------------------
@@ -56,8 +65,27 @@ HOW_MEASURED: Mapping[str, str] = {
 def guard_record(speed: GuardSpeed, command: str) -> dict[str, Any]:
     """Return all that was measured, with what, where and when, as JSON takes it; ``command`` is how."""
     return {
+        **_record("guard", speed.subject, speed.guard, command),
+        "settings": asdict(speed.options),
+        "how_measured": dict(HOW_MEASURED),
+        "rows": [asdict(row) for row in speed.rows],
+    }
+
+
+def gate_record(speed: GateSpeed, command: str) -> dict[str, Any]:
+    """Return the same of a gate."""
+    return {
+        **_record("gate", speed.subject, speed.model, command),
+        "settings": asdict(speed.options),
+        "how_measured": dict(HOW_GATED),
+        "rows": [asdict(row) for row in speed.rows],
+    }
+
+
+def _record(benchmark: str, subject: Subject, stated: Mapping[str, Any], command: str) -> dict[str, Any]:
+    return {
         "schema_version": SCHEMA_VERSION,
-        "benchmark": "guard",
+        "benchmark": benchmark,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "machine": {
@@ -67,14 +95,7 @@ def guard_record(speed: GuardSpeed, command: str) -> dict[str, Any]:
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version(), "safevlm-edge": VERSION, **_versions()},
-        "subject": {
-            **asdict(speed.subject),
-            **speed.guard,
-            "weights": RANDOM_WEIGHTS if speed.subject.random else "checkpoint",
-        },
-        "settings": asdict(speed.options),
-        "how_measured": dict(HOW_MEASURED),
-        "rows": [asdict(row) for row in speed.rows],
+        "subject": {**asdict(subject), **stated, "weights": RANDOM_WEIGHTS if subject.random else "checkpoint"},
     }
 
 
@@ -208,6 +229,53 @@ def guard(
         _write(out, text)
     click.echo(text.rstrip() if as_json else "\n".join(guard_table(speed)))
     return int(any(row.status == "failed" for row in speed.rows))
+
+
+@main.command()
+@click.option("--model", help="Folder, one of the six names, hub id[@revision], or a tiny checkpoint.")
+@click.option("--shape", help=f"Random weights at the shape of one of {', '.join(shape_names())}.")
+@click.option("--layers", type=int, help="So many layers of language model and tower; only with --shape.")
+@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
+@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle.  [default: one of its size is made]")
+@click.option("--rounds", type=int, default=GateOptions.rounds, show_default=True, help="Turns of each way.")
+@click.option("--repeats", type=int, default=GateOptions.repeats, show_default=True, help="Runs a turn.")
+@click.option("--max-new-tokens", type=int, default=GateOptions.max_new_tokens, show_default=True)
+@click.option("--threads", type=int, help="Of torch and ONNX Runtime.  [default: all cores]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the image and random weights.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def gate(
+    model: str | None,
+    shape: str | None,
+    layers: int | None,
+    tap: TapSource | None,
+    revision: str | None,
+    bundle: Path | None,
+    rounds: int,
+    repeats: int,
+    max_new_tokens: int,
+    threads: int | None,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Time the gate beside no guard, the published way and the exact verdict alone, on the CPU."""
+    subject = _subject(model, shape, layers=layers, tap=tap, revision=revision, seed=seed)
+    options = GateOptions(
+        rounds=rounds,
+        repeats=repeats,
+        max_new_tokens=max_new_tokens,
+        threads=core_count() if threads is None else threads,
+        seed=seed,
+    )
+    _check_out(out)
+    speed = measure_gate(subject, options, bundle=bundle)
+    record = gate_record(speed, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    if out is not None:
+        _write(out, text)
+    click.echo(text.rstrip() if as_json else "\n".join(gate_table(speed)))
 
 
 def _subject(

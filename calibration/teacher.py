@@ -80,9 +80,7 @@ def teach(
             # the features only tell how many tokens there are
             states = hidden[number].to(stream.device)
             probs.append(torch.softmax(stream.skeleton.guard_logits(prefill, states), dim=-1).cpu())
-    return Lesson(
-        probs=torch.cat(probs), pooled={pooling: torch.cat(parts) for pooling, parts in pooled.items()}
-    )
+    return Lesson(probs=torch.cat(probs), pooled={pooling: torch.cat(parts) for pooling, parts in pooled.items()})
 
 
 def _without_embeddings(prefill: Prefill) -> Prefill:

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from export.bundle import bundle_draft, check_destination, write_manifest
 from export.graph import PRECISIONS, GuardGraph, Precision, build_graph
 from export.images import parity_images
-from export.options import PARITY_IMAGES, checkpoint_options, grid_option, print_manifest
+from export.options import PARITY_IMAGES, checkpoint_options, print_manifest
 from export.parity import TOLERANCES, check_parity
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import run
+from models.commandline import grid_option, run
 from models.errors import InputError
 from models.family import TapSource
 from models.machine import machine_name

@@ -8,23 +8,12 @@ from pathlib import Path
 
 import click
 
-from models.errors import InputError
 from models.manifest import Manifest
 
-__all__ = ["PARITY_IMAGES", "checkpoint_options", "grid_option", "print_manifest"]
+__all__ = ["PARITY_IMAGES", "checkpoint_options", "print_manifest"]
 
 PARITY_IMAGES = 24
 """Pictures that an export is checked on, unless told otherwise."""
-
-
-def grid_option(text: str | None) -> tuple[int, int] | None:
-    """Read ``448`` or ``448x672`` (height x width, pixels)."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
-        raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
-    return int(sides[0]), int(sides[-1])
 
 
 def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:

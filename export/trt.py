@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from export.engine import Device, MakeRunner, add_engine, current_engine, require_precisions
 from export.images import parity_images
-from export.options import PARITY_IMAGES, checkpoint_options, grid_option, print_manifest
+from export.options import PARITY_IMAGES, checkpoint_options, print_manifest
 from export.tensorrt_builder import EngineOptions, EnginePrecision, Report, builder_api
-from models.commandline import run
+from models.commandline import grid_option, run
 from models.errors import EngineUnavailableError, InputError, MissingExtraError
 from models.manifest import Manifest
 from runtimes.bundle import Bundle, open_bundle

@@ -8,9 +8,9 @@ from typing import NoReturn
 
 import click
 
-from models.errors import SafeVLMError
+from models.errors import InputError, SafeVLMError
 
-__all__ = ["INTERRUPTED", "USAGE", "printable", "run"]
+__all__ = ["INTERRUPTED", "USAGE", "grid_option", "printable", "run"]
 
 USAGE = 2
 INTERRUPTED = 130
@@ -35,6 +35,16 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def grid_option(text: str | None) -> tuple[int, int] | None:
+    """Read ``448`` or ``448x672`` (height x width, pixels)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
+        raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
+    return int(sides[0]), int(sides[-1])
 
 
 def printable(text: str) -> str:

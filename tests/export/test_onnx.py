@@ -19,9 +19,9 @@ import torch
 from export import onnx as onnx_export
 from export.bundle import bundle_draft
 from export.onnx import ExportOptions, export_guard
-from export.options import grid_option
 from export.parity import TOLERANCES, check_parity
 from models.checkpoint import open_checkpoint
+from models.commandline import grid_option
 from models.errors import CheckpointError, GuardHeadError, ImageFileError, InputError, ParityError
 from models.manifest import Manifest
 from runtimes.bundle import open_bundle

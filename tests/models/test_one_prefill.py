@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
+from models.holisafe_mini.scene import draw, sample_scene, scene_rng
 from models.safe_vlm import IMAGE, SafeVLM, load_safe_vlm
 from tests.models.passes import Passes
 from tests.models.random_checkpoints import LAYOUTS, QUESTIONS, SIZE, write_checkpoint
@@ -34,12 +35,10 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return load_safe_vlm(open_checkpoint(str(folder), tap="language_model"), grid=grid)
 
 
-def noise(vlm: SafeVLM, count: int, seed: int = 0) -> Tensor:
-    """Return images of coarse noise: flat squares, so that different ones get different verdicts."""
-    size = vlm.preprocessing
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    rows, columns = np.arange(size.height) * 4 // size.height, np.arange(size.width) * 4 // size.width
-    return torch.from_numpy(coarse[:, rows][:, :, columns])
+def pictures(vlm: SafeVLM, count: int) -> Tensor:
+    """Return drawn pictures, each of another class; in the tiny world that is another verdict."""
+    drawn = [draw(sample_scene(scene_rng("test", label), label)) for label in range(count)]
+    return torch.from_numpy(np.stack([vlm.preprocessing.apply(picture.convert("RGB")) for picture in drawn]))
 
 
 def all_hidden_states(vlm: SafeVLM, image: Tensor, question: str) -> Tensor:
@@ -71,7 +70,7 @@ def all_hidden_states(vlm: SafeVLM, image: Tensor, question: str) -> Tensor:
 
 
 def test_verdicts_equal_transformers_with_all_hidden_states(vlm: SafeVLM) -> None:
-    images = noise(vlm, 3)
+    images = pictures(vlm, 3)
     probs = vlm.begin(images, QUESTIONS).guard_probs
     assert probs.dtype == np.float32 and np.ptp(probs, axis=0).max() > 1e-3, "equal verdicts would hide a mistake"
     wanted = torch.stack([all_hidden_states(vlm, images[i : i + 1], QUESTIONS[i]) for i in range(3)])
@@ -80,7 +79,7 @@ def test_verdicts_equal_transformers_with_all_hidden_states(vlm: SafeVLM) -> Non
 
 def test_the_verdict_does_not_change_with_the_question(vlm: SafeVLM) -> None:
     """Neither by its words nor by its length, nor by what stands beside it in the batch."""
-    image = noise(vlm, 1)
+    image = pictures(vlm, 1)
     alone = vlm.begin(image, ["?"]).guard_probs
     for question in (*QUESTIONS, "Why? " * 40):
         assert np.abs(vlm.begin(image, [question]).guard_probs - alone).max() <= 1e-5
@@ -91,7 +90,7 @@ def test_the_verdict_does_not_change_with_the_question(vlm: SafeVLM) -> None:
 
 def test_forward_passes(vlm: SafeVLM) -> None:
     """One prefill, and one pass for every token after the first; with features given, no vision tower."""
-    images, questions = noise(vlm, 2), QUESTIONS[:2]
+    images, questions = pictures(vlm, 2), QUESTIONS[:2]
     features = vlm.image_features(images)
     answers: list[list[str]] = []
     for given in (None, features):
@@ -128,7 +127,7 @@ class Ids:
 
 
 def test_features_of_another_shape_are_refused(vlm: SafeVLM) -> None:
-    images = noise(vlm, 1)
+    images = pictures(vlm, 1)
     features = vlm.image_features(images)
     for wrong in (features[:, 1:], features[..., 1:], features[0], features.expand(2, -1, -1)):
         with pytest.raises(InputError, match=r"image features of shape .* is needed"):
@@ -164,7 +163,7 @@ def memory_of(call: Callable[[], Any]) -> tuple[int, int]:
 
 def test_memory_is_a_plain_prefill_s(vlm: SafeVLM) -> None:
     """At its peak at most the image positions of one hidden state more; afterwards only the probabilities."""
-    images, questions = noise(vlm, 8), ["Why? " * 40] * 8
+    images, questions = pictures(vlm, 8), ["Why? " * 40] * 8
     features = vlm.image_features(images)
     begun = vlm.begin(images, questions, features)
 

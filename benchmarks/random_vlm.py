@@ -1,0 +1,95 @@
+"""A whole Safe-VLM with seeded random weights at a real model's shape, cut to a few layers: for speed alone.
+
+The tokenizer is the family's tiny checkpoint's: prompts are about as long as a real one's, and every id is in range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+from benchmarks.random_guard import fill_randomly
+from benchmarks.shapes import VisionShape
+from models.checkpoint import open_checkpoint
+from models.families import FAMILIES
+from models.family import TapSource
+from models.filling import on_meta
+from models.guard_head import standard_classes
+from models.preprocessing import Preprocessing
+from models.prompt_tokens import load_tokenizer
+from models.reference import GuardHead
+from models.safe_vlm import SafeVLM
+
+__all__ = ["build_random_vlm"]
+
+
+def build_random_vlm(shape: VisionShape, *, layers: int, seed: int) -> SafeVLM:
+    """Return a float32 model at ``shape`` with so many language-model layers; of the tower the shape's own."""
+    lay_out, model_class, tokenizer, tap = _FAMILIES[shape.family]
+    text = {**shape.language, "hidden_size": shape.hidden_size, "num_hidden_layers": layers}
+    config = lay_out(shape, text)
+    config._attn_implementation = "sdpa"
+    model: Any = on_meta(lambda: model_class(config))
+    head = on_meta(lambda: GuardHead(shape.head_widths))
+    fill_randomly(model, seed)
+    fill_randomly(head, seed)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    family = FAMILIES[shape.family]
+    return SafeVLM(
+        model,
+        head,
+        family=family,
+        classes=standard_classes(),
+        tap_source=tap,
+        preprocessing=Preprocessing.from_processor(family.preprocessing, family=family.key),
+        tokenizer=load_tokenizer(open_checkpoint(tokenizer).folder),
+    ).eval()
+
+
+def _llava(shape: VisionShape, text: dict[str, Any]) -> LlavaConfig:
+    return LlavaConfig(
+        text_config=LlamaConfig(**text),
+        vision_config=CLIPVisionConfig(**shape.config, num_hidden_layers=shape.layers),
+        vision_feature_layer=shape.layers_read,
+    )
+
+
+def _qwen2_5_vl(shape: VisionShape, text: dict[str, Any]) -> Qwen2_5_VLConfig:
+    full = [layer for layer in shape.config["fullatt_block_indexes"] if layer < shape.layers]
+    vision = {**shape.config, "fullatt_block_indexes": full, "depth": shape.layers}
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    return Qwen2_5_VLConfig(
+        text_config={**text, "rope_scaling": rope, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
+        vision_config={**vision, "out_hidden_size": shape.hidden_size},
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma3(shape: VisionShape, text: dict[str, Any]) -> Gemma3Config:
+    width = {"head_dim": 128 if shape.hidden_size == 5376 else 256}
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**text, **width, query_pre_attn_scalar=width["head_dim"], sliding_window=1024),
+        vision_config=SiglipVisionConfig(**shape.config, num_hidden_layers=shape.layers),
+        mm_tokens_per_image=256,
+    )
+
+
+_FAMILIES: dict[str, tuple[Callable[[VisionShape, dict[str, Any]], Any], Callable[[Any], Any], str, TapSource]] = {
+    "llava": (_llava, LlavaForConditionalGeneration, "tiny-safellava", "language_model"),
+    "qwen2_5_vl": (_qwen2_5_vl, Qwen2_5_VLForConditionalGeneration, "tiny-safeqwen", "language_model"),
+    "gemma3": (_gemma3, Gemma3ForConditionalGeneration, "tiny-safegem", "projector"),
+}

@@ -1,0 +1,286 @@
+"""Fit a standalone guard head: ``python -m calibration.distill --model SafeLLaVA-7B --images DIR --out FILE``.
+
+A guard behind the language model cannot be split off exactly. Its verdicts on pictures, without labels, teach a
+new head on the projector's output, which an engine runs before the language model. How faithful it is, is
+measured on pictures that neither trained nor chose it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calibration.fidelity import fidelity
+from calibration.labels import read_labels
+from calibration.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
+from calibration.student import Fit, Split, fit_head, split_by_content
+from calibration.teacher import Lesson, teach
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.commandline import grid_option, run
+from models.distilled_head import POOLINGS, DistilledHead, Pooling
+from models.errors import InputError
+from models.hub import TINY_CHECKPOINTS
+from models.preprocessing import Preprocessing
+
+__all__ = ["DistillOptions", "distill", "pictures_for"]
+
+FEWEST = 200
+"""Pictures below which no part of a split is large enough to say anything."""
+SEEN_RARELY = 10
+"""Training pictures of a class below which its verdicts are likely not learned."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """How a head is distilled.
+
+    ``grid`` is the input's height and width in pixels where the family takes many sizes (Qwen2.5-VL);
+    ``pooling`` ``None`` tries all and keeps the best on the validation part; ``max_memory`` bounds the hidden
+    states in memory, in bytes; ``dtype`` is what the teacher's language model runs in.
+    """
+
+    grid: tuple[int, int] | None = None
+    min_agreement: float = 0.97
+    pooling: Pooling | None = None
+    seed: int = 0
+    batch: int = 16
+    max_memory: int | None = 4 * 2**30
+    labels: Path | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_agreement <= 1:
+            raise InputError(f"--min-agreement {self.min_agreement}: a share from 0 to 1 is allowed.")
+        if self.pooling not in (None, *POOLINGS):
+            raise InputError(f"pooling {self.pooling!r}: one of {', '.join(POOLINGS)} is allowed.")
+
+
+def pictures_for(spec: str | Path | None, checkpoint: Checkpoint) -> PictureSource:
+    """Return the pictures a head is distilled from; tiny checkpoints have their own.
+
+    Errors: InputError where none are named and none are built in.
+    """
+    if spec is not None:
+        return picture_source(spec)
+    if checkpoint.name in TINY_CHECKPOINTS:
+        return BuiltIn()
+    raise InputError(
+        f"{checkpoint.name}: which pictures? Give --images a folder or hub:NAME with a few thousand pictures like "
+        "those the guard will see, harmful ones among them; labels are not needed."
+    )
+
+
+def distill(
+    checkpoint: Checkpoint,
+    pictures: PictureSource,
+    options: DistillOptions = DistillOptions(),
+    *,
+    report: Report = lambda _: None,
+) -> DistilledHead:
+    """Fit a head to the exact guard's verdicts and measure it; nothing is written.
+
+    Errors: InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
+    reasons), for a guard that taps the projector; CheckpointError.
+    """
+    preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=options.grid)
+    report(f"reading {pictures}")
+    read = load_pictures(pictures, preprocessing)
+    labels = None if options.labels is None else _labels(read, options.labels, checkpoint)
+    split = split_by_content(read.sha256)
+    if len(read) < FEWEST or not min(len(split.train), len(split.validation), len(split.test)):
+        raise InputError(
+            f"{pictures}: {len(read)} distinct pictures ({read.duplicates} were copies); at least {FEWEST} are needed, "
+            "and a few thousand for a faithful head."
+        )
+    report(f"asking the exact guard about {len(read)} pictures")
+    batches = [torch.from_numpy(read.rgb[i : i + options.batch]) for i in range(0, len(read), options.batch)]
+    lesson = teach(
+        checkpoint,
+        batches,
+        grid=options.grid,
+        dtype=options.dtype,
+        device=options.device,
+        max_bytes=options.max_memory,
+        report=report,
+    )
+    report("fitting heads")
+    fits = fit_head(
+        lesson.pooled,
+        lesson.probs,
+        split,
+        hidden=checkpoint.head.widths[1],
+        pooling=options.pooling,
+        seed=options.seed,
+    )
+    report("measuring on pictures held out")
+    found = _measure(fits, lesson, split, read, checkpoint, labels, options.seed)
+    _check(found, lesson, split, checkpoint, options.min_agreement)
+    return DistilledHead(
+        head=fits[0].head,
+        pooling=fits[0].pooling,
+        classes=checkpoint.classes,
+        checkpoint=checkpoint.name,
+        source_sha256=checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()]),
+        size=(preprocessing.height, preprocessing.width),
+        fidelity=found | {"pictures": str(pictures)},
+    )
+
+
+def _measure(
+    fits: list[Fit],
+    lesson: Lesson,
+    split: Split,
+    read: Pictures,
+    checkpoint: Checkpoint,
+    labels: NDArray[np.int64] | None,
+    seed: int,
+) -> dict[str, Any]:
+    best = fits[0]
+    with torch.no_grad():
+        student = torch.softmax(best.head(lesson.pooled[best.pooling][split.test]), dim=-1).numpy()
+    safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
+    test = fidelity(
+        lesson.probs[split.test].numpy(),
+        student,
+        checkpoint.classes,
+        safe=safe,
+        labels=None if labels is None else labels[split.test],
+        seed=seed,
+    )
+    return {
+        "teacher": "the exact guard, behind the language model",
+        "pooling": best.pooling,
+        "poolings_tried": {
+            fit.pooling: {"validation_kl": fit.validation_kl, "validation_agreement": fit.validation_agreement}
+            for fit in fits
+        },
+        "n_train": len(split.train),
+        "n_validation": len(split.validation),
+        "n_test": len(split.test),
+        "copies_left_out": read.duplicates,
+        "unreadable": list(read.unreadable),
+        "test": test,
+    }
+
+
+def _check(found: dict[str, Any], lesson: Lesson, split: Split, checkpoint: Checkpoint, min_agreement: float) -> None:
+    agreement = found["test"]["agreement"]
+    if agreement["value"] >= min_agreement:
+        return
+    counts = torch.bincount(lesson.probs[split.train].argmax(dim=1), minlength=len(checkpoint.classes)).tolist()
+    never = [name for name, n in zip(checkpoint.classes, counts, strict=True) if n == 0]
+    rarely = [f"{name} ({n})" for name, n in zip(checkpoint.classes, counts, strict=True) if 0 < n < SEEN_RARELY]
+    reasons = [f"too few pictures ({len(split.train)} to train on)"]
+    if never:
+        reasons.append(f"classes that the exact guard never saw in them: {', '.join(never)}")
+    if rarely:
+        reasons.append(f"classes that it rarely saw: {', '.join(rarely)}")
+    raise InputError(
+        f"{checkpoint.name}: the distilled guard names the exact guard's class on {agreement['value']:.1%} of "
+        f"{found['n_test']} held-out pictures (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%}); "
+        f"--min-agreement asks for {min_agreement:.1%}. Likeliest reasons: {'; '.join(reasons)}. "
+        "Give more pictures, of every class that matters."
+    )
+
+
+def _labels(read: Pictures, path: Path, checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """Return the true class of each picture, -1 where the labels file has none."""
+    known = {str(image.path): image.label for image in read_labels(path, checkpoint.classes).images}
+    found = np.array([known.get(str(Path(name).resolve()), -1) for name in read.names], dtype=np.int64)
+    if not (found >= 0).any():
+        raise InputError(f"{path} labels none of the {len(read)} pictures. Its paths must lead to the same files.")
+    return found
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+def describe(head: DistilledHead) -> list[str]:
+    """Return what is to be said of a head's fidelity, line by line."""
+    test = head.fidelity["test"]
+
+    def stated(key: str) -> str:
+        figure = test[key]
+        if figure["value"] is None:
+            return f"{key} unknown (one side is absent)"
+        return f"{key} {figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
+
+    absent = [name for name, row in test["per_class"].items() if not row["n"]]
+    lines = [
+        f"fidelity to the exact guard on {test['n']} held-out pictures, with 95 % intervals "
+        f"({head.pooling} pooling, {head.fidelity['n_train']} pictures to train on):",
+        "  " + ", ".join(stated(key) for key in ("agreement", "kl", "auroc")),
+        "  " + ", ".join(stated(key) for key in ("recall_at_1_fpr", "recall_at_5_fpr")),
+    ]
+    if absent:
+        lines.append(f"  classes not seen in the test part, of which nothing is known: {', '.join(absent)}")
+    return lines
+
+
+@click.command(name="distill")
+@click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or a tiny name.")
+@click.option("--images", help="Folder of pictures, or hub:NAME.  [default for tiny checkpoints: built in]")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The guard head's file.")
+@click.option("--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of pictures, to report by.")
+@click.option("--revision", help="Hub revision: a branch, tag or commit.")
+@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
+@click.option("--min-agreement", type=float, default=DistillOptions.min_agreement, show_default=True)
+@click.option("--pooling", type=click.Choice(["auto", *POOLINGS]), default="auto", show_default=True)
+@click.option("--max-memory", type=float, default=4.0, show_default=True, help="GiB of hidden states in memory.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the fidelity as JSON.")
+def main(
+    model: str,
+    images: str | None,
+    out: Path,
+    labels: Path | None,
+    revision: str | None,
+    grid: str | None,
+    min_agreement: float,
+    pooling: str,
+    max_memory: float,
+    dtype: str,
+    device: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Fit a guard head on the projector's output of MODEL to its exact guard's verdicts on pictures."""
+    from rich.console import Console
+
+    checkpoint = open_checkpoint(model, revision=revision)
+    options = DistillOptions(
+        grid=grid_option(grid),
+        min_agreement=min_agreement,
+        pooling=next((kind for kind in POOLINGS if kind == pooling), None),
+        seed=seed,
+        max_memory=int(max_memory * 2**30),
+        labels=labels,
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    source = pictures_for(images, checkpoint)
+    with Console(stderr=True).status("opening") as status:
+        head = distill(checkpoint, source, options, report=status.update).write(out)
+    if head.fidelity["unreadable"]:
+        click.echo(f"passed over, unreadable: {shown(head.fidelity['unreadable'])}", err=True)
+    if as_json:
+        click.echo(json.dumps({"guard": str(out), "sha256": head.sha256, "fidelity": head.fidelity}, indent=2))
+        return
+    click.echo("\n".join([f"{out}: guard head of {checkpoint.name}", *describe(head)]))
+    click.echo(f"next: python -m export.onnx --model {model} --guard {out} --out DIR")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""Labelled images from a file: HoliSafe-Bench's rows as JSON, or JSONL or CSV with ``image`` and ``label``."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import InputError
+
+__all__ = ["LabelledImage", "Labels", "read_labels"]
+
+LABEL_FIELDS = ("label", "image_safety_label")
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImage:
+    """An image file and its class, an index into the class list."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """A labels file: its images, each content once, and what was left out and why."""
+
+    images: tuple[LabelledImage, ...]
+    sha256: str
+    """Of the labels file's bytes."""
+    contradictory: tuple[str, ...] = ()
+    """Images whose rows, or whose copies, disagree about the label: left out."""
+    duplicates: int = 0
+    """Files with the content of another one and the same label: used once."""
+
+
+def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) -> Labels:
+    """Read labels; image paths are relative to ``images``, else to the file's folder or its ``images/``.
+
+    A label is a class's index or its name. Several rows about one image become one.
+
+    Errors: InputError, with the row's number, for a label outside ``classes``, a missing field or image file,
+    an empty or unreadable file.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}. Give a JSON, JSONL or CSV file."
+        ) from error
+    folders = [images] if images is not None else [path.parent, path.parent / "images"]
+    found: dict[Path, set[int]] = defaultdict(set)
+    for where, row in _rows(path, content):
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
+            raise InputError(f"{path}, {where}: 'image' is missing, which names an image file.")
+        label = _label(row, classes, f"{path}, {where}")
+        found[_image(row["image"], folders, f"{path}, {where}")].add(label)
+    if not found:
+        raise InputError(f"{path} has no rows. Each needs 'image' and 'label'.")
+    return _by_content(found, hashlib.sha256(content).hexdigest())
+
+
+def _by_content(found: Mapping[Path, set[int]], sha256: str) -> Labels:
+    """Bring files of the same content together."""
+    same: dict[str, list[Path]] = defaultdict(list)
+    for path in found:
+        same[hashlib.sha256(path.read_bytes()).hexdigest()].append(path)
+    images, contradictory, duplicates = [], [], 0
+    for paths in same.values():
+        labels = set().union(*(found[path] for path in paths))
+        if len(labels) > 1:
+            contradictory += [str(path) for path in paths]
+            continue
+        images.append(LabelledImage(path=paths[0], label=labels.pop()))
+        duplicates += len(paths) - 1
+    return Labels(images=tuple(images), sha256=sha256, contradictory=tuple(contradictory), duplicates=duplicates)
+
+
+def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield each row with its place in the file."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}). Give a JSON, JSONL or CSV file.") from error
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        reader = csv.DictReader(text.splitlines())
+        yield from ((f"line {reader.line_num}", row) for row in reader)
+    elif suffix in (".jsonl", ".ndjson"):
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"line {number}", _json(line, f"{path}, line {number}")
+    elif suffix == ".json":
+        rows = _json(text, str(path))
+        if not isinstance(rows, list):
+            raise InputError(
+                f"{path} holds {type(rows).__name__}; a list of rows is needed, as in holisafe_bench.json."
+            )
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    else:
+        raise InputError(f"{path}: labels are read from .json, .jsonl and .csv files.")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON ({error}).") from error
+
+
+def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
+    field = next((name for name in LABEL_FIELDS if row.get(name) not in (None, "")), None)
+    if field is None:
+        raise InputError(f"{where}: 'label' is missing: a class's index (0 to {len(classes) - 1}) or name.")
+    value = row[field]
+    names = {name.lower(): index for index, name in enumerate(classes)}
+    if isinstance(value, str):
+        index = int(value) if value.strip().isdigit() else names.get(value.strip().lower())
+    else:
+        index = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if index is None or not 0 <= index < len(classes):
+        raise InputError(
+            f"{where}: label {value!r} is not among the guard's classes: 0 to {len(classes) - 1}, or one of "
+            f"{', '.join(classes)}."
+        )
+    return index
+
+
+def _image(name: str, folders: Sequence[Path], where: str) -> Path:
+    for folder in folders:
+        if (folder / name).is_file():
+            return (folder / name).resolve()
+    looked = " and ".join(str(folder) for folder in folders)
+    raise InputError(f"{where}: image {name} is missing (looked in {looked}). Name its folder with --images.")
