@@ -71,15 +71,13 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         runner = OnnxRuntimeRunner(bundle, threads=request["threads"])
         guard = Guard(runner, bundle.manifest.classes)
         ways = _ways(vlm, guard, request["max_new_tokens"], request["seed"], held)
-        with torch.inference_mode():
-            tokens = len(vlm.prompt_ids(QUESTION))
         yield {
             "height": size.height,
             "width": size.width,
-            "prompt_tokens": tokens,
+            "prompt_tokens": len(vlm.prompt_ids(QUESTION)),
             "language_layers": len(vlm.core.language_model.layers),
             "tap": vlm.tap_source,
-            "head": "of the bundle" if request["bundle"] else "stands in: one of the same size on the projector",
+            "head": "of the bundle" if request["bundle"] else _origin(subject, vlm),
         }
         passes = {key: _passes(vlm, runner, call) for key, call in ways.items()}
         for number in range(request["rounds"]):
@@ -105,6 +103,12 @@ def _scratch_guard(subject: Subject) -> GuardModel:
         return build_random_guard(shape.shortened(layers), seed=subject.seed)
     checkpoint = open_checkpoint(subject.name, tap=subject.tap, revision=subject.revision)
     return GuardModel(build_vision(checkpoint), build_head(checkpoint), checkpoint.family, checkpoint.classes).eval()
+
+
+def _origin(subject: Subject, vlm: SafeVLM) -> str:
+    if not subject.random and vlm.tap_source == "projector":
+        return "the checkpoint's own"
+    return "stands in: one of the same size on the projector"
 
 
 def _ways(vlm: SafeVLM, guard: Guard, tokens: int, seed: int, held: ExitStack) -> dict[tuple[str, str], Call]:

@@ -80,7 +80,7 @@ def _qwen2_5_vl(shape: VisionShape, text: dict[str, Any]) -> Qwen2_5_VLConfig:
 
 
 def _gemma3(shape: VisionShape, text: dict[str, Any]) -> Gemma3Config:
-    width = {"head_dim": 128 if shape.hidden_size == 5376 else 256}
+    width: dict[str, Any] = {"head_dim": 128 if shape.hidden_size == 5376 else 256}
     return Gemma3Config(
         text_config=Gemma3TextConfig(**text, **width, query_pre_attn_scalar=width["head_dim"], sliding_window=1024),
         vision_config=SiglipVisionConfig(**shape.config, num_hidden_layers=shape.layers),

@@ -25,10 +25,12 @@ from calibration.student import Fit, Split, fit_head, split_by_content
 from calibration.teacher import Lesson, teach
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, run
-from models.distilled_head import POOLINGS, DistilledHead, Pooling
+from models.distilled_head import DistilledHead
 from models.errors import InputError
 from models.hub import TINY_CHECKPOINTS
+from models.pooling import POOLINGS, Pooling
 from models.preprocessing import Preprocessing
+from models.reference import guard_sha256
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
 
@@ -130,7 +132,7 @@ def distill(
         pooling=fits[0].pooling,
         classes=checkpoint.classes,
         checkpoint=checkpoint.name,
-        source_sha256=checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()]),
+        source_sha256=guard_sha256(checkpoint),
         size=(preprocessing.height, preprocessing.width),
         fidelity=found | {"pictures": str(pictures)},
     )

@@ -33,7 +33,9 @@ def wilson(hits: int, n: int) -> Interval:
     share = hits / n
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+    low = 0.0 if hits == 0 else centre - half
+    high = 1.0 if hits == n else centre + half
+    return {"value": share, "low": low, "high": high}
 
 
 def auroc(scores: Floats, positive: Flags) -> float | None:
@@ -116,6 +118,10 @@ def fidelity(
             **_detection(1 - student[known, safe], labels[known] != safe, seed),
         }
     return found
+
+
+def _share(hits: Flags) -> dict[str, Any]:
+    return {"n": len(hits), "agreement": wilson(int(hits.sum()), len(hits))}
 
 
 def _detection(scores: Floats, unsafe: Flags, seed: int) -> dict[str, Interval]:

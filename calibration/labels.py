@@ -99,9 +99,7 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     elif suffix == ".json":
         rows = _json(text, str(path))
         if not isinstance(rows, list):
-            raise InputError(
-                f"{path} holds {type(rows).__name__}; a list of rows is needed, as in holisafe_bench.json."
-            )
+            raise InputError(f"{path} holds {type(rows).__name__}; a list of rows is needed.")
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     else:
         raise InputError(f"{path}: labels are read from .json, .jsonl and .csv files.")

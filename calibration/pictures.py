@@ -35,6 +35,13 @@ HUB = "hub:"
 Opened: TypeAlias = "tuple[str, Image.Image | ImageFileError]"
 
 
+def _open(picture: Path | Image.Image, where: str = "") -> Image.Image | ImageFileError:
+    try:
+        return open_image(picture) if isinstance(picture, Path) else to_rgb(picture, where=where)
+    except ImageFileError as error:
+        return error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Folder:
     """All image files in a folder and below it, by name."""
@@ -53,10 +60,7 @@ class Folder:
         if not files:
             raise InputError(f"{self.path} has no pictures; looked for {', '.join(sorted(IMAGE_SUFFIXES))} files.")
         for file in files:
-            try:
-                yield str(file), open_image(file)
-            except ImageFileError as error:
-                yield str(file), error
+            yield str(file), _open(file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +91,7 @@ class HubDataset:
             picture = row.get("image")
             if not isinstance(picture, Image.Image):
                 raise InputError(f"{self}, row {number}: no picture in column 'image'; columns: {', '.join(row)}.")
-            try:
-                yield f"{self}#{number}", to_rgb(picture, where=f"{self}#{number}")
-            except ImageFileError as error:
-                yield f"{self}#{number}", error
+            yield f"{self}#{number}", _open(picture, f"{self}#{number}")
 
 
 @dataclass(frozen=True, kw_only=True)

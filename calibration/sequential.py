@@ -41,7 +41,7 @@ It may look at the layer (with hooks while it runs) and change it in place; what
 """
 
 
-class _Caught(Exception):
+class _Caught(Exception):  # noqa: N818  # control flow, not an error
     """What transformers was about to hand to a decoder layer."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class LayerStream:
     def layer_bytes(self) -> int:
         """Bytes of the largest decoder layer's parameters in ``dtype``."""
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
-        return max(sizes) * self.dtype.itemsize
+        return int(max(sizes)) * self.dtype.itemsize
 
     def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
         """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""

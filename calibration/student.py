@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.distilled_head import POOLINGS, Pooling
+from models.pooling import POOLINGS, Pooling
 from models.reference import GuardHead
 
 __all__ = ["Fit", "Split", "fit_head", "split_by_content"]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import Checkpoint
-from models.distilled_head import POOLINGS, Pooling, pool
 from models.errors import InputError
+from models.pooling import POOLINGS, Pooling, pool
 from models.prompt_tokens import IMAGE
 from models.safe_vlm import Prefill, SafeVLM
 

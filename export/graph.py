@@ -14,43 +14,137 @@ from torch import Tensor, nn
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.unread_layers import layers_read
 from models.fixed_windows import FixedWindowTower
+from models.pooling import Pooling, pool
 from models.preprocessing import Preprocessing
-from models.reference import GuardModel, VisionPath
+from models.reference import GuardHead, GuardModel, VisionPath
 
-__all__ = ["PRECISIONS", "GuardGraph", "Precision", "build_graph"]
+__all__ = [
+    "PRECISIONS",
+    "GuardGraph",
+    "HeadGraph",
+    "Precision",
+    "VisionGraph",
+    "build_graph",
+    "build_head_graph",
+    "build_vision_graph",
+]
 
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 
 class GuardGraph(nn.Module):
-    """uint8 N × H × W × 3 to probabilities and logits, both float32 N × C.
+    """uint8 N × H × W × 3 to probabilities and logits, float32 N × C, and image embeddings, if asked for.
 
-    ``trunk`` gives the N × T × M tokens before the projector's last linear map, which is folded into ``head``.
-    Normalisation, the mean over tokens, the head and the softmax run in float32 whatever the trunk's precision.
+    ``trunk`` gives the N × T × M tokens before the projector's last linear map, ``last``. For mean pooling that
+    map is folded into ``head``, which reads the mean of the trunk's tokens; else ``head`` reads ``last``'s output,
+    pooled. Normalisation, pooling, the head and the softmax run in float32 whatever the trunk's precision.
     """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        head: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        pooling: Pooling = "mean",
+        embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        self.normalise = Normalise(preprocessing)
+        self.trunk = trunk
+        self.head = head
+        self.pooling = pooling
+        self.embeddings = embeddings
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what :meth:`forward` returns."""
+        return ("probs", "logits", "embeddings") if self.embeddings else ("probs", "logits")
+
+    def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
+        """Return ``probs``, ``logits`` and, with embeddings, the projector's output, float32 N × T × D."""
+        tokens = self.trunk(self.normalise(rgb))
+        features = self.trunk.project(tokens) if self.embeddings or self.pooling != "mean" else tokens
+        pooled = tokens.to(torch.float32).mean(dim=1) if self.pooling == "mean" else pool(features, self.pooling)
+        logits = self.head(pooled)
+        answer = (torch.softmax(logits, dim=-1), logits)
+        return (*answer, features.to(torch.float32)) if self.embeddings else answer
+
+
+class VisionGraph(nn.Module):
+    """uint8 N × H × W × 3 to image embeddings alone: float32 N × T × D, as the language model takes them."""
+
+    outputs = ("embeddings",)
+
+    def __init__(self, trunk: Trunk, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.normalise = Normalise(preprocessing)
+        self.trunk = trunk
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """Return ``embeddings``."""
+        embeddings: Tensor = self.trunk.project(self.trunk(self.normalise(rgb))).to(torch.float32)
+        return embeddings
+
+
+class HeadGraph(nn.Module):
+    """The language model's last hidden states over the image tokens, float32 N × T × D, to probs and logits."""
+
+    outputs = ("probs", "logits")
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``probs`` and ``logits``."""
+        logits = self.head(hidden.mean(dim=1))
+        return torch.softmax(logits, dim=-1), logits
+
+
+class Normalise(nn.Module):
+    """Grey levels uint8 N × H × W × 3 to float32 N × 3 × H × W, centred and scaled by channel."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, trunk: nn.Module, head: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.head = head
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
         std = torch.tensor(preprocessing.std, dtype=torch.float64)
         self.register_buffer("scale", (preprocessing.rescale / std).float(), persistent=False)
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
-    def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``probs`` and ``logits``."""
-        pixels = (rgb.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
-        tokens = self.trunk(pixels)
-        logits = self.head(tokens.to(torch.float32).mean(dim=1))
-        return torch.softmax(logits, dim=-1), logits
+    def forward(self, rgb: Tensor) -> Tensor:
+        """Return normalised pixels."""
+        return (rgb.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
 
 
-class LlavaTrunk(nn.Module):
+class Trunk(nn.Module):
+    """A family's vision path up to the projector's last linear map, and that map.
+
+    ``order``, where tokens do not come in the language model's order, brings them there.
+    """
+
+    last: nn.Linear
+    order: Tensor | None = None
+
+    def project(self, tokens_NTM: Tensor) -> Tensor:
+        """Return the projector's output N × T × D, in the language model's order."""
+        projected: Tensor = self.last(tokens_NTM)
+        return projected if self.order is None else projected[:, self.order]
+
+
+def _linear(weight_DM: Tensor, bias_D: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight_DM.shape[1], weight_DM.shape[0], bias=bias_D is not None, device="meta")
+    linear.weight = nn.Parameter(weight_DM, requires_grad=False)
+    if bias_D is not None:
+        linear.bias = nn.Parameter(bias_D, requires_grad=False)
+    return linear
+
+
+class LlavaTrunk(Trunk):
     """CLIP up to the layer that LLaVA reads, then the projector's first layer and activation."""
 
     def __init__(self, vision: VisionPath) -> None:
@@ -60,7 +154,7 @@ class LlavaTrunk(nn.Module):
         self.layers = tower.encoder.layers[: layers_read(len(tower.encoder.layers), config.vision_feature_layer)]
         self.class_tokens = int(config.vision_feature_select_strategy == "default")
         self.linear, self.act = projector.linear_1, projector.act
-        self.last = (projector.linear_2.weight, projector.linear_2.bias)
+        self.last = _linear(projector.linear_2.weight, projector.linear_2.bias)
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """Return N × T × M tokens before ``linear_2``."""
@@ -71,7 +165,7 @@ class LlavaTrunk(nn.Module):
         return tokens
 
 
-class GemmaTrunk(nn.Module):
+class GemmaTrunk(Trunk):
     """SigLIP, Gemma-3's pooling of patches and its norm."""
 
     def __init__(self, vision: VisionPath) -> None:
@@ -80,7 +174,7 @@ class GemmaTrunk(nn.Module):
         self.embeddings, self.layers, self.norm = tower.embeddings, tower.encoder.layers, tower.post_layernorm
         self.side, self.pool = projector.patches_per_image, projector.avg_pool
         self.token_norm = projector.mm_soft_emb_norm
-        self.last = (projector.mm_input_projection_weight.T, None)
+        self.last = _linear(projector.mm_input_projection_weight.T, None)
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """Return N × T × M tokens before the input projection."""
@@ -92,7 +186,7 @@ class GemmaTrunk(nn.Module):
         return tokens
 
 
-class QwenTrunk(nn.Module):
+class QwenTrunk(Trunk):
     """Qwen2.5-VL's tower at one grid, and its merger up to the second Linear."""
 
     def __init__(self, vision: VisionPath) -> None:
@@ -102,7 +196,8 @@ class QwenTrunk(nn.Module):
         self.tower = FixedWindowTower(tower, size.height, size.width)
         self.norm, self.width = merger.ln_q, merger.hidden_size
         self.linear, self.act = merger.mlp[0], merger.mlp[1]
-        self.last = (merger.mlp[2].weight, merger.mlp[2].bias)
+        self.last = _linear(merger.mlp[2].weight, merger.mlp[2].bias)
+        self.order = self.tower.reading_order
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """Return N × T × M tokens before the merger's second Linear, in window order."""
@@ -111,41 +206,59 @@ class QwenTrunk(nn.Module):
         return tokens
 
 
-_TRUNKS: dict[str, Callable[[VisionPath], nn.Module]] = {
+_TRUNKS: dict[str, Callable[[VisionPath], Trunk]] = {
     "llava": LlavaTrunk,
     "qwen2_5_vl": QwenTrunk,
     "gemma3": GemmaTrunk,
 }
 
 
-def build_graph(guard: GuardModel, precision: Precision = "fp32") -> GuardGraph:
-    """Return the export graph of a projector-tapped guard; it shares the guard's weights in fp32.
+def build_graph(guard: GuardModel, precision: Precision = "fp32", *, embeddings: bool = False) -> GuardGraph:
+    """Return the export graph of a guard on the projector; in fp32 it shares the guard's weights.
 
     In fp16 the trunk's weights and activations are half precision; layer norms and RMS norms keep their
     float32 accumulation.
     """
-    trunk: Any = _TRUNKS[guard.family.key](guard.vision)
-    first, *rest = guard.head.mlp
-    assert isinstance(first, nn.Linear)
-    weight, bias = trunk.last
-    kept = (step for step in rest if not isinstance(step, nn.Dropout))
-    head = nn.Sequential(fold_linear(weight, bias, first), *kept)
-    graph = GuardGraph(trunk, head, guard.preprocessing)
-    if precision == "fp16":
-        graph.trunk = _HalfTrunk(trunk)
-    return graph.eval()
+    trunk = _TRUNKS[guard.family.key](guard.vision)
+    steps = [step for step in guard.head.mlp if not isinstance(step, nn.Dropout)]
+    if guard.pooling == "mean":
+        first = steps[0]
+        assert isinstance(first, nn.Linear)
+        steps[0] = fold_linear(trunk.last.weight, trunk.last.bias, first)
+    head = nn.Sequential(*steps)
+    trunk = _in_precision(trunk, precision, keep_last=embeddings or guard.pooling != "mean")
+    return GuardGraph(trunk, head, guard.preprocessing, pooling=guard.pooling, embeddings=embeddings).eval()
 
 
-class _HalfTrunk(nn.Module):
+def build_vision_graph(vision: VisionPath, family: str, precision: Precision = "fp32") -> VisionGraph:
+    """Return the export graph of a vision path alone."""
+    return VisionGraph(_in_precision(_TRUNKS[family](vision), precision), vision.preprocessing).eval()
+
+
+def build_head_graph(head: GuardHead) -> HeadGraph:
+    """Return the export graph of a checkpoint's own head; it is always float32."""
+    return HeadGraph(nn.Sequential(*(step for step in head.mlp if not isinstance(step, nn.Dropout)))).eval()
+
+
+def _in_precision(trunk: Trunk, precision: Precision, *, keep_last: bool = True) -> Trunk:
+    if not keep_last:
+        del trunk.last
+    return _HalfTrunk(trunk) if precision == "fp16" else trunk
+
+
+class _HalfTrunk(Trunk):
     """A trunk in float16, fed with float32 pixels."""
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk = trunk.half()
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         tokens: Tensor = self.trunk(pixels_NCHW.half())
         return tokens
+
+    def project(self, tokens_NTM: Tensor) -> Tensor:
+        return self.trunk.project(tokens_NTM)
 
 
 def _parts(vision: VisionPath) -> tuple[Any, Any, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from models.manifest import Manifest
+from models.manifest import Manifest, Parity
 
-__all__ = ["PARITY_IMAGES", "checkpoint_options", "print_manifest"]
+__all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest"]
 
 PARITY_IMAGES = 24
 """Pictures that an export is checked on, unless told otherwise."""
@@ -24,8 +25,22 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]"),
         click.option(
             "--images",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="Pictures for the parity check.  [default: drawn ones]",
+            help="Folder of pictures, or hub:NAME: distils a guard that sits behind the language model, and a "
+            "folder is what parity is checked on.  [default: for tiny checkpoints built in]",
+        ),
+        click.option(
+            "--guard",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="A head that calibration.distill wrote, for a guard behind the language model.",
+        ),
+        click.option(
+            "--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of --images, to report by."
+        ),
+        click.option(
+            "--min-agreement", type=float, default=0.97, show_default=True, help="Refuse a less faithful head."
+        ),
+        click.option(
+            "--embeddings", is_flag=True, help="Let the guard give the image embeddings, too, for the language model."
         ),
         click.option("--parity-images", type=click.IntRange(1), default=PARITY_IMAGES, show_default=True),
         click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON."),
@@ -33,6 +48,15 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def model_options(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add ``--model`` and ``--out``."""
+    model = click.option("--model", required=required, help="Folder, one of the six, hub id[@revision], or tiny name.")
+    out = click.option(
+        "--out", type=click.Path(path_type=Path), help="Folder of --model's bundle.  [default: bundles/NAME]"
+    )
+    return lambda function: model(out(function))
 
 
 def print_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
@@ -44,9 +68,42 @@ def print_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
     for file in manifest.files:
         line = f"  {file.path}  {file.bytes / 2**20:.1f} MiB"
         if file.parity is not None:
-            line += f"  max |Δp| {file.parity.max_abs_prob_delta:.1e}, {file.parity.label_flips} label flips"
-            line += f" of {file.parity.images} images"
+            line += f"  {_parity(file.parity)}"
         if file.latency is not None:
             line += f"  {file.latency.median_ms:.1f} ms an image ({file.latency.runtime})"
         click.echo(line)
+    if not manifest.source.standalone:
+        click.echo("\n".join(_split_note(manifest, out)))
+        return
+    if manifest.fidelity is not None:
+        click.echo(_fidelity(manifest.fidelity))
     click.echo(f"next: python -m runtimes.check {out} IMAGE...")
+
+
+def _parity(parity: Parity) -> str:
+    parts = []
+    if parity.max_abs_prob_delta is not None:
+        parts.append(f"max |Δp| {parity.max_abs_prob_delta:.1e}, {parity.label_flips} label flips")
+    if parity.max_rel_embedding_delta is not None:
+        parts.append(f"embeddings within {parity.max_rel_embedding_delta:.1e}")
+    return f"{', '.join(parts)} on {parity.images} images"
+
+
+def _fidelity(fidelity: Mapping[str, Any]) -> str:
+    test = fidelity["test"]
+    agreement, auroc = test["agreement"], test["auroc"]
+    line = f"distilled head: same class as the exact guard on {agreement['value']:.1%} of {test['n']} held-out pictures"
+    line += f" (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%})"
+    return line if auroc["value"] is None else f"{line}, AUROC {auroc['value']:.4f}"
+
+
+def _split_note(manifest: Manifest, out: Path) -> list[str]:
+    """Say what a bundle of exact parts can do, and what would make it a gate before the language model."""
+    name = manifest.source.checkpoint
+    return [
+        "standalone: false. The guard reads the language model's last hidden state, so these exact parts gate after",
+        "the image prefill and before the question: vision gives the embeddings, head the verdict on the hidden states.",
+        "For the engine that gates before the language model runs, add one flag:",
+        f"  python -m export.onnx --model {name} --out {out} --images DIR",
+        "with 2,000 pictures or more (no labels) of the kind the device will see, every sort of harm among them.",
+    ]

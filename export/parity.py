@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from models.errors import ParityError
 from models.manifest import Parity
 
-__all__ = ["TOLERANCES", "Tolerance", "check_parity"]
+__all__ = ["TOLERANCES", "Tolerance", "check_embeddings", "check_parity"]
 
 Floats = NDArray[np.float32]
 
@@ -29,11 +29,13 @@ class Tolerance:
 
     probability: float
     labels_may_change: bool
+    embedding: float
+    """Largest change of an image embedding, relative to the largest value among them."""
 
 
 TOLERANCES: Mapping[str, Tolerance] = {
-    "fp32": Tolerance(probability=1e-5, labels_may_change=False),
-    "fp16": Tolerance(probability=2e-2, labels_may_change=True),
+    "fp32": Tolerance(probability=1e-5, labels_may_change=False, embedding=1e-4),
+    "fp16": Tolerance(probability=2e-2, labels_may_change=True, embedding=2e-2),
 }
 
 
@@ -64,3 +66,19 @@ def check_parity(
             f"{tolerance.probability:.0e} is allowed), {flips} labels changed. It was not kept. {advice}"
         )
     return Parity(images=images, max_abs_prob_delta=worst, label_flips=flips, reference=reference)
+
+
+def check_embeddings(reference_nTD: Floats, found_nTD: Floats, tolerance: Tolerance, *, what: str) -> float:
+    """Return the largest difference of image embeddings over the largest value of the reference.
+
+    Errors: ParityError when a value is not finite or the tolerance is exceeded.
+    """
+    if not np.isfinite(found_nTD).all():
+        raise ParityError(f"{what}: image embeddings are not finite. Please report this with the checkpoint's name.")
+    worst = float(np.abs(found_nTD.astype(np.float64) - reference_nTD).max() / np.abs(reference_nTD).max())
+    if worst > tolerance.embedding:
+        raise ParityError(
+            f"{what}: image embeddings differ from the torch path by {worst:.2e} of their largest value (at most "
+            f"{tolerance.embedding:.0e} is allowed). It was not kept. Please report this with the checkpoint's name."
+        )
+    return worst

@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
 from export.engine import Device, MakeRunner, add_engine, current_engine, require_precisions
+from export.heads import HeadRequest
 from export.images import parity_images
-from export.options import PARITY_IMAGES, checkpoint_options, print_manifest
+from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest
 from export.tensorrt_builder import EngineOptions, EnginePrecision, Report, builder_api
 from models.commandline import grid_option, run
 from models.errors import EngineUnavailableError, InputError, MissingExtraError
@@ -33,6 +34,7 @@ from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.tensorrt_runner import TensorRTRunner, import_tensorrt
 
 if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
     from models.family import TapSource
 
 __all__ = ["EngineRequest", "build_into", "default_timing_cache", "device_command", "find_device"]
@@ -150,9 +152,8 @@ def _reason(error: InputError) -> str:
 
 
 @click.command(name="trt")
-@click.option("--model", help="Folder, one of the six names, hub id[@revision], or tiny-safegem.")
+@model_options(required=False)
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that is there already, instead of --model.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of --model's bundle.  [default: bundles/NAME]")
 @click.option(
     "--precision",
     type=click.Choice(["fp16", "fp32"]),
@@ -187,7 +188,11 @@ def main(
     revision: str | None,
     tap: TapSource | None,
     grid: str | None,
-    images: Path | None,
+    images: str | None,
+    guard: Path | None,
+    labels: Path | None,
+    min_agreement: float,
+    embeddings: bool,
     parity_images: int,
     as_json: bool,
 ) -> None:
@@ -196,20 +201,25 @@ def main(
     Exits with 6 where no engine can be built; the bundle is complete then, and the message gives the command
     for the device.
     """
+    head = HeadRequest(guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=grid_option(grid))
     request = EngineRequest(
         options=EngineOptions(
             precision=precision, max_batch=max_batch, opt_batch=opt_batch, workspace_mib=workspace_mib
         ),
         rebuild=rebuild,
         timing_cache=timing_cache,
-        images=images,
+        images=head.folder,
         parity_images=parity_images,
     )
     if bundle is not None:
-        _refuse_with_bundle(model=model, out=out, revision=revision, tap=tap, grid=grid)
+        given = {"model": model, "out": out, "revision": revision, "tap": tap, "grid": grid}
+        _refuse_with_bundle(**given, guard=guard, labels=labels, embeddings=embeddings or None)
         opened = open_bundle(bundle)
     elif model is not None:
-        opened = _export(model, out, request, revision=revision, tap=tap, grid=grid_option(grid))
+        from models.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(model, tap=tap, revision=revision)
+        opened = _export(checkpoint, out, request, head, embeddings=embeddings)
     else:
         raise InputError("nothing to build from: give --model M, or --bundle DIR with a bundle's folder.")
     _build_and_print(opened, request, as_json=as_json)
@@ -222,25 +232,32 @@ def _refuse_with_bundle(**given: object) -> None:
         raise InputError(f"{', '.join(wrong)} cannot be combined with --bundle: a bundle is exported already.")
 
 
-def _export(model: str, out: Path | None, request: EngineRequest, **where: Any) -> Bundle:
+def _export(
+    checkpoint: Checkpoint, out: Path | None, request: EngineRequest, head: HeadRequest, *, embeddings: bool
+) -> Bundle:
     """Write the bundle of a checkpoint with the ONNX files that any TensorRT may ask for."""
-    from export.onnx import ExportOptions, default_out, export_with_progress
-    from models.checkpoint import open_checkpoint
+    from export.onnx import default_out, export_with_progress
 
-    checkpoint = open_checkpoint(model, tap=where["tap"], revision=where["revision"])
     out = out or default_out(checkpoint)
-    options = ExportOptions(
+    export_with_progress(
+        checkpoint,
+        out,
+        head,
         precisions=("fp32", "fp16"),
-        grid=where["grid"],
-        images=request.images,
         parity_images=request.parity_images,
+        embeddings=embeddings,
     )
-    export_with_progress(checkpoint, out, options)
     return open_bundle(out, verify=False)
 
 
 def _build_and_print(bundle: Bundle, request: EngineRequest, *, as_json: bool) -> None:
     """Build, and print the manifest whether an engine could be built or not."""
+    if not bundle.manifest.source.standalone:
+        print_manifest(bundle.manifest, bundle.folder, as_json=as_json)
+        raise EngineUnavailableError(
+            f"no engine was built: the bundle in {bundle.folder} is complete, but holds the guard's exact parts, which "
+            "run around the language model; engines are built of guards that stand alone (--images DIR makes one)."
+        )
     require_precisions(bundle, {"fp32"})
     try:
         with _progress() as report:

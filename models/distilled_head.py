@@ -13,43 +13,22 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from models.errors import GuardHeadError
 from models.family import HEAD_PREFIX
+from models.pooling import POOLINGS, Pooling, pooled_width
 from models.reference import GuardHead
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
-__all__ = ["FORMAT", "POOLINGS", "DistilledHead", "Pooling", "pool", "pooled_width"]
+__all__ = ["FORMAT", "DistilledHead"]
 
 FORMAT = "safevlm-edge-guard-head-1"
-Pooling = Literal["mean", "mean_max_std"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-
-
-def pool(features_NTD: Tensor, pooling: Pooling) -> Tensor:
-    """Pool image features over their tokens: N × P in float32, P = D for ``mean``, 3 · D for ``mean_max_std``.
-
-    The standard deviation is the population's (divided by T).
-    """
-    features = features_NTD.float()
-    mean = features.mean(dim=1)
-    if pooling == "mean":
-        return mean
-    spread = (features - mean.unsqueeze(1)).square().mean(dim=1).sqrt()
-    return torch.cat([mean, features.amax(dim=1), spread], dim=-1)
-
-
-def pooled_width(pooling: Pooling, width: int) -> int:
-    """Return P for image features of ``width`` D."""
-    return width if pooling == "mean" else 3 * width
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

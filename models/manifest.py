@@ -76,11 +76,16 @@ class TensorSpec(_Frozen):
 
 
 class Parity(_Frozen):
-    """How a file's answers compare with the reference path, over so many images."""
+    """How a file's answers compare with the reference path, over so many images.
+
+    ``max_rel_embedding_delta`` is of image embeddings, where the file gives them: the largest difference over
+    the largest value. A file that gives nothing else has neither probabilities nor labels.
+    """
 
     images: Count
-    max_abs_prob_delta: float = Field(ge=0)
-    label_flips: Count
+    max_abs_prob_delta: float | None = Field(default=None, ge=0)
+    label_flips: Count | None = None
+    max_rel_embedding_delta: float | None = Field(default=None, ge=0)
     reference: str
 
 

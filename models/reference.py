@@ -19,12 +19,14 @@ from transformers import Gemma3Config, Gemma3Model, LlavaConfig, LlavaModel, Qwe
 from models.errors import GuardHeadError, InputError
 from models.family import HEAD_PREFIX, Family
 from models.filling import fill, on_meta
+from models.pooling import Pooling, pool
 from models.preprocessing import Preprocessing
 from models.qwen_grid import flatten_patches, grid_thw
 from models.transformers_config import TransformersConfig, build_vision_config
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
+    from models.distilled_head import DistilledHead
     from models.tensors import TensorStore
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "build_reference_guard",
     "build_vision",
     "geometry_of",
+    "guard_sha256",
     "image_features",
     "leave_out_unread",
 ]
@@ -245,10 +248,21 @@ def build_vision(
 
 
 class GuardModel(nn.Module):
-    """The guard of a projector tap: image features, their mean over the image tokens, the head."""
+    """A guard on the projector's output: image features, pooled over the image tokens, the head.
 
-    def __init__(self, vision: VisionPath, head: GuardHead, family: Family, classes: tuple[str, ...]) -> None:
+    The head is the checkpoint's own where its tap is the projector (``mean`` pooling), else a distilled one.
+    """
+
+    def __init__(
+        self,
+        vision: VisionPath,
+        head: GuardHead,
+        family: Family,
+        classes: tuple[str, ...],
+        pooling: Pooling = "mean",
+    ) -> None:
         super().__init__()
+        self.pooling = pooling
         self.vision = vision
         self.head = head
         self.family = family
@@ -265,17 +279,39 @@ class GuardModel(nn.Module):
 
     def forward(self, rgb_NHWC: Tensor) -> tuple[Tensor, Tensor]:
         """Return probabilities and logits, both N × C in float32, of uint8 RGB images."""
-        logits = self.head(self.features(rgb_NHWC).float().mean(dim=1))
+        logits = self.head(pool(self.features(rgb_NHWC), self.pooling))
         return torch.softmax(logits, dim=-1), logits
 
 
-def build_reference_guard(
-    checkpoint: Checkpoint, *, grid: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32
-) -> GuardModel:
-    """Return the guard of a checkpoint whose tap is the projector, from vision, projector and head alone.
+def guard_sha256(checkpoint: Checkpoint) -> str:
+    """Return the hash of the tensors that a guard is made from: vision tower, projector and head."""
+    return checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
 
-    Errors: GuardHeadError for a tap behind the language model, which cannot be split off exactly.
+
+def build_reference_guard(
+    checkpoint: Checkpoint,
+    *,
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    distilled: DistilledHead | None = None,
+) -> GuardModel:
+    """Return a checkpoint's guard on the projector's output, from vision, projector and head alone.
+
+    The head is the checkpoint's own, or ``distilled``, which brings the input size it was fitted at.
+
+    Errors: GuardHeadError for a tap behind the language model without a distilled head, and for a head that was
+    made for another checkpoint; InputError for another ``grid`` than the head's.
     """
+    if distilled is not None:
+        distilled.check_fits(checkpoint, guard_sha256(checkpoint))
+        vision = build_vision(checkpoint, grid or distilled.size, dtype=dtype)
+        size = (vision.preprocessing.height, vision.preprocessing.width)
+        if size != distilled.size:
+            raise InputError(
+                f"the guard head was fitted at {distilled.size[0]}x{distilled.size[1]} pixels, the input would be "
+                f"{size[0]}x{size[1]}. Leave --grid out, or distil a head at that size."
+            )
+        return GuardModel(vision, distilled.head, checkpoint.family, checkpoint.classes, distilled.pooling)
     if checkpoint.tap.source != "projector":
         raise GuardHeadError(
             f"{checkpoint.name}: the guard taps the language model's last hidden state "

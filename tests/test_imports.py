@@ -37,7 +37,17 @@ def test_nothing_imports_upwards(folder: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["runtimes.judge", "runtimes.check", "models.image", "models.preprocessing", "models.manifest", "export.trt"],
+    [
+        "runtimes.judge",
+        "runtimes.check",
+        "runtimes.gate",
+        "runtimes.gate_command",
+        "runtimes.torch_language",
+        "models.image",
+        "models.preprocessing",
+        "models.manifest",
+        "export.trt",
+    ],
 )
 def test_a_device_loads_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print(*sorted(name for name in sys.modules if '.' not in name))"

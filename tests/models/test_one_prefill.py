@@ -62,7 +62,8 @@ def all_hidden_states(vlm: SafeVLM, image: Tensor, question: str) -> Tensor:
             tapped = output.hidden_states[-1][mask]
             if vlm.tap_source == "projector":
                 tapped = torch.cat(tuple(model.get_image_features(pixels["pixel_values"]).pooler_output))
-            one, two = vlm.head.mlp[0], vlm.head.mlp[3]
+            mlp: Any = vlm.head.mlp
+            one, two = mlp[0], mlp[3]
             pooled = torch.nn.functional.gelu(tapped.mean(dim=0) @ one.weight.T + one.bias)
             return torch.softmax(pooled @ two.weight.T + two.bias, dim=-1)
     finally:
@@ -150,7 +151,7 @@ def memory_of(call: Callable[[], Any]) -> tuple[int, int]:
     """
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
-    events, found = list(profiler.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
+    events, found = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
         events += event.children

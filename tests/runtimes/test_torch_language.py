@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 from PIL import Image
 
 from models.checkpoint import open_checkpoint
+from models.commandline import run
 from models.errors import InputError, SafeVLMError
+from models.manifest import Source
 from models.reference import build_reference_guard
 from models.safe_vlm import SafeVLM, load_safe_vlm
+from runtimes import gate_command
+from runtimes.bundle import sha256_of
 from runtimes.gate import Gate
 from runtimes.judge import Guard
 from runtimes.policy import Limits, Policy
 from runtimes.runner import GuardOutput, GuardRunner
 from runtimes.torch_language import TorchLanguageRunner
 from tests.models.passes import Passes
+from tests.runtimes.bundles import listed, manifest_of, write_bundle
 
 QUESTION = "What is in the picture?"
 
@@ -137,18 +143,69 @@ def test_half_precision_judges_nearly_the_same(vlm: SafeVLM, rgb: Any) -> None:
         assert isinstance(runner.generate(prefilled.handle, 3), str)
 
 
-def test_the_command(tmp_path: Path, rgb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a bundle on disk to an answer, a block, and a line in the log."""
-    from models.commandline import run
-    from runtimes import gate_command
-    from tests.runtimes.bundles import RED, picture, write_bundle
+def write_named_bundle(folder: Path, vlm: SafeVLM) -> Path:
+    """Write a bundle of the checkpoint's classes and size whose guard is unsure of every picture: no graph runs."""
+    file = listed(folder, "guard.fp32.onnx", b"no graph", kind="onnx", precision="fp32")
+    manifest = manifest_of(
+        [file],
+        classes=vlm.classes,
+        preprocessing=vlm.preprocessing,
+        source=Source(checkpoint="tiny-safegem", sha256="0" * 64, family="gemma3", standalone=False),
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
 
-    bundle = write_bundle(tmp_path / "bundle")  # of three classes: not this checkpoint's
-    path = picture(tmp_path / "red.png", RED)
-    arguments = [str(path), "--bundle", str(bundle), "--question", "Why?", "--threads", "1"]
+
+def ended_with(arguments: list[str]) -> int | str | None:
     with pytest.raises(SystemExit) as ended:
         run(gate_command.main, arguments)
-    assert ended.value.code == 2
-    with pytest.raises(SystemExit) as ended:
-        run(gate_command.main, [*arguments, "--log", str(tmp_path)])
-    assert ended.value.code == 2
+    return ended.value.code
+
+
+def test_the_command_answers_and_blocks(
+    vlm: SafeVLM, rgb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a bundle that is not standalone: gated by the exact verdict, of the checkpoint that the bundle names."""
+    bundle = write_named_bundle(tmp_path, vlm)
+    image, policy, log = tmp_path / "image.png", tmp_path / "policy.json", tmp_path / "log.jsonl"
+    Image.fromarray(rgb).save(image)
+    arguments = [
+        str(image),
+        "--bundle",
+        str(bundle),
+        "--question",
+        QUESTION,
+        "--policy",
+        str(policy),
+        "--log",
+        str(log),
+    ]
+    arguments += ["--max-new-tokens", "5"]
+    policy.write_text('{"exact": {"block": 2, "allow": 2}}')
+    assert ended_with(arguments) == 0
+    wanted = vlm.answer(torch.from_numpy(rgb[None]), [QUESTION], max_new_tokens=5)[0].text
+    assert wanted in capsys.readouterr().out
+    policy.write_text('{"exact": {"block": 0, "allow": 0}}')
+    assert ended_with([*arguments, "--json", "--log-text"]) == 10
+    assert json.loads(capsys.readouterr().out)["answer"] is None
+    image.write_bytes(b"")
+    assert ended_with(arguments) == 10
+    allowed, blocked, failed = map(json.loads, log.read_text().splitlines())
+    assert [line["stage"] for line in (allowed, blocked, failed)] == ["exact", "exact", "error"]
+    assert "question" not in allowed and blocked["question"] == QUESTION
+    assert allowed["bundle"] == sha256_of(tmp_path / "manifest.json") and allowed["probs"] is None
+
+
+def test_the_command_refuses(tmp_path: Path, vlm: SafeVLM, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is judged: another checkpoint's bundle, a log that cannot be written, a policy with a typo."""
+    others = write_bundle(tmp_path / "others")
+    arguments = [str(tmp_path / "x.png"), "--question", "Why?", "--threads", "1", "--bundle"]
+    assert ended_with([*arguments, str(others)]) == 2
+    assert "different classes" in capsys.readouterr().err
+    (tmp_path / "bundle").mkdir()
+    bundle = str(write_named_bundle(tmp_path / "bundle", vlm))
+    assert ended_with([*arguments, bundle, "--log", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "policy.json").write_text('{"classes": {"weapons": "allow"}}')
+    assert ended_with([*arguments, bundle, "--policy", str(tmp_path / "policy.json")]) == 2
+    assert "'weapons'; this guard knows" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""One ONNX file of a bundle: a graph written, compared with the torch path, timed, and described.
+
+Shapes: n images, H × W pixels, T image tokens, D width of the language model, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.graph import GuardGraph, HeadGraph, Precision, VisionGraph
+from export.parity import TOLERANCES, check_embeddings, check_parity
+from models.machine import machine_name
+from models.manifest import GuardFile, Latency, Parity, TensorSpec
+from runtimes.bundle import sha256_of
+
+__all__ = ["BATCH", "Part", "batches", "export_part", "write_onnx"]
+
+OPSET = 20
+INSIDE = 2**30
+"""Weights up to this many bytes stay inside the ONNX file; larger ones go into one ``.data`` file beside it."""
+REFERENCE = "transformers' own forward pass in float32"
+BATCH = 8
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A file to be written: its graph, what it is fed with, and what the torch path answers to that.
+
+    ``inputs`` is n × H × W × 3 uint8 (``rgb``) or n × T × D float32 (``hidden``); ``reference`` maps the outputs
+    ``probs`` and ``embeddings``, as far as the graph gives them, to the torch path's.
+    """
+
+    role: Literal["guard", "vision", "head"]
+    precision: Precision
+    graph: GuardGraph | VisionGraph | HeadGraph
+    input_name: Literal["rgb", "hidden"]
+    inputs: Array
+    reference: Mapping[str, NDArray[np.float32]]
+
+    @property
+    def name(self) -> str:
+        """Return the file's name in a bundle."""
+        return f"{self.role}.{self.precision}.onnx"
+
+
+def batches(images: Array) -> Iterator[Array]:
+    """Yield pieces of at most :data:`BATCH` images."""
+    for start in range(0, len(images), BATCH):
+        yield images[start : start + BATCH]
+
+
+def export_part(part: Part, folder: Path) -> list[GuardFile]:
+    """Write a part into ``folder``, check and time it; return its entries in the manifest.
+
+    Errors: ParityError when it does not answer as the torch path does.
+    """
+    path = folder / part.name
+    write_onnx(part.graph, part.inputs[:2], path, input_name=part.input_name)
+    found, latency = _run(part, path)
+    main_file = GuardFile(
+        path=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        kind="onnx",
+        role=part.role,
+        precision=part.precision,
+        inputs=(TensorSpec(name=part.input_name, shape=("N", *part.inputs.shape[1:]), dtype=str(part.inputs.dtype)),),
+        outputs=tuple(
+            TensorSpec(name=name, shape=("N", *found[name].shape[1:]), dtype="float32") for name in part.graph.outputs
+        ),
+        parity=_parity(part, found),
+        latency=latency,
+    )
+    data = path.with_name(path.name + ".data")
+    if not data.exists():
+        return [main_file]
+    beside = GuardFile(
+        path=data.name,
+        sha256=sha256_of(data),
+        bytes=data.stat().st_size,
+        kind="onnx_data",
+        role=part.role,
+        precision=part.precision,
+    )
+    return [main_file, beside]
+
+
+def _parity(part: Part, found: Mapping[str, NDArray[np.float32]]) -> Parity:
+    parity = Parity(images=len(part.inputs), reference=REFERENCE)
+    tolerance = TOLERANCES[part.precision]
+    if "probs" in found:
+        parity = check_parity(part.reference["probs"], found["probs"], tolerance, what=part.name, reference=REFERENCE)
+    if "embeddings" in found:
+        delta = check_embeddings(part.reference["embeddings"], found["embeddings"], tolerance, what=part.name)
+        parity = parity.model_copy(update={"max_rel_embedding_delta": delta})
+    return parity
+
+
+def write_onnx(
+    graph: GuardGraph | VisionGraph | HeadGraph, example: Array, path: Path, *, input_name: str = "rgb"
+) -> None:
+    """Export a graph with a free batch size, weights inside, or beside it when they exceed 1 GiB."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    weights = sum(p.numel() * p.element_size() for p in graph.parameters())
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            (torch.from_numpy(example),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=list(graph.outputs),
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)
+    program.save(str(path), external_data=weights > INSIDE)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says about itself: torchvision is not needed, copyreg's use is its own."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _run(part: Part, path: Path) -> tuple[dict[str, NDArray[np.float32]], Latency]:
+    """Run a file in ONNX Runtime: all outputs for all images, latency for single ones."""
+    import onnxruntime
+
+    names = list(part.graph.outputs)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    runs = [session.run(names, {part.input_name: piece}) for piece in batches(part.inputs)]
+    found = {name: np.concatenate([run[i] for run in runs]) for i, name in enumerate(names)}
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or (len(times) < 30 and time.perf_counter() - started < 5):
+        begin = time.perf_counter()
+        session.run(names, {part.input_name: part.inputs[:1]})
+        times.append((time.perf_counter() - begin) * 1000)
+    latency = Latency(
+        median_ms=float(np.median(times)),
+        p95_ms=float(np.percentile(times, 95)),
+        batch=1,
+        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
+        machine=machine_name(),
+    )
+    return found, latency
