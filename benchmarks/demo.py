@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw, ImageFont
 
-from export.onnx import ExportOptions, export_with_progress
-from export.options import print_manifest
+from export.heads import HeadRequest
+from export.onnx import export_with_progress
+from export.options import PARITY_IMAGES, print_manifest
 from models.checkpoint import open_checkpoint
 from models.commandline import run
 from models.holisafe_mini.scene import draw
@@ -111,7 +112,9 @@ def main(out: Path) -> int:
         shutil.rmtree(images)
     drawn = draw_pictures(images)
     checkpoint = open_checkpoint(MODEL)
-    manifest = export_with_progress(checkpoint, out / "bundle", ExportOptions())
+    manifest = export_with_progress(
+        checkpoint, out / "bundle", HeadRequest(), precisions=("fp32",), parity_images=PARITY_IMAGES
+    )
     print_manifest(manifest, out / "bundle", as_json=False)
     with Guard.open(out / "bundle") as guard:
         judgements = guard.judge([path for path, _ in drawn])

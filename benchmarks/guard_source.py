@@ -18,7 +18,7 @@ from benchmarks.random_guard import build_random_guard
 from benchmarks.shapes import find_shape
 from export.bundle import write_manifest
 from export.graph import PRECISIONS, Precision, build_graph
-from export.onnx import write_onnx
+from export.parts import write_onnx
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
 from models.manifest import GuardFile, Head, Manifest, Source, Tap

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.checkpoint import Checkpoint
-from models.distilled_head import DistilledHead
 from models.errors import GuardHeadError, InputError
 from models.hub import TINY_CHECKPOINTS
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
+    from models.distilled_head import DistilledHead
 
 __all__ = ["HeadRequest", "find_head"]
 
@@ -59,6 +62,8 @@ def find_head(
             )
         return None
     if request.guard is not None:
+        from models.distilled_head import DistilledHead
+
         return DistilledHead.read(request.guard)
     if request.images is None and checkpoint.name not in TINY_CHECKPOINTS:
         return None

@@ -102,7 +102,7 @@ def _split_note(manifest: Manifest, out: Path) -> list[str]:
     name = manifest.source.checkpoint
     return [
         "standalone: false. The guard reads the language model's last hidden state, so these exact parts gate after",
-        "the image prefill and before the question: vision gives the embeddings, head the verdict on the hidden states.",
+        "the image prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
         "For the engine that gates before the language model runs, add one flag:",
         f"  python -m export.onnx --model {name} --out {out} --images DIR",
         "with 2,000 pictures or more (no labels) of the kind the device will see, every sort of harm among them.",

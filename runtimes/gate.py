@@ -237,9 +237,13 @@ class _Request:
     def _see(self) -> _Seen:
         lane = self.gate.guard_lane
         with self._timed("guard"), lane.turn(self.gate.timeout) as left:
-            seen = lane.run(lambda: _look(self.image, self.gate.guard), left).get()
+            seen = lane.run(lambda: _look(self.image, self.gate.guard, self._share()), left).get()
         self.ms = dict(seen.ms)
         return seen
+
+    def _share(self) -> bool:
+        """Whether the language model can take image embeddings from the guard."""
+        return self.gate.share_embeddings and self.gate.language is not None and self.gate.language.takes_embeddings
 
     def _input(
         self, language: LanguageRunner, seen: _Seen
@@ -250,8 +254,7 @@ class _Request:
             return np.array(seen.picture, dtype=np.uint8), self.question, None
         if seen.pixels is None or guard is None or guard.runner.preprocessing != size:
             return size.apply(seen.picture), self.question, None
-        shared = self.gate.share_embeddings and language.takes_embeddings
-        return seen.pixels, self.question, seen.embeddings if shared else None
+        return seen.pixels, self.question, seen.embeddings
 
     def _guard_finding(self, seen: _Seen) -> Finding | None:
         guard = self.gate.guard
@@ -327,7 +330,7 @@ class _Request:
         )
 
 
-def _look(image: ImageSource, guard: Guard | None) -> _Seen:
+def _look(image: ImageSource, guard: Guard | None, share: bool) -> _Seen:
     """Decode an image once and judge it, if there is a guard."""
     begun = time.perf_counter()
     if isinstance(image, Image.Image):
@@ -341,8 +344,8 @@ def _look(image: ImageSource, guard: Guard | None) -> _Seen:
     if guard is None:
         return _Seen(picture, ms=ms)
     pixels = guard.runner.preprocessing.apply(picture)
-    output = guard.runner.infer(pixels[None])
-    embeddings = getattr(output, "embeddings", None)
+    output = guard.runner.infer(pixels[None], embeddings=guard.runner.gives_embeddings and share)
+    embeddings = output.embeddings
     ms["guard"] = (time.perf_counter() - decoded) * 1000
     return _Seen(picture, pixels, output.probs[0], None if embeddings is None else embeddings[0], ms)
 

@@ -19,6 +19,7 @@ __all__ = ["OnnxRuntimeRunner"]
 PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 """Tried in this order where the installed build has them."""
 OUTPUTS = ["probs", "logits"]
+EMBEDDINGS = "embeddings"
 
 
 class OnnxRuntimeRunner(GuardRunner):
@@ -44,6 +45,7 @@ class OnnxRuntimeRunner(GuardRunner):
         self.providers = providers
         self.preprocessing = bundle.manifest.preprocessing
         self.class_count = len(bundle.manifest.classes)
+        self.gives_embeddings = any(output.name == EMBEDDINGS for output in self.file.outputs)
         self._session: Any = None
 
     def _activate(self) -> None:
@@ -85,6 +87,10 @@ class OnnxRuntimeRunner(GuardRunner):
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         probs, logits = self._session.run(OUTPUTS, {"rgb": rgb})
         return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits))
+
+    def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        probs, logits, embeddings = self._session.run([*OUTPUTS, EMBEDDINGS], {"rgb": rgb})
+        return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits), embeddings=np.asarray(embeddings))
 
 
 def _check_names(session: Any, path: str) -> None:

@@ -28,10 +28,11 @@ SUM_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class GuardOutput:
-    """Probabilities and logits, each float32, N x C."""
+    """Probabilities and logits, each float32, N x C; image embeddings N x T x D where they were asked for."""
 
     probs: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
+    embeddings: npt.NDArray[np.float32] | None = None
 
 
 class GuardRunner(abc.ABC):
@@ -45,6 +46,8 @@ class GuardRunner(abc.ABC):
     preprocessing: Preprocessing
     class_count: int | None = None
     """C, where it is known before the first answer."""
+    gives_embeddings = False
+    """Whether :meth:`infer` can return image embeddings, for a language model that shares the vision tower."""
 
     def __init__(self) -> None:
         self._active = False
@@ -74,16 +77,23 @@ class GuardRunner(abc.ABC):
         self._active = False
         self._deactivate()
 
-    def infer(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        """Judge N x H x W x 3 grey levels (uint8, at the contract's size).
+    def infer(self, rgb: npt.NDArray[np.uint8], *, embeddings: bool = False) -> GuardOutput:
+        """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
 
-        Raises InputError for another type or shape, SafeVLMError for an answer that is not N rows of finite
+        Raises InputError for another type or shape or for embeddings that this runner does not give,
+        SafeVLMError for an answer that is not N rows of finite
         probabilities that sum to 1.
         """
         if not self._active:
             raise SafeVLMError(f"{type(self).__name__} is not active: enter it with `with` or activate()")
         self._check_input(rgb)
-        output = self._run(np.ascontiguousarray(rgb))
+        if embeddings and not self.gives_embeddings:
+            raise InputError(
+                f"this guard on {self.runtime} gives no image embeddings: export it with --embeddings and run it on "
+                "ONNX Runtime"
+            )
+        rgb = np.ascontiguousarray(rgb)
+        output = self._run_sharing(rgb) if embeddings else self._run(rgb)
         self._check_output(output, len(rgb))
         return output
 
@@ -92,6 +102,10 @@ class GuardRunner(abc.ABC):
 
     @abc.abstractmethod
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput: ...
+
+    def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        """Run with image embeddings; only called where :attr:`gives_embeddings`."""
+        raise NotImplementedError
 
     def _deactivate(self) -> None:
         return None
@@ -118,6 +132,8 @@ class GuardRunner(abc.ABC):
                     f"{int((~np.isfinite(values).all(axis=1)).sum())} of {count} pictures: no verdict can be "
                     "given; try the fp32 file of the bundle"
                 )
+        if output.embeddings is not None and not np.isfinite(output.embeddings).all():
+            raise SafeVLMError(f"{self.runtime} returned image embeddings that are not finite numbers")
         sums = output.probs.sum(axis=1)
         if (np.abs(sums - 1) > SUM_TOLERANCE).any() or (output.probs < 0).any():
             raise SafeVLMError(

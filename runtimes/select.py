@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal, get_args
 
-from models.errors import InputError
+from models.errors import BundleError, InputError
 from runtimes.bundle import Bundle
 from runtimes.runner import GuardRunner
 
@@ -31,6 +31,12 @@ def select_runner(
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, not {threads}")
+    if not bundle.manifest.source.standalone:
+        raise BundleError(
+            f"{bundle.folder} holds the exact parts of a guard that reads the language model (standalone: false): it "
+            "cannot judge a picture by itself, only around a prefill (python -m runtimes.gate). For one that can: "
+            f"python -m export.onnx --model {bundle.manifest.source.checkpoint} --out {bundle.folder} --images DIR"
+        )
     if runtime == "auto":
         return _auto(bundle, precision, threads)
     if runtime == "onnxruntime":
@@ -65,6 +71,11 @@ def _onnxruntime(bundle: Bundle, precision: str | None, threads: int | None) -> 
 def _torch(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
     if precision is not None:
         raise InputError("runtime torch judges with the checkpoint itself, in float32: leave --precision out")
+    if bundle.manifest.head.kind == "distilled":
+        raise InputError(
+            f"{bundle.folder} holds a distilled head, and runtime torch judges with the checkpoint's own guard, which "
+            "reads the language model: use --runtime onnxruntime, or python -m runtimes.gate for the exact verdict"
+        )
     from runtimes.torch_runner import TorchRunner, open_source
 
     size = bundle.manifest.preprocessing

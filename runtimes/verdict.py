@@ -80,7 +80,8 @@ def harms(probs_NC: npt.NDArray[np.float32], safe: int) -> npt.NDArray[np.int64]
     """Return the most probable class of each row that is not the safe one."""
     masked = probs_NC.copy()
     masked[:, safe] = -1
-    return masked.argmax(axis=1).astype(np.int64)
+    found: npt.NDArray[np.int64] = masked.argmax(axis=1).astype(np.int64)
+    return found
 
 
 def _verdict(p_unsafe: float, harm: str, thresholds: Thresholds | None) -> Verdict:

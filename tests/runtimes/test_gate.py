@@ -94,7 +94,7 @@ class Failing(FakeRunner):
         self.seen: list[Any] = []
         self.raw = np.array([probs], np.float32)
 
-    def infer(self, rgb: Any) -> GuardOutput:
+    def infer(self, rgb: Any, *, embeddings: bool = False) -> GuardOutput:
         self.seen.append(rgb[0])
         happen(self.what)
         output = super().infer(rgb) if self.checked else GuardOutput(probs=self.raw, logits=self.raw)
