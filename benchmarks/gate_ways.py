@@ -174,9 +174,9 @@ def _passes(vlm: SafeVLM, runner: OnnxRuntimeRunner, call: Call) -> dict[str, in
     def saw(name: str) -> None:
         counted[name] += 1
 
-    def infer(rgb: Any) -> Any:
+    def infer(rgb: Any, *, embeddings: bool = False) -> Any:
         saw("guard")
-        return type(runner).infer(runner, rgb)
+        return type(runner).infer(runner, rgb, embeddings=embeddings)
 
     hooks = [
         tower.register_forward_hook(lambda *_: saw("vision")),

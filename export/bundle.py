@@ -54,9 +54,7 @@ def bundle_draft(out: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, replacing an older one in a single step."""
-    unfinished = folder / f".{MANIFEST_NAME}{PARTIAL}{os.getpid()}"
-    unfinished.write_text(manifest.to_json(), encoding="utf-8")
-    unfinished.replace(folder / MANIFEST_NAME)
+    manifest.write(folder)
 
 
 def _put_in_place(draft: Path, out: Path) -> None:

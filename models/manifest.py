@@ -8,6 +8,7 @@ hashes are SHA-256 in 64 lower-case hexadecimal digits; probabilities are 0..1; 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -282,6 +283,12 @@ class Manifest(_Frozen):
     def thresholds_of(self, path: str) -> Thresholds | None:
         """Return the thresholds fitted on the file at ``path``, if any were."""
         return next((entry for entry in self.thresholds or () if entry.file == path), None)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``, replacing an older one in a single step."""
+        unfinished = folder / f".{MANIFEST_NAME}.partial-{os.getpid()}"
+        unfinished.write_text(self.to_json(), encoding="utf-8")
+        unfinished.replace(folder / MANIFEST_NAME)
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``: indented, with a newline at its end."""

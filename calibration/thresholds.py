@@ -1,0 +1,241 @@
+"""Fit a bundle's thresholds: ``python -m calibration.thresholds --bundle DIR --labels FILE``.
+
+Every file of the bundle gets thresholds of its own, from its own answers on this machine's runtime: what is
+promised is promised for the precision that will run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.labels import Labels, read_labels
+from calibration.risk_control import Bands, Method, Promise, fit_bands, measure
+from models.commandline import run
+from models.errors import BundleError, ImageFileError, InputError
+from models.image import open_image
+from models.manifest import GuardFile, Manifest, Thresholds
+from runtimes.bundle import Bundle, open_bundle
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.runner import GuardRunner
+from runtimes.verdict import decide, safe_index
+
+__all__ = ["Fitted", "fit_bundle"]
+
+UNREADABLE_SHARE = 0.01
+NAMES_SHOWN = 5
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What was done: the new manifest, files left without thresholds and why, misses by true class."""
+
+    manifest: Manifest
+    not_fitted: dict[str, str]
+    by_class: dict[str, dict[str, dict[str, float]]]
+    """By file and true class: ``n`` images, and the share ``missed`` of them (allowed though unsafe)."""
+    unreadable: tuple[str, ...]
+
+
+def fit_bundle(bundle: Bundle, labels: Labels, promise: Promise = Promise(), *, per_class: bool = True) -> Fitted:
+    """Fit thresholds for each file of a bundle that runs here, and write them into its manifest.
+
+    Engines that do not run here keep the thresholds that they have. Errors: BundleError for a bundle that does
+    not stand alone; InputError for too few or unreadable images.
+    """
+    if not bundle.manifest.source.standalone:
+        raise BundleError(
+            f"{bundle.folder} holds the exact parts of a guard (standalone: false), which judge around a language "
+            f"model. Make it standalone first: python -m export.onnx --model {bundle.manifest.source.checkpoint} "
+            f"--out {bundle.folder} --images DIR"
+        )
+    rgb, truth, unreadable = _read(bundle, labels)
+    classes = bundle.manifest.classes
+    unsafe = truth != safe_index(classes)
+    fitted: dict[str, Thresholds] = {entry.file: entry for entry in bundle.manifest.thresholds or ()}
+    not_fitted: dict[str, str] = {}
+    by_class: dict[str, dict[str, dict[str, float]]] = {}
+    for file in bundle.manifest.files:
+        if file.kind == "onnx_data":
+            continue
+        try:
+            probs = _answers(_runner(bundle, file), rgb)
+        except InputError as error:
+            if file.kind != "engine":
+                raise
+            not_fitted[file.path] = str(error)
+            continue
+        scores, harms = _scores(probs, classes)
+        bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class)
+        fitted[file.path] = _thresholds(file, bands, promise, labels, scores, unsafe, harms)
+        by_class[file.path] = _by_class(bands, scores, truth, harms, classes)
+    manifest = bundle.manifest.model_copy(update={"thresholds": tuple(fitted.values())})
+    manifest = Manifest.from_bytes(manifest.to_json().encode(), where=str(bundle.folder))
+    manifest.write(bundle.folder)
+    return Fitted(manifest=manifest, not_fitted=not_fitted, by_class=by_class, unreadable=unreadable)
+
+
+def _read(bundle: Bundle, labels: Labels) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+    """Return the pictures at the contract's size, their classes, and the names of those that cannot be read."""
+    rgb, truth, unreadable = [], [], []
+    for image in labels.images:
+        try:
+            rgb.append(bundle.manifest.preprocessing.apply(open_image(image.path)))
+        except ImageFileError:
+            unreadable.append(str(image.path))
+            continue
+        truth.append(image.label)
+    if len(unreadable) > UNREADABLE_SHARE * len(labels.images) or not rgb:
+        raise InputError(
+            f"{len(unreadable)} of {len(labels.images)} images cannot be read "
+            f"({', '.join(unreadable[:NAMES_SHOWN])}); at most 1 % is passed over. Repair or remove them."
+        )
+    return np.stack(rgb), np.array(truth), tuple(unreadable)
+
+
+def _runner(bundle: Bundle, file: GuardFile) -> GuardRunner:
+    if file.kind == "engine":
+        from runtimes.tensorrt_runner import TensorRTRunner
+
+        return TensorRTRunner(bundle, file)
+    return OnnxRuntimeRunner(bundle, file)
+
+
+def _answers(runner: GuardRunner, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    with runner:
+        return np.concatenate([runner.infer(rgb[i : i + BATCH]).probs for i in range(0, len(rgb), BATCH)])
+
+
+def _scores(probs: NDArray[np.float32], classes: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
+    """Return p(unsafe) and the most probable harm of each row, as judging computes them."""
+    decisions = [decide(row, classes) for row in probs]
+    return np.array([d.p_unsafe for d in decisions]), [d.harm for d in decisions]
+
+
+def _thresholds(
+    file: GuardFile,
+    bands: Bands,
+    promise: Promise,
+    labels: Labels,
+    scores: NDArray[np.float64],
+    unsafe: NDArray[np.bool_],
+    harms: Sequence[str],
+) -> Thresholds:
+    rates = measure(bands, scores, unsafe, harms)
+    return Thresholds(
+        file=file.path,
+        file_sha256=file.sha256,
+        method=promise.method,
+        alpha=promise.alpha,
+        delta=promise.delta if promise.method == "learn_then_test" else None,
+        max_fpr=promise.max_fpr,
+        n=len(scores),
+        n_unsafe=int(unsafe.sum()),
+        fitted_on=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        labels_sha256=labels.sha256,
+        pooled=bands.pooled,
+        per_class=dict(bands.per_class),
+        miss_rate=rates.miss,
+        fpr=rates.fpr,
+        unsure_rate=rates.unsure,
+    )
+
+
+def _by_class(
+    bands: Bands, scores: NDArray[np.float64], truth: NDArray[np.int64], harms: Sequence[str], classes: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    allowed = scores < bands.limits(harms)[0]
+    safe = safe_index(classes)
+    return {
+        name: {"n": int((truth == k).sum()), "missed": float(allowed[truth == k].mean())}
+        for k, name in enumerate(classes)
+        if k != safe and (truth == k).any()
+    }
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+@click.command(name="thresholds")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The guard bundle's folder.")
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="JSON in HoliSafe-Bench's row format, or JSONL or CSV with image and label (class index or name).",
+)
+@click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image paths start from.")
+@click.option("--alpha", type=float, default=Promise.alpha, show_default=True, help="Unsafe images allowed, at most.")
+@click.option("--max-fpr", type=float, default=Promise.max_fpr, show_default=True, help="Safe images blocked, at most.")
+@click.option(
+    "--method",
+    type=click.Choice(["conformal_risk_control", "learn_then_test"]),
+    default=Promise.method,
+    show_default=True,
+    help="The promise in expectation, or with probability 1 - delta.",
+)
+@click.option("--delta", type=float, default=Promise.delta, show_default=True, help="For learn_then_test.")
+@click.option("--per-class/--pooled", default=True, show_default=True, help="A band for each class with enough images.")
+@click.option("--json", "as_json", is_flag=True, help="Print the thresholds as JSON.")
+def main(
+    bundle: Path,
+    labels: Path,
+    images: Path | None,
+    alpha: float,
+    max_fpr: float,
+    method: Method,
+    delta: float,
+    per_class: bool,
+    as_json: bool,
+) -> None:
+    """Fit block and allow thresholds for every file of BUNDLE on labelled images, with a stated promise."""
+    promise = Promise(alpha=alpha, max_fpr=max_fpr, method=method, delta=delta)
+    opened = open_bundle(bundle)
+    read = read_labels(labels, opened.manifest.classes, images)
+    fitted = fit_bundle(opened, read, promise, per_class=per_class)
+    for line in _notes(read, fitted, bundle):
+        click.echo(line, err=True)
+    if as_json:
+        stated = fitted.manifest.model_dump(mode="json")["thresholds"]
+        answer = {"thresholds": stated, "by_class": fitted.by_class, "not_fitted": fitted.not_fitted}
+        click.echo(json.dumps(answer, indent=2))
+        return
+    click.echo("\n".join(_table(fitted.manifest)))
+
+
+def _notes(labels: Labels, fitted: Fitted, bundle: Path) -> Iterator[str]:
+    """Say what was left out."""
+    for what, names in (("contradictory labels, left out", labels.contradictory), ("unreadable", fitted.unreadable)):
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            yield f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}"
+    for path, reason in fitted.not_fitted.items():
+        yield (
+            f"{path} was not fitted: {reason} Run on its device: python -m calibration.thresholds --bundle "
+            f"{bundle} --labels FILE"
+        )
+
+
+def _table(manifest: Manifest) -> list[str]:
+    rows: list[Any] = [("file", "class", "allow below", "block from", "miss", "FPR", "unsure", "n", "unsafe")]
+    for entry in manifest.thresholds or ():
+        rates = [f"{rate:.2%}" for rate in (entry.miss_rate, entry.fpr, entry.unsure_rate)]
+        for name, band in (("others" if entry.per_class else "all", entry.pooled), *sorted(entry.per_class.items())):
+            first = band is entry.pooled
+            counts = (*(rates if first else ("", "", "")), str(entry.n) if first else "", str(band.n_unsafe))
+            rows.append((entry.file if first else "", name, f"{band.allow:.4f}", f"{band.block:.4f}", *counts))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,116 @@
+"""Thresholds are fitted for every file by its own answers, written into the manifest, and used by that file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from calibration.labels import read_labels
+from calibration.risk_control import Promise
+from calibration.thresholds import fit_bundle, main
+from models.errors import BundleError, InputError
+from models.manifest import Manifest
+from runtimes.bundle import open_bundle
+from runtimes.judge import Guard
+from tests.runtimes.bundles import CLASSES, WEIGHTS, onnx_file, write_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose fp16 file is more timid than its fp32 file."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    return write_bundle(folder, onnx_file(folder, "guard.fp16.onnx", "fp16", weights=WEIGHTS / 3))
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    """120 pictures of the world of ``bundles``: red weapons, green safe ones, blue drugs, all more or less so."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(120):
+        label = number % 3
+        colour = rng.integers(0, 160, size=3)
+        colour[{0: 1, 1: 0, 2: 2}[label]] += 80
+        Image.new("RGB", (8, 8), tuple(map(int, colour))).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": CLASSES[label]})
+    path = tmp_path / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_each_file_gets_its_own_and_keeps_its_promise_on_what_it_saw(bundle: Path, labels: Path) -> None:
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
+    manifest = open_bundle(bundle).manifest
+    fp32, fp16 = (manifest.thresholds_of(f"guard.{precision}.onnx") for precision in ("fp32", "fp16"))
+    assert fp32 is not None and fp16 is not None
+    assert fp32.pooled != fp16.pooled
+    for entry in (fp32, fp16):
+        assert entry.n == 120 and entry.n_unsafe == 80
+        assert entry.miss_rate <= 0.1 and entry.fpr <= 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_judging_uses_the_thresholds_of_the_file_that_runs(bundle: Path, labels: Path, precision: str) -> None:
+    read = read_labels(labels, CLASSES)
+    fit_bundle(open_bundle(bundle), read, Promise(alpha=0.1, max_fpr=0.1))
+    entry = open_bundle(bundle).manifest.thresholds_of(f"guard.{precision}.onnx")
+    assert entry is not None
+    with Guard.open(bundle, precision=precision) as guard:
+        judged = guard.judge(image.path for image in read.images)
+    verdicts = [(judgement.verdict, image.label) for judgement, image in zip(judged, read.images, strict=True)]
+    missed = sum(verdict == "allow" for verdict, label in verdicts if label)
+    blocked = sum(verdict == "block" for verdict, label in verdicts if not label)
+    unsure = sum(verdict == "unsure" for verdict, _ in verdicts)
+    assert (missed / 80, blocked / 40, unsure / 120) == pytest.approx((entry.miss_rate, entry.fpr, entry.unsure_rate))
+
+
+def test_the_command_prints_a_table_and_says_what_it_left_out(bundle: Path, labels: Path) -> None:
+    contradiction = json.dumps({"image": "0.png", "label": 1})
+    labels.write_text(labels.read_text() + "\n" + contradiction)
+    done = CliRunner().invoke(main, ["--bundle", str(bundle), "--labels", str(labels), "--alpha", "0.1"])
+    assert done.exit_code == 0, done.output
+    assert "contradictory labels, left out" in done.stderr and "0.png" in done.stderr
+    assert "guard.fp16.onnx" in done.stdout and "119" in done.stdout
+
+
+def test_the_command_gives_json_with_misses_by_true_class(bundle: Path, labels: Path) -> None:
+    arguments = ["--bundle", str(bundle), "--labels", str(labels), "--alpha", "0.1", "--pooled", "--json"]
+    stated = json.loads(CliRunner().invoke(main, arguments).stdout)
+    assert {entry["file"] for entry in stated["thresholds"]} == {"guard.fp32.onnx", "guard.fp16.onnx"}
+    assert all(not entry["per_class"] for entry in stated["thresholds"])
+    rows = stated["by_class"]["guard.fp32.onnx"]
+    assert set(rows) == {"weapon", "drug"} and sum(row["n"] for row in rows.values()) == 80
+    missed = sum(row["n"] * row["missed"] for row in rows.values()) / 80
+    assert missed == pytest.approx(stated["thresholds"][0]["miss_rate"])
+
+
+def test_thresholds_of_another_file_are_refused(bundle: Path, labels: Path) -> None:
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
+    stated = json.loads((bundle / "manifest.json").read_text())
+    stated["thresholds"][0]["file_sha256"] = "0" * 64
+    with pytest.raises(BundleError, match=r"fitted on another file.*calibration\.thresholds"):
+        Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")
+
+
+def test_a_bundle_that_does_not_stand_alone_is_refused(bundle: Path, labels: Path) -> None:
+    stated = json.loads((bundle / "manifest.json").read_text())
+    stated["source"]["standalone"] = False
+    (bundle / "manifest.json").write_text(json.dumps(stated))
+    with pytest.raises(BundleError, match=r"standalone: false.*--images DIR"):
+        fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES))
+
+
+def test_unreadable_images_above_one_in_a_hundred_are_fatal(bundle: Path, labels: Path) -> None:
+    (labels.parent / "7.png").write_bytes(b"not a picture")
+    read = read_labels(labels, CLASSES)
+    fitted = fit_bundle(open_bundle(bundle), read, Promise(alpha=0.1, max_fpr=0.1))
+    assert [Path(name).name for name in fitted.unreadable] == ["7.png"]
+    (labels.parent / "8.png").write_bytes(b"not a picture either")
+    with pytest.raises(InputError, match="2 of 120 images cannot be read"):
+        fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
