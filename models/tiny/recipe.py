@@ -75,11 +75,11 @@ class Recipe:
     polish_steps: int = 900
     joint_mix: Mix = Mix()
     polish_mix: Mix = Mix(
-        safe_images=0.8,
+        safe_images=0.85,
         safe_questions=7,
         unsafe_questions=2,
-        questions=(0.18, 0.25, 0.25, 0.08, 0.12, 0.1, 0.02),
-        safe_types={"SSS": 0.75, "SSU": 0.2, "SUU": 0.05},
+        questions=(0.08, 0.06, 0.28, 0.04, 0.28, 0.24, 0.02),
+        safe_types={"SSS": 0.7, "SSU": 0.27, "SUU": 0.03},
     )
     guard_weight: float = 1.0
     probe_weight: float = 0.3
