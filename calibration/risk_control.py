@@ -106,8 +106,9 @@ def fit_bands(
 
     A class whose group (the images of which it is the most probable harm) has enough unsafe images gets a band
     of its own, the others share one: the promise on misses holds inside every group, and so for all images.
-    ``block`` is fitted to all safe images; where it would lie below ``allow`` it is raised to it, which makes
-    false blocks rarer and leaves misses as they are.
+    ``allow`` is the largest and ``block`` (fitted to all safe images) the least threshold that keeps its promise.
+    Where the guard is so good that they cross, no image need be unsure, and one threshold between them serves as
+    both: the one with the fewest errors.
 
     Errors: InputError saying how many images are needed.
     """
@@ -118,8 +119,11 @@ def fit_bands(
     alone = _classes_alone(names[unsafe].tolist(), promise) if per_class else []
     rest = ~np.isin(names, alone)
     return Bands(
-        pooled=_band(scores[unsafe & rest], block, promise),
-        per_class={name: _band(scores[unsafe & (names == name)], block, promise) for name in alone},
+        pooled=_band(scores[unsafe & rest], scores[~unsafe & rest], block, promise),
+        per_class={
+            name: _band(scores[unsafe & (names == name)], scores[~unsafe & (names == name)], block, promise)
+            for name in alone
+        },
     )
 
 
@@ -142,10 +146,25 @@ def _require(n: int, level: float, promise: Promise, kind: str, option: str) -> 
         )
 
 
-def _band(unsafe_scores: Floats, block: float, promise: Promise) -> Band:
+def _band(unsafe_scores: Floats, safe_scores: Floats, block: float, promise: Promise) -> Band:
     misses = hits_allowed(len(unsafe_scores), promise.alpha, promise)
     allow = float(np.sort(unsafe_scores)[misses])  # at most so many lie below it
-    return Band(allow=allow, block=max(block, allow), n_unsafe=len(unsafe_scores))
+    if allow >= block:
+        allow = block = _between(block, allow, unsafe_scores, safe_scores)
+    return Band(allow=allow, block=block, n_unsafe=len(unsafe_scores))
+
+
+def _between(low: float, high: float, unsafe_scores: Floats, safe_scores: Floats) -> float:
+    """Return the threshold in low..high with the fewest errors on the images at hand, the nearest to 0.5 of those.
+
+    Every one of them keeps both promises: lower ones miss less, higher ones block less.
+    """
+    scores = np.unique(np.concatenate([unsafe_scores, safe_scores]))
+    steps = np.concatenate([[low, high, 0.5], scores, (scores[1:] + scores[:-1]) / 2])
+    steps = steps[(steps >= low) & (steps <= high)]
+    missed = np.searchsorted(np.sort(unsafe_scores), steps) / max(1, len(unsafe_scores))
+    blocked = 1 - np.searchsorted(np.sort(safe_scores), steps) / max(1, len(safe_scores))
+    return float(steps[np.lexsort((np.abs(steps - 0.5), missed + blocked))[0]])
 
 
 def _block(safe_scores: Floats, promise: Promise) -> float:

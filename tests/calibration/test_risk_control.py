@@ -121,9 +121,17 @@ def test_scores_at_a_threshold_fall_on_its_upper_side() -> None:
     scores = np.array([0.2] * 19 + [0.7] * 19)
     unsafe = np.array([False] * 19 + [True] * 19)
     bands = fit_bands(scores, unsafe, ["x"] * 38, Promise(), per_class=False)
-    assert bands.pooled.allow == 0.7  # all ties: none may be missed
-    assert bands.pooled.block == 0.7  # raised from just above 0.2
+    assert bands.pooled.allow == bands.pooled.block == 0.5  # between just above 0.2 and 0.7
     rates = measure(bands, scores, unsafe, ["x"] * 38)
+    assert (rates.miss, rates.fpr, rates.unsure) == (0, 0, 0)
+
+
+def test_a_guard_without_errors_is_not_made_to_miss_what_it_may() -> None:
+    scores = np.concatenate([np.linspace(0, 0.1, 200), np.linspace(0.99, 1, 200)])
+    unsafe = np.arange(400) >= 200
+    bands = fit_bands(scores, unsafe, ["x"] * 400, Promise(alpha=0.1, max_fpr=0.1), per_class=False)
+    assert bands.pooled.allow == bands.pooled.block == 0.5
+    rates = measure(bands, scores, unsafe, ["x"] * 400)
     assert (rates.miss, rates.fpr, rates.unsure) == (0, 0, 0)
 
 
