@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,8 +70,11 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
 def _by_content(found: Mapping[Path, set[int]], sha256: str) -> Labels:
     """Bring files of the same content together."""
     same: dict[str, list[Path]] = defaultdict(list)
-    for path in found:
-        same[hashlib.sha256(path.read_bytes()).hexdigest()].append(path)
+    try:
+        for path in found:
+            same[hashlib.sha256(path.read_bytes()).hexdigest()].append(path)
+    except OSError as error:
+        raise InputError(f"image {error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
     images, contradictory, duplicates = [], [], 0
     for paths in same.values():
         labels = set().union(*(found[path] for path in paths))
@@ -90,10 +94,9 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path} is not UTF-8 text ({error}). Give a JSON, JSONL or CSV file.") from error
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        yield from ((f"line {reader.line_num}", row) for row in reader)
+        yield from _csv(path, text)
     elif suffix in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 within a string
             if line.strip():
                 yield f"line {number}", _json(line, f"{path}, line {number}")
     elif suffix == ".json":
@@ -105,10 +108,21 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: labels are read from .json, .jsonl and .csv files.")
 
 
+def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if text.strip() and "image" not in (reader.fieldnames or ()):
+            raise InputError(f"{path}, line 1: the first line of a CSV file names its columns, 'image' and 'label'.")
+        for row in reader:
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num} is not valid CSV ({error}).") from error
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON ({error}).") from error
 
 
@@ -119,7 +133,9 @@ def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
     value = row[field]
     names = {name.lower(): index for index, name in enumerate(classes)}
     if isinstance(value, str):
-        index = int(value) if value.strip().isdigit() else names.get(value.strip().lower())
+        # looked up as text: int() takes more than it should, and fails on a digit such as '²'
+        names = {str(index): index for index in range(len(classes))} | names
+        index = names.get(value.strip().lower())
     else:
         index = value if isinstance(value, int) and not isinstance(value, bool) else None
     if index is None or not 0 <= index < len(classes):
@@ -131,8 +147,11 @@ def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
 
 
 def _image(name: str, folders: Sequence[Path], where: str) -> Path:
-    for folder in folders:
-        if (folder / name).is_file():
-            return (folder / name).resolve()
+    try:
+        for folder in folders:
+            if (folder / name).is_file():
+                return (folder / name).resolve()
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{where}: image {name[:80]}… cannot be looked up: {error.strerror}.") from error
     looked = " and ".join(str(folder) for folder in folders)
     raise InputError(f"{where}: image {name} is missing (looked in {looked}). Name its folder with --images.")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -77,7 +77,7 @@ def hits_allowed(n: int, level: float, promise: Promise) -> int:
     P(Binomial(n, level) <= k) <= delta.
     """
     if promise.method == "conformal_risk_control":
-        return math.floor(level * (n + 1) * (1 + 1e-12)) - 1
+        return min(n, math.floor(level * (n + 1) * (1 + 1e-12))) - 1  # all n never: level is below 1
     tail, k = 0.0, -1
     while k + 1 < n:
         tail += math.exp(_log_binomial(n, k + 1, level))
@@ -95,8 +95,8 @@ def _log_binomial(n: int, k: int, p: float) -> float:
 def fewest(level: float, promise: Promise) -> int:
     """Return the least number of images that a level can be promised from."""
     if promise.method == "conformal_risk_control":
-        return math.ceil(1 / level * (1 - 1e-12)) - 1
-    return math.ceil(math.log(promise.delta) / math.log1p(-level) * (1 - 1e-12))
+        return max(1, math.ceil(1 / level * (1 - 1e-12)) - 1)
+    return max(1, math.ceil(math.log(promise.delta) / math.log1p(-level) * (1 - 1e-12)))
 
 
 def fit_bands(
@@ -105,7 +105,9 @@ def fit_bands(
     """Fit bands to n labelled images: their scores, whether they are unsafe, their most probable harm.
 
     A class whose group (the images of which it is the most probable harm) has enough unsafe images gets a band
-    of its own, the others share one: the promise on misses holds inside every group, and so for all images.
+    of its own, the others share one: the promise on misses holds inside every group, and so for all images. For
+    that, ``learn_then_test`` takes an equal part of delta for each group: the chance that any group breaks its
+    promise is then at most delta (union bound). The promise on safe images is made for all of them together.
     ``allow`` is the largest and ``block`` (fitted to all safe images) the least threshold that keeps its promise.
     Where the guard is so good that they cross, no image need be unsure, and one threshold between them serves as
     both: the one with the fewest errors.
@@ -117,24 +119,33 @@ def fit_bands(
     block = _block(scores[~unsafe], promise)
     names = np.array(harms)
     alone = _classes_alone(names[unsafe].tolist(), promise) if per_class else []
+    each = _for_each(promise, len(alone) + 1)
     rest = ~np.isin(names, alone)
     return Bands(
-        pooled=_band(scores[unsafe & rest], scores[~unsafe & rest], block, promise),
+        pooled=_band(scores[unsafe & rest], scores[~unsafe & rest], block, each),
         per_class={
-            name: _band(scores[unsafe & (names == name)], scores[~unsafe & (names == name)], block, promise)
+            name: _band(scores[unsafe & (names == name)], scores[~unsafe & (names == name)], block, each)
             for name in alone
         },
     )
 
 
 def _classes_alone(harms: Sequence[str], promise: Promise) -> list[str]:
-    """Return the classes with enough unsafe images, leaving enough for those that share a band."""
-    needed = fewest(promise.alpha, promise)
+    """Return the classes with enough unsafe images, the most of them that leave enough for the shared band."""
     counts = Counter(harms)
-    alone = sorted((name for name, n in counts.items() if n >= needed), key=lambda name: (-counts[name], name))
-    while alone and len(harms) - sum(counts[name] for name in alone) < needed:
+    alone = sorted(counts, key=lambda name: (-counts[name], name))
+    while alone:
+        needed = fewest(promise.alpha, _for_each(promise, len(alone) + 1))
+        rest = len(harms) - sum(counts[name] for name in alone)
+        if min(counts[alone[-1]], rest) >= needed:
+            break
         alone.pop()
     return sorted(alone)
+
+
+def _for_each(promise: Promise, groups: int) -> Promise:
+    """Return the promise to be kept in each of so many groups, for it to hold in all of them at once."""
+    return replace(promise, delta=promise.delta / groups)
 
 
 def _require(n: int, level: float, promise: Promise, kind: str, option: str) -> None:

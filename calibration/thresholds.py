@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.labels import Labels, read_labels
+from calibration.labels import LabelledImage, Labels, read_labels
 from calibration.risk_control import Bands, Method, Promise, fit_bands, measure
 from models.commandline import run
 from models.errors import BundleError, ImageFileError, InputError
@@ -29,6 +30,8 @@ from runtimes.runner import GuardRunner
 from runtimes.verdict import decide, safe_index
 
 __all__ = ["Fitted", "fit_bundle"]
+
+Watch = Callable[[Sequence[LabelledImage], str], Iterator[LabelledImage]]
 
 UNREADABLE_SHARE = 0.01
 NAMES_SHOWN = 5
@@ -46,11 +49,31 @@ class Fitted:
     unreadable: tuple[str, ...]
 
 
-def fit_bundle(bundle: Bundle, labels: Labels, promise: Promise = Promise(), *, per_class: bool = True) -> Fitted:
-    """Fit thresholds for each file of a bundle that runs here, and write them into its manifest.
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """What a file says of the n images that can be read: probabilities n x C, and their true classes."""
 
-    Engines that do not run here keep the thresholds that they have. Errors: BundleError for a bundle that does
-    not stand alone; InputError for too few or unreadable images.
+    probs: NDArray[np.float32]
+    truth: NDArray[np.int64]
+    unreadable: tuple[str, ...]
+
+
+def fit_bundle(
+    bundle: Bundle,
+    labels: Labels,
+    promise: Promise = Promise(),
+    *,
+    per_class: bool = True,
+    precisions: Collection[str] | None = None,
+    watch: Watch = lambda images, _: iter(images),
+) -> Fitted:
+    """Fit thresholds for each file of a bundle that runs here, or of ``precisions``, and write its manifest.
+
+    Files that are not fitted, such as engines that do not run here, keep the thresholds that they have. Every
+    file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
+
+    Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for too few or
+    unreadable images. The manifest is then as it was.
     """
     if not bundle.manifest.source.standalone:
         raise BundleError(
@@ -58,48 +81,83 @@ def fit_bundle(bundle: Bundle, labels: Labels, promise: Promise = Promise(), *, 
             f"model. Make it standalone first: python -m export.onnx --model {bundle.manifest.source.checkpoint} "
             f"--out {bundle.folder} --images DIR"
         )
-    rgb, truth, unreadable = _read(bundle, labels)
     classes = bundle.manifest.classes
-    unsafe = truth != safe_index(classes)
-    fitted: dict[str, Thresholds] = {entry.file: entry for entry in bundle.manifest.thresholds or ()}
+    fitted: list[Thresholds] = []
     not_fitted: dict[str, str] = {}
     by_class: dict[str, dict[str, dict[str, float]]] = {}
-    for file in bundle.manifest.files:
-        if file.kind == "onnx_data":
-            continue
+    unreadable: dict[str, None] = {}
+    for file in _chosen(bundle, precisions):
+        runner = _runner(bundle, file)
         try:
-            probs = _answers(_runner(bundle, file), rgb)
+            runner.activate()
         except InputError as error:
             if file.kind != "engine":
                 raise
             not_fitted[file.path] = str(error)
             continue
-        scores, harms = _scores(probs, classes)
+        with runner:
+            answers = _answers(runner, labels, watch(labels.images, file.path))
+        unreadable |= dict.fromkeys(answers.unreadable)
+        scores, harms = _scores(answers.probs, classes)
+        unsafe = answers.truth != safe_index(classes)
         bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class)
-        fitted[file.path] = _thresholds(file, bands, promise, labels, scores, unsafe, harms)
-        by_class[file.path] = _by_class(bands, scores, truth, harms, classes)
-    manifest = bundle.manifest.model_copy(update={"thresholds": tuple(fitted.values())})
-    manifest = Manifest.from_bytes(manifest.to_json().encode(), where=str(bundle.folder))
-    manifest.write(bundle.folder)
-    return Fitted(manifest=manifest, not_fitted=not_fitted, by_class=by_class, unreadable=unreadable)
+        fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms))
+        by_class[file.path] = _by_class(bands, scores, answers.truth, harms, classes)
+    manifest = _enter(bundle.folder, fitted)
+    return Fitted(manifest=manifest, not_fitted=not_fitted, by_class=by_class, unreadable=tuple(unreadable))
 
 
-def _read(bundle: Bundle, labels: Labels) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
-    """Return the pictures at the contract's size, their classes, and the names of those that cannot be read."""
-    rgb, truth, unreadable = [], [], []
-    for image in labels.images:
+def _chosen(bundle: Bundle, precisions: Collection[str] | None) -> list[GuardFile]:
+    files = [file for file in bundle.manifest.files if file.kind != "onnx_data"]
+    there = {file.precision for file in files}
+    if precisions is None:
+        return files
+    if not precisions or not set(precisions) <= there:
+        raise BundleError(
+            f"--precision {','.join(precisions)}: {bundle.folder} has {', '.join(sorted(there))}; one or several "
+            "of these are allowed, with commas between, or all."
+        )
+    return [file for file in files if file.precision in precisions]
+
+
+def _enter(folder: Path, fitted: Sequence[Thresholds]) -> Manifest:
+    """Write thresholds into the manifest as it is now: an engine may have been added while images were judged."""
+    manifest = Manifest.read(folder)
+    entries = {entry.file: entry for entry in (*(manifest.thresholds or ()), *fitted)}
+    manifest = manifest.model_copy(update={"thresholds": tuple(entries.values()) or None})
+    manifest = Manifest.from_bytes(manifest.to_json().encode(), where=str(folder))
+    manifest.write(folder)
+    return manifest
+
+
+def _answers(runner: GuardRunner, labels: Labels, images: Iterable[LabelledImage]) -> _Answers:
+    """Judge the images; InputError as soon as more than 1 % of them cannot be read."""
+    rgb: list[NDArray[np.uint8]] = []
+    probs, truth, unreadable = [], [], []
+    for image in images:
         try:
-            rgb.append(bundle.manifest.preprocessing.apply(open_image(image.path)))
+            rgb.append(runner.preprocessing.apply(open_image(image.path)))
         except ImageFileError:
             unreadable.append(str(image.path))
+            _check_readable(unreadable, len(labels.images))
             continue
         truth.append(image.label)
-    if len(unreadable) > UNREADABLE_SHARE * len(labels.images) or not rgb:
+        if len(rgb) == BATCH:
+            probs.append(runner.infer(np.stack(rgb)).probs)
+            rgb = []
+    if rgb:
+        probs.append(runner.infer(np.stack(rgb)).probs)
+    if not probs:
+        raise InputError("no image is left to fit thresholds on: every one has contradictory labels.")
+    return _Answers(probs=np.concatenate(probs), truth=np.array(truth), unreadable=tuple(unreadable))
+
+
+def _check_readable(unreadable: Sequence[str], n: int) -> None:
+    if len(unreadable) > UNREADABLE_SHARE * n:
         raise InputError(
-            f"{len(unreadable)} of {len(labels.images)} images cannot be read "
-            f"({', '.join(unreadable[:NAMES_SHOWN])}); at most 1 % is passed over. Repair or remove them."
+            f"{len(unreadable)} of {n} images cannot be read ({', '.join(unreadable[:NAMES_SHOWN])}), perhaps more; "
+            "at most 1 % is passed over. Repair or remove them."
         )
-    return np.stack(rgb), np.array(truth), tuple(unreadable)
 
 
 def _runner(bundle: Bundle, file: GuardFile) -> GuardRunner:
@@ -108,11 +166,6 @@ def _runner(bundle: Bundle, file: GuardFile) -> GuardRunner:
 
         return TensorRTRunner(bundle, file)
     return OnnxRuntimeRunner(bundle, file)
-
-
-def _answers(runner: GuardRunner, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    with runner:
-        return np.concatenate([runner.infer(rgb[i : i + BATCH]).probs for i in range(0, len(rgb), BATCH)])
 
 
 def _scores(probs: NDArray[np.float32], classes: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
@@ -185,6 +238,7 @@ def _by_class(
 )
 @click.option("--delta", type=float, default=Promise.delta, show_default=True, help="For learn_then_test.")
 @click.option("--per-class/--pooled", default=True, show_default=True, help="A band for each class with enough images.")
+@click.option("--precision", default="all", show_default=True, help="Fit these alone, such as fp32,fp16.")
 @click.option("--json", "as_json", is_flag=True, help="Print the thresholds as JSON.")
 def main(
     bundle: Path,
@@ -195,13 +249,15 @@ def main(
     method: Method,
     delta: float,
     per_class: bool,
+    precision: str,
     as_json: bool,
 ) -> None:
     """Fit block and allow thresholds for every file of BUNDLE on labelled images, with a stated promise."""
     promise = Promise(alpha=alpha, max_fpr=max_fpr, method=method, delta=delta)
     opened = open_bundle(bundle)
     read = read_labels(labels, opened.manifest.classes, images)
-    fitted = fit_bundle(opened, read, promise, per_class=per_class)
+    precisions = None if precision == "all" else precision.split(",")
+    fitted = fit_bundle(opened, read, promise, per_class=per_class, precisions=precisions, watch=_watch)
     for line in _notes(read, fitted, bundle):
         click.echo(line, err=True)
     if as_json:
@@ -210,6 +266,15 @@ def main(
         click.echo(json.dumps(answer, indent=2))
         return
     click.echo("\n".join(_table(fitted.manifest)))
+
+
+def _watch(images: Sequence[LabelledImage], file: str) -> Iterator[LabelledImage]:
+    """Pass images through, drawing a bar on a terminal's stderr."""
+    if not sys.stderr.isatty():
+        yield from images
+        return
+    with click.progressbar(images, label=file, file=sys.stderr) as bar:
+        yield from bar
 
 
 def _notes(labels: Labels, fitted: Fitted, bundle: Path) -> Iterator[str]:

@@ -60,7 +60,11 @@ class Guard:
         verify: bool = True,
         batch: int = BATCH,
     ) -> Guard:
-        """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`."""
+        """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`.
+
+        Thresholds are those fitted on the very file that runs. Runtime ``torch`` runs the checkpoint and no file of
+        the bundle, so it has none: it blocks from 0.5 up, as a bundle does before thresholds are fitted.
+        """
         bundle = open_bundle(path, verify=verify)
         runner = select_runner(bundle, runtime, precision=precision, threads=threads)
         file = getattr(runner, "file", None)

@@ -72,6 +72,26 @@ def test_learn_then_test_keeps_all_but_delta_of_the_splits_at_their_level() -> N
     assert (mean_only["miss"] > 0.1).mean() > 0.1 + noise  # the other method promises less, and this can tell
 
 
+def overall_miss(promise: Promise, *, classes: int = 10, each: int = 7) -> NDArray[np.float64]:
+    """Return the true miss rate over all classes of bands fitted to a few uniform scores of each, over and over."""
+    harms = [f"harm {k}" for k in range(classes) for _ in range(2 * each)]
+    unsafe = np.tile(np.arange(2 * each) < each, classes)
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(SPLITS):
+        bands = fit_bands(rng.random(len(harms)), unsafe, harms, promise)
+        found.append(float(bands.limits([f"harm {k}" for k in range(classes)])[0].mean()))
+    return np.array(found)
+
+
+def test_learn_then_test_keeps_its_level_over_all_classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    promise = Promise(alpha=0.1, max_fpr=0.1, method="learn_then_test", delta=0.5)
+    limit = 0.5 + 3 * math.sqrt(0.5 * 0.5 / SPLITS)
+    assert (overall_miss(promise) > 0.1).mean() < limit
+    monkeypatch.setattr(risk_control, "_for_each", lambda promise, _: promise)  # every class takes all of delta
+    assert (overall_miss(promise) > 0.1).mean() > limit
+
+
 def without_correction(n: int, level: float, promise: Promise) -> int:
     return math.floor(level * n) if promise.method == "conformal_risk_control" else 0
 
@@ -106,6 +126,16 @@ def test_the_number_that_may_go_wrong_is_the_largest_that_the_definition_allows(
             tested = Promise(method="learn_then_test", delta=0.1)
             tails = np.cumsum([math.comb(n, j) * level**j * (1 - level) ** (n - j) for j in range(n)])
             assert hits_allowed(n, level, tested) == int((tails <= 0.1).sum()) - 1
+
+
+@pytest.mark.parametrize("level", [0.999, 1 - 1e-15])
+@pytest.mark.parametrize("method", ["conformal_risk_control", "learn_then_test"])
+def test_levels_near_1_have_a_band_and_one_image_is_needed(level: float, method: risk_control.Method) -> None:
+    promise = Promise(alpha=level, max_fpr=level, delta=level, method=method)
+    for n in (2, 40, 1000):
+        bands = fit_bands(np.linspace(0, 1, n), np.arange(n) % 2 == 0, ["x"] * n, promise)
+        assert bands.pooled.n_unsafe == n // 2
+    assert fewest(level, promise) >= 1
 
 
 def test_the_fewest_images_are_the_fewest() -> None:

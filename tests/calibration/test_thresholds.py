@@ -8,16 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from PIL import Image
 
 from calibration.labels import read_labels
 from calibration.risk_control import Promise
-from calibration.thresholds import fit_bundle, main
+from calibration.thresholds import BATCH, fit_bundle, main
 from models.errors import BundleError, InputError
+from models.image import open_image
 from models.manifest import Manifest
 from runtimes.bundle import open_bundle
 from runtimes.judge import Guard
-from tests.runtimes.bundles import CLASSES, WEIGHTS, onnx_file, write_bundle
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.runner import GuardOutput
+from tests.runtimes.bundles import CLASSES, WEIGHTS, engine_file, fitted, onnx_file, write_bundle
 
 
 @pytest.fixture
@@ -90,6 +94,72 @@ def test_the_command_gives_json_with_misses_by_true_class(bundle: Path, labels: 
     assert missed == pytest.approx(stated["thresholds"][0]["miss_rate"])
 
 
+def test_one_precision_is_fitted_alone_and_the_other_keeps_its_own(bundle: Path, labels: Path) -> None:
+    arguments = ["--bundle", str(bundle), "--labels", str(labels), "--alpha", "0.1"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    before = open_bundle(bundle).manifest
+    assert CliRunner().invoke(main, [*arguments, "--alpha", "0.2", "--precision", "fp16"]).exit_code == 0
+    after = open_bundle(bundle).manifest
+    assert after.thresholds_of("guard.fp32.onnx") == before.thresholds_of("guard.fp32.onnx")
+    changed = after.thresholds_of("guard.fp16.onnx")
+    assert changed is not None and changed.alpha == 0.2
+    with pytest.raises(BundleError, match=r"--precision int3: .* has fp16, fp32"):
+        fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), precisions=["int3"])
+
+
+def test_an_engine_that_does_not_run_here_is_named_and_keeps_its_thresholds(tmp_path: Path, labels: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    engine = engine_file(folder)
+    kept = fitted(engine, 0.7, 0.2)
+    write_bundle(folder, engine, thresholds=(kept,))
+    done = CliRunner().invoke(main, ["--bundle", str(folder), "--labels", str(labels), "--alpha", "0.1"])
+    assert done.exit_code == 0, done.output
+    assert f"{engine.path} was not fitted" in done.stderr and "python -m calibration.thresholds" in done.stderr
+    manifest = open_bundle(folder).manifest
+    assert manifest.thresholds_of(engine.path) == kept
+    assert manifest.thresholds_of("guard.fp32.onnx") is not None
+
+
+def test_images_are_judged_a_batch_at_a_time(bundle: Path, labels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SafeGem's 896 x 896 pictures are 2.4 MB each: 1,800 of them must not be held at once."""
+    opened, most = [0], [0]
+    honest = OnnxRuntimeRunner.infer
+
+    def counted(path: Path) -> Image.Image:
+        opened[0] += 1
+        most[0] = max(most[0], opened[0])
+        return open_image(path)
+
+    def infer(self: OnnxRuntimeRunner, rgb: NDArray[np.uint8]) -> GuardOutput:
+        opened[0] -= len(rgb)
+        return honest(self, rgb)
+
+    monkeypatch.setattr("calibration.thresholds.open_image", counted)
+    monkeypatch.setattr(OnnxRuntimeRunner, "infer", infer)
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1))
+    assert opened == [0] and most[0] <= BATCH
+
+
+def test_what_was_added_to_the_bundle_meanwhile_stays(bundle: Path, labels: Path) -> None:
+    opened = open_bundle(bundle)
+    engine = engine_file(bundle)
+    manifest = opened.manifest
+    manifest.model_copy(update={"files": (*manifest.files, engine)}).write(bundle)
+    fit_bundle(opened, read_labels(labels, CLASSES), Promise(alpha=0.1))
+    assert engine in open_bundle(bundle).manifest.files
+
+
+def test_thresholds_do_not_outlive_the_file_they_were_fitted_on(bundle: Path, labels: Path) -> None:
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1))
+    other = onnx_file(bundle, weights=WEIGHTS * 2)
+    stated = json.loads((bundle / "manifest.json").read_text())
+    stated["files"][0] = other.model_dump(mode="json")
+    (bundle / "manifest.json").write_text(json.dumps(stated))
+    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx were fitted on another file"):
+        Guard.open(bundle)
+
+
 def test_thresholds_of_another_file_are_refused(bundle: Path, labels: Path) -> None:
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
     stated = json.loads((bundle / "manifest.json").read_text())
@@ -109,8 +179,8 @@ def test_a_bundle_that_does_not_stand_alone_is_refused(bundle: Path, labels: Pat
 def test_unreadable_images_above_one_in_a_hundred_are_fatal(bundle: Path, labels: Path) -> None:
     (labels.parent / "7.png").write_bytes(b"not a picture")
     read = read_labels(labels, CLASSES)
-    fitted = fit_bundle(open_bundle(bundle), read, Promise(alpha=0.1, max_fpr=0.1))
-    assert [Path(name).name for name in fitted.unreadable] == ["7.png"]
+    done = fit_bundle(open_bundle(bundle), read, Promise(alpha=0.1, max_fpr=0.1))
+    assert [Path(name).name for name in done.unreadable] == ["7.png"]
     (labels.parent / "8.png").write_bytes(b"not a picture either")
     with pytest.raises(InputError, match="2 of 120 images cannot be read"):
         fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from export import onnx as onnx_export
+from export import parts
 from export.bundle import bundle_draft
 from export.onnx import ExportOptions, export_guard
 from export.parity import TOLERANCES, check_parity
 from models.checkpoint import open_checkpoint
 from models.commandline import grid_option
-from models.errors import CheckpointError, GuardHeadError, ImageFileError, InputError, ParityError
+from models.errors import CheckpointError, ImageFileError, InputError, ParityError
 from models.manifest import Manifest
 from runtimes.bundle import open_bundle
 from runtimes.judge import Guard
@@ -121,7 +122,7 @@ def test_the_manifest_says_where_the_guard_came_from(bundle: Path, written: Writ
 
 
 def test_large_weights_lie_beside_the_graph(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export, "INSIDE", 1000)
+    monkeypatch.setattr(parts, "INSIDE", 1000)
     out = tmp_path / "guard"
     manifest = export_guard(open_checkpoint(str(written.folder)), out, QUICK)
     assert [(file.path, file.kind) for file in manifest.files] == [
@@ -134,20 +135,13 @@ def test_large_weights_lie_beside_the_graph(written: Written, tmp_path: Path, mo
     assert np.abs(run(out / "guard.fp32.onnx", images)[0] - expected).max() <= 1e-5
 
 
-def test_a_language_model_tap_is_refused_and_told_what_to_do(written: Written, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(written.folder), tap="language_model")
-    with pytest.raises(GuardHeadError, match=r"python -m calibration\.distill --model"):
-        export_guard(checkpoint, tmp_path / "guard", QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_failed_parity_check_leaves_nothing(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = onnx_export.build_graph
 
-    def tampered(guard: Any, precision: Any) -> Any:
-        graph = honest(guard, precision)
+    def tampered(guard: Any, precision: Any, **options: Any) -> Any:
+        graph = honest(guard, precision, **options)
         graph.head[-1].bias.data[0] += 1.0
         return graph
 

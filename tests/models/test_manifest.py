@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.errors import BundleError
-from models.manifest import Latency, Manifest, Parity
+from models.manifest import Band, Latency, Manifest, Parity
 from tests.runtimes.bundles import engine_file, fitted, listed, manifest_of, onnx_file
 
 
@@ -21,7 +21,8 @@ def manifest(tmp_path: Path) -> Manifest:
         "latency": Latency(median_ms=3.0, p95_ms=4.0, batch=1, runtime="onnxruntime", machine="laptop"),
     }
     files = [onnx_file(tmp_path).model_copy(update=measured), engine_file(tmp_path)]
-    return manifest_of(files, thresholds=fitted(0.7, 0.2, per_class={"weapon": 0.3}), fidelity={"agreement": 0.99})
+    weapon = {"weapon": Band(block=0.3, allow=0.1, n_unsafe=40)}
+    return manifest_of(files, thresholds=(fitted(files[0], 0.7, 0.2, per_class=weapon),), fidelity={"agreement": 0.99})
 
 
 def stated(manifest: Manifest) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def test_what_is_no_json_object_is_refused(text: bytes, message: str) -> None:
 
 def test_a_number_that_is_none_is_refused(manifest: Manifest) -> None:
     text = manifest.to_json().replace('"alpha": 0.05', '"alpha": NaN')
-    with pytest.raises(BundleError, match=r"thresholds\.alpha"):
+    with pytest.raises(BundleError, match=r"thresholds\.0\.alpha"):
         Manifest.from_bytes(text.encode(), where="manifest.json")
 
 
@@ -110,10 +111,13 @@ def test_a_missing_and_a_giant_file_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_writer_states_is_checked_where_it_is_made(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="must not be above block"):
-        fitted(0.2, 0.7)
+        fitted(onnx_file(tmp_path), 0.2, 0.7)
     with pytest.raises(ValidationError, match="batch sizes must rise"):
         engine_file(tmp_path, min_batch=3)
     with pytest.raises(ValidationError, match="'engine' describes"):
         listed(tmp_path, "a.plan", b"", kind="engine", precision="fp16")
     with pytest.raises(ValidationError, match="classes that do not exist: gun"):
-        manifest_of([onnx_file(tmp_path)], thresholds=fitted(0.5, 0.5, per_class={"gun": 0.1}))
+        gun = {"gun": Band(block=0.1, allow=0.1, n_unsafe=40)}
+        manifest_of([onnx_file(tmp_path)], thresholds=(fitted(onnx_file(tmp_path), 0.5, 0.5, per_class=gun),))
+    with pytest.raises(ValidationError, match="fitted on another file than the bundle's"):
+        manifest_of([onnx_file(tmp_path)], thresholds=(fitted(engine_file(tmp_path), 0.5, 0.5),))

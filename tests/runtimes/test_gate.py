@@ -90,7 +90,7 @@ class Failing(FakeRunner):
 
     def __init__(self, what: Any = None, *, probs: Any = SAFE, embeddings: bool = False, checked: bool = True) -> None:
         super().__init__(PREPROCESSING, 3, probs=probs)
-        self.what, self.gives, self.checked = what, embeddings, checked
+        self.what, self.gives_embeddings, self.checked = what, embeddings, checked
         self.seen: list[Any] = []
         self.raw = np.array([probs], np.float32)
 
@@ -98,7 +98,7 @@ class Failing(FakeRunner):
         self.seen.append(rgb[0])
         happen(self.what)
         output = super().infer(rgb) if self.checked else GuardOutput(probs=self.raw, logits=self.raw)
-        if self.gives:
+        if embeddings:
             object.__setattr__(output, "embeddings", np.full((1, 4, 6), 7, np.float32))
         return output
 

@@ -13,7 +13,7 @@ from models.errors import BundleError, SafeVLMError
 from runtimes.fake_runner import FakeRunner
 from runtimes.judge import Guard, ImageSource
 from runtimes.runner import GuardOutput
-from tests.runtimes.bundles import BLUE, CLASSES, GREEN, PREPROCESSING, RED, fitted, picture, write_bundle
+from tests.runtimes.bundles import BLUE, CLASSES, GREEN, PREPROCESSING, RED, fitted, onnx_file, picture, write_bundle
 
 
 @pytest.fixture
@@ -114,7 +114,8 @@ def test_a_bug_is_not_taken_for_a_bad_picture() -> None:
 
 
 def test_fitted_thresholds_of_the_bundle_are_used(tmp_path: Path) -> None:
-    folder = write_bundle(tmp_path, thresholds=fitted(block=0.99999, allow=0.1))
+    thresholds = (fitted(onnx_file(tmp_path), block=0.99999, allow=0.1),)
+    folder = write_bundle(tmp_path, thresholds=thresholds)
     grey = Image.new("RGB", (8, 8), (128, 128, 128))
     with Guard.open(folder, threads=1) as guard:
         assert guard.judge([grey])[0].verdict == "unsure"

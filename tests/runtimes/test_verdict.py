@@ -7,9 +7,13 @@ import numpy.typing as npt
 import pytest
 
 from models.errors import InputError
-from models.manifest import Thresholds
+from models.manifest import Band, GuardFile
 from runtimes.verdict import decide, safe_index
 from tests.runtimes.bundles import CLASSES, fitted
+
+
+def listed_file() -> GuardFile:
+    return GuardFile(path="guard.fp32.onnx", sha256="a" * 64, bytes=1, kind="onnx", precision="fp32")
 
 
 def row(*values: float) -> npt.NDArray[np.float32]:
@@ -28,12 +32,14 @@ def test_unfitted_guards_block_from_one_half_up(safe: float, verdict: str) -> No
     ("safe", "verdict"), [(0.9, "allow"), (0.75, "unsure"), (0.5, "unsure"), (0.25, "block"), (0.1, "block")]
 )
 def test_fitted_thresholds_leave_a_band_unsure(safe: float, verdict: str) -> None:
-    assert decide(row(safe, 1 - safe, 0), CLASSES, fitted(block=0.75, allow=0.25)).verdict == verdict
+    thresholds = fitted(listed_file(), block=0.75, allow=0.25)
+    assert decide(row(safe, 1 - safe, 0), CLASSES, thresholds).verdict == verdict
 
 
 @pytest.mark.parametrize(("p", "verdict"), [(0.31, "block"), (0.29, "allow")])
-def test_a_class_can_have_a_lower_limit_of_its_own(p: float, verdict: str) -> None:
-    thresholds: Thresholds = fitted(block=0.9, allow=0.5, per_class={"drug": 0.3})
+def test_a_class_can_have_a_band_of_its_own(p: float, verdict: str) -> None:
+    drug = Band(block=0.3, allow=0.3, n_unsafe=50)
+    thresholds = fitted(listed_file(), block=0.9, allow=0.5, per_class={"drug": drug})
     assert decide(row(1 - p, 0, p), CLASSES, thresholds).verdict == verdict
     assert decide(row(1 - p, p, 0), CLASSES, thresholds).verdict == "allow"
 
