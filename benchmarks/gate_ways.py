@@ -184,7 +184,7 @@ def _passes(vlm: SafeVLM, runner: OnnxRuntimeRunner, call: Call) -> dict[str, in
             lambda _layer, given: saw("prefill" if given[0].shape[1] > 1 else "decode")
         ),
     ]
-    runner.infer = infer  # type: ignore[method-assign,assignment]
+    runner.infer = infer  # type: ignore[method-assign]
     try:
         call()
     finally:

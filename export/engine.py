@@ -18,18 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import PARTIAL, remove_abandoned, write_manifest
-from export.parity import TOLERANCES, Tolerance, check_parity
+from export.parity import TOLERANCES, Tolerance, check_embeddings, check_parity
 from export.tensorrt_builder import EngineOptions, Report, build_engine, builder_api
 from models.errors import BundleError
 from models.machine import machine_name
-from models.manifest import EngineInfo, GuardFile, Latency, Manifest, TensorSpec
+from models.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
 from runtimes.bundle import Bundle, sha256_of
 from runtimes.cuda import Gpu
-from runtimes.runner import GuardRunner
+from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "require_precisions"]
 
-Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 MakeRunner = Callable[[Bundle, GuardFile], GuardRunner]
 
@@ -81,7 +80,7 @@ def add_engine(
     options: EngineOptions,
     device: Device,
     images: Bytes,
-    reference: Floats,
+    reference: GuardOutput,
     make_runner: MakeRunner,
     *,
     timing_cache: Path | None = None,
@@ -89,9 +88,9 @@ def add_engine(
 ) -> Manifest:
     """Build an engine, compare it with ``reference``, time it and enter it into the bundle.
 
-    ``images`` (n × H × W × 3) and ``reference`` (n × C) are pictures and what ONNX Runtime says of them in
-    float32. The engine of the same precision, GPU and TensorRT is replaced. Until the last step the bundle is
-    as it was. Errors: those of :func:`build_engine`; ParityError.
+    ``images`` (n × H × W × 3) and ``reference`` are pictures and what ONNX Runtime says of them in float32, with
+    image embeddings where the bundle's guard gives them. The engine of the same precision, GPU and TensorRT is
+    replaced. Until the last step the bundle is as it was. Errors: those of :func:`build_engine`; ParityError.
     """
     info = _info(bundle, options, device)
     size = bundle.manifest.preprocessing
@@ -109,19 +108,30 @@ def add_engine(
             report=report,
         )
         report("comparing with ONNX Runtime and timing")
-        candidate = _entry(bundle, plan, options.precision, info)
+        candidate = _entry(bundle, plan, options.precision, info, _source(bundle, options, device))
         with make_runner(bundle, candidate) as runner:
-            parity = check_parity(
-                reference,
-                runner.infer(images).probs,
-                ENGINE_TOLERANCES[options.precision],
-                what=f"the {options.precision} engine",
-                reference="ONNX Runtime on the CPU with this bundle's fp32 file",
-                advice="Try --precision fp32, and please report this with the TensorRT version and the GPU.",
-            )
+            parity = _check(runner, images, reference, options.precision)
             latency = _time(runner, images[:1], device)
         entry = candidate.model_copy(update={"parity": parity, "latency": latency})
         return _enter(bundle.folder, entry, plan)
+
+
+def _check(runner: GuardRunner, images: Bytes, reference: GuardOutput, precision: str) -> Parity:
+    """Compare an engine's answers with ``reference``; ParityError when they differ too much."""
+    shared, tolerance, what = reference.embeddings is not None, ENGINE_TOLERANCES[precision], f"the {precision} engine"
+    found = runner.infer(images, embeddings=shared)
+    parity = check_parity(
+        reference.probs,
+        found.probs,
+        tolerance,
+        what=what,
+        reference="ONNX Runtime on the CPU with this bundle's fp32 file",
+        advice="Try --precision fp32, and please report this with the TensorRT version and the GPU.",
+    )
+    if reference.embeddings is None or found.embeddings is None:
+        return parity
+    delta = check_embeddings(reference.embeddings, found.embeddings, tolerance, what=what)
+    return parity.model_copy(update={"max_rel_embedding_delta": delta})
 
 
 def _source(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile:
@@ -152,7 +162,7 @@ def _info(bundle: Bundle, options: EngineOptions, device: Device) -> EngineInfo:
     )
 
 
-def _entry(bundle: Bundle, plan: Path, precision: str, info: EngineInfo) -> GuardFile:
+def _entry(bundle: Bundle, plan: Path, precision: str, info: EngineInfo, source: GuardFile) -> GuardFile:
     size, classes = bundle.manifest.preprocessing, len(bundle.manifest.classes)
     return GuardFile(
         path=plan.relative_to(bundle.folder).as_posix(),
@@ -161,7 +171,10 @@ def _entry(bundle: Bundle, plan: Path, precision: str, info: EngineInfo) -> Guar
         kind="engine",
         precision=precision,
         inputs=(TensorSpec(name="rgb", shape=("N", size.height, size.width, 3), dtype="uint8"),),
-        outputs=tuple(TensorSpec(name=name, shape=("N", classes), dtype="float32") for name in ("probs", "logits")),
+        outputs=(
+            *(TensorSpec(name=name, shape=("N", classes), dtype="float32") for name in ("probs", "logits")),
+            *(output for output in source.outputs if output.name == "embeddings"),
+        ),
         engine=info,
     )
 

@@ -31,6 +31,7 @@ from models.manifest import Manifest
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.cuda import current_gpu, load_cuda
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.runner import GuardOutput
 from runtimes.tensorrt_runner import TensorRTRunner, import_tensorrt
 
 if TYPE_CHECKING:
@@ -134,13 +135,21 @@ def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = Fals
     return shlex.join(str(word) for word in words)
 
 
-def _reference(bundle: Bundle, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the probabilities of the fp32 file on the CPU, n × C: a GPU might use TensorFloat-32."""
+def _reference(bundle: Bundle, images: NDArray[np.uint8]) -> GuardOutput:
+    """Return all that the fp32 file gives, on the CPU: a GPU might use TensorFloat-32."""
     file = bundle.file("fp32")
     with OnnxRuntimeRunner(bundle, file, providers=["CPUExecutionProvider"]) as runner:
-        return np.concatenate(
-            [runner.infer(images[start : start + _BATCH]).probs for start in range(0, len(images), _BATCH)]
-        )
+        shared = runner.gives_embeddings
+        parts = [
+            runner.infer(images[start : start + _BATCH], embeddings=shared) for start in range(0, len(images), _BATCH)
+        ]
+    return GuardOutput(
+        probs=np.concatenate([part.probs for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        embeddings=np.concatenate([part.embeddings for part in parts if part.embeddings is not None])
+        if shared
+        else None,
+    )
 
 
 def _reason(error: InputError) -> str:

@@ -80,17 +80,16 @@ class GuardRunner(abc.ABC):
     def infer(self, rgb: npt.NDArray[np.uint8], *, embeddings: bool = False) -> GuardOutput:
         """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
 
-        Raises InputError for another type or shape or for embeddings that this runner does not give,
-        SafeVLMError for an answer that is not N rows of finite
-        probabilities that sum to 1.
+        Raises InputError for another type or shape or for embeddings that this runner does not give, SafeVLMError
+        for an answer that is not N rows of finite probabilities that sum to 1.
         """
         if not self._active:
             raise SafeVLMError(f"{type(self).__name__} is not active: enter it with `with` or activate()")
         self._check_input(rgb)
         if embeddings and not self.gives_embeddings:
             raise InputError(
-                f"this guard on {self.runtime} gives no image embeddings: export it with --embeddings and run it on "
-                "ONNX Runtime"
+                f"this guard on {self.runtime} gives no image embeddings: export it with --embeddings, and run it on "
+                "ONNX Runtime or on a TensorRT engine built of that export"
             )
         rgb = np.ascontiguousarray(rgb)
         output = self._run_sharing(rgb) if embeddings else self._run(rgb)

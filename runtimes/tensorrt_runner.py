@@ -6,6 +6,7 @@ API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api (``
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from runtimes.runner import GuardOutput, GuardRunner
 __all__ = ["TensorRTRunner", "engine_mismatch", "import_tensorrt", "usable_engine"]
 
 PURPOSE = "judging with TensorRT"
-INPUT, OUTPUTS = "rgb", ("probs", "logits")
+INPUT, OUTPUTS, EMBEDDINGS = "rgb", ("probs", "logits"), "embeddings"
 
 
 def import_tensorrt() -> Any:
@@ -86,6 +87,8 @@ class TensorRTRunner(GuardRunner):
         self._engine: Any = None
         self._context: Any = None
         self._least, self._most = 1, 1
+        self._widths: dict[str, tuple[int, ...]] = {}
+        """Shape of each output without its batch."""
 
     def _activate(self) -> None:
         trt = import_tensorrt()
@@ -116,40 +119,44 @@ class TensorRTRunner(GuardRunner):
             self._cuda.call("cudaStreamDestroy", stream)
 
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        parts = [self._run_part(rgb[start : start + self._most]) for start in range(0, len(rgb), self._most)]
-        return GuardOutput(
-            probs=np.concatenate([part.probs for part in parts]),
-            logits=np.concatenate([part.logits for part in parts]),
-        )
+        return self._run_parts(rgb, OUTPUTS)
 
-    def _run_part(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        """Judge at most the profile's largest batch."""
+    def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        return self._run_parts(rgb, (*OUTPUTS, EMBEDDINGS))
+
+    def _run_parts(self, rgb: npt.NDArray[np.uint8], outputs: tuple[str, ...]) -> GuardOutput:
+        parts = [self._run_part(rgb[start : start + self._most], outputs) for start in range(0, len(rgb), self._most)]
+        return GuardOutput(**{name: np.concatenate([part[name] for part in parts]) for name in outputs})
+
+    def _run_part(self, rgb: npt.NDArray[np.uint8], outputs: tuple[str, ...]) -> dict[str, npt.NDArray[np.float32]]:
+        """Judge at most the profile's largest batch; copy only ``outputs`` back from the GPU."""
         if len(rgb) < self._least:
             raise InputError(
                 f"this engine takes {self._least} to {self._most} pictures at once, not {len(rgb)}: build "
                 f"one from 1 up with `{_rebuild(self.bundle)}`"
             )
-        assert self._cuda is not None and self.class_count is not None
+        assert self._cuda is not None
         if not self._context.set_input_shape(INPUT, rgb.shape):
             raise SafeVLMError(f"TensorRT refused an input of shape {rgb.shape}")
-        shape = (len(rgb), self.class_count)
-        for name in OUTPUTS:
+        shapes = {name: (len(rgb), *width) for name, width in self._widths.items()}
+        for name, shape in shapes.items():
             if (stated := tuple(self._context.get_tensor_shape(name))) != shape:
                 raise SafeVLMError(f"TensorRT gives {name} the shape {stated}, not {shape}")
         self._cuda.to_device(self._pointer(INPUT), rgb.ctypes.data, rgb.nbytes, self._stream)
         if not self._context.execute_async_v3(int(self._stream)):
             raise SafeVLMError("TensorRT could not queue the guard; its log above says why")
-        results = {name: np.empty(shape, np.float32) for name in OUTPUTS}
+        results = {name: np.empty(shapes[name], np.float32) for name in outputs}
         for name, result in results.items():
             self._cuda.to_host(result.ctypes.data, self._pointer(name), result.nbytes, self._stream)
         self._cuda.call("cudaStreamSynchronize", self._stream)
-        return GuardOutput(**results)
+        return results
 
     def _check_tensors(self, trt: Any) -> None:
-        """Compare the engine's tensors with the contract: uint8 in, float32 out."""
+        """Compare the engine's tensors with the contract, uint8 in and float32 out, and note the outputs' shapes."""
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         found = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))).name for name in names}
-        wanted = {INPUT: "uint8"} | dict.fromkeys(OUTPUTS, "float32")
+        outputs = (*OUTPUTS, EMBEDDINGS) if EMBEDDINGS in names else OUTPUTS
+        wanted = {INPUT: "uint8"} | dict.fromkeys(outputs, "float32")
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         inputs = [name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT]
         if found != wanted or inputs != [INPUT]:
@@ -157,11 +164,23 @@ class TensorRTRunner(GuardRunner):
                 f"a guard engine has {wanted}; this one has {found}, of which {inputs} are inputs. "
                 f"Build it again: {_rebuild(self.bundle)}"
             )
+        assert self.class_count is not None
+        self._widths = dict.fromkeys(OUTPUTS, (self.class_count,))
+        self.gives_embeddings = EMBEDDINGS in names
+        if self.gives_embeddings:
+            _, *width = self._engine.get_tensor_shape(EMBEDDINGS)
+            if len(width) != 2 or min(width) < 1:
+                raise BundleError(
+                    f"a guard engine gives embeddings of N x T x D with T and D fixed; this one states N x "
+                    f"{' x '.join(map(str, width))}. Build it again: {_rebuild(self.bundle)}"
+                )
+            self._widths[EMBEDDINGS] = tuple(map(int, width))
 
     def _allocate(self) -> None:
-        assert self._cuda is not None and self.class_count is not None
+        assert self._cuda is not None
         picture = self.preprocessing.height * self.preprocessing.width * 3
-        sizes = {INPUT: picture * self._most} | dict.fromkeys(OUTPUTS, 4 * self.class_count * self._most)
+        sizes = {INPUT: picture * self._most}
+        sizes |= {name: 4 * math.prod(width) * self._most for name, width in self._widths.items()}
         for name, size in sizes.items():
             self._buffers[name] = DeviceBuffer(self._cuda, size)
             if not self._context.set_tensor_address(name, self._pointer(name)):

@@ -161,7 +161,7 @@ def test_which_head_is_found(tmp_path: Path) -> None:
     assert find_head(checkpoint, HeadRequest()) is None
     exact = open_checkpoint(str(written.folder), tap="projector")
     assert find_head(exact, HeadRequest(images="anything")) is None
-    with pytest.raises(GuardHeadError, match="split off exactly.*Leave --guard out"):
+    with pytest.raises(GuardHeadError, match=r"split off exactly.*Leave --guard out"):
         find_head(exact, HeadRequest(guard=file))
     with pytest.raises(InputError, match="--labels"):
         HeadRequest(guard=file, labels=file)

@@ -31,7 +31,7 @@ from models.errors import (
     ParityError,
     SafeVLMError,
 )
-from models.manifest import GuardFile, Manifest, Source, Tap, TensorSpec
+from models.manifest import GuardFile, Head, Manifest, Source, Tap, TensorSpec
 from models.preprocessing import Preprocessing
 from runtimes.bundle import Bundle, open_bundle, sha256_of
 from runtimes.cuda import Gpu
@@ -103,6 +103,7 @@ def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16")) -
         tool_version="0",
         source=Source(checkpoint="tiny-safegem", sha256="0" * 64, family="gemma3"),
         tap=Tap(source="projector", pooling="mean", tokens="image", learned="declared"),
+        head=Head(kind="exact", reads="projector", pooling="mean", widths=(16, CLASSES)),
         classes=("safe", "one", "two", "three"),
         preprocessing=Preprocessing(
             height=SIDE, width=SIDE, fit="squash", filter="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)

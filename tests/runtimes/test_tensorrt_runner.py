@@ -20,6 +20,8 @@ from runtimes.select import select_runner
 from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
 from tests.runtimes.bundles import SIZE, engine_file, write_bundle
 
+EMBEDDING = (6, 2)
+"""T x D."""
 RGB = np.random.default_rng(1).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8)
 
 
@@ -91,7 +93,7 @@ class FakeContext:
         return name == "rgb" and shape[0] <= self.most
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.shape[0], 3)
+        return (self.shape[0], *EMBEDDING) if name == "embeddings" else (self.shape[0], 3)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -106,17 +108,27 @@ class FakeContext:
         for name, values in (("probs", probs), ("logits", logits)):
             result = values.astype(np.float32).tobytes()
             ctypes.memmove(self.addresses[name], result, len(result))
+        if "embeddings" in self.addresses:
+            tokens = np.repeat(logits, 4, axis=1).reshape(count, *EMBEDDING).astype(np.float32).tobytes()
+            ctypes.memmove(self.addresses["embeddings"], tokens, len(tokens))
         return True
 
 
 class FakeEngine:
-    num_io_tensors = 3
-    names = ("rgb", "probs", "logits")
+    names: tuple[str, ...] = ("rgb", "probs", "logits")
+    embedding: tuple[int, ...] = (-1, *EMBEDDING)
     least, most = 1, 4
     input_type: Any = np.uint8
 
     def __init__(self) -> None:
         self.context = FakeContext(self.most)
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.embedding if name == "embeddings" else (-1, 3)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -183,6 +195,43 @@ def test_a_batch_above_the_profile_is_judged_in_parts(engine: FakeEngine, write:
         output = runner.infer(RGB)
     assert engine.context.batches == [4, 3]
     assert np.abs(output.logits - RGB.reshape(7, -1, 3).mean(axis=1) / 255).max() < 1e-6
+
+
+def test_a_shared_tower_gives_embeddings_when_asked_and_copies_none_otherwise(
+    engine: FakeEngine, cuda: FakeCuda, write: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "names", ("rgb", "probs", "logits", "embeddings"))
+    copied: list[int] = []
+    copy = cuda.cudaMemcpyAsync
+
+    def counted(*call: int) -> tuple[int]:
+        copied.append(call[2])
+        return copy(*call)
+
+    monkeypatch.setattr(cuda, "cudaMemcpyAsync", counted)
+    with TensorRTRunner(write()) as runner:
+        plain, without = runner.infer(RGB[:2]), sum(copied)
+        copied.clear()
+        shared, with_them = runner.infer(RGB, embeddings=True), sum(copied)
+    means = RGB.reshape(7, -1, 3).mean(axis=1) / 255
+    assert plain.embeddings is None and without == 2 * (SIZE * SIZE * 3 + 2 * 3 * 4)
+    assert shared.embeddings is not None and shared.embeddings.shape == (7, *EMBEDDING)
+    assert np.abs(shared.embeddings.reshape(7, 3, 4) - means[:, :, None]).max() < 1e-6
+    assert with_them == 7 * (SIZE * SIZE * 3 + 2 * 3 * 4 + 12 * 4)
+    assert not cuda.held
+
+
+def test_embeddings_that_an_engine_has_not_or_leaves_open_are_refused(
+    engine: FakeEngine, cuda: FakeCuda, write: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write()
+    with TensorRTRunner(bundle) as runner, pytest.raises(InputError, match="export it with --embeddings"):
+        runner.infer(RGB[:1], embeddings=True)
+    monkeypatch.setattr(FakeEngine, "names", ("rgb", "probs", "logits", "embeddings"))
+    monkeypatch.setattr(FakeEngine, "embedding", (-1, -1, 2))
+    with pytest.raises(BundleError, match=r"T and D fixed; this one states N x -1 x 2"):
+        TensorRTRunner(bundle).activate()
+    assert not cuda.held
 
 
 def test_everything_is_given_back_also_when_activation_fails(
