@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from export.heads import HeadRequest
 from export.onnx import export_with_progress
-from export.options import PARITY_IMAGES, print_manifest
+from export.options import PARITY_IMAGES, print_manifest, source_options
 from models.checkpoint import open_checkpoint
 from models.commandline import run
 from models.holisafe_mini.scene import draw
@@ -115,7 +115,7 @@ def main(out: Path) -> int:
     manifest = export_with_progress(
         checkpoint, out / "bundle", HeadRequest(), precisions=("fp32",), parity_images=PARITY_IMAGES
     )
-    print_manifest(manifest, out / "bundle", as_json=False)
+    print_manifest(manifest, out / "bundle", source_options(MODEL), as_json=False)
     with Guard.open(out / "bundle") as guard:
         judgements = guard.judge([path for path, _ in drawn])
     shown = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,14 +20,17 @@ from models.errors import InputError
 from models.family import TapSource
 from models.preprocessing import Preprocessing
 from runtimes.bundle import open_bundle
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import GuardRunner
 
 __all__ = ["Device", "Peer", "Runtime", "Subject", "measure", "random_images"]
 
 Runtime = Literal["torch", "onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu"]
+Work = Literal["guard", "shared", "vision"]
 CUDA_DRIVER = "libcuda.so.1"
 NAMES: Mapping[Runtime, str] = {"torch": "torch eager", "onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+WORK: Mapping[Work, str] = {"guard": "", "shared": ", guard with embeddings", "vision": ", vision tower alone"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,28 +50,52 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One way to run the guard. ``bundle`` is the folder of its file, ``given`` when the caller named it."""
+    """One way to run the guard. ``path`` is its file in the folder ``bundle``, ``given`` when the caller named that.
+
+    ``work`` is what it computes: a guard's probabilities, these and the image embeddings, or embeddings alone.
+    """
 
     runtime: Runtime
     precision: str
     device: Device = "cpu"
     bundle: str | None = None
     given: bool = False
+    path: str | None = None
+    work: Work = "guard"
 
     @property
     def title(self) -> str:
-        """The runtime's name, with the bundle's where the caller gave one."""
-        return f"{NAMES[self.runtime]} ({self.bundle})" if self.given else NAMES[self.runtime]
+        """The runtime's name, with the bundle's where the caller gave one, and its work where it is not the guard's."""
+        name = NAMES[self.runtime] + WORK[self.work]
+        return f"{name} ({self.bundle})" if self.given else name
+
+
+class VisionTower(OnnxRuntimeRunner):
+    """A vision tower and projector without a guard: what a guard that shares them is compared with."""
+
+    outputs = ("embeddings",)
+
+    def embed(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return image embeddings N x T x D of uint8 N x H x W x 3."""
+        return np.asarray(self.session.run(list(self.outputs), {"rgb": rgb})[0])
 
 
 def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Load one peer and time it, smallest batch first; answer after every batch size.
 
     An answer has ``batch``, ``times_ms`` (one a run, the first run of a batch size is not counted),
-    ``peak_rss_bytes`` of the process so far, the load included, and the ``probs`` (N × C) that it gave; or ``batch``
+    ``peak_rss_bytes`` of the process so far, the load included, and the ``probs`` (N × C) that it gave (None for a
+    vision tower); or ``batch``
     and ``skipped``, the reason, where the growth in the batch before says that memory will not suffice.
     """
-    with _open_runner(Peer(**request["peer"]), Subject(**request["subject"]), request["threads"]) as runner:
+    peer = Peer(**request["peer"])
+    with _open_runner(peer, Subject(**request["subject"]), request["threads"]) as runner:
+
+        def call(rgb: NDArray[np.uint8]) -> Any:
+            if isinstance(runner, VisionTower):
+                return runner.embed(rgb)
+            return runner.infer(rgb, embeddings=peer.work == "shared").probs
+
         images = random_images(runner.preprocessing, max(request["batches"]), request["seed"])
         while_loading = peak_rss()
         restart_peak()
@@ -78,12 +105,13 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             if lacking is not None:
                 yield {"batch": batch, "skipped": f"batch {batch} {lacking}"}
                 continue
-            probs = runner.infer(images[:batch]).probs
-            times = _times_ms(runner, images[:batch], request["repeats"], request["seconds"])
+            found = call(images[:batch])
+            probs = None if peer.work == "vision" else found.tolist()
+            times = _times_ms(call, images[:batch], request["repeats"], request["seconds"])
             peak = peak_rss()
             an_image = (peak - loaded) // batch
             highest = max(peak, while_loading)
-            yield {"batch": batch, "times_ms": times, "peak_rss_bytes": highest, "probs": probs.tolist()}
+            yield {"batch": batch, "times_ms": times, "peak_rss_bytes": highest, "probs": probs}
 
 
 def _lacking_memory(needed: int) -> str | None:
@@ -100,13 +128,15 @@ def random_images(preprocessing: Preprocessing, count: int, seed: int) -> NDArra
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _times_ms(runner: GuardRunner, images: NDArray[np.uint8], repeats: int, seconds: float) -> list[float]:
+def _times_ms(
+    call: Callable[[NDArray[np.uint8]], object], images: NDArray[np.uint8], repeats: int, seconds: float
+) -> list[float]:
     """Time at most ``repeats`` runs, none begun after ``seconds``, at least one."""
     times: list[float] = []
     started = time.perf_counter()
     while not times or (len(times) < repeats and time.perf_counter() - started < seconds):
         begun = time.perf_counter()
-        runner.infer(images)
+        call(images)
         times.append((time.perf_counter() - begun) * 1000)
     return times
 
@@ -118,10 +148,9 @@ def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
     assert peer.bundle is not None
     bundle = open_bundle(peer.bundle, verify=False)
     if peer.runtime == "onnxruntime":
-        from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-
-        file = bundle.file(peer.precision)
-        return OnnxRuntimeRunner(bundle, file, threads, providers=["CPUExecutionProvider"])
+        kind = VisionTower if peer.work == "vision" else OnnxRuntimeRunner
+        file = next(file for file in bundle.manifest.files if file.path == peer.path)
+        return kind(bundle, file, threads, providers=["CPUExecutionProvider"])
     from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
 
     return TensorRTRunner(bundle, usable_engine(bundle, peer.precision))

@@ -5,7 +5,8 @@ Shapes: N images, H × W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.guard_peers import Subject, random_images
+from benchmarks.guard_peers import Subject, Work, random_images
 from benchmarks.random_guard import build_random_guard
 from benchmarks.shapes import find_shape
 from export.bundle import write_manifest
-from export.graph import PRECISIONS, Precision, build_graph
+from export.graph import PRECISIONS, GuardGraph, Precision, VisionGraph, build_graph, build_vision_graph
 from export.parts import write_onnx
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
@@ -51,7 +52,13 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         "stored_bytes": stored,
         "stored_as": counted,
     }
-    write_scratch_bundle(guard, request["subject"]["name"], request["precisions"], Path(request["folder"]))
+    write_scratch_bundle(
+        guard,
+        request["subject"]["name"],
+        request["precisions"],
+        Path(request["folder"]),
+        works=("guard", "shared", "vision") if request["embeddings"] else ("guard",),
+    )
     yield answer
 
 
@@ -85,13 +92,25 @@ def _check_same_size(size: Preprocessing, folder: str) -> None:
         )
 
 
-def write_scratch_bundle(guard: GuardModel, name: str, precisions: list[Precision], folder: Path) -> None:
-    """Write the guard's ONNX files and a manifest, unhashed: for a process that opens it with ``verify=False``."""
+def write_scratch_bundle(
+    guard: GuardModel,
+    name: str,
+    precisions: Sequence[Precision],
+    folder: Path,
+    *,
+    works: Sequence[Work] = ("guard",),
+) -> None:
+    """Write ONNX files and a manifest, unhashed: for a process that opens it with ``verify=False``.
+
+    The first file of a precision does the first of ``works``.
+    """
     example = random_images(guard.preprocessing, 2, seed=0)
     files: list[GuardFile] = []
-    for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: it halves the guard's own weights
-        path = folder / f"guard.{precision}.onnx"
-        write_onnx(build_graph(guard, precision), example, path)
+    in_order = sorted(precisions, key=PRECISIONS.index)  # fp16 last: it halves the guard's own weights
+    for precision, work in itertools.product(in_order, works):
+        path = folder / f"{work}.{precision}.onnx"
+        graph = _graph(guard, precision, work)
+        write_onnx(graph, example, path)
         written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
         files += [
             GuardFile.model_validate(
@@ -101,6 +120,11 @@ def write_scratch_bundle(guard: GuardModel, name: str, precisions: list[Precisio
                     "bytes": file.stat().st_size,
                     "kind": kind,
                     "precision": precision,
+                    "role": "vision" if work == "vision" else "guard",
+                    "outputs": [
+                        {"name": output, "shape": ("N",), "dtype": "float32"}
+                        for output in (graph.outputs if kind == "onnx" else ())
+                    ],
                 }
             )
             for file, kind in written
@@ -118,6 +142,12 @@ def write_scratch_bundle(guard: GuardModel, name: str, precisions: list[Precisio
         default_file=files[0].path,
     )
     write_manifest(folder, manifest)
+
+
+def _graph(guard: GuardModel, precision: Precision, work: Work) -> GuardGraph | VisionGraph:
+    if work == "vision":
+        return build_vision_graph(guard.vision, guard.family.key, precision)
+    return build_graph(guard, precision, embeddings=work == "shared")
 
 
 class ReferenceRunner(GuardRunner):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.guard_peers import Device, Peer, Runtime, Subject
+from benchmarks.guard_peers import Device, Peer, Runtime, Subject, Work
 from benchmarks.isolation import Outcome, run_isolated
 from models.errors import EngineUnavailableError, InputError, SafeVLMError
 from models.machine import core_count
@@ -50,6 +50,8 @@ class SpeedOptions:
     seconds: float = 5.0
     threads: int = field(default_factory=core_count)
     seed: int = 0
+    embeddings: bool = False
+    """Measure, too, the guard that gives image embeddings and the vision tower without a guard."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "repeats", "threads"):
@@ -90,6 +92,8 @@ class Row:
     precision: str
     device: str
     batch: int
+    work: Work
+    """``guard``; ``shared``: with image embeddings; ``vision``: embeddings alone."""
     weights: Literal["random", "checkpoint"]
     status: Status
     reason: str | None = None
@@ -171,6 +175,7 @@ def _prepare(subject: Subject, options: SpeedOptions, given: Bundle | None, scra
         "precisions": options.precisions,
         "bundle": None if given is None else str(given.folder),
         "folder": scratch,
+        "embeddings": options.embeddings,
     }
     outcome = run_isolated("benchmarks.guard_source:prepare", request, threads=options.threads)
     if outcome.problem is not None:
@@ -198,7 +203,7 @@ def _peers(guard: Mapping[str, Any], scratch: Bundle, given: Bundle | None, engi
             peers += [_file_peer(bundle, file, bundle is given) for file in files]
     built = {file.precision for file in scratch.files("engine")}
     for file in scratch.files("onnx"):
-        if file.precision not in built:
+        if file.precision not in built and _work(file) == "guard":
             missing = Peer(runtime="tensorrt", precision=file.precision, device="gpu", bundle=str(scratch.folder))
             problem = engines.problem or "this TensorRT builds it from the fp32 file: add fp32 to --precision"
             peers.append(_Measured(missing, None, problem=problem, exit_code=engines.exit_code or 2))
@@ -214,8 +219,16 @@ def _file_peer(bundle: Bundle, file: GuardFile, given: bool) -> _Measured:
         device="gpu" if runtime == "tensorrt" else "cpu",
         bundle=str(bundle.folder),
         given=given,
+        path=file.path,
+        work=_work(file),
     )
     return _Measured(peer, file.bytes + sum(beside))
+
+
+def _work(file: GuardFile) -> Work:
+    if file.role == "vision":
+        return "vision"
+    return "shared" if any(output.name == "embeddings" for output in file.outputs) else "guard"
 
 
 def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[_Measured], report: Report) -> None:
@@ -251,6 +264,7 @@ def _row(subject: Subject, measured: _Measured, batch: int, baselines: Mapping[D
         precision=peer.precision,
         device=peer.device,
         batch=batch,
+        work=peer.work,
         weights="random" if subject.random else "checkpoint",
         status="unavailable" if unavailable else "failed",
         reason=measured.skipped.get(batch, measured.problem),
@@ -288,6 +302,8 @@ def _latency(rounds: Sequence[Mapping[str, Any]], batch: int) -> Latency:
 
 
 def _delta(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """Return the largest difference of a probability; None between guards of different classes."""
+    """Return the largest difference of a probability; None between guards of different classes, and of a tower."""
+    if other["probs"] is None:
+        return None
     probs, others = np.array(one["probs"]), np.array(other["probs"])
     return float(np.abs(probs - others).max()) if probs.shape == others.shape else None

@@ -126,8 +126,24 @@ def guard_table(speed: GuardSpeed) -> list[str]:
     rows += [_cells(row) for row in speed.rows if row.latency is not None]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join(_aligned(cells, widths)).rstrip() for cells in rows]
+    lines += _shared_cost(speed.rows)
     reasons = [_reason(row) for row in speed.rows if row.reason is not None]
     return [*lines, "", *dict.fromkeys(reasons)] if reasons else lines
+
+
+def _shared_cost(rows: Sequence[Row]) -> list[str]:
+    """Say what the guard adds to a vision tower that has to run anyway."""
+    alone = {
+        (row.precision, row.batch): row.latency.median_ms
+        for row in rows
+        if row.work == "vision" and row.latency is not None
+    }
+    return [
+        f"guard on a shared tower, {row.precision}, batch {row.batch}: "
+        f"{row.latency.median_ms / alone[row.precision, row.batch] - 1:+.1%} over the vision tower alone"
+        for row in rows
+        if row.work == "shared" and row.latency is not None and (row.precision, row.batch) in alone
+    ]
 
 
 def _reason(row: Row) -> str:
@@ -182,6 +198,7 @@ def main() -> None:
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure the files of this guard bundle, too.")
 @click.option("--precision", default="fp32", show_default=True, help="Of the exported file: fp32, fp16 or fp32,fp16.")
 @click.option("--batch", "batches", type=int, multiple=True, default=SpeedOptions.batches, show_default=True)
+@click.option("--embeddings", is_flag=True, help="Measure a shared vision tower, too, and the tower without a guard.")
 @click.option("--rounds", type=int, default=SpeedOptions.rounds, show_default=True, help="Turns of each peer.")
 @click.option("--repeats", type=int, default=SpeedOptions.repeats, show_default=True, help="Most runs a round.")
 @click.option("--seconds", type=float, default=SpeedOptions.seconds, show_default=True, help="No run begins after.")
@@ -198,6 +215,7 @@ def guard(
     bundle: Path | None,
     precision: str,
     batches: tuple[int, ...],
+    embeddings: bool,
     rounds: int,
     repeats: int,
     seconds: float,
@@ -215,6 +233,7 @@ def guard(
     options = SpeedOptions(
         batches=batches,
         precisions=tuple(precision.split(",")),
+        embeddings=embeddings,
         rounds=rounds,
         repeats=repeats,
         seconds=seconds,

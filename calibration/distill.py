@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.fidelity import fidelity
-from calibration.labels import read_labels
+from calibration.labels import content_of, read_labels
 from calibration.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
 from calibration.student import Fit, Split, fit_head, split_by_content
 from calibration.teacher import Lesson, teach
@@ -197,10 +197,11 @@ def _check(found: dict[str, Any], lesson: Lesson, split: Split, checkpoint: Chec
 
 def _labels(read: Pictures, path: Path, checkpoint: Checkpoint) -> NDArray[np.int64]:
     """Return the true class of each picture, -1 where the labels file has none."""
-    known = {str(image.path): image.label for image in read_labels(path, checkpoint.classes).images}
-    found = np.array([known.get(str(Path(name).resolve()), -1) for name in read.names], dtype=np.int64)
+    known = {content_of(image.path): image.label for image in read_labels(path, checkpoint.classes).images}
+    files = (Path(name) for name in read.names)
+    found = np.array([known.get(content_of(file), -1) if file.is_file() else -1 for file in files], dtype=np.int64)
     if not (found >= 0).any():
-        raise InputError(f"{path} labels none of the {len(read)} pictures. Its paths must lead to the same files.")
+        raise InputError(f"{path} labels none of the {len(read)} pictures. Its paths must lead to the same pictures.")
     return found
 
 

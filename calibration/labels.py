@@ -14,7 +14,7 @@ from typing import Any
 
 from models.errors import InputError
 
-__all__ = ["LabelledImage", "Labels", "read_labels"]
+__all__ = ["LabelledImage", "Labels", "content_of", "read_labels"]
 
 LABEL_FIELDS = ("label", "image_safety_label")
 SHOWN = 5
@@ -67,12 +67,17 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     return _by_content(found, hashlib.sha256(content).hexdigest())
 
 
+def content_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes. Errors: OSError."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _by_content(found: Mapping[Path, set[int]], sha256: str) -> Labels:
     """Bring files of the same content together."""
     same: dict[str, list[Path]] = defaultdict(list)
     try:
         for path in found:
-            same[hashlib.sha256(path.read_bytes()).hexdigest()].append(path)
+            same[content_of(path)].append(path)
     except OSError as error:
         raise InputError(f"image {error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
     images, contradictory, duplicates = [], [], 0

@@ -78,7 +78,7 @@ def fit_bundle(
     if not bundle.manifest.source.standalone:
         raise BundleError(
             f"{bundle.folder} holds the exact parts of a guard (standalone: false), which judge around a language "
-            f"model. Make it standalone first: python -m export.onnx --model {bundle.manifest.source.checkpoint} "
+            f"model. Make it standalone first: python -m export.onnx {bundle.manifest.source.model_option} "
             f"--out {bundle.folder} --images DIR"
         )
     classes = bundle.manifest.classes

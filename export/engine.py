@@ -58,12 +58,10 @@ def require_precisions(bundle: Bundle, precisions: set[str]) -> None:
     there = {file.precision for file in bundle.files("onnx")}
     missing = sorted(precisions - there)
     if missing:
-        source = bundle.manifest.source
-        revision = f" --revision {source.revision}" if source.revision else ""
         raise BundleError(
             f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (there is: "
             f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
-            f"again: python -m export.onnx --model {source.checkpoint}{revision} --out {bundle.folder} "
+            f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
             "--precision fp32,fp16"
         )
 
@@ -208,13 +206,16 @@ def _enter(folder: Path, entry: GuardFile, plan: Path) -> Manifest:
     kept = tuple(file for file in manifest.files if file not in replaced)
     path = _plan_path(entry, {file.path for file in kept})
     entry = entry.model_copy(update={"path": path})
+    gone = {file.path for file in replaced}  # thresholds were fitted for these very files
+    thresholds = tuple(fitted for fitted in manifest.thresholds or () if fitted.file not in gone) or None
     if replaced:
         onnx = next(file.path for file in kept if file.kind == "onnx")
         default = onnx if manifest.default_file not in {file.path for file in kept} else manifest.default_file
-        write_manifest(folder, _with(manifest, files=kept, default_file=default))
+        write_manifest(folder, _with(manifest, files=kept, default_file=default, thresholds=thresholds))
     (folder / path).parent.mkdir(exist_ok=True)
     plan.replace(folder / path)
-    manifest = _with(manifest, files=(*kept, entry), default_file=_default(manifest, replaced, path))
+    default = _default(manifest, replaced, path)
+    manifest = _with(manifest, files=(*kept, entry), default_file=default, thresholds=thresholds)
     write_manifest(folder, manifest)
     for file in replaced:
         if file.path != path:

@@ -36,6 +36,10 @@ class HeadRequest:
     def __post_init__(self) -> None:
         if self.guard is not None and self.labels is not None:
             raise InputError("--labels reports on a head that is being distilled; --guard gives a finished one.")
+        if self.guard is not None and self.images is not None and self.folder is None:
+            raise InputError(
+                f"--images {self.images} distils a head; --guard gives a finished one. Leave one of them out."
+            )
 
     @property
     def folder(self) -> Path | None:
@@ -59,6 +63,12 @@ def find_head(
             raise GuardHeadError(
                 f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly; "
                 "a distilled head could only be worse. Leave --guard out."
+            )
+        if request.labels is not None or (request.images is not None and request.folder is None):
+            unused = "--labels" if request.labels is not None else f"--images {request.images}"
+            raise InputError(
+                f"{checkpoint.name}: its guard is split off exactly and nothing is distilled, so {unused} has no use. "
+                "Leave it out; --images FOLDER chooses the pictures that parity is checked on."
             )
         return None
     if request.guard is not None:

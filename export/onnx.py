@@ -21,7 +21,7 @@ from export.bundle import bundle_draft, check_destination, write_manifest
 from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
 from export.heads import HeadRequest, find_head
 from export.images import parity_images
-from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest
+from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.parts import Part, batches, export_part
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, run
@@ -256,7 +256,7 @@ def main(
         parity_images=parity_images,
         embeddings=embeddings,
     )
-    print_manifest(manifest, out, as_json=as_json)
+    print_manifest(manifest, out, source_options(model, revision=revision, tap=tap, grid=grid), as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from models.manifest import Manifest, Parity
 
-__all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest"]
+__all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest", "source_options"]
 
 PARITY_IMAGES = 24
 """Pictures that an export is checked on, unless told otherwise."""
@@ -59,8 +60,8 @@ def model_options(*, required: bool) -> Callable[[Callable[..., None]], Callable
     return lambda function: model(out(function))
 
 
-def print_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
-    """Say what was written."""
+def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as_json: bool) -> None:
+    """Say what was written; ``again`` are the options that open the same checkpoint in the same way."""
     if as_json:
         click.echo(json.dumps({"bundle": str(out), "manifest": manifest.model_dump(mode="json")}, indent=2))
         return
@@ -73,10 +74,10 @@ def print_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
             line += f"  {file.latency.median_ms:.1f} ms an image ({file.latency.runtime})"
         click.echo(line)
     if not manifest.source.standalone:
-        click.echo("\n".join(_split_note(manifest, out)))
+        click.echo("\n".join(_split_note(again, out)))
         return
-    if manifest.fidelity is not None:
-        click.echo(_fidelity(manifest.fidelity))
+    if manifest.fidelity is not None and "test" in manifest.fidelity:  # a head made elsewhere may state other things
+        click.echo(_fidelity(manifest.fidelity["test"]))
     click.echo(f"next: python -m runtimes.check {out} IMAGE...")
 
 
@@ -89,21 +90,27 @@ def _parity(parity: Parity) -> str:
     return f"{', '.join(parts)} on {parity.images} images"
 
 
-def _fidelity(fidelity: Mapping[str, Any]) -> str:
-    test = fidelity["test"]
+def _fidelity(test: Mapping[str, Any]) -> str:
     agreement, auroc = test["agreement"], test["auroc"]
     line = f"distilled head: same class as the exact guard on {agreement['value']:.1%} of {test['n']} held-out pictures"
     line += f" (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%})"
     return line if auroc["value"] is None else f"{line}, AUROC {auroc['value']:.4f}"
 
 
-def _split_note(manifest: Manifest, out: Path) -> list[str]:
+def source_options(
+    model: str, *, revision: str | None = None, tap: str | None = None, grid: str | None = None
+) -> list[object]:
+    """Return the options that name a checkpoint as the user did."""
+    given = (("--model", model), ("--revision", revision), ("--tap", tap), ("--grid", grid))
+    return [word for option, value in given if value is not None for word in (option, value)]
+
+
+def _split_note(again: Sequence[object], out: Path) -> list[str]:
     """Say what a bundle of exact parts can do, and what would make it a gate before the language model."""
-    name = manifest.source.checkpoint
     return [
         "standalone: false. The guard reads the language model's last hidden state, so these exact parts gate after",
         "the image prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
         "For the engine that gates before the language model runs, add one flag:",
-        f"  python -m export.onnx --model {name} --out {out} --images DIR",
+        f"  python -m export.onnx {shlex.join(map(str, (*again, '--out', out)))} --images DIR",
         "with 2,000 pictures or more (no labels) of the kind the device will see, every sort of harm among them.",
     ]

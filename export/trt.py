@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from export.engine import Device, MakeRunner, add_engine, current_engine, require_precisions
 from export.heads import HeadRequest
 from export.images import parity_images
-from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest
+from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.tensorrt_builder import EngineOptions, EnginePrecision, Report, builder_api
 from models.commandline import grid_option, run
 from models.errors import EngineUnavailableError, InputError, MissingExtraError
@@ -231,7 +231,8 @@ def main(
         opened = _export(checkpoint, out, request, head, embeddings=embeddings)
     else:
         raise InputError("nothing to build from: give --model M, or --bundle DIR with a bundle's folder.")
-    _build_and_print(opened, request, as_json=as_json)
+    again = () if model is None else source_options(model, revision=revision, tap=tap, grid=grid)
+    _build_and_print(opened, request, again, as_json=as_json)
 
 
 def _refuse_with_bundle(**given: object) -> None:
@@ -259,10 +260,11 @@ def _export(
     return open_bundle(out, verify=False)
 
 
-def _build_and_print(bundle: Bundle, request: EngineRequest, *, as_json: bool) -> None:
-    """Build, and print the manifest whether an engine could be built or not."""
+def _build_and_print(bundle: Bundle, request: EngineRequest, again: Sequence[object], *, as_json: bool) -> None:
+    """Build, and print the manifest whether an engine could be built or not; ``again`` as print_manifest takes it."""
+    again = again or bundle.manifest.source.model_option.split()
     if not bundle.manifest.source.standalone:
-        print_manifest(bundle.manifest, bundle.folder, as_json=as_json)
+        print_manifest(bundle.manifest, bundle.folder, again, as_json=as_json)
         raise EngineUnavailableError(
             f"no engine was built: the bundle in {bundle.folder} is complete, but holds the guard's exact parts, which "
             "run around the language model; engines are built of guards that stand alone (--images DIR makes one)."
@@ -272,9 +274,9 @@ def _build_and_print(bundle: Bundle, request: EngineRequest, *, as_json: bool) -
         with _progress() as report:
             manifest, built = build_into(bundle, request, _device(bundle, request, as_json), report=report)
     except EngineUnavailableError:
-        print_manifest(bundle.manifest, bundle.folder, as_json=as_json)
+        print_manifest(bundle.manifest, bundle.folder, again, as_json=as_json)
         raise
-    print_manifest(manifest, bundle.folder, as_json=as_json)
+    print_manifest(manifest, bundle.folder, again, as_json=as_json)
     if not built:
         click.echo("the engine is up to date and was not built again; --rebuild builds it", err=True)
 

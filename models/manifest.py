@@ -151,6 +151,11 @@ class Source(_Frozen):
     family: str
     standalone: bool = True
 
+    @property
+    def model_option(self) -> str:
+        """The ``--model`` that opens the checkpoint again; for a folder, whose path is not kept, its name stands."""
+        return f"--model {self.checkpoint}" + (f" --revision {self.revision}" if self.revision else "")
+
 
 class Head(_Frozen):
     """The head in the bundle: the checkpoint's own (``exact``), or one ``distilled`` from its verdicts.

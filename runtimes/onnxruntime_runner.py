@@ -18,7 +18,6 @@ __all__ = ["OnnxRuntimeRunner"]
 
 PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 """Tried in this order where the installed build has them."""
-OUTPUTS = ["probs", "logits"]
 EMBEDDINGS = "embeddings"
 
 
@@ -29,6 +28,8 @@ class OnnxRuntimeRunner(GuardRunner):
     """
 
     runtime = "onnxruntime"
+    outputs: tuple[str, ...] = ("probs", "logits")
+    """That a file must have."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class OnnxRuntimeRunner(GuardRunner):
         self.preprocessing = bundle.manifest.preprocessing
         self.class_count = len(bundle.manifest.classes)
         self.gives_embeddings = any(output.name == EMBEDDINGS for output in self.file.outputs)
-        self._session: Any = None
+        self.session: Any = None
 
     def _activate(self) -> None:
         try:
@@ -78,29 +79,28 @@ class OnnxRuntimeRunner(GuardRunner):
                 f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {_first_line(error)}. "
                 "Export the bundle again, or install a newer onnxruntime."
             ) from error
-        _check_names(session, str(path))
-        self._session = session
+        self._check_names(session, str(path))
+        self.session = session
+
+    def _check_names(self, session: Any, path: str) -> None:
+        inputs = [tensor.name for tensor in session.get_inputs()]
+        outputs = [tensor.name for tensor in session.get_outputs()]
+        if inputs != ["rgb"] or not set(self.outputs) <= set(outputs):
+            raise BundleError(
+                f"{path}: the input rgb and the outputs {' and '.join(self.outputs)} are needed; this file has "
+                f"{inputs} and {outputs}. Export the bundle again."
+            )
 
     def _deactivate(self) -> None:
-        self._session = None
+        self.session = None
 
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        probs, logits = self._session.run(OUTPUTS, {"rgb": rgb})
+        probs, logits = self.session.run(list(self.outputs), {"rgb": rgb})
         return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits))
 
     def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        probs, logits, embeddings = self._session.run([*OUTPUTS, EMBEDDINGS], {"rgb": rgb})
+        probs, logits, embeddings = self.session.run([*self.outputs, EMBEDDINGS], {"rgb": rgb})
         return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits), embeddings=np.asarray(embeddings))
-
-
-def _check_names(session: Any, path: str) -> None:
-    inputs = [tensor.name for tensor in session.get_inputs()]
-    outputs = [tensor.name for tensor in session.get_outputs()]
-    if inputs != ["rgb"] or not set(OUTPUTS) <= set(outputs):
-        raise BundleError(
-            f"{path}: a guard has the input rgb and the outputs probs and logits; this file has {inputs} "
-            f"and {outputs}. Export the bundle again."
-        )
 
 
 def _first_line(error: Exception) -> str:

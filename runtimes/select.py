@@ -35,7 +35,7 @@ def select_runner(
         raise BundleError(
             f"{bundle.folder} holds the exact parts of a guard that reads the language model (standalone: false): it "
             "cannot judge a picture by itself, only around a prefill (python -m runtimes.gate). For one that can: "
-            f"python -m export.onnx --model {bundle.manifest.source.checkpoint} --out {bundle.folder} --images DIR"
+            f"python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} --images DIR"
         )
     if runtime == "auto":
         return _auto(bundle, precision, threads)

@@ -65,7 +65,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     """Run the command as a user does: its record from ``--out`` and what it printed."""
     folder = tmp_path_factory.mktemp("speed")
     model, out = write_checkpoint("gemma3", "hf", folder / "model").folder, folder / "speed.json"
-    quick = ["--batch=2", "--batch=1", "--rounds=1", "--repeats=2", "--seconds=0.05", "--threads=1"]
+    quick = ["--embeddings", "--batch=2", "--batch=1", "--rounds=1", "--repeats=2", "--seconds=0.05", "--threads=1"]
     command = [sys.executable, "-m", "benchmarks.speed", "guard", "--model", str(model), *quick, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -74,9 +74,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 
 
 def row_of(record: dict[str, Any], runtime: str, batch: int, device: str = "cpu") -> dict[str, Any]:
-    (row,) = (
-        row for row in record["rows"] if (row["runtime"], row["batch"], row["device"]) == (runtime, batch, device)
-    )
+    wanted = (runtime, batch, device, "guard")
+    (row,) = (row for row in record["rows"] if (row["runtime"], row["batch"], row["device"], row["work"]) == wanted)
     return dict(row)
 
 
@@ -129,6 +128,15 @@ def test_table(told: tuple[dict[str, Any], str]) -> None:
         assert len([line for line in lines if line.startswith("not measured: TensorRT")]) == 1
 
 
+def test_a_shared_tower_is_measured_beside_the_tower_alone(told: tuple[dict[str, Any], str]) -> None:
+    record, printed = told
+    works = {(row["work"], row["batch"]): row for row in record["rows"] if row["runtime"] == "onnxruntime"}
+    assert set(works) == {(work, batch) for work in ("guard", "shared", "vision") for batch in (1, 2)}
+    assert works["shared", 2]["max_abs_prob_delta"] < 1e-5 and works["vision", 2]["max_abs_prob_delta"] is None
+    shared, alone = (works[work, 2]["latency"]["median_ms"] for work in ("shared", "vision"))
+    assert f"fp32, batch 2: {shared / alone - 1:+.1%} over the vision tower alone" in printed
+
+
 # -- random weights -------------------------------------------------------------------------------------
 
 
@@ -139,6 +147,7 @@ def test_shape_is_measured_and_marked(
     monkeypatch.setattr(guard_source, "find_shape", lambda _: small_shape("llava"))
     subject = Subject(name="SafeLLaVA-7B", random=True, layers=1)
     request = {"subject": dataclasses.asdict(subject), "precisions": ["fp32"], "bundle": None, "folder": str(tmp_path)}
+    request["embeddings"] = False
     list(guard_source.prepare(request))
     monkeypatch.setattr(guard_speed, "open_bundle", unverified(open_bundle))
     script = Script()
@@ -184,7 +193,7 @@ class Growing:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def infer(self, images: Any) -> Any:
+    def infer(self, images: Any, *, embeddings: bool) -> Any:
         self.held = max(self.held, 1 + len(images))
         return type("Output", (), {"probs": np.full((len(images), 2), 0.5)})
 

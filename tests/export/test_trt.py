@@ -38,6 +38,7 @@ from runtimes.cuda import Gpu
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import GuardOutput
 from tests.export.fake_tensorrt import make_tensorrt
+from tests.runtimes.bundles import fitted
 
 SIDE, CLASSES = 8, 4
 ORIN = Gpu("Orin", "8.7")
@@ -394,6 +395,16 @@ def test_a_default_engine_stays_the_default_when_it_is_rebuilt(bundle: Bundle) -
     assert opened.manifest.default_file == path
 
 
+def test_thresholds_go_with_the_engine_they_were_fitted_for(bundle: Bundle) -> None:
+    opened = build(bundle, make_tensorrt("10.3.0"))
+    engine, onnx_file = opened.files("engine")[0], opened.files("onnx")[0]
+    kept, gone = (fitted(file, block=0.5, allow=0.5) for file in (onnx_file, engine))
+    manifest = opened.manifest.model_copy(update={"thresholds": (kept, gone)})
+    (bundle.folder / "manifest.json").write_text(manifest.to_json())
+    opened = build(open_bundle(bundle.folder), make_tensorrt("10.3.0"), request(max_batch=2))
+    assert opened.manifest.thresholds == (kept,)
+
+
 # -- what fails -----------------------------------------------------------------------------------------
 
 
@@ -588,7 +599,7 @@ def test_a_device_needs_neither_torch_nor_transformers_nor_onnx(bundle: Bundle) 
 def test_the_printed_command_asks_for_the_same_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[EngineRequest] = []
     monkeypatch.setattr(command, "open_bundle", lambda folder: folder)
-    monkeypatch.setattr(command, "_build_and_print", lambda bundle, wanted, as_json: asked.append(wanted))
+    monkeypatch.setattr(command, "_build_and_print", lambda bundle, wanted, again, as_json: asked.append(wanted))
     wanted = EngineRequest(
         options=EngineOptions(precision="fp32", max_batch=5, opt_batch=3, workspace_mib=7),
         rebuild=True,
