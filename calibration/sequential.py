@@ -207,6 +207,8 @@ class LayerStream:
         layer: nn.Module = on_meta(lambda: type(self._layers[index])(config, layer_idx=index))
         prefix = f"{self.checkpoint.family.language_prefix}layers.{index}."
         fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype)
+        for parameter in layer.parameters():  # read tensors are views of the mapped file: changed, they stay changed
+            parameter.data = parameter.data.clone()
         return layer.to(self.device)
 
     def run_layer(self, index: int, layer: nn.Module, batch: Prefill, hidden_BLD: Tensor) -> Tensor:
