@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,18 +19,29 @@ RUN = re.compile(r"<!-- run -->\n```(sh|python)\n(.*?)```", re.DOTALL)
 def test_every_runnable_block_runs_in_order() -> None:
     shutil.rmtree(ROOT / "build" / "readme", ignore_errors=True)
     blocks = RUN.findall(README)
-    assert [language for language, _ in blocks] == ["sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh"]
     said = []
     for language, text in blocks:
         lines = [text] if language == "python" else text.strip().splitlines()
         for line in lines:
-            command = [sys.executable, "-c", line] if language == "python" else [sys.executable, *line.split()[1:]]
+            command = [sys.executable, "-c", line] if language == "python" else [sys.executable, *shlex.split(line)[1:]]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-            assert done.returncode in ({0, 10} if "runtimes.check" in line else {0}), done.stderr
+            assert done.returncode in ({0, 10} if "-m runtimes" in line else {0}), done.stderr
             said.append(done.stdout)
     assert "guard.fp16.onnx" in said[0]
     assert "block" in said[2], "not one picture of violence was blocked"
     assert len(said[3].splitlines()) == 5
+    promised = [line.split() for line in README.splitlines()]
+    *_, exported, thresholds, answered, blocked = said
+    assert "distilled head: same class as the exact guard on" in exported
+    for text in (
+        thresholds.splitlines()[0],
+        answered.splitlines()[0],
+        answered.splitlines()[-1],
+        blocked.splitlines()[0],
+    ):
+        assert text.split() in promised, "the README shows another output"
+    assert answered.startswith("allow") and blocked.startswith("block")
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\| `(python -m [\w.]+)", README, re.MULTILINE))

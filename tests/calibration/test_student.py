@@ -19,7 +19,7 @@ def digests(count: int, salt: str = "") -> list[str]:
 
 
 def test_a_picture_is_in_the_same_part_whatever_the_others_are() -> None:
-    all_of_them, few = digests(4000), digests(4000)[100:200]
+    all_of_them, few = digests(4000, "a"), digests(4000, "a")[100:200]
     whole, part = split_by_content(all_of_them), split_by_content(few)
     for name in ("train", "validation", "test"):
         in_whole = {all_of_them[index] for index in getattr(whole, name)}
