@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "DistilledHead"]
 
 FORMAT = "safevlm-edge-guard-head-1"
+METADATA = "guard_head"
+"""The header's only entry: safetensors writes several in an order that changes from call to call."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +60,7 @@ class DistilledHead:
         """Write the file in one step and return this head with its hash."""
         tensors = {HEAD_PREFIX + name: value.contiguous() for name, value in self.head.state_dict().items()}
         stated = {
+            "format": FORMAT,
             "pooling": self.pooling,
             "widths": self.widths,
             "classes": self.classes,
@@ -66,7 +69,7 @@ class DistilledHead:
             "size": self.size,
             "fidelity": self.fidelity,
         }
-        content = save(tensors, metadata={"format": FORMAT, "head": json.dumps(stated, sort_keys=True)})
+        content = save(tensors, metadata={METADATA: json.dumps(stated, sort_keys=True)})
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
         unfinished.write_bytes(content)
@@ -82,12 +85,9 @@ class DistilledHead:
             raise GuardHeadError(f"{path} cannot be read: {error.strerror or error}. {_MAKE}") from error
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise GuardHeadError(
-                        f"{path} states format {metadata.get('format')!r}; {FORMAT!r} is read. {_MAKE}"
-                    )
-                stated = json.loads(metadata["head"])
+                stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                if stated.get("format") != FORMAT:
+                    raise GuardHeadError(f"{path} states format {stated.get('format')!r}; {FORMAT!r} is read. {_MAKE}")
                 names = list(file.keys())
                 head = GuardHead(tuple(map(int, stated["widths"])))
                 values = {name.removeprefix(HEAD_PREFIX): file.get_tensor(name) for name in names}
