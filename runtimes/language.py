@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import InputError, SafeVLMError
 from models.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from runtimes.activation import Activated
 
 __all__ = ["LanguageRunner", "Prefilled"]
 
@@ -38,7 +35,7 @@ class Prefilled:
     handle: Any
 
 
-class LanguageRunner(abc.ABC):
+class LanguageRunner(Activated):
     """One language model on one runtime; a context manager that holds its resources while it is entered.
 
     A subclass fills in :meth:`_activate`, :meth:`_prefill`, :meth:`_generate` and, where it holds something,
@@ -52,34 +49,6 @@ class LanguageRunner(abc.ABC):
     """Of the exact verdict, in order; None when the runtime cannot give one."""
     takes_embeddings: bool = False
     """Whether the projector's output can stand in for the picture, so that it is not encoded twice."""
-
-    def __init__(self) -> None:
-        self._active = False
-
-    def __enter__(self) -> Self:
-        self.activate()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.deactivate()
-
-    def activate(self) -> None:
-        """Load the model; what was taken is given back when that fails. Twice is the same as once."""
-        if self._active:
-            return
-        try:
-            self._activate()
-        except BaseException:
-            self._deactivate()
-            raise
-        self._active = True
-
-    def deactivate(self) -> None:
-        """Give everything back; nothing happens where nothing is held."""
-        self._active = False
-        self._deactivate()
 
     def prefill(
         self,
@@ -110,18 +79,12 @@ class LanguageRunner(abc.ABC):
         return self._generate(handle, max_new_tokens)
 
     @abc.abstractmethod
-    def _activate(self) -> None: ...
-
-    @abc.abstractmethod
     def _prefill(
         self, rgb: npt.NDArray[np.uint8], question: str, embeddings: npt.NDArray[np.float32] | None
     ) -> Prefilled: ...
 
     @abc.abstractmethod
     def _generate(self, handle: Any, max_new_tokens: int) -> str: ...
-
-    def _deactivate(self) -> None:
-        return None
 
     def _check_active(self) -> None:
         if not self._active:

@@ -87,7 +87,7 @@ class OnnxRuntimeRunner(GuardRunner):
         outputs = [tensor.name for tensor in session.get_outputs()]
         if inputs != ["rgb"] or not set(self.outputs) <= set(outputs):
             raise BundleError(
-                f"{path}: the input rgb and the outputs {' and '.join(self.outputs)} are needed; this file has "
+                f"{path}: a guard has the input rgb and the outputs {' and '.join(self.outputs)}; this file has "
                 f"{inputs} and {outputs}. Export the bundle again."
             )
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import InputError, SafeVLMError
 from models.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from runtimes.activation import Activated
 
 __all__ = ["GuardOutput", "GuardRunner"]
 
@@ -35,7 +32,7 @@ class GuardOutput:
     embeddings: npt.NDArray[np.float32] | None = None
 
 
-class GuardRunner(abc.ABC):
+class GuardRunner(Activated):
     """One guard on one runtime; a context manager that holds the runtime's resources while it is entered.
 
     A subclass fills in :meth:`_activate`, :meth:`_run` and, where it holds something, :meth:`_deactivate`,
@@ -48,34 +45,6 @@ class GuardRunner(abc.ABC):
     """C, where it is known before the first answer."""
     gives_embeddings = False
     """Whether :meth:`infer` can return image embeddings, for a language model that shares the vision tower."""
-
-    def __init__(self) -> None:
-        self._active = False
-
-    def __enter__(self) -> Self:
-        self.activate()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.deactivate()
-
-    def activate(self) -> None:
-        """Load the model; what was taken is given back when that fails. Twice is the same as once."""
-        if self._active:
-            return
-        try:
-            self._activate()
-        except BaseException:
-            self._deactivate()
-            raise
-        self._active = True
-
-    def deactivate(self) -> None:
-        """Give everything back; nothing happens where nothing is held."""
-        self._active = False
-        self._deactivate()
 
     def infer(self, rgb: npt.NDArray[np.uint8], *, embeddings: bool = False) -> GuardOutput:
         """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
@@ -97,17 +66,11 @@ class GuardRunner(abc.ABC):
         return output
 
     @abc.abstractmethod
-    def _activate(self) -> None: ...
-
-    @abc.abstractmethod
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput: ...
 
     def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         """Run with image embeddings; only called where :attr:`gives_embeddings`."""
         raise NotImplementedError
-
-    def _deactivate(self) -> None:
-        return None
 
     def _check_input(self, rgb: npt.NDArray[np.uint8]) -> None:
         wanted = (self.preprocessing.height, self.preprocessing.width, 3)
