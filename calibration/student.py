@@ -5,7 +5,8 @@ Shapes: N pictures, P pooled features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from models.reference import GuardHead
 
 __all__ = ["Fit", "Split", "fit_head", "split_by_content"]
 
+SMALL_HEAD = 1_000_000
+"""Weights below which threads wait for each other longer than they work; much longer on a busy machine."""
 SHARES = (0.7, 0.15, 0.15)
 """Of the pictures, for training, validation and test."""
 
@@ -79,6 +82,33 @@ def fit_head(
 
 
 def _fit(
+    features: Tensor,
+    teacher: Tensor,
+    split: Split,
+    pooling: Pooling,
+    *,
+    hidden: int,
+    seed: int,
+    steps: int,
+    batch: int,
+    rate: float,
+) -> Fit:
+    small = (features.shape[1] + teacher.shape[1]) * hidden < SMALL_HEAD
+    with _threads(1 if small else torch.get_num_threads()):
+        return _train(features, teacher, split, pooling, hidden=hidden, seed=seed, steps=steps, batch=batch, rate=rate)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(
     features: Tensor,
     teacher: Tensor,
     split: Split,
