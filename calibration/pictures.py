@@ -87,11 +87,18 @@ class HubDataset:
                 f"{self}: the data set cannot be loaded ({error}). Check name, split ({self.split}) and network, or "
                 "give a folder."
             ) from error
-        for number, row in enumerate(rows):
+        for number, row in enumerate(self._streamed(rows)):
             picture = row.get("image")
             if not isinstance(picture, Image.Image):
                 raise InputError(f"{self}, row {number}: no picture in column 'image'; columns: {', '.join(row)}.")
             yield f"{self}#{number}", _open(picture, f"{self}#{number}")
+
+    def _streamed(self, rows: Any) -> Iterator[Any]:
+        """Yield rows; rows come over the network one by one. Errors: InputError when that breaks off."""
+        try:
+            yield from rows
+        except OSError as error:
+            raise InputError(f"{self}: reading broke off ({error}). Try again, or give a folder.") from error
 
 
 @dataclass(frozen=True, kw_only=True)

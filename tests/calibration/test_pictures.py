@@ -113,6 +113,14 @@ def test_a_hub_data_set_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "datasets", StandIn([], ConnectionError("no network")))
     with pytest.raises(InputError, match=r"cannot be loaded \(no network\).*split \(train\)"):
         load_pictures(picture_source("hub:owner/name"), SIZE)
+
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"image": Image.new("RGB", (8, 8))}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setitem(sys.modules, "datasets", StandIn(broken()))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"reading broke off \(reset by peer\)"):
+        load_pictures(picture_source("hub:owner/name"), SIZE)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"safevlm-edge\[datasets\]"):
         load_pictures(picture_source("hub:owner/name"), SIZE)
