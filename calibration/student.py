@@ -24,6 +24,9 @@ SMALL_HEAD = 1_000_000
 """Weights below which threads wait for each other longer than they work; much longer on a busy machine."""
 SHARES = (0.7, 0.15, 0.15)
 """Of the pictures, for training, validation and test."""
+FLAT = 1e-5
+"""A feature that varies by less than this share of its mean in the training part is left out: divided by almost
+nothing, it would drown the others in float32, and any later change of it would decide every verdict."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,7 +126,8 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     train, validation = torch.from_numpy(split.train), torch.from_numpy(split.validation)
     mean = features[train].mean(dim=0)
-    scale = features[train].std(dim=0).clamp(min=1e-6)
+    spread = features[train].std(dim=0)
+    scale = spread.masked_fill(spread <= FLAT * mean.abs(), torch.inf)
     seen = (features - mean) / scale
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.errors import GuardHeadError
+from models.errors import GuardHeadError, InputError
 from models.family import HEAD_PREFIX
 from models.pooling import POOLINGS, Pooling, pooled_width
 from models.reference import GuardHead
@@ -57,7 +57,7 @@ class DistilledHead:
         return self.head.widths
 
     def write(self, path: Path) -> DistilledHead:
-        """Write the file in one step and return this head with its hash."""
+        """Write the file in one step and return this head with its hash; InputError where that is impossible."""
         tensors = {HEAD_PREFIX + name: value.contiguous() for name, value in self.head.state_dict().items()}
         stated = {
             "format": FORMAT,
@@ -70,10 +70,18 @@ class DistilledHead:
             "fidelity": self.fidelity,
         }
         content = save(tensors, metadata={METADATA: json.dumps(stated, sort_keys=True)})
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                unfinished.write_bytes(content)
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that can be written to."
+            ) from error
         return replace(self, sha256=hashlib.sha256(content).hexdigest())
 
     @classmethod
@@ -86,6 +94,8 @@ class DistilledHead:
         try:
             with safe_open(path, framework="pt") as file:
                 stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                if not isinstance(stated, dict):
+                    raise TypeError(f"its header holds a JSON {type(stated).__name__}, not an object")
                 if stated.get("format") != FORMAT:
                     raise GuardHeadError(f"{path} states format {stated.get('format')!r}; {FORMAT!r} is read. {_MAKE}")
                 names = list(file.keys())
@@ -102,7 +112,7 @@ class DistilledHead:
                 fidelity=stated["fidelity"],
                 sha256=hashlib.sha256(content).hexdigest(),
             )
-        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError) as error:
             raise GuardHeadError(f"{path} is not a guard head that can be read ({error}). {_MAKE}") from error
 
     def check_fits(self, checkpoint: Checkpoint, source_sha256: str) -> None:

@@ -67,3 +67,15 @@ def test_a_seed_gives_the_same_head_and_leaves_the_callers_randomness_alone() ->
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
+
+
+def test_a_feature_that_never_varies_has_no_say() -> None:
+    features, teacher, split = lesson()
+    told = features["mean_max_std"]
+    flat = torch.cat([told, 1000 + 1e-4 * torch.rand(len(told), 1)], dim=1)
+    head = fit_head({"mean": flat}, teacher, split, hidden=32, pooling="mean", steps=400)[0].head
+    rows = flat[torch.from_numpy(split.test)]
+    moved = rows.clone()
+    moved[:, -1] = 990.0
+    assert torch.equal(head(rows), head(moved)) and bool(torch.isfinite(head(rows)).all())
+    assert float((head(rows).argmax(1) == teacher[torch.from_numpy(split.test)].argmax(1)).float().mean()) > 0.9

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from models.checkpoint import open_checkpoint
 from models.distilled_head import DistilledHead
-from models.errors import GuardHeadError
+from models.errors import GuardHeadError, InputError
 from models.reference import GuardHead, guard_sha256
 from tests.models.random_checkpoints import write_checkpoint
 
@@ -77,3 +77,12 @@ def test_a_head_fits_only_what_it_was_made_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(GuardHeadError, match=said):
             wrong.check_fits(checkpoint, digest)
+
+
+def test_a_place_that_cannot_be_written_is_said_and_left_clean(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "head", tmp_path / "folder"):
+        with pytest.raises(InputError, match="cannot be written"):
+            made().write(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
