@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.rows import decoded, file_bytes, image_file, json_rows
 from models.errors import InputError
 
 __all__ = ["LabelledImage", "Labels", "content_of", "read_labels"]
@@ -49,19 +49,14 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     Errors: InputError, with the row's number, for a label outside ``classes``, a missing field or image file,
     an empty or unreadable file.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror or error}. Give a JSON, JSONL or CSV file."
-        ) from error
+    content = file_bytes(path, "a JSON, JSONL or CSV file")
     folders = [images] if images is not None else [path.parent, path.parent / "images"]
     found: dict[Path, set[int]] = defaultdict(set)
     for where, row in _rows(path, content):
         if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
-            raise InputError(f"{path}, {where}: 'image' is missing, which names an image file.")
-        label = _label(row, classes, f"{path}, {where}")
-        found[_image(row["image"], folders, f"{path}, {where}")].add(label)
+            raise InputError(f"{where}: 'image' is missing, which names an image file.")
+        label = _label(row, classes, where)
+        found[image_file(row["image"], folders, where).resolve()].add(label)
     if not found:
         raise InputError(f"{path} has no rows. Each needs 'image' and 'label'.")
     return _by_content(found, hashlib.sha256(content).hexdigest())
@@ -93,24 +88,11 @@ def _by_content(found: Mapping[Path, set[int]], sha256: str) -> Labels:
 
 def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     """Yield each row with its place in the file."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}). Give a JSON, JSONL or CSV file.") from error
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
+    text = decoded(path, content)
+    if path.suffix.lower() == ".csv":
         yield from _csv(path, text)
-    elif suffix in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 within a string
-            if line.strip():
-                yield f"line {number}", _json(line, f"{path}, line {number}")
-    elif suffix == ".json":
-        rows = _json(text, str(path))
-        if not isinstance(rows, list):
-            raise InputError(f"{path} holds {type(rows).__name__}; a list of rows is needed.")
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     else:
-        raise InputError(f"{path}: labels are read from .json, .jsonl and .csv files.")
+        yield from json_rows(path, text, "labels are read from .json, .jsonl and .csv files")
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -119,16 +101,9 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if text.strip() and "image" not in (reader.fieldnames or ()):
             raise InputError(f"{path}, line 1: the first line of a CSV file names its columns, 'image' and 'label'.")
         for row in reader:
-            yield f"line {reader.line_num}", row
+            yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num} is not valid CSV ({error}).") from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON ({error}).") from error
 
 
 def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
@@ -149,14 +124,3 @@ def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
             f"{', '.join(classes)}."
         )
     return index
-
-
-def _image(name: str, folders: Sequence[Path], where: str) -> Path:
-    try:
-        for folder in folders:
-            if (folder / name).is_file():
-                return (folder / name).resolve()
-    except OSError as error:  # a name that is too long
-        raise InputError(f"{where}: image {name[:80]}… cannot be looked up: {error.strerror}.") from error
-    looked = " and ".join(str(folder) for folder in folders)
-    raise InputError(f"{where}: image {name} is missing (looked in {looked}). Name its folder with --images.")

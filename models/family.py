@@ -35,7 +35,8 @@ class PromptFormat:
 
     The prompt is ``before_image``, the image token repeated once per image feature, ``after_image``, the
     question, ``after_question``; the model answers and ends with ``end_of_turn``. Special tokens stand in
-    the text by name, the beginning-of-sequence token included.
+    the text by name, the beginning-of-sequence token included. Without an image the prompt is ``before_text``,
+    the question, ``after_question``.
     """
 
     before_image: str
@@ -43,6 +44,7 @@ class PromptFormat:
     after_image: str
     after_question: str
     end_of_turn: str
+    before_text: str
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from models.errors import CheckpointError, InputError
 from models.family import PromptFormat
 from models.json_file import read_json_object
 
-__all__ = ["IMAGE", "load_tokenizer", "prompt_ids", "stop_ids"]
+__all__ = ["IMAGE", "answer_ids", "load_tokenizer", "prompt_ids", "stop_ids", "text_ids"]
 
 IMAGE = -200
 """Stands for one image feature among token ids; the number that LLaVA's own code uses."""
@@ -63,6 +63,16 @@ def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens
         at = ids.index(placeholder)
         before_ids, after_ids = ids[:at], ids[at + 1 :]
     return [*before_ids, *[IMAGE] * image_tokens, *after_ids]
+
+
+def text_ids(tokenizer: Any, prompt: PromptFormat, question: str) -> list[int]:
+    """Return the ids of one user turn without an image."""
+    return _encode(tokenizer, prompt.before_text + question + prompt.after_question)
+
+
+def answer_ids(tokenizer: Any, prompt: PromptFormat, answer: str) -> list[int]:
+    """Return the ids of an answer, the end of its turn included."""
+    return _encode(tokenizer, answer + prompt.end_of_turn)
 
 
 def stop_ids(tokenizer: Any, prompt: PromptFormat) -> frozenset[int]:

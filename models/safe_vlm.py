@@ -10,7 +10,7 @@ D width of the language model, V vocabulary, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, stop_ids
+from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, stop_ids, text_ids
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
 from models.transformers_config import build_config
@@ -102,6 +102,8 @@ def _text_positions(_core: Any, attention_NL: Tensor, _image_NL: Tensor, _size: 
 
 def _axial_positions(core: Any, attention_NL: Tensor, image_NL: Tensor, size: tuple[int, int]) -> Tensor:
     """Return Qwen2.5-VL's positions in time, row and column, 3 × N × L, by transformers' own rule."""
+    if not bool(image_NL.any()):
+        return _text_positions(core, attention_NL, image_NL, size).expand(3, -1, -1)
     grid = grid_thw(len(image_NL), *size, core.config.vision_config.patch_size).to(image_NL.device)
     positions, _ = core.get_rope_index(
         torch.zeros_like(attention_NL), image_NL.int(), image_grid_thw=grid, attention_mask=attention_NL
@@ -193,20 +195,36 @@ class SafeVLM(nn.Module):
             )
         return self.assemble(sequences, features_NTD, size)
 
-    def assemble(self, sequences: Sequence[Sequence[int]], features_NTD: Tensor, size: tuple[int, int]) -> Prefill:
+    def embed_text(self, questions: Sequence[str]) -> Prefill:
+        """Return the prefill's input for questions without an image: T is 0. Errors: InputError for none."""
+        if not questions:
+            raise InputError("no question was given; at least one is needed.")
+        return self.assemble([text_ids(self.tokenizer, self.family.prompt, question) for question in questions])
+
+    def assemble(
+        self,
+        sequences: Sequence[Sequence[int]],
+        features_NTD: Tensor | None = None,
+        size: tuple[int, int] = (0, 0),
+    ) -> Prefill:
         """Pad token ids on the left and put row i's features where its ``IMAGE`` placeholders stand.
 
-        For training, give ids that go on with the answer. ``size`` is the images' (height, width) in pixels.
+        To go on with an answer, give ids that hold it. ``size`` is the images' (height, width) in pixels; without
+        features the rows are text alone.
 
         Errors: InputError when a row has not T placeholders.
         """
         longest = max(map(len, sequences))
-        device = features_NTD.device
+        table = self.core.get_input_embeddings()
+        device = table.weight.device if features_NTD is None else features_NTD.device
         padded = [[0] * (longest - len(ids)) + list(ids) for ids in sequences]
         real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
         ids_NL = torch.tensor(padded, device=device)
         attention_NL = torch.tensor(real, device=device)
         image_NL = ids_NL == IMAGE
+        words = cast(Tensor, table(ids_NL.clamp(min=0)))
+        if features_NTD is None:
+            features_NTD = words.new_zeros(len(words), 0, words.shape[-1])
         tokens = features_NTD.shape[1]
         if image_NL.sum(dim=-1).tolist() != [tokens] * len(features_NTD):
             raise InputError(
@@ -214,8 +232,7 @@ class SafeVLM(nn.Module):
                 f"images of {tokens} image tokens were given. Build the ids with "
                 "prompt_ids(question, size=...)."
             )
-        words = cast(Tensor, self.core.get_input_embeddings()(ids_NL.clamp(min=0)))
-        embeds = words.masked_scatter(image_NL.unsqueeze(-1), features_NTD.to(words.dtype))
+        embeds = words.masked_scatter(image_NL.unsqueeze(-1), features_NTD.to(words.dtype)) if tokens else words
         masks = {"attention_mask": attention_NL}
         if self._language.images_see_themselves:
             masks["token_type_ids"] = image_NL.int()
@@ -291,16 +308,29 @@ class SafeVLM(nn.Module):
         and the last position is kept: no hidden states of other layers, no second pass.
         """
         prefill = self.embed(images_NHWC, questions, features_NTD)
+        hidden, begun = self._begin(prefill)
+        probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1)
+        return replace(begun, guard_probs=probs.cpu().numpy())
+
+    def _begin(self, prefill: Prefill) -> tuple[Tensor, Begun]:
+        """Run the prefill; return its last hidden state, and what decoding needs with an empty verdict."""
         cache = DynamicCache(config=self.core.config.get_text_config())
         hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids, cache)
-        probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1)
-        return Begun(
-            guard_probs=probs.cpu().numpy(),
-            last_hidden=hidden[:, -1:].clone(),  # a view would keep all N × L × D alive
-            attention_mask=prefill.masks["attention_mask"],
-            last_position=prefill.position_ids[..., -1:],
-            cache=cache,
+        return (
+            hidden,
+            Begun(
+                guard_probs=np.zeros((len(hidden), 0), np.float32),
+                last_hidden=hidden[:, -1:].clone(),  # a view would keep all N × L × D alive
+                attention_mask=prefill.masks["attention_mask"],
+                last_position=prefill.position_ids[..., -1:],
+                cache=cache,
+            ),
         )
+
+    @torch.inference_mode()
+    def generate(self, prefill: Prefill, max_new_tokens: int = 32) -> list[list[int]]:
+        """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
+        return self._decode(self._begin(prefill)[1], max_new_tokens)
 
     @torch.inference_mode()
     def finish(self, begun: Begun, max_new_tokens: int = 32) -> list[str]:

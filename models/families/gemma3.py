@@ -27,6 +27,7 @@ GEMMA3 = Family(
         after_image="<end_of_image>\n\n",
         after_question="<end_of_turn>\n<start_of_turn>model\n",
         end_of_turn="<end_of_turn>",
+        before_text="<bos><start_of_turn>user\n",
     ),
     processor_source="google/gemma-3-12b-it",
     preprocessing={

@@ -6,6 +6,11 @@ from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, F
 
 __all__ = ["LLAVA"]
 
+OPENING = (
+    "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: "
+)
+
 LLAVA = Family(
     key="llava",
     title="SafeLLaVA",
@@ -29,14 +34,12 @@ LLAVA = Family(
     default_tap="language_model",
     vision_prefixes=("model.vision_tower.", "model.multi_modal_projector."),
     prompt=PromptFormat(
-        before_image=(
-            "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-            "helpful, detailed, and polite answers to the user's questions. USER: "
-        ),
+        before_image=OPENING,
         image_token="<image>",
         after_image="\n",
         after_question=" ASSISTANT:",
         end_of_turn="</s>",
+        before_text=OPENING,
     ),
     processor_source="openai/clip-vit-large-patch14-336",
     preprocessing={

@@ -6,6 +6,8 @@ from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, F
 
 __all__ = ["QWEN2_5_VL"]
 
+OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+
 QWEN2_5_VL = Family(
     key="qwen2_5_vl",
     title="SafeQwen2.5-VL",
@@ -23,11 +25,12 @@ QWEN2_5_VL = Family(
     default_tap="language_model",
     vision_prefixes=("model.visual.",),
     prompt=PromptFormat(
-        before_image=("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"),
+        before_image=OPENING + "<|vision_start|>",
         image_token="<|image_pad|>",
         after_image="<|vision_end|>",
         after_question="<|im_end|>\n<|im_start|>assistant\n",
         end_of_turn="<|im_end|>",
+        before_text=OPENING,
     ),
     processor_source="Qwen/Qwen2.5-VL-7B-Instruct",
     preprocessing={
