@@ -24,6 +24,7 @@ from models.guard_head import (
 )
 from models.hub import fetch_checkpoint, find_model
 from models.json_file import read_json_object
+from models.quantized import Quantization, QuantizedTensors, read_quantization
 from models.shards import Shards
 from models.tap import Tap, find_tap
 from models.tensors import TensorStore
@@ -52,6 +53,8 @@ class Checkpoint:
     processor: Mapping[str, Any]
     """Image processor settings: the checkpoint's own over the family's."""
     tensors: TensorStore
+    """Those of a quantized language model stand for the numbers that were stored (see :mod:`models.quantized`)."""
+    quantization: Quantization | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -100,8 +103,12 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
         shards = Shards(reference.name, folder, top, exists=hub.files.__contains__, path_of=hub.shard)
     name = reference.name
     family = tell_family(name, shards.stored)
-    tensors = TensorStore(shards, family.canonical)
     config = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
+    quantization = read_quantization(name, config)
+    if quantization is None:
+        tensors = TensorStore(shards, family.canonical)
+    else:
+        tensors = QuantizedTensors(shards, family.canonical, quantization)
     head = read_head(name, tensors)
     check_width(name, head, hidden_size_of(config, tensors))
     return Checkpoint(
@@ -115,6 +122,7 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
         tap=find_tap(family, config, folder, tap),
         processor=_read_processor(folder, family),
         tensors=tensors,
+        quantization=quantization,
     )
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
+from models.quantized import BITS
 
-__all__ = ["BITS", "Grid", "Scheme", "dequantize", "fit_grid", "groups_of", "round_to_grid"]
+__all__ = ["Grid", "Scheme", "dequantize", "fit_grid", "groups_of", "round_to_grid"]
 
-BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 """Shares of the full range that a searched grid tries: clipping few large weights can spare many small ones."""

@@ -39,7 +39,8 @@ class Hessian:
         self._sum_CC.addmm_(inputs.T, inputs)
 
     def mean(self) -> Tensor:
-        """Return H, C × C. Errors: InputError when no token was added."""
+        """Return H, C × C, and forget the sum. Errors: InputError when no token was added."""
         if self.weight <= 0:
             raise InputError("no calibration token reached this linear: its samples are empty or weigh nothing.")
-        return self._sum_CC / self.weight
+        weight, self.weight = self.weight, 0.0
+        return self._sum_CC.div_(weight)

@@ -2,7 +2,8 @@
 
 Shapes: R output rows, C input columns, G groups. Words are a stream of bits, lowest first: 32 values fill ``bits``
 words, and with 3 bits some values lie across two words. ``qweight`` packs along the columns, ``qzeros`` along the
-rows, and the latter holds zero - 1. Source: the files that AutoGPTQ, GPTQModel and transformers read.
+rows, and the latter holds zero - 1. :mod:`models.quantized` reads them. Source: the files that AutoGPTQ, GPTQModel
+and transformers read.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from quantize.grid import BITS, Grid
+from models.quantized import BITS, WORD
+from quantize.grid import Grid
 
-__all__ = ["pack", "pack_linear", "unpack", "unpack_linear"]
-
-WORD = 32
+__all__ = ["pack", "pack_linear"]
 
 
 def pack(values_NM: Tensor, bits: int) -> Tensor:
@@ -40,20 +40,6 @@ def pack(values_NM: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).reshape(-1, others)
 
 
-def unpack(words_KM: Tensor, bits: int) -> Tensor:
-    """Return the whole numbers that int32 words K × M hold: int64, (K · 32 / bits) × M."""
-    count, others = words_KM.shape
-    words = words_KM.to(torch.int64).reshape(count // bits, bits, others) & (2**WORD - 1)
-    values = torch.empty(count // bits, WORD, others, dtype=torch.int64, device=words.device)
-    for place in range(WORD):
-        word, shift = divmod(place * bits, WORD)
-        value = words[:, word] >> shift
-        if shift + bits > WORD:
-            value = value | (words[:, word + 1] << (WORD - shift))
-        values[:, place] = value & (2**bits - 1)
-    return values.reshape(-1, others)
-
-
 def pack_linear(name: str, ints_RC: Tensor, grid: Grid, group_of_C: Tensor, bits: int) -> dict[str, Tensor]:
     """Return a linear's four tensors by their names: ``name.qweight``, ``.qzeros``, ``.scales``, ``.g_idx``.
 
@@ -71,11 +57,3 @@ def pack_linear(name: str, ints_RC: Tensor, grid: Grid, group_of_C: Tensor, bits
         f"{name}.scales": grid.scale.T.to(torch.float16).contiguous(),
         f"{name}.g_idx": group_of_C.to(torch.int32).contiguous(),
     }
-
-
-def unpack_linear(name: str, tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid, Tensor]:
-    """Return integers R × C (int64), grid (float32) and each column's group (int64) of a stored linear."""
-    ints = unpack(tensors[f"{name}.qweight"], bits).T
-    zero = unpack(tensors[f"{name}.qzeros"].T.contiguous(), bits) + 1
-    scale = tensors[f"{name}.scales"].T.float()
-    return ints, Grid(scale=scale, zero=zero.float()), tensors[f"{name}.g_idx"].long()

@@ -10,7 +10,7 @@ plus what the columns before leave to be made up for. One Cholesky factorisation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,9 @@ __all__ = ["ActOrder", "SolveOptions", "Solved", "solve"]
 
 ActOrder = Literal["none", "group", "static"]
 DAMP_GROWTH, DAMP_LIMIT = 10.0, 1e3
+ROWS = 2048
+"""Rows that are rounded together: enough for fast products, and a bound of the memory that they take."""
+LOSS_BLOCK = 1024
 INNER = 32
 """Columns that are made up for one by one before a matrix product takes them together."""
 
@@ -87,46 +90,97 @@ def solve(
 
     Errors: InputError for a group size that does not divide C, or values that are not finite.
     """
-    weight = torch.cat([each.to(hessian_CC) for each in weights])
-    if not bool(torch.isfinite(weight.sum())) or not bool(torch.isfinite(hessian_CC.sum())):
+    width = weights[0].shape[1]
+    columns = scheme.columns(width, name)
+    if not all(bool(torch.isfinite(each.sum())) for each in (*weights, hessian_CC)):
         raise InputError(f"{name}: weights or activations hold NaN or infinity.")
-    columns = scheme.columns(weight.shape[1], name)
-    diagonal = hessian_CC.diagonal()
+    diagonal = hessian_CC.diagonal().clone()
     dead = diagonal <= 0
     order = _order(diagonal, options.act_order)
     upper, damp = _factor(hessian_CC, dead, order, options.damp)
-    # rounding to the nearest, as a measure and as a way out
-    plain_groups = groups_of(weight.shape[1], columns, weight.device)
-    plain = fit_grid(weight, scheme, columns)
-    plain_ints = round_to_grid(weight, plain, scheme, plain_groups)
-    error = weight - dequantize(plain_ints, plain, plain_groups)
-    mean = damp * float(diagonal[~dead].mean()) if not bool(dead.all()) else 0.0
-    alive = ~dead[order]
-    plain_loss = _loss((error[:, order] @ upper).square(), error[:, order], alive, mean)
-    ints, grid, group_of, residual = _walk(weight[:, order], upper, diagonal[order], order, scheme, options, columns)
-    loss = _loss(residual, weight[:, order] - dequantize(ints, grid, group_of), alive, mean)
-    back = torch.argsort(order)
-    ints, group_of = ints[:, back], group_of[back]
+    damping = damp * float(diagonal[~dead].mean()) if not bool(dead.all()) else 0.0
+    ours: list[_Rows] = []
+    plain: list[_Rows] = []
+    for rows in _chunks(weights, hessian_CC):
+        plain.append(_to_the_nearest(rows, upper, order, scheme, columns, ~dead[order], damping))
+        ours.append(_walk(rows, upper, diagonal, order, scheme, options, columns, ~dead[order], damping))
+    whole, nearest = _joined(ours), _joined(plain)
     found, start = [], 0
-    for each in weights:
-        rows = slice(start, start + len(each))
-        start += len(each)
-        ours, rtn = float(loss[rows].sum()), float(plain_loss[rows].sum())
-        better = ours <= rtn  # false for NaN, too
-        chosen, where, groups = (ints, grid, group_of) if better else (plain_ints, plain, plain_groups)
+    for weight in weights:
+        rows_of = slice(start, start + len(weight))
+        start += len(weight)
+        loss, rtn_loss = float(whole.loss[rows_of].sum()), float(nearest.loss[rows_of].sum())
+        better = loss <= rtn_loss  # false for NaN, too
+        chosen = whole if better else nearest
         found.append(
             Solved(
-                ints=chosen[rows].to(torch.uint8),
-                grid=Grid(scale=where.scale[rows], zero=where.zero[rows]),
-                group_of=groups,
-                loss=ours if better else rtn,
-                rtn_loss=rtn,
+                ints=chosen.ints[rows_of],
+                grid=Grid(scale=chosen.grid.scale[rows_of], zero=chosen.grid.zero[rows_of]),
+                group_of=chosen.group_of,
+                loss=loss if better else rtn_loss,
+                rtn_loss=rtn_loss,
                 kept="gptq" if better else "rtn",
                 damp=damp,
                 dead_columns=int(dead.sum()),
             )
         )
     return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """Some rows' integers (uint8), grid and groups, columns in the model's order, and what each row costs."""
+
+    ints: Tensor
+    grid: Grid
+    group_of: Tensor
+    loss: Tensor
+
+
+def _chunks(weights: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
+    """Yield all rows in their order, at most ``ROWS`` at a time, those of small linears together."""
+    waiting: list[Tensor] = []
+    for weight in weights:
+        for start in range(0, len(weight), ROWS):
+            part = weight[start : start + ROWS].to(like)
+            if waiting and sum(map(len, waiting)) + len(part) > ROWS:
+                yield torch.cat(waiting)
+                waiting = []
+            waiting.append(part)
+    yield torch.cat(waiting)
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    return _Rows(
+        ints=torch.cat([part.ints for part in parts]),
+        grid=Grid(
+            scale=torch.cat([part.grid.scale for part in parts]), zero=torch.cat([part.grid.zero for part in parts])
+        ),
+        group_of=parts[0].group_of,
+        loss=torch.cat([part.loss for part in parts]),
+    )
+
+
+def _to_the_nearest(
+    weight_RC: Tensor,
+    upper_CC: Tensor,
+    order_C: Tensor,
+    scheme: Scheme,
+    columns: int,
+    alive_C: Tensor,
+    damping: float,
+) -> _Rows:
+    """Round every weight by itself: a measure, and a way out."""
+    group_of = groups_of(weight_RC.shape[1], columns, weight_RC.device)
+    grid = fit_grid(weight_RC, scheme, columns)
+    ints = round_to_grid(weight_RC, grid, scheme, group_of)
+    error = (weight_RC - dequantize(ints, grid, group_of))[:, order_C]
+    loss = -damping * error[:, alive_C].square().sum(dim=1)
+    for start in range(0, error.shape[1], LOSS_BLOCK):  # below the diagonal there is nothing
+        stop = min(start + LOSS_BLOCK, error.shape[1])
+        part = error[:, :stop] @ upper_CC[:stop, start:stop]
+        loss += part[:, alive_C[start:stop]].square_().sum(dim=1)
+    return _Rows(ints=ints.to(torch.uint8), grid=grid, group_of=group_of, loss=loss.clamp(min=0))
 
 
 def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
@@ -139,14 +193,15 @@ def _factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -> tuple[
     """Return upper triangular U with U Uᵀ = H + damping, columns in ``order``, and the damping that it took."""
     mean = float(hessian.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
     flipped = order.flip(0)
-    tried = hessian[flipped][:, flipped]
     places = dead[flipped]
-    diagonal = torch.where(places, torch.full_like(tried.diagonal(), mean), tried.diagonal())
     while damp <= DAMP_LIMIT:
+        tried = hessian[flipped][:, flipped]
+        diagonal = torch.where(places, torch.full_like(tried.diagonal(), mean), tried.diagonal())
         tried.diagonal().copy_(diagonal + damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(tried)
-        if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
-            return lower.flip(0, 1).contiguous(), damp
+        info = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(tried, out=(tried, info))
+        if not int(info) and bool(torch.isfinite(tried.diagonal()).all()):
+            return tried.flip(0, 1), damp
         damp *= DAMP_GROWTH
     raise InputError(
         "the second moments of a linear's inputs cannot be factorised, however much they are damped: activations are "
@@ -154,33 +209,26 @@ def _factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -> tuple[
     )
 
 
-def _loss(squares_RC: Tensor, error_RC: Tensor, alive_C: Tensor, damping: float) -> Tensor:
-    """Return each row's cost under H itself: what damping and dead columns added is taken off again."""
-    damped = squares_RC[:, alive_C].sum(dim=1)
-    return (damped - damping * error_RC[:, alive_C].square().sum(dim=1)).clamp(min=0)
-
-
 def _walk(
     weight_RC: Tensor,
     upper_CC: Tensor,
-    moments_C: Tensor,
+    diagonal_C: Tensor,
     order_C: Tensor,
     scheme: Scheme,
     options: SolveOptions,
     columns: int,
-) -> tuple[Tensor, Grid, Tensor, Tensor]:
-    """Round columns in the order they are given.
-
-    Returns integers R × C, grid, each column's group, and the squares of (W - Q) U, all in that order (the grid's
-    groups are those of the model where grids are fitted beforehand).
-    """
+    alive_C: Tensor,
+    damping: float,
+) -> _Rows:
+    """Round columns in ``order_C``; what damping and dead columns add to the cost is taken off again."""
+    back = torch.argsort(order_C)
+    weight_RC = weight_RC[:, order_C]
+    moments_C = diagonal_C[order_C]
     rows, width = weight_RC.shape
     importance = moments_C if options.search else None
     fitted_before = options.act_order == "static" or columns == width
     if fitted_before:
-        back = torch.argsort(order_C)
-        straight = weight_RC[:, back]
-        grid = fit_grid(straight, scheme, columns, None if importance is None else importance[back])
+        grid = fit_grid(weight_RC[:, back], scheme, columns, None if importance is None else importance[back])
         group_of = (order_C // columns) if options.act_order == "static" else torch.zeros_like(order_C)
         scales, zeros = grid.scale, grid.zero
     else:
@@ -212,7 +260,13 @@ def _walk(
             slice(start, stop), owed, weight, upper_CC, scales[:, group_of[start:stop]].T.contiguous(),
             zeros[:, group_of[start:stop]].T.contiguous(), scheme.largest, errors, ints, squares,
         )  # fmt: skip
-    return ints.T, Grid(scale=scales, zero=zeros), group_of, squares.T
+    loss = squares[alive_C].sum(dim=0) - damping * errors[alive_C].square().sum(dim=0)
+    return _Rows(
+        ints=ints.to(torch.uint8)[back].T.contiguous(),
+        grid=Grid(scale=scales, zero=zeros),
+        group_of=group_of[back],
+        loss=loss.clamp(min=0),
+    )
 
 
 def _walk_block(

@@ -17,8 +17,8 @@ def test_weighted_tokens_count_as_often_as_they_weigh() -> None:
     found.add(inputs[8:].bfloat16().float(), weights[8:])
     inputs = torch.cat([inputs[:8], inputs[8:].bfloat16().float()]).double()
     expected = sum(w * torch.outer(x, x) for w, x in zip(weights.double(), inputs, strict=True)) / weights.sum()
-    assert (found.mean() - expected).abs().max() <= 1e-6
     assert found.weight == weights.sum()
+    assert (found.mean() - expected).abs().max() <= 1e-6
 
 
 def test_unweighted_tokens_count_once() -> None:
@@ -26,7 +26,8 @@ def test_unweighted_tokens_count_once() -> None:
     one, other = Hessian(3), Hessian(3)
     one.add(inputs)
     other.add(inputs, torch.ones(7))
-    assert torch.allclose(one.mean(), other.mean()) and one.weight == 7
+    assert one.weight == other.weight == 7
+    assert torch.allclose(one.mean(), other.mean())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

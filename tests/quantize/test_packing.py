@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import InputError
-from quantize.grid import BITS, Grid, groups_of
-from quantize.packing import pack, pack_linear, unpack, unpack_linear
+from models.quantized import BITS, unpack, unpack_linear
+from quantize.grid import Grid, groups_of
+from quantize.packing import pack, pack_linear
 
 
 @given(st.sampled_from(BITS), st.integers(1, 3), st.integers(1, 5), st.integers(0, 1000))
@@ -55,9 +56,10 @@ def test_a_linear_comes_back() -> None:
             "x.scales": (3, 64),
             "x.g_idx": (96,),
         }
-        found, grid_again, groups_again = unpack_linear("x", tensors, bits)
-        assert torch.equal(found, ints) and torch.equal(grid_again.zero, zero)
-        assert torch.equal(grid_again.scale, grid.scale) and torch.equal(groups_again, groups)
+        parts = {name.removeprefix("x."): tensor for name, tensor in tensors.items()}
+        found, scale_again, zero_again, groups_again = unpack_linear(parts)
+        assert torch.equal(found, ints) and torch.equal(zero_again, zero)
+        assert torch.equal(scale_again, grid.scale) and torch.equal(groups_again, groups)
 
 
 def test_what_does_not_fit_is_refused() -> None:
