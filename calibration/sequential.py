@@ -9,11 +9,12 @@ Shapes: B samples a batch, L positions, D width of the language model.
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from models.errors import InputError
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
 from models.prompt_tokens import load_tokenizer
+from models.quantized import QuantizedTensors, round_inputs
 from models.reference import build_head, leave_out_unread
 from models.safe_vlm import Prefill, SafeVLM, model_class_of
 from models.transformers_config import build_config
@@ -68,42 +70,54 @@ class _Gap(nn.Module):
 class Activations:
     """Hidden states of all batches, in memory up to ``max_bytes``, else in a memory-mapped temporary file.
 
-    float32 or the dtype of what is put in; bfloat16 is kept as its 16 bits. A context manager: the file goes
-    at its end, whatever happened.
+    float32 or the dtype of what is put in; bfloat16 is kept as its 16 bits. Of a file only the batch that is looked
+    at is mapped, so the others take no memory. It has no name, so that even a killed process leaves nothing behind;
+    ``folder`` says on which disk it is. A context manager.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, max_bytes: int | None) -> None:
-        self.sizes = [int(np.prod(shape)) for shape in shapes]
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        dtype: torch.dtype,
+        max_bytes: int | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.dtype = dtype
         self.shapes = list(shapes)
-        self.nbytes = sum(self.sizes) * dtype.itemsize
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes]
+        self.nbytes = sum(self.sizes)
+        self._file: IO[bytes] | None = None
+        self._memory: list[Tensor] = []
         if max_bytes is not None and self.nbytes > max_bytes:
-            self._folder = tempfile.TemporaryDirectory(prefix="safevlm-activations-")
-            path = Path(self._folder.name) / "hidden"
-            self._flat = torch.from_file(str(path), shared=True, size=max(1, sum(self.sizes)), dtype=dtype)
+            whole_pages = [-(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY for size in self.sizes]
+            self._starts = np.cumsum([0, *whole_pages]).tolist()
+            self._file = tempfile.TemporaryFile(prefix="safevlm-activations-", dir=folder)  # noqa: SIM115  # kept open
+            self._file.truncate(self._starts[-1])
         else:
-            self._flat = torch.empty(sum(self.sizes), dtype=dtype)
-        self.starts = np.cumsum([0, *self.sizes]).tolist()
+            self._memory = [torch.empty(shape, dtype=dtype) for shape in shapes]
 
     @property
     def on_disk(self) -> bool:
         """Whether they are in a file."""
-        return self._folder is not None
+        return self._file is not None
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> Tensor:
         """Return batch ``index``, B × L × D; writing into it changes what is kept."""
-        return self._flat[self.starts[index] : self.starts[index + 1]].view(self.shapes[index])
+        if self._file is None:
+            return self._memory[index]
+        mapped = mmap.mmap(self._file.fileno(), self.sizes[index], offset=self._starts[index])
+        return torch.frombuffer(mapped, dtype=self.dtype).view(self.shapes[index])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._flat = torch.empty(0)
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._memory = []
+        if self._file is not None:
+            self._file.close()
 
 
 class LayerStream:
@@ -137,7 +151,7 @@ class LayerStream:
         embedding = language.embed_tokens
         language.embed_tokens = nn.Identity()
         leave_out_unread(model.model, checkpoint.tensors)
-        fill(model, checkpoint.tensors, prefix="", dtype=dtype)
+        fill(model, checkpoint.tensors, prefix="", dtype=dtype, own=True)
         language.embed_tokens = embedding
         self.skeleton = SafeVLM(
             model,
@@ -182,13 +196,15 @@ class LayerStream:
         *,
         visit: Visit | None = None,
         report: Callable[[int], None] = lambda _: None,
+        stop: int | None = None,
     ) -> None:
         """Take ``hidden`` from embeddings to last hidden states, after the final norm, in place.
 
         ``batches`` are the prefills that ``hidden`` holds the ``inputs_embeds`` of; of them positions and masks
         are read. ``visit`` sees each layer before it runs; ``report`` is told each layer's number when done.
+        With ``stop`` only so many layers run, and no norm.
         """
-        for index in range(len(self)):
+        for index in range(len(self) if stop is None else stop):
             layer = self.load_layer(index)
             if visit is not None:
                 visit(index, layer, lambda layer=layer, index=index: self._dry(index, layer, batches, hidden))  # type: ignore[misc]
@@ -197,18 +213,27 @@ class LayerStream:
                 states.copy_(self.run_layer(index, layer, batch, states))
             del layer
             report(index)
+        if stop is not None and stop < len(self):
+            return
         for number in range(len(batches)):
             states = hidden[number]
             states.copy_(self._language.norm(states.to(self.device)))
+
+    def forget_vision(self) -> None:
+        """Let go of the vision tower and the projector: no more image features can be made."""
+        for name in ("vision_tower", "multi_modal_projector", "visual"):
+            if hasattr(self.skeleton.core, name):
+                setattr(self.skeleton.core, name, nn.Identity())
 
     def load_layer(self, index: int) -> nn.Module:
         """Return decoder layer ``index`` with its tensors; the caller's reference is the only one."""
         config = self._language.config
         layer: nn.Module = on_meta(lambda: type(self._layers[index])(config, layer_idx=index))
         prefix = f"{self.checkpoint.family.language_prefix}layers.{index}."
-        fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype)
-        for parameter in layer.parameters():  # read tensors are views of the mapped file: changed, they stay changed
-            parameter.data = parameter.data.clone()
+        fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype, own=True)
+        quantization = self.checkpoint.quantization
+        if quantization is not None and quantization.rounds_inputs:
+            round_inputs(layer, cast(QuantizedTensors, self.checkpoint.tensors).quantized_modules(prefix))
         return layer.to(self.device)
 
     def run_layer(self, index: int, layer: nn.Module, batch: Prefill, hidden_BLD: Tensor) -> Tensor:

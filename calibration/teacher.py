@@ -18,7 +18,7 @@ from models.pooling import POOLINGS, Pooling, pool
 from models.prompt_tokens import IMAGE
 from models.safe_vlm import Prefill, SafeVLM
 
-__all__ = ["Lesson", "teach"]
+__all__ = ["Lesson", "teach", "without_embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +73,7 @@ def teach(
                 parts.append(pool(features, pooling).cpu())
             prefill = stream.skeleton.assemble([prefix] * len(batch), features, (batch.shape[1], batch.shape[2]))
             hidden[number].copy_(prefill.inputs_embeds)
-            batches.append(_without_embeddings(prefill))
+            batches.append(without_embeddings(prefill))
         stream.run(batches, hidden, report=lambda layer: report(f"language model, layer {layer + 1} of {len(stream)}"))
         probs = []
         for number, prefill in enumerate(batches):
@@ -83,7 +83,7 @@ def teach(
     return Lesson(probs=torch.cat(probs), pooled={pooling: torch.cat(parts) for pooling, parts in pooled.items()})
 
 
-def _without_embeddings(prefill: Prefill) -> Prefill:
+def without_embeddings(prefill: Prefill) -> Prefill:
     """Return positions and masks alone: embeddings and features are on ``meta``, their shapes remain."""
     return Prefill(
         inputs_embeds=prefill.inputs_embeds.to("meta"),

@@ -58,8 +58,11 @@ def fill(
     *,
     prefix: str,
     dtype: torch.dtype = torch.float32,
+    own: bool = False,
 ) -> None:
     """Give every parameter of ``module`` its tensor ``prefix + name``, read one at a time, without gradient.
+
+    With ``own`` parameters share no memory with the checkpoint's mapped files.
 
     All names and shapes are checked before the first byte is read. A parameter that another one is tied to
     is filled once; tie again afterwards.
@@ -84,5 +87,5 @@ def fill(
             )
     for name in slots:
         path, _, leaf = name.rpartition(".")
-        value = tensors.read(prefix + name).to(dtype)
+        value = tensors.read(prefix + name, own=own).to(dtype)
         setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))

@@ -28,6 +28,7 @@ __all__ = [
     "HubCheckpoint",
     "ModelReference",
     "fetch_checkpoint",
+    "LIGHT_PATTERNS",
     "find_model",
 ]
 

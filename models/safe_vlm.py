@@ -31,6 +31,7 @@ from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
 from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, stop_ids, text_ids
+from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
 from models.transformers_config import build_config
@@ -378,7 +379,8 @@ def load_safe_vlm(
     """Return the whole model of a checkpoint, in evaluation mode and without gradients.
 
     ``grid`` is the preprocessing contract's (height, width) where the family lets one choose (Qwen2.5-VL);
-    the model itself takes every size that the family takes.
+    the model itself takes every size that the family takes. Of a quantized checkpoint weights are the numbers that
+    are stored, and where it rounds activations, they are rounded.
 
     Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
     """
@@ -389,6 +391,8 @@ def load_safe_vlm(
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
     if config.tie_word_embeddings:
         model.tie_weights()
+    if checkpoint.quantization is not None and checkpoint.quantization.rounds_inputs:
+        round_inputs(model, cast(QuantizedTensors, checkpoint.tensors).quantized_modules())
     return SafeVLM(
         model,
         build_head(checkpoint, dtype=dtype),

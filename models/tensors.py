@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import CheckpointError
@@ -76,8 +77,11 @@ class TensorStore:
         """Return a tensor's dtype as safetensors writes it: ``F16``, ``BF16``, ``F32``, …"""
         return self._entry(name).dtype
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, *, own: bool = False) -> torch.Tensor:
         """Return one tensor in its stored dtype; of its file nothing else is read but the header.
+
+        It is a view of the mapped file, whose pages count as this process's memory while they stay; with ``own``
+        it is memory of its own, gone when the tensor is.
 
         Errors: CheckpointError for a name that is not there or a file that changed since it was opened.
         """
@@ -87,10 +91,15 @@ class TensorStore:
         shard = self._shards.stored[stored]
         entry = self._shards.entry(stored)
         path = self._shards.path(shard)
+        tensor: torch.Tensor
+        if own:
+            tensor = _read_own(path, entry)
+            self._count(name, entry)
+            return tensor
         try:
             if shard not in self._open:
                 self._open[shard] = safe_open(path, framework="pt")
-            tensor: torch.Tensor = self._open[shard].get_tensor(stored)
+            tensor = self._open[shard].get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: tensor '{stored}' ({entry.dtype}, shape {entry.shape}) cannot be read: {error}. "
@@ -143,3 +152,23 @@ class TensorStore:
                     )
                 digest.update(chunk)
                 left -= len(chunk)
+
+
+def _read_own(path: Path, entry: TensorEntry) -> torch.Tensor:
+    import torch
+
+    dtypes = {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }  # fmt: skip
+    if entry.dtype not in dtypes:
+        raise CheckpointError(f"{path}: a tensor of dtype {entry.dtype} is not read. Give the checkpoint in 16 bit.")
+    content = bytearray(entry.nbytes)
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(content) != entry.nbytes:
+            raise CheckpointError(f"{path}: cut short since it was opened. Fetch the file again.")
+    if not content:
+        return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+    return torch.frombuffer(content, dtype=dtypes[entry.dtype]).reshape(entry.shape)

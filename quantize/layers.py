@@ -1,27 +1,26 @@
-"""GPTQ over a language model whose decoder layers stream by, each read, rounded, run and dropped.
+"""Round a language model whose decoder layers stream by, each read, rounded, run and dropped.
 
-Within a layer, linears are rounded in the order in which data flows through them, and inputs of the later ones are
-those that the rounded earlier ones give. Shapes: B samples a batch, L positions, T = B · L tokens.
+What a layer's linears are rounded with is a :class:`Method`. Shapes: B samples a batch, L positions, T = B · L tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from calibration.sequential import Activations, LayerStream
+from models.checkpoint import Checkpoint
 from models.errors import InputError
+from models.quantized import GPTQ_PARTS, dequantized
 from models.safe_vlm import Prefill
-from quantize.grid import Scheme
 from quantize.hessian import Hessian
-from quantize.solver import Solved, SolveOptions, solve
 
-__all__ = ["SHARED_INPUTS", "Write", "quantize_layers", "token_weights"]
+__all__ = ["LINEARS", "SHARED_INPUTS", "Method", "Rounded", "Stage", "linear_names", "round_layers", "stored_dtype"]
 
 SHARED_INPUTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -30,108 +29,170 @@ SHARED_INPUTS = (
     ("mlp.down_proj",),
 )
 """A decoder layer's linears in the order of data, those that read the same input together; all three families."""
-
-Write = Callable[[str, Solved], None]
-"""Told a linear's canonical name (without ``.weight``) and what became of it, as soon as it is known."""
+LINEARS = tuple(name for names in SHARED_INPUTS for name in names)
 
 
 class _Enough(Exception):  # noqa: N818  # control flow, not an error
     """The inputs that were wanted have been seen: the rest of the layer need not run."""
 
 
-@dataclass
-class _Catch:
-    """Adds a linear's inputs to its second moments, then ends the run."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rounded:
+    """What became of one decoder layer: tensors to store by name within the layer, and a report of each linear.
 
-    hessian: Hessian
-    weights: Tensor | None = None
-
-    def __call__(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        self.hessian.add(given[0].reshape(-1, given[0].shape[-1]), self.weights)
-        raise _Enough
-
-
-def token_weights(prefill: Prefill, image_share: float = 0.5) -> Tensor:
-    """Return what each token of a batch counts in the second moments: float32 T, 0 at padding, 1 at text.
-
-    A picture's many tokens share a weight that makes them at most ``image_share`` of their sample, so that 576 of
-    them do not drown a short question; they never count more than text.
-
-    Errors: InputError for a share outside (0, 1).
+    Parameters of the layer that are not among ``tensors`` are stored in 16 bit as they are.
     """
-    if not 0 < image_share < 1:
-        raise InputError(f"--image-share {image_share}: a share above 0 and below 1 is allowed; 0.5 is usual.")
-    real = prefill.masks["attention_mask"].bool()
-    image = prefill.image_mask & real
-    text_B, images_B = (real & ~image).sum(dim=1), image.sum(dim=1)
-    fitting = text_B * image_share / (1 - image_share) / images_B.clamp(min=1)
-    weights = real.float()
-    return torch.where(image, fitting.clamp(max=1).unsqueeze(1).to(weights), weights).flatten()
+
+    tensors: dict[str, Tensor]
+    report: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """A decoder layer in its place: what comes in, and a way to run it as far as one likes."""
+
+    index: int
+    layer: nn.Module
+    stream: LayerStream
+    batches: Sequence[Prefill]
+    hidden: Activations
+    weights: Sequence[Tensor] | None
+    prefix: str
+    """Canonical name of the layer, a dot at its end."""
+
+    def linear(self, name: str) -> Any:
+        """Return a linear of the layer."""
+        return self.layer.get_submodule(name)
+
+    def moments(self, name: str) -> Tensor:
+        """Return the second moments of a linear's inputs, C × C; the layer runs as far as this linear.
+
+        Errors: InputError, with the linear's name, for inputs that are not finite.
+        """
+        hessian = Hessian(self.linear(name).in_features, self.stream.device)
+        with self.named(name):
+            for number, inputs in enumerate(self.inputs(name)):
+                hessian.add(inputs, None if self.weights is None else self.weights[number].to(self.stream.device))
+            return hessian.mean()
+
+    def inputs(self, name: str) -> Iterator[Tensor]:
+        """Yield a linear's inputs, T × C, batch by batch."""
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, given: tuple[Any, ...]) -> None:
+            caught.append(given[0].reshape(-1, given[0].shape[-1]))
+            raise _Enough
+
+        for number, batch in enumerate(self.batches):
+            hook = self.linear(name).register_forward_pre_hook(catch)
+            try:
+                with contextlib.suppress(_Enough):
+                    self.stream.run_layer(self.index, self.layer, batch, self.hidden[number])
+            finally:
+                hook.remove()
+            yield caught.pop()
+
+    @contextlib.contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Put the linear's name before the message of an InputError."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.prefix}{name}: {error}") from error
+
+
+class Method(Protocol):
+    """A way to round linears."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError for a checkpoint that it cannot round, before anything is read."""
+
+    def round_layer(self, stage: Stage) -> Rounded:
+        """Round a layer's linears, and leave the layer as it will run."""
+
+    def attach(self, layer: nn.Module) -> None:
+        """Prepare a restored layer to run as a rounded one does; weights are in place."""
+
+
+def linear_names(checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
+    """Return every decoder linear: its layer, its name in the layer, its canonical name without ``.weight``."""
+    prefix = f"{checkpoint.family.language_prefix}layers."
+    layers = {
+        int(name.removeprefix(prefix).split(".")[0]) for name in checkpoint.tensors.names() if name.startswith(prefix)
+    }
+    return [(index, name, f"{prefix}{index}.{name}") for index in sorted(layers) for name in LINEARS]
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the 16-bit dtype that what is not rounded is stored in: the checkpoint's own, else one that holds it."""
+    stored = checkpoint.tensors.dtype(f"{checkpoint.family.language_prefix}norm.weight")
+    if stored in ("F16", "BF16"):
+        return torch.float16 if stored == "F16" else torch.bfloat16
+    return torch.bfloat16 if checkpoint.family.key == "gemma3" else torch.float16  # Gemma-3 exceeds float16
 
 
 @torch.no_grad()
-def quantize_layers(
+def round_layers(
     stream: LayerStream,
     batches: Sequence[Prefill],
     hidden: Activations,
-    scheme: Scheme,
-    options: SolveOptions = SolveOptions(),
+    method: Method,
     *,
     weights: Sequence[Tensor] | None = None,
-    write: Write,
+    finished: Callable[[int], Mapping[str, Tensor] | None] = lambda _: None,
+    write: Callable[[int, Rounded], None],
     report: Callable[[int], None] = lambda _: None,
+    stop: int | None = None,
 ) -> None:
-    """Round every linear of every decoder layer; ``hidden`` goes from embeddings to last hidden states.
+    """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
-    Those are the states of the rounded model. ``weights`` are the tokens' (T each) of every batch; ``write`` gets
-    each linear once and nothing is kept.
+    ``weights`` are the tokens' (T each) of every batch. ``write`` gets each layer once, with all its tensors, and
+    nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is put in place instead
+    of being found again. With ``stop`` only so many layers are rounded.
 
-    Errors: InputError for a group size that does not divide a width (before anything is read), and for activations
-    that are not finite, with the layer's and the linear's name.
+    Errors: those of the method, before anything is read; InputError for activations that are not finite, with the
+    layer's and the linear's name.
     """
-    prefix = stream.checkpoint.family.language_prefix
-    _check_widths(stream, scheme, prefix)
+    method.check(stream.checkpoint)
+    dtype = stored_dtype(stream.checkpoint)
 
     def visit(index: int, layer: nn.Module, _: object) -> None:
-        for names in SHARED_INPUTS:
-            linears: list[Any] = [layer.get_submodule(name) for name in names]
-            where = f"{prefix}layers.{index}."
-            moments = _moments(stream, index, layer, linears[0], batches, hidden, weights, where + names[0])
-            solved = solve([linear.weight for linear in linears], moments, scheme, options, name=where + names[0])
-            for name, linear, each in zip(names, linears, solved, strict=True):
-                linear.weight.data = each.weight().to(linear.weight)
-                write(where + name, each)
+        done = finished(index)
+        if done is not None:
+            _restore(layer, done)
+            method.attach(layer)
+            return
+        for name, parameter in layer.named_parameters():
+            if name.removesuffix(".weight") not in LINEARS:
+                parameter.data = parameter.data.to(dtype).to(parameter.dtype)  # as it will be stored
+        stage = Stage(
+            index=index,
+            layer=layer,
+            stream=stream,
+            batches=batches,
+            hidden=hidden,
+            weights=weights,
+            prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
+        )
+        rounded = method.round_layer(stage)
+        plain = {
+            name: parameter.data.to(dtype).cpu()
+            for name, parameter in layer.named_parameters()
+            if name not in rounded.tensors and f"{name.removesuffix('weight')}qweight" not in rounded.tensors
+        }
+        write(index, Rounded(tensors={**plain, **rounded.tensors}, report=rounded.report))
 
-    stream.run(batches, hidden, visit=visit, report=report)
+    stream.run(batches, hidden, visit=visit, report=report, stop=stop)
 
 
-def _check_widths(stream: LayerStream, scheme: Scheme, prefix: str) -> None:
-    for index in range(len(stream)):
-        for name in (name for names in SHARED_INPUTS for name in names):
-            full = f"{prefix}layers.{index}.{name}"
-            scheme.columns(stream.checkpoint.tensors.shape(f"{full}.weight")[1], full)
-
-
-def _moments(
-    stream: LayerStream,
-    index: int,
-    layer: nn.Module,
-    linear: Any,
-    batches: Sequence[Prefill],
-    hidden: Activations,
-    weights: Sequence[Tensor] | None,
-    name: str,
-) -> Tensor:
-    """Return the second moments of a linear's inputs; the layer runs as far as this linear."""
-    catch = _Catch(Hessian(linear.in_features, stream.device))
-    hook = linear.register_forward_pre_hook(catch)
-    try:
-        for number, batch in enumerate(batches):
-            catch.weights = None if weights is None else weights[number].to(stream.device)
-            with contextlib.suppress(_Enough):
-                stream.run_layer(index, layer, batch, hidden[number])
-        return catch.hessian.mean()
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-    finally:
-        hook.remove()
+def _restore(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer the weights that stored tensors stand for."""
+    for name, parameter in layer.named_parameters():
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in tensors:
+            value = dequantized({part: tensors[f"{module}.{part}"] for part in GPTQ_PARTS})
+        elif f"{module}.weight_scale" in tensors:
+            value = dequantized({part: tensors[f"{module}.{part}"] for part in ("weight", "weight_scale")})
+        else:
+            value = tensors[name]
+        parameter.data = value.to(parameter)

@@ -15,7 +15,7 @@ from models.errors import InputError
 from models.quantized import BITS, WORD
 from quantize.grid import Grid
 
-__all__ = ["pack", "pack_linear"]
+__all__ = ["check_packable", "pack", "pack_linear"]
 
 
 def pack(values_NM: Tensor, bits: int) -> Tensor:
@@ -45,15 +45,19 @@ def pack_linear(name: str, ints_RC: Tensor, grid: Grid, group_of_C: Tensor, bits
 
     Errors: InputError, naming the linear, when R or C is not a multiple of 32.
     """
-    rows, columns = ints_RC.shape
-    if rows % WORD or columns % WORD:
-        raise InputError(
-            f"{name} has {rows} rows and {columns} columns: GPTQ files hold multiples of {WORD} of both. Leave this "
-            "module in 16 bit."
-        )
+    check_packable(name, *ints_RC.shape)
     return {
         f"{name}.qweight": pack(ints_RC.T, bits).contiguous(),
         f"{name}.qzeros": pack(grid.zero - 1, bits).T.contiguous(),
         f"{name}.scales": grid.scale.T.to(torch.float16).contiguous(),
         f"{name}.g_idx": group_of_C.to(torch.int32).contiguous(),
     }
+
+
+def check_packable(name: str, rows: int, columns: int) -> None:
+    """Raise InputError, naming the linear, when R or C is not a multiple of 32."""
+    if rows % WORD or columns % WORD:
+        raise InputError(
+            f"{name} has {rows} rows and {columns} columns: GPTQ files hold multiples of {WORD} of both. Leave this "
+            "module in 16 bit."
+        )

@@ -27,6 +27,7 @@ DAMP_GROWTH, DAMP_LIMIT = 10.0, 1e3
 ROWS = 2048
 """Rows that are rounded together: enough for fast products, and a bound of the memory that they take."""
 LOSS_BLOCK = 1024
+PROBES = 64
 INNER = 32
 """Columns that are made up for one by one before a matrix product takes them together."""
 
@@ -55,7 +56,7 @@ class Solved:
     """A rounded linear: integers R × C (uint8), grid, each column's group, and what rounding costs.
 
     ``loss`` is tr((W - Q) H (W - Q)ᵀ); ``rtn_loss`` that of rounding every weight to the nearest on a grid of its
-    full range. ``kept`` is ``rtn`` where that was the better one.
+    full range. ``kept`` is ``rtn`` where that was the better one. ``signal`` is tr(W H Wᵀ), estimated with 64 probes.
     """
 
     ints: Tensor
@@ -63,11 +64,17 @@ class Solved:
     group_of: Tensor
     loss: float
     rtn_loss: float
+    signal: float
     kept: Literal["gptq", "rtn"]
     damp: float
     """What was needed for the factorisation; more than asked for where that failed."""
     dead_columns: int
     """Columns whose inputs are always zero; they are rounded to the nearest."""
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square error of the outputs over their root mean square."""
+        return float((self.loss / self.signal) ** 0.5) if self.signal > 0 else 0.0
 
     def weight(self) -> Tensor:
         """Return the weights that are stored, R × C."""
@@ -99,12 +106,15 @@ def solve(
     order = _order(diagonal, options.act_order)
     upper, damp = _factor(hessian_CC, dead, order, options.damp)
     damping = damp * float(diagonal[~dead].mean()) if not bool(dead.all()) else 0.0
+    probes = upper @ _probes(width, upper)
     ours: list[_Rows] = []
     plain: list[_Rows] = []
+    signals = []
     for rows in _chunks(weights, hessian_CC):
+        signals.append((rows[:, order] @ probes).square().mean(dim=1))
         plain.append(_to_the_nearest(rows, upper, order, scheme, columns, ~dead[order], damping))
         ours.append(_walk(rows, upper, diagonal, order, scheme, options, columns, ~dead[order], damping))
-    whole, nearest = _joined(ours), _joined(plain)
+    whole, nearest, signal = _joined(ours), _joined(plain), torch.cat(signals)
     found, start = [], 0
     for weight in weights:
         rows_of = slice(start, start + len(weight))
@@ -119,6 +129,7 @@ def solve(
                 group_of=chosen.group_of,
                 loss=loss if better else rtn_loss,
                 rtn_loss=rtn_loss,
+                signal=float(signal[rows_of].sum()),
                 kept="gptq" if better else "rtn",
                 damp=damp,
                 dead_columns=int(dead.sum()),
@@ -181,6 +192,12 @@ def _to_the_nearest(
         part = error[:, :stop] @ upper_CC[:stop, start:stop]
         loss += part[:, alive_C[start:stop]].square_().sum(dim=1)
     return _Rows(ints=ints.to(torch.uint8), grid=grid, group_of=group_of, loss=loss.clamp(min=0))
+
+
+def _probes(width: int, like: Tensor) -> Tensor:
+    """Return the same signs each time, C × 64: their mean square under W U estimates tr(W H Wᵀ)."""
+    signs = torch.randint(0, 2, (width, PROBES), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return signs.to(like)
 
 
 def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:

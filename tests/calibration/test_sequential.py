@@ -151,7 +151,7 @@ def test_one_layer_is_alive_at_a_time(written: Written) -> None:
     assert "layers" not in held
 
 
-def test_states_in_a_file_are_the_same_and_the_file_goes(
+def test_states_in_a_file_are_the_same_and_leave_nothing_behind(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -159,7 +159,8 @@ def test_states_in_a_file_are_the_same_and_the_file_goes(
     found = []
     for limit in (None, 0):
         batches, hidden = start(stream, written, limit)
-        assert hidden.on_disk == (limit == 0) == bool(list(tmp_path.iterdir()))
+        assert hidden.on_disk == (limit == 0)
+        assert list(tmp_path.iterdir()) == [], "the file has no name"
         with hidden:
             stream.run(batches, hidden)
             found.append(hidden[0].clone())

@@ -1,0 +1,341 @@
+"""From a checkpoint to a compressed one: calibration samples, their leakage check, rounding, artifact, drift.
+
+What all ways of rounding share; each of them is a :class:`quantize.layers.Method`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from calibration.answers import own_answers, whole_model_bytes
+from calibration.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
+from calibration.conversations import Sample
+from calibration.mix import samples_sha256
+from calibration.samples import Calibration, CalibrationOptions, calibrate_on
+from calibration.sequential import Activations, LayerStream
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.errors import InputError
+from models.machine import machine_name
+from models.preprocessing import Preprocessing
+from models.reference import guard_sha256
+from models.version import VERSION
+from quantize.artifact import artifact_config, copy_light_files, write_tensors
+from quantize.drift import answer_drift, exact_probs, guard_drift
+from quantize.estimate import Estimate, available_memory, check_memory, estimate
+from quantize.layers import Rounded, round_layers
+from quantize.record import calibration_record, identity, jsonable, summary, token_counts
+from quantize.settings import Plan, Progress, RunOptions
+from quantize.unfinished import Unfinished, disk_errors
+
+__all__ = ["Compressed", "check_place", "compress"]
+
+SCHEMA_VERSION = 1
+MEMORY_SHARE = 0.8
+"""Of the available memory, that a run takes where it is not told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What came out: ``out`` is ``None`` when the run ended after ``--layers``."""
+
+    out: Path | None
+    record: dict[str, Any]
+    estimate: Estimate
+    seconds_per_layer: float | None
+
+
+def compress(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Plan,
+    calibration: CalibrationOptions = CalibrationOptions(),
+    options: RunOptions = RunOptions(),
+    progress: Progress = Progress(),
+    chosen: Calibration | None = None,
+) -> Compressed:
+    """Write a compressed checkpoint to the folder ``out``; all of it or nothing.
+
+    Killed, it goes on at the last finished layer when called again with the same arguments, and ends with the same
+    bytes. ``chosen`` saves choosing the samples again.
+
+    Errors: InputError for a checkpoint that is quantized already, a folder that exists, a bad or leaking calibration
+    set, too little memory, a full disk; CheckpointError.
+    """
+    started = time.monotonic()
+    check_place(checkpoint, out)
+    plan.method.check(checkpoint)
+    chosen = chosen or calibrate_on(checkpoint, calibration, progress.status)
+    if not chosen.leakage.clean:
+        progress.say(f"LEAKAGE ALLOWED: {len(chosen.leakage.leaks)} hits; reports about this artifact are ANOMALOUS.")
+    max_memory = options.max_memory or int(MEMORY_SHARE * available_memory())
+    recipe = {
+        "method": dict(plan.recipe),
+        "checkpoint": identity(checkpoint),
+        "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
+        "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
+        "run": {"dtype": str(options.dtype), "device": options.device, "batch_tokens": options.batch_tokens},
+        "version": VERSION,
+    }
+    with Unfinished(out, recipe) as unfinished:
+        answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
+        run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
+        outcome = run.round(chosen.samples, answers["texts"], calibration)
+        record: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "source": {
+                "name": checkpoint.name,
+                "revision": checkpoint.revision,
+                "family": checkpoint.family.key,
+                "guard_sha256": guard_sha256(checkpoint),
+                "tap": asdict(checkpoint.tap),
+            },
+            "method": dict(plan.recipe),
+            "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
+            "leakage": chosen.leakage.record(),
+            "anomalous": not chosen.leakage.clean,
+            "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
+            "consumers": list(plan.consumers),
+            "answers": outcome.answers | {"are": "the 16-bit model's own" if answers["own"] else "given"},
+        }
+        record["summary"] = summary(checkpoint, record["layers"])
+        if outcome.answers:
+            artifact = run.write(record)
+            record["guard"] = run.guard(open_checkpoint(str(artifact)), chosen, calibration.grid)
+            record["measured"] = {
+                "seconds": time.monotonic() - started,
+                "seconds_per_layer": run.seconds_per_layer,
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "max_memory_bytes": max_memory,
+                "machine": machine_name(),
+                "device": options.device,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safevlm-edge": VERSION,
+            }
+            with disk_errors(artifact):
+                (artifact / "compression.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.publish(artifact)
+    return Compressed(
+        out=out if outcome.answers else None,
+        record=record,
+        estimate=outcome.estimate,
+        seconds_per_layer=run.seconds_per_layer,
+    )
+
+
+def check_place(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise InputError for a checkpoint that is quantized already and for a folder that exists."""
+    if checkpoint.quantization is not None:
+        raise InputError(
+            f"{checkpoint.name} is quantized already ({checkpoint.quantization.method}): rounding it again only adds "
+            "error. Give the 16-bit checkpoint."
+        )
+    if out.exists():
+        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    answers: dict[str, Any]
+    tokens: dict[str, int]
+    estimate: Estimate
+
+
+@dataclass
+class _Run:
+    """One run over the layers, and what it writes."""
+
+    checkpoint: Checkpoint
+    unfinished: Unfinished
+    plan: Plan
+    options: RunOptions
+    weights: TokenWeights
+    max_memory: int
+    progress: Progress
+    seconds_per_layer: float | None = None
+
+    def round(
+        self, samples: Sequence[Sample], answers: Sequence[str | None], calibration: CalibrationOptions
+    ) -> _Outcome:
+        """Round all layers that are not finished; ``answers`` of the outcome is empty when layers are left."""
+        packed: list[tuple[Row, ...]] = []
+
+        def token_ids(model: Any) -> list[int]:
+            packed.extend(
+                pack_rows(
+                    lay_out(model, samples, answers, max_length=calibration.max_length), self.options.batch_tokens
+                )
+            )
+            return [token for rows in packed for row in rows for token in row.ids]
+
+        self.progress.status("opening the checkpoint")
+        stream = LayerStream(
+            self.checkpoint,
+            grid=calibration.grid,
+            dtype=self.options.dtype,
+            device=self.options.device,
+            token_ids=token_ids,
+        )
+        needed = estimate(self.checkpoint, packed, dtype=self.options.dtype, device=stream.device)
+        check_memory(needed, self.max_memory)
+        self._check_disk(needed)
+        finished = self.unfinished.finished()
+        for line in needed.lines(self.max_memory):
+            self.progress.say(line)
+        if finished:
+            self.progress.say(f"going on: {len(finished)} of {len(stream)} layers are finished")
+        shapes = [(len(rows), max(len(row.ids) for row in rows), self.checkpoint.hidden_size) for rows in packed]
+        left = max(0, self.max_memory - needed.memory)
+        with Activations(shapes, self.options.dtype, left, self.unfinished.folder) as hidden:
+            batches = embed_batches(stream, packed, hidden, self.progress.status)
+            stream.forget_vision()
+            self._layers(stream, batches, hidden)
+            done = len(self.unfinished.finished()) == len(stream)
+            found = answer_drift(self.checkpoint, batches, hidden) if done else {}
+        return _Outcome(answers=found, tokens=token_counts(batches), estimate=needed)
+
+    def _layers(self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations) -> None:
+        before, times = time.monotonic(), []
+
+        def write(index: int, rounded: Rounded) -> None:
+            self.unfinished.save_layer(index, rounded)
+
+        was_there = set(self.unfinished.finished())
+
+        def report(index: int) -> None:
+            nonlocal before
+            now = time.monotonic()
+            if index not in was_there:
+                times.append(now - before)
+            self.progress.layer(index, len(stream), self.unfinished.report(index), now - before)
+            before = now
+
+        prefills = [batch.prefill for batch in batches]
+        round_layers(
+            stream,
+            prefills,
+            hidden,
+            self.plan.method,
+            weights=[self.weights.of(batch.prefill, batch.refused().to(stream.device)) for batch in batches],
+            finished=self.unfinished.layer,
+            write=write,
+            report=report,
+            stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
+        )
+        self.seconds_per_layer = float(np.mean(times)) if times else None
+
+    def _check_disk(self, needed: Estimate) -> None:
+        free = shutil.disk_usage(self.unfinished.folder).free
+        if free < needed.disk:
+            raise InputError(
+                f"{self.unfinished.folder}: about {needed.disk / 2**30:.1f} GiB are needed on this disk, "
+                f"{free / 2**30:.1f} GiB are free. Make room, or give --out another place."
+            )
+
+    def write(self, record: dict[str, Any]) -> Path:
+        """Write the artifact's folder, still under a hidden name; sizes go into ``record``."""
+        folder = self.unfinished.folder / "artifact"
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            copy_light_files(self.checkpoint.folder, folder)
+            config = artifact_config(self.checkpoint, self.plan.quantization)
+            for name, data in {"config.json": config, **self.plan.extra_files}.items():
+                (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            layers = [self.unfinished.layer_file(index) for index in self.unfinished.finished()]
+            stored = write_tensors(
+                self.checkpoint, layers, folder, shard_bytes=self.options.shard_bytes, report=self.progress.status
+            )
+        tensors = self.checkpoint.tensors
+        whole = sum(torch.Size(tensors.shape(name)).numel() * 2 for name in tensors.names())
+        record["summary"] |= {"bytes": stored, "bytes_in_16_bit": whole}
+        return folder
+
+    def guard(self, artifact: Checkpoint, chosen: Calibration, grid: tuple[int, int] | None) -> dict[str, Any]:
+        """Ask the exact guard of both checkpoints about pictures, held out where there are enough."""
+        used = {sample.where for sample in chosen.samples}
+        pictures = {sample.name: sample for sample in chosen.source.samples if sample.image is not None}
+        held_out = [sample for sample in pictures.values() if sample.where not in used]
+        source = held_out if len(held_out) >= min(self.options.guard_images, 16) else list(pictures.values())
+        if not source or not self.options.guard_images:
+            return {"n": 0}
+        places = np.random.default_rng(0).permutation(len(source))[: self.options.guard_images]
+        preprocessing = Preprocessing.from_processor(
+            self.checkpoint.processor, family=self.checkpoint.family.key, grid=grid
+        )
+        opened = [source[place].picture() for place in sorted(places)]
+        rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in opened if each is not None]))
+        probs = []
+        for which, checkpoint in (("16-bit", self.checkpoint), ("compressed", artifact)):
+            self.progress.status(f"the {which} model's guard looks at {len(rgb)} pictures")
+            probs.append(
+                exact_probs(
+                    checkpoint,
+                    rgb,
+                    grid=grid,
+                    max_bytes=max(0, self.max_memory // 4),
+                    dtype=self.options.dtype,
+                    device=self.options.device,
+                    report=self.progress.status,
+                )
+            )
+        held = {"held_out": source is held_out, "tap": self.checkpoint.tap.source}
+        return {**held, **guard_drift(probs[0], probs[1], self.checkpoint.classes)}
+
+
+def _answers(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    max_memory: int,
+    unfinished: Unfinished,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return ``texts``, one a sample or ``None``, and how many are the model's ``own``; kept for a run that goes on."""
+    kept = unfinished.kept("answers.json")
+    if kept is not None:
+        return dict(kept)
+    size = whole_model_bytes(checkpoint, options.dtype)
+    fits = size + 2 * 2**30 <= max_memory or options.device != "cpu"
+    if calibration.answers == "own" and not fits:
+        raise InputError(
+            f"--answers own: the model takes {size / 2**30:.1f} GiB in {str(options.dtype).removeprefix('torch.')} and "
+            f"must fit into --max-memory ({max_memory / 2**30:.1f} GiB) to answer. Give more memory, --dtype bfloat16, "
+            "or answers in the file and --answers given."
+        )
+    texts: list[str | None] = [None if calibration.answers == "none" else sample.answer for sample in samples]
+    own = 0
+    if calibration.answers == "own" or (calibration.answers == "auto" and fits):
+        texts = list(
+            own_answers(
+                checkpoint,
+                samples,
+                grid=calibration.grid,
+                max_new_tokens=calibration.max_new_tokens,
+                dtype=options.dtype,
+                device=options.device,
+                report=progress.status,
+            )
+        )
+        own = len(texts)
+    elif calibration.answers == "auto":
+        given = sum(text is not None for text in texts)
+        progress.say(
+            f"the 16-bit model ({size / 2**30:.1f} GiB) does not fit into memory to answer by itself: {given} of "
+            f"{len(texts)} samples have an answer in the file, the others are prompts alone"
+        )
+    found = {"texts": texts, "own": own, "none": sum(text is None for text in texts)}
+    unfinished.keep("answers.json", found)
+    return found

@@ -1,0 +1,126 @@
+"""GPTQ of a Safe-VLM's language model: ``python -m quantize.gptq --model SafeLLaVA-7B --out DIR --bits 4``.
+
+Decoder layers stream by one at a time, calibrated on images and text; vision tower, projector and guard head stay in
+16 bit. The result is a checkpoint in GPTQ's v1 format that transformers, vLLM and GPTQModel load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from rich.console import Console
+
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.commandline import run
+from models.version import VERSION
+from quantize.compress import compress
+from quantize.gptq_method import Gptq
+from quantize.grid import Scheme
+from quantize.layers import LINEARS, SHARED_INPUTS
+from quantize.options import calibration_of, finish, progress_on, run_of, shared_options
+from quantize.settings import Plan
+from quantize.solver import ActOrder, SolveOptions
+
+__all__ = ["gptq_plan", "quantization_config"]
+
+
+def quantization_config(checkpoint: Checkpoint, scheme: Scheme, options: SolveOptions) -> dict[str, Any]:
+    """Return GPTQ's settings for config.json: all that any reader asks for, nothing left to defaults."""
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "desc_act": options.act_order == "group",
+        "sym": scheme.symmetric,
+        "checkpoint_format": "gptq",
+        "static_groups": options.act_order == "static",
+        "damp_percent": options.damp,
+        "true_sequential": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "block_name_to_quantize": f"{checkpoint.family.language_prefix}layers",
+        "modules_in_block_to_quantize": [list(names) for names in SHARED_INPUTS],
+        "meta": {"quantizer": [f"safevlm-edge:{VERSION}"]},
+    }
+
+
+def gptq_plan(checkpoint: Checkpoint, scheme: Scheme, options: SolveOptions = SolveOptions()) -> Plan:
+    """Return what rounds every decoder linear with ``scheme``."""
+    config = quantization_config(checkpoint, scheme, options)
+    recipe = {
+        "name": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "act_order": options.act_order,
+        "damp": options.damp,
+        "search": options.search,
+        "linears": list(LINEARS),
+    }
+    return Plan(
+        method=Gptq(scheme_of=lambda _: scheme, options=options),
+        recipe=recipe,
+        quantization=config,
+        extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
+        consumers=_consumers(scheme, options),
+    )
+
+
+def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
+    """Return which readers cannot take this artifact, as they were tried (RESULTS.md)."""
+    notes = []
+    if not scheme.symmetric:
+        notes.append("asymmetric: GPTQModel's own loader refuses it from other tools; transformers reads it")
+    if scheme.bits not in (4, 8):
+        notes.append(f"{scheme.bits} bits: fast GPU kernels (Marlin) are for 4 and 8 bits only")
+    if options.act_order == "group":
+        notes.append("act order by groups: readers need g_idx and run slower; --act-order static has its gain without")
+    return notes
+
+
+@click.command(name="gptq")
+@shared_options
+@click.option("--bits", default="4", show_default=True, help="2, 3, 4 or 8.")
+@click.option("--group-size", type=int, default=128, show_default=True, help="Input columns a scale; -1: a row.")
+@click.option("--asymmetric", is_flag=True, help="A zero point a group.")
+@click.option(
+    "--act-order",
+    type=click.Choice(["static", "group", "none"]),
+    default="static",
+    show_default=True,
+    help="Columns by falling activation, groups as they stand (static) or in that order (group).",
+)
+@click.option("--damp", type=float, default=0.01, show_default=True, help="Share of the mean diagonal that is added.")
+@click.option("--no-search", is_flag=True, help="Grids of the full range, no shrunk ones.")
+def main(
+    model: str,
+    revision: str | None,
+    out: Path,
+    bits: str,
+    group_size: int,
+    asymmetric: bool,
+    act_order: str,
+    damp: float,
+    no_search: bool,
+    as_json: bool,
+    **shared: Any,
+) -> None:
+    """Round the language model of MODEL to a few bits with GPTQ, calibrated on images and text."""
+    scheme = Scheme(bits=whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
+    options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not no_search)
+    checkpoint = open_checkpoint(model, revision=revision)
+    with progress_on(Console(stderr=True)) as progress:
+        plan = gptq_plan(checkpoint, scheme, options)
+        found = compress(checkpoint, out, plan, calibration_of(shared), run_of(shared), progress)
+    finish(found, as_json, f"python -m benchmarks.tiny --model {out}")
+
+
+def whole_bits(text: str) -> int:
+    """Return ``--bits`` as a number; what is none is refused as a number of bits that is not allowed."""
+    return int(text) if text.isdigit() else -1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,114 @@
+"""W8A8 of a Safe-VLM's language model: ``python -m quantize.int8 --model SafeLLaVA-7B --out DIR``.
+
+Weights and activations of the decoder's linears in 8 bits, in compressed-tensors' ``int-quantized`` format, which
+transformers and vLLM load. Vision tower, projector and guard head stay in 16 bit. For 8-bit weights alone:
+``python -m quantize.gptq --bits 8``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from models.checkpoint import open_checkpoint
+from models.commandline import run
+from models.errors import InputError
+from quantize.compress import compress
+from quantize.int8_method import STRENGTHS, W8A8
+from quantize.layers import LINEARS
+from quantize.options import calibration_of, finish, progress_on, run_of, shared_options
+from quantize.settings import Plan
+from quantize.solver import SolveOptions
+
+__all__ = ["int8_plan", "quantization_config"]
+
+NOT_QUANTIZED = (
+    "lm_head",
+    "re:.*vision_tower.*",
+    "re:.*visual.*",
+    "re:.*multi_modal_projector.*",
+    "re:.*img_safety_head.*",
+)
+
+
+def quantization_config() -> dict[str, Any]:
+    """Return compressed-tensors' settings for config.json: all that readers ask for, nothing left to defaults."""
+    whole = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "block_structure": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**whole, "strategy": "channel", "dynamic": False, "actorder": None},
+                "input_activations": {**whole, "strategy": "token", "dynamic": True, "actorder": None},
+                "output_activations": None,
+                "format": "int-quantized",
+            }
+        },
+        "ignore": list(NOT_QUANTIZED),
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+    }
+
+
+def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = SolveOptions()) -> Plan:
+    """Return what rounds every decoder linear and its inputs to 8 bits."""
+    recipe = {
+        "name": "w8a8",
+        "smoothing_strengths": list(strengths),
+        "act_order": options.act_order,
+        "damp": options.damp,
+        "search": options.search,
+        "linears": list(LINEARS),
+    }
+    return Plan(
+        method=W8A8(strengths=strengths, options=options),
+        recipe=recipe,
+        quantization=quantization_config(),
+        consumers=["GPTQModel, AutoGPTQ and llama.cpp do not read compressed-tensors"],
+    )
+
+
+@click.command(name="int8")
+@shared_options
+@click.option(
+    "--smoothing",
+    default=",".join(f"{strength:g}" for strength in STRENGTHS),
+    show_default=True,
+    help="Strengths to try for each group of linears; 0: none.",
+)
+@click.option("--damp", type=float, default=0.01, show_default=True, help="Share of the mean diagonal that is added.")
+def main(
+    model: str,
+    revision: str | None,
+    out: Path,
+    smoothing: str,
+    damp: float,
+    as_json: bool,
+    **shared: Any,
+) -> None:
+    """Round weights and activations of MODEL's language model to 8 bits, calibrated on images and text."""
+    plan = int8_plan(_strengths(smoothing), SolveOptions(damp=damp))
+    checkpoint = open_checkpoint(model, revision=revision)
+    with progress_on(Console(stderr=True)) as progress:
+        found = compress(checkpoint, out, plan, calibration_of(shared), run_of(shared), progress)
+    finish(found, as_json, f"python -m benchmarks.tiny --model {out}")
+
+
+def _strengths(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(sorted({0.0, *(float(part) for part in text.split(","))}))
+    except ValueError:
+        found = (-1.0,)
+    if not all(0 <= strength < 1 for strength in found):
+        raise InputError(f"--smoothing {text}: strengths from 0 up to 1 are allowed, as in 0,0.4,0.6.")
+    return found
+
+
+if __name__ == "__main__":
+    run(main)

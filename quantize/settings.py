@@ -1,0 +1,62 @@
+"""How a run is done, what is rounded with, who is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from models.errors import InputError
+from quantize.artifact import SHARD_BYTES
+from quantize.layers import Method
+
+__all__ = ["Plan", "Progress", "RunOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is done: nothing here changes what is calibrated on.
+
+    ``max_memory`` in bytes, of this process; ``layers`` ends the run after so many, to go on later; ``batch_tokens``
+    run together; ``guard_images`` are looked at for the guard's drift.
+    """
+
+    max_memory: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    layers: int | None = None
+    batch_tokens: int = 2048
+    guard_images: int = 64
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.layers < 1:
+            raise InputError(f"--layers {self.layers}: at least 1 is needed.")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise InputError(f"--device {self.device}: torch sees no GPU here. Give cpu.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A method, and what of it is written down.
+
+    ``recipe`` goes into compression.json and decides whether an unfinished run is the same one; ``quantization`` is
+    config.json's ``quantization_config``; ``consumers`` says who reads the artifact and who does not.
+    """
+
+    method: Method
+    recipe: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    extra_files: Mapping[str, Any] = field(default_factory=dict)
+    consumers: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Who is told what happens: a status line, lines to keep, and each finished layer with its report."""
+
+    status: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
+    layer: Callable[[int, int, Sequence[Mapping[str, Any]], float], None] = lambda *_: None

@@ -1,0 +1,149 @@
+"""What a run has finished so far, in a hidden folder beside its output: killed, it goes on from there.
+
+Layers are written in one step each (a temporary file that is renamed), so what is there is whole. The folder holds
+the run's recipe, and only a run with the same recipe goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.errors import InputError
+from quantize.layers import Rounded
+
+__all__ = ["Unfinished", "disk_errors"]
+
+LAYER = "layer"
+"""The one metadata key of a layer's file: safetensors writes several in an order that changes."""
+
+
+class Unfinished:
+    """The folder ``.NAME.unfinished`` beside ``out``, locked while it is open. A context manager."""
+
+    def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
+        """Errors: InputError for a folder of another recipe, or one that another process works in."""
+        self.out = out
+        self.folder = out.parent / f".{out.name}.unfinished"
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{self.folder}: another process is writing {out}. Wait for it, or stop it.") from error
+        self._check(json.loads(json.dumps(recipe)))
+
+    def _check(self, recipe: dict[str, Any]) -> None:
+        path = self.folder / "recipe.json"
+        if not path.exists():
+            self.keep("recipe.json", recipe)
+            return
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in {*there, *recipe} if there.get(key) != recipe.get(key))
+        if differing:
+            key = differing[0]
+            raise InputError(
+                f"{self.folder} holds an unfinished run with other settings ({', '.join(differing)}; {key} was "
+                f"{_short(there.get(key))}, now {_short(recipe.get(key))}). Give the same settings to go on, or remove "
+                "that folder to begin anew."
+            )
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    # -- small facts ------------------------------------------------------------------------------------
+
+    def keep(self, name: str, data: Any) -> None:
+        """Write a JSON file in one step."""
+        with disk_errors(self.folder), self._whole(self.folder / name) as path:
+            path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+    def kept(self, name: str) -> Any | None:
+        """Return what :meth:`keep` wrote, or ``None``."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    # -- layers -----------------------------------------------------------------------------------------
+
+    def layer_file(self, index: int) -> Path:
+        """Return where a layer's tensors are, or will be."""
+        return self.folder / f"layer-{index:05d}.safetensors"
+
+    def save_layer(self, index: int, rounded: Rounded) -> None:
+        """Write a layer in one step. Errors: InputError when the disk is full; finished layers stay."""
+        tensors = {name: tensor.contiguous() for name, tensor in rounded.tensors.items()}
+        with disk_errors(self.folder), self._whole(self.layer_file(index)) as path:
+            save_file(tensors, path, metadata={LAYER: json.dumps(rounded.report)})
+
+    def layer(self, index: int) -> dict[str, Tensor] | None:
+        """Return a finished layer's tensors, or ``None``."""
+        path = self.layer_file(index)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no mapping
+
+    def report(self, index: int) -> list[dict[str, Any]]:
+        """Return the report that was written with a layer."""
+        with safe_open(self.layer_file(index), framework="pt") as file:
+            return list(json.loads(file.metadata()[LAYER]))
+
+    def finished(self) -> list[int]:
+        """Return the numbers of the layers that are there."""
+        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("layer-*.safetensors"))
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def publish(self, finished: Path) -> None:
+        """Move a complete folder to ``out`` and remove the rest. Errors: InputError when ``out`` is there by now."""
+        with disk_errors(self.out):
+            if self.out.exists():
+                raise InputError(f"{self.out} exists by now. Move it away and run the command again.")
+            finished.rename(self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        unfinished = path.with_name(f"{path.name}.part")
+        try:
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a place that cannot be written into InputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
+        raise InputError(
+            f"{folder}: {what}. Layers that are finished are kept; make room and run the command again to go on."
+            if full
+            else f"{folder} cannot be written: {what}. Give --out another place."
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
