@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint types unit lock clean
+.PHONY: demo test peers lint types unit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo --out build/demo
@@ -26,6 +26,13 @@ unit: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt install.sh
 	PYTHON=$(PYTHON) sh install.sh $(VENV)
+	touch $@
+
+# Other projects that read our files, each in an environment of its own; their tests skip where these are missing.
+peers: .venv-gptqmodel/.installed .venv-autogptq/.installed
+
+.venv-%/.installed: tests/peers/%.txt install_peers.sh
+	PYTHON=$(PYTHON) sh install_peers.sh $*
 	touch $@
 
 lock: $(VENV)/.installed

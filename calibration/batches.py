@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.answers import pictures_of
+from calibration.answers import Answer, pictures_of
 from calibration.conversations import Sample
 from calibration.refusals import is_refusal
 from calibration.sequential import Activations, LayerStream
@@ -83,7 +83,7 @@ class Batch:
 
 
 def lay_out(
-    model: SafeVLM, samples: Sequence[Sample], answers: Sequence[str | None], *, max_length: int | None = None
+    model: SafeVLM, samples: Sequence[Sample], answers: Sequence[Answer | None], *, max_length: int | None = None
 ) -> list[Row]:
     """Return each sample's ids in the family's chat template.
 
@@ -97,7 +97,9 @@ def lay_out(
             prompt = text_ids(model.tokenizer, model.family.prompt, sample.question)
         else:
             prompt = model.prompt_ids(sample.question)
-        said = [] if answer is None else answer_ids(model.tokenizer, model.family.prompt, answer)
+        said: Sequence[int] = ()
+        if answer is not None:
+            said = answer.ids or answer_ids(model.tokenizer, model.family.prompt, answer.text)
         if len(prompt) + len(said) > limit:
             raise InputError(
                 f"{sample.where}: {len(prompt) + len(said)} tokens with image and answer; the limit is {limit} "
@@ -108,7 +110,7 @@ def lay_out(
                 sample=sample,
                 ids=(*prompt, *said),
                 answer_length=len(said),
-                refused=answer is not None and is_refusal(answer),
+                refused=answer is not None and is_refusal(answer.text),
             )
         )
     return rows

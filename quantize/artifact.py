@@ -32,6 +32,11 @@ SHARD_BYTES = 4 * 2**30
 CHUNK_BYTES = 8 << 20
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 NOT_COPIED = ("config.json", "*.index.json", "quantize_config.json", "compression.json")
+NOT_SAID = (
+    "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "output_attentions", "output_hidden_states",
+    "problem_type", "return_dict",
+)  # fmt: skip
+"""Settings of a session, not of a model, which transformers writes into every config."""
 SAFETY_KEYS = ("safety_", "num_safety_", "img_safety_")
 
 
@@ -47,8 +52,14 @@ def artifact_config(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> 
     stated = {key: value for key, value in checkpoint.config.items() if key.startswith(SAFETY_KEYS)}
     tap = {"source": checkpoint.tap.source, "pooling": checkpoint.tap.pooling, "tokens": checkpoint.tap.tokens}
     model_class: Any = model_class_of(config)
+    stored = json.loads(config.to_json_string(use_diff=False))
+    for part in (stored, stored["text_config"], stored["vision_config"]):
+        for key in NOT_SAID:
+            part.pop(key, None)
+        part.pop("architectures", None)
     return {
-        **json.loads(config.to_json_string(use_diff=False)),
+        **stored,
+        "text_config": {**_older_rope(stored["text_config"]), **stored["text_config"]},
         "architectures": [model_class.__name__],
         "dtype": str(stored_dtype(checkpoint)).removeprefix("torch."),
         **stated,
@@ -57,6 +68,23 @@ def artifact_config(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> 
         CONFIG_KEY: tap,
         "quantization_config": dict(quantization),
     }
+
+
+def _older_rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary keys that transformers 4 and vLLM ask for, from ``rope_parameters`` of transformers 5."""
+    rope = text.get("rope_parameters") or {}
+    if "full_attention" in rope:  # Gemma-3: one for each kind of layer
+        local = rope.get("sliding_attention", {})
+        return {**_rope_keys(rope["full_attention"]), "rope_local_base_freq": local.get("rope_theta", 10000.0)}
+    return _rope_keys(rope)
+
+
+def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default" and "mrope_section" not in scaling
+    if "mrope_section" in scaling:
+        scaling["type"] = "mrope"
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if plain else scaling}
 
 
 def copy_light_files(source: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from calibration.answers import own_answers, whole_model_bytes
+from calibration.answers import Answer, own_answers, whole_model_bytes
 from calibration.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
 from calibration.conversations import Sample
 from calibration.mix import samples_sha256
@@ -43,6 +43,8 @@ __all__ = ["Compressed", "check_place", "compress"]
 SCHEMA_VERSION = 1
 MEMORY_SHARE = 0.8
 """Of the available memory, that a run takes where it is not told."""
+ANSWERING = 1200 * 2**20
+"""Bytes that answering takes beside the weights: interpreter, libraries, caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def compress(
     with Unfinished(out, recipe) as unfinished:
         answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
         run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
-        outcome = run.round(chosen.samples, answers["texts"], calibration)
+        outcome = run.round(chosen.samples, answers, calibration)
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "source": {
@@ -106,7 +108,7 @@ def compress(
             "anomalous": not chosen.leakage.clean,
             "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
             "consumers": list(plan.consumers),
-            "answers": outcome.answers | {"are": "the 16-bit model's own" if answers["own"] else "given"},
+            "answers": outcome.answers | {"are": _whose(answers)},
         }
         record["summary"] = summary(checkpoint, record["layers"])
         if outcome.answers:
@@ -166,7 +168,7 @@ class _Run:
     seconds_per_layer: float | None = None
 
     def round(
-        self, samples: Sequence[Sample], answers: Sequence[str | None], calibration: CalibrationOptions
+        self, samples: Sequence[Sample], answers: Sequence[Answer | None], calibration: CalibrationOptions
     ) -> _Outcome:
         """Round all layers that are not finished; ``answers`` of the outcome is empty when layers are left."""
         packed: list[tuple[Row, ...]] = []
@@ -302,23 +304,25 @@ def _answers(
     max_memory: int,
     unfinished: Unfinished,
     progress: Progress,
-) -> dict[str, Any]:
-    """Return ``texts``, one a sample or ``None``, and how many are the model's ``own``; kept for a run that goes on."""
+) -> list[Answer | None]:
+    """Return one answer a sample, or ``None``; kept for a run that goes on."""
     kept = unfinished.kept("answers.json")
     if kept is not None:
-        return dict(kept)
+        return [None if each is None else Answer(text=each["text"], ids=_ids(each["ids"])) for each in kept]
     size = whole_model_bytes(checkpoint, options.dtype)
-    fits = size + 2 * 2**30 <= max_memory or options.device != "cpu"
+    fits = size + ANSWERING <= max_memory or options.device != "cpu"
     if calibration.answers == "own" and not fits:
         raise InputError(
             f"--answers own: the model takes {size / 2**30:.1f} GiB in {str(options.dtype).removeprefix('torch.')} and "
             f"must fit into --max-memory ({max_memory / 2**30:.1f} GiB) to answer. Give more memory, --dtype bfloat16, "
             "or answers in the file and --answers given."
         )
-    texts: list[str | None] = [None if calibration.answers == "none" else sample.answer for sample in samples]
-    own = 0
+    answers: list[Answer | None] = [
+        None if calibration.answers == "none" or sample.answer is None else Answer(text=sample.answer)
+        for sample in samples
+    ]
     if calibration.answers == "own" or (calibration.answers == "auto" and fits):
-        texts = list(
+        answers = list(
             own_answers(
                 checkpoint,
                 samples,
@@ -329,13 +333,19 @@ def _answers(
                 report=progress.status,
             )
         )
-        own = len(texts)
     elif calibration.answers == "auto":
-        given = sum(text is not None for text in texts)
+        given = sum(answer is not None for answer in answers)
         progress.say(
             f"the 16-bit model ({size / 2**30:.1f} GiB) does not fit into memory to answer by itself: {given} of "
-            f"{len(texts)} samples have an answer in the file, the others are prompts alone"
+            f"{len(answers)} samples have an answer in the file, the others are prompts alone"
         )
-    found = {"texts": texts, "own": own, "none": sum(text is None for text in texts)}
-    unfinished.keep("answers.json", found)
-    return found
+    unfinished.keep("answers.json", [None if answer is None else asdict(answer) for answer in answers])
+    return answers
+
+
+def _whose(answers: Sequence[Answer | None]) -> str:
+    return "the 16-bit model's own" if any(each is not None and each.ids for each in answers) else "given"
+
+
+def _ids(stored: list[int] | None) -> tuple[int, ...] | None:
+    return None if stored is None else tuple(stored)

@@ -22,7 +22,7 @@ from quantize.solver import ROWS
 
 __all__ = ["Estimate", "available_memory", "check_memory", "estimate", "shown_bytes", "shown_seconds"]
 
-INTERPRETER = 900 * 2**20
+INTERPRETER = 600 * 2**20
 """Python, torch and transformers themselves."""
 PASSES = 3.2
 """Forward passes of a layer: up to each group of linears, and once rounded."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from calibration.answers import Answer
 from calibration.batches import Batch
 from calibration.mix import samples_sha256
 from calibration.samples import Calibration, CalibrationOptions
@@ -19,8 +20,13 @@ from quantize.layers import linear_names
 __all__ = ["calibration_record", "identity", "jsonable", "summary", "token_counts"]
 
 
-def calibration_record(chosen: Calibration, answers: Mapping[str, Any], options: CalibrationOptions) -> dict[str, Any]:
-    texts = answers["texts"]
+def calibration_record(
+    chosen: Calibration, answers: Sequence[Answer | None], options: CalibrationOptions
+) -> dict[str, Any]:
+    """Return where samples come from, what they are, and whose answers they have."""
+    own = sum(answer is not None and answer.ids is not None for answer in answers)
+    none = sum(answer is None for answer in answers)
+    texts = [None if answer is None else answer.text for answer in answers]
     return {
         "source": chosen.source.source,
         "source_sha256": chosen.source.sha256,
@@ -30,12 +36,13 @@ def calibration_record(chosen: Calibration, answers: Mapping[str, Any], options:
         "mix": dict(options.mix.shares),
         "left_out": dict(chosen.source.left_out),
         "kinds_from_answers": chosen.source.kinds_from_answers,
-        "answers": {"own": answers["own"], "none": answers["none"], "all": len(texts)},
+        "answers": {"own": own, "given": len(answers) - own - none, "none": none},
         "token_weights": asdict(options.weights),
     }
 
 
 def token_counts(batches: Sequence[Batch]) -> dict[str, int]:
+    """Return how many tokens are calibrated on, and how many of which sort."""
     rows = [row for batch in batches for row in batch.rows]
     image = sum(int(batch.prefill.image_mask.sum()) for batch in batches)
     return {

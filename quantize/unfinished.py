@@ -41,9 +41,13 @@ class Unfinished:
             self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check(json.loads(json.dumps(recipe)))
         except OSError as error:
+            self._lock.close()
             raise InputError(f"{self.folder}: another process is writing {out}. Wait for it, or stop it.") from error
-        self._check(json.loads(json.dumps(recipe)))
+        except InputError:
+            self._lock.close()
+            raise
 
     def _check(self, recipe: dict[str, Any]) -> None:
         path = self.folder / "recipe.json"
@@ -52,7 +56,10 @@ class Unfinished:
             return
         there = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in {*there, *recipe} if there.get(key) != recipe.get(key))
-        if differing:
+        if differing and not self.finished():
+            (self.folder / "answers.json").unlink(missing_ok=True)
+            self.keep("recipe.json", recipe)
+        elif differing:
             key = differing[0]
             raise InputError(
                 f"{self.folder} holds an unfinished run with other settings ({', '.join(differing)}; {key} was "

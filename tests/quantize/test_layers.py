@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibration.batches import TokenWeights
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
+from models.quantized import GPTQ_PARTS, dequantized
 from models.safe_vlm import Prefill, SafeVLM, load_safe_vlm
+from quantize.gptq_method import Gptq
 from quantize.grid import Scheme
-from quantize.layers import SHARED_INPUTS, quantize_layers, token_weights
-from quantize.solver import Solved, solve
+from quantize.layers import LINEARS, Rounded, round_layers
+from quantize.solver import solve
 from tests.models.random_checkpoints import QUESTIONS, SIZE, Written, write_checkpoint
 
 SCHEME = Scheme(bits=3, group_size=32)
@@ -32,7 +35,7 @@ def prefills(model: SafeVLM, written: Written) -> list[Prefill]:
     return [model.assemble(ids, features[rows], SIZE[written.family]) for rows in (slice(0, 3), slice(3, 6))]
 
 
-def quantized(written: Written, weights: Any = None) -> tuple[dict[str, Solved], list[Tensor], list[Prefill]]:
+def quantized(written: Written, weights: Any = None) -> tuple[dict[str, Rounded], list[Tensor]]:
     checkpoint = open_checkpoint(str(written.folder), tap="language_model")
     stream = LayerStream(
         checkpoint,
@@ -40,63 +43,65 @@ def quantized(written: Written, weights: Any = None) -> tuple[dict[str, Solved],
         token_ids=lambda model: [token for question in QUESTIONS for token in model.prompt_ids(question)],
     )
     batches = prefills(stream.skeleton, written)
-    found: dict[str, Solved] = {}
+    found: dict[str, Rounded] = {}
     with Activations([(*batch.inputs_embeds.shape,) for batch in batches], torch.float32, None) as hidden:  # type: ignore[misc]
         for number, batch in enumerate(batches):
             hidden[number].copy_(batch.inputs_embeds)
-        chosen = None if weights is None else [weights(batch) for batch in batches]
-        quantize_layers(
-            stream, batches, hidden, SCHEME, weights=chosen, write=lambda name, solved: found.update({name: solved})
+        round_layers(
+            stream,
+            batches,
+            hidden,
+            Gptq(scheme_of=lambda _: SCHEME),
+            weights=None if weights is None else [weights(batch) for batch in batches],
+            write=lambda index, rounded: found.update({f"model.language_model.layers.{index}.": rounded}),
         )
-        return found, [hidden[number].clone() for number in range(len(batches))], batches
+        return found, [hidden[number].clone() for number in range(len(batches))]
 
 
 def test_each_linear_is_solved_on_what_the_rounded_model_gives_it(written: Written) -> None:
     """The whole model, rounded as was found, has the same inputs at every linear and the same end."""
-    found, states, _ = quantized(written, token_weights)
+    found, states = quantized(written, TokenWeights().of)
     vlm = load_safe_vlm(open_checkpoint(str(written.folder), tap="language_model"), grid=SIZE[written.family])
     prefix = "model.language_model."
-    linears = dict(vlm.core.language_model.named_modules())
-    assert set(found) == {
-        f"{prefix}layers.{index}.{name}" for index in range(2) for names in SHARED_INPUTS for name in names
-    }
-    whole = {name: linears[name.removeprefix(prefix)].weight.data.clone() for name in found}
-    for name, solved in found.items():
-        linears[name.removeprefix(prefix)].weight.data = solved.weight()
-    seen: dict[str, list[Tensor]] = {name: [] for name in found}
-    for name in found:
-        linears[name.removeprefix(prefix)].register_forward_pre_hook(
-            lambda _, given, name=name: seen[name].append(given[0])
-        )
+    modules = dict(vlm.core.language_model.named_modules())
+    assert list(found) == [f"{prefix}layers.{index}." for index in range(2)]
+    linears: dict[str, Any] = {}
+    whole: dict[str, Tensor] = {}
+    for layer, rounded in found.items():
+        assert [row["linear"] for row in rounded.report] == list(LINEARS)
+        for name, parameter in modules[layer.removeprefix(prefix)[:-1]].named_parameters():
+            if name.removesuffix(".weight") not in LINEARS:
+                assert torch.equal(rounded.tensors[name], parameter.data.to(rounded.tensors[name].dtype))
+                parameter.data = rounded.tensors[name].float()
+        for name in LINEARS:
+            linears[layer + name] = modules[(layer + name).removeprefix(prefix)]
+            whole[layer + name] = linears[layer + name].weight.data.clone()
+            parts = {part: rounded.tensors[f"{name}.{part}"] for part in GPTQ_PARTS}
+            linears[layer + name].weight.data = dequantized(parts)
+    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
+    for name, linear in linears.items():
+        linear.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0]))
     batches = prefills(vlm, written)
     with torch.no_grad():
         for batch, expected in zip(batches, states, strict=True):
             last = vlm.language_forward(batch.inputs_embeds, batch.masks, batch.position_ids)
             real = batch.masks["attention_mask"].bool()
             assert (last[real] - expected[real]).abs().max() <= 1e-4 * expected[real].abs().max()
-    for name in found:
-        tokens = torch.cat([each.flatten(0, 1) for each in seen[name]])
-        weight = torch.cat([token_weights(batch) for batch in batches])
-        moments = (tokens * weight.unsqueeze(1)).T @ tokens / weight.sum()
-        (again,) = solve([whole[name]], moments, SCHEME)
-        assert again.loss == pytest.approx(found[name].loss, rel=2e-2), name
-        assert again.rtn_loss == pytest.approx(found[name].rtn_loss, rel=1e-3)
-        assert found[name].loss < found[name].rtn_loss
-
-
-def test_a_picture_does_not_drown_its_question(written: Written) -> None:
-    vlm = load_safe_vlm(open_checkpoint(str(written.folder), tap="language_model"), grid=SIZE[written.family])
-    (batch, _) = prefills(vlm, written)
-    for share in (0.1, 0.5):
-        weights = token_weights(batch, share).view(batch.image_mask.shape)
-        real = batch.masks["attention_mask"].bool()
-        assert bool((weights[~real] == 0).all()) and bool((weights[real & ~batch.image_mask] == 1).all())
-        for row, image in zip(weights, batch.image_mask, strict=True):
-            of_image = float(row[image].sum() / row.sum())
-            assert of_image <= share + 1e-6
-            assert of_image == pytest.approx(share) or bool((row[image] == 1).all())
-    with pytest.raises(InputError, match="--image-share 1"):
-        token_weights(batch, 1)
+    for layer, rounded in found.items():
+        for row in rounded.report:
+            name = layer + row["linear"]
+            tokens = torch.cat([each.flatten(0, 1) for each in seen[name]])
+            weight = torch.cat([TokenWeights().of(batch) for batch in batches])
+            moments = (tokens * weight.unsqueeze(1)).T @ tokens / weight.sum()
+            (again,) = solve([whole[name]], moments, SCHEME)
+            assert again.loss == pytest.approx(row["loss"], rel=2e-2), name
+            assert again.rtn_loss == pytest.approx(row["rtn_loss"], rel=1e-3)
+            assert row["loss"] < row["rtn_loss"] and row["kept"] == "gptq"
+            error = whole[name] - linears[name].weight.data
+            outputs, errors = (
+                (each * weight.unsqueeze(1).sqrt()) for each in (tokens @ whole[name].T, tokens @ error.T)
+            )
+            assert row["relative_error"] == pytest.approx(float(errors.norm() / outputs.norm()), rel=0.2)
 
 
 def test_bad_widths_and_activations_are_named(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,4 +110,4 @@ def test_bad_widths_and_activations_are_named(written: Written, monkeypatch: pyt
         quantized(written)
     monkeypatch.setattr(f"{__name__}.SCHEME", Scheme(group_size=32))
     with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj: activations hold NaN"):
-        quantized(written, lambda batch: token_weights(batch) * torch.nan)
+        quantized(written, lambda batch: TokenWeights().of(batch) * torch.nan)
