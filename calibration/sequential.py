@@ -215,7 +215,12 @@ class LayerStream:
             report(index)
         if stop is not None and stop < len(self):
             return
-        for number in range(len(batches)):
+        self.norm(hidden)
+
+    @torch.no_grad()
+    def norm(self, hidden: Activations) -> None:
+        """Take the last layer's outputs through the final norm, in place."""
+        for number in range(len(hidden)):
             states = hidden[number]
             states.copy_(self._language.norm(states.to(self.device)))
 

@@ -10,7 +10,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
 from models.version import VERSION
 from quantize.artifact import artifact_config, copy_light_files, write_tensors
+from quantize.auto_bits import sensitivity_of
 from quantize.drift import answer_drift, exact_probs, guard_drift
 from quantize.estimate import Estimate, available_memory, check_memory, estimate
 from quantize.layers import Rounded, round_layers
@@ -102,12 +103,13 @@ def compress(
                 "guard_sha256": guard_sha256(checkpoint),
                 "tap": asdict(checkpoint.tap),
             },
-            "method": dict(plan.recipe),
+            "method": dict(run.plan.recipe),
+            "sensitivity": run.sensitivity,
             "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
             "leakage": chosen.leakage.record(),
             "anomalous": not chosen.leakage.clean,
             "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
-            "consumers": list(plan.consumers),
+            "consumers": list(run.plan.consumers),
             "answers": outcome.answers | {"are": _whose(answers)},
         }
         record["summary"] = summary(checkpoint, record["layers"])
@@ -166,6 +168,7 @@ class _Run:
     max_memory: int
     progress: Progress
     seconds_per_layer: float | None = None
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
 
     def round(
         self, samples: Sequence[Sample], answers: Sequence[Answer | None], calibration: CalibrationOptions
@@ -201,6 +204,18 @@ class _Run:
         left = max(0, self.max_memory - needed.memory)
         with Activations(shapes, self.options.dtype, left, self.unfinished.folder) as hidden:
             batches = embed_batches(stream, packed, hidden, self.progress.status)
+            if self.plan.auto is not None:
+                self.sensitivity = sensitivity_of(
+                    stream,
+                    packed,
+                    self.plan.auto,
+                    self.unfinished,
+                    left,
+                    self.options.batch_tokens,
+                    self.progress.status,
+                )
+                self.plan = self.plan.auto.plan(self.sensitivity)
+                self.progress.say(f"bits by sensitivity: {self.plan.recipe['assigned']}")
             stream.forget_vision()
             self._layers(stream, batches, hidden)
             done = len(self.unfinished.finished()) == len(stream)

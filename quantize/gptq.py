@@ -6,7 +6,9 @@ Decoder layers stream by one at a time, calibrated on images and text; vision to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import click
@@ -14,7 +16,10 @@ from rich.console import Console
 
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import run
+from models.errors import InputError
+from models.quantized import BITS
 from models.version import VERSION
+from quantize.auto_bits import auto_plan
 from quantize.compress import compress
 from quantize.gptq_method import Gptq
 from quantize.grid import Scheme
@@ -46,9 +51,14 @@ def quantization_config(checkpoint: Checkpoint, scheme: Scheme, options: SolveOp
     }
 
 
-def gptq_plan(checkpoint: Checkpoint, scheme: Scheme, options: SolveOptions = SolveOptions()) -> Plan:
-    """Return what rounds every decoder linear with ``scheme``."""
-    config = quantization_config(checkpoint, scheme, options)
+def gptq_plan(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    options: SolveOptions = SolveOptions(),
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
+    """Return what rounds every decoder linear with ``scheme``; ``more`` goes into the config."""
+    config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
         "name": "gptq",
         "bits": scheme.bits,
@@ -82,7 +92,10 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
 
 @click.command(name="gptq")
 @shared_options
-@click.option("--bits", default="4", show_default=True, help="2, 3, 4 or 8.")
+@click.option("--bits", default="4", show_default=True, help="2, 3, 4, 8, or auto: by safety sensitivity.")
+@click.option("--target-bits", type=float, help="With --bits auto: bits a weight in the file, scales included.")
+@click.option("--safety-weight", type=float, default=4.0, show_default=True, help="Refusals and guard, to answers.")
+@click.option("--sensitivity-samples", type=int, default=32, show_default=True, help="Samples to measure it on.")
 @click.option("--group-size", type=int, default=128, show_default=True, help="Input columns a scale; -1: a row.")
 @click.option("--asymmetric", is_flag=True, help="A zero point a group.")
 @click.option(
@@ -99,6 +112,9 @@ def main(
     revision: str | None,
     out: Path,
     bits: str,
+    target_bits: float | None,
+    safety_weight: float,
+    sensitivity_samples: int,
     group_size: int,
     asymmetric: bool,
     act_order: str,
@@ -108,11 +124,24 @@ def main(
     **shared: Any,
 ) -> None:
     """Round the language model of MODEL to a few bits with GPTQ, calibrated on images and text."""
-    scheme = Scheme(bits=whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
+    auto = bits == "auto"
+    if auto != (target_bits is not None):
+        raise InputError("--bits auto and --target-bits belong together: --bits auto --target-bits 4.5.")
+    scheme = Scheme(bits=BITS[0] if auto else whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
     options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not no_search)
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
         plan = gptq_plan(checkpoint, scheme, options)
+        if target_bits is not None:
+            plan = auto_plan(
+                checkpoint,
+                target_bits,
+                scheme,
+                options,
+                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more),
+                safety_weight=safety_weight,
+                samples=sensitivity_samples,
+            )
         found = compress(checkpoint, out, plan, calibration_of(shared), run_of(shared), progress)
     finish(found, as_json, f"python -m benchmarks.tiny --model {out}")
 

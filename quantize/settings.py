@@ -12,7 +12,7 @@ from models.errors import InputError
 from quantize.artifact import SHARD_BYTES
 from quantize.layers import Method
 
-__all__ = ["Plan", "Progress", "RunOptions"]
+__all__ = ["AutoBits", "Plan", "Progress", "RunOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,22 @@ class Plan:
     quantization: Mapping[str, Any]
     extra_files: Mapping[str, Any] = field(default_factory=dict)
     consumers: Sequence[str] = ()
+    auto: AutoBits | None = None
+    """Set: this plan only says what is wanted, and the one that its measurement leads to is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoBits:
+    """Ask for bits by sensitivity: ``choices`` are measured on ``samples`` of the samples, then ``plan`` decides.
+
+    ``plan`` gets the rows of the measurement as compression.json shows them.
+    """
+
+    choices: tuple[int, ...]
+    group_size: int
+    symmetric: bool
+    samples: int
+    plan: Callable[[Sequence[Mapping[str, Any]]], Plan]
 
 
 @dataclass(frozen=True, kw_only=True)
