@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from export.int8 import Int8Images
 from models.errors import InputError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
 from models.image import open_image
 from models.preprocessing import Preprocessing
 
-__all__ = ["parity_images"]
+__all__ = ["int8_images", "parity_images"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -36,3 +37,36 @@ def parity_images(preprocessing: Preprocessing, count: int, folder: Path | None 
             raise InputError(f"{folder} has no pictures; {', '.join(SUFFIXES)} files are looked for.")
         images = [open_image(path) for path in paths]
     return np.stack([preprocessing.apply(image) for image in images])
+
+
+FEWEST_HELD_OUT = 200
+"""Fewer cannot show a flip of one label in a thousand, nor a change of the ranking."""
+MOST_HELD_OUT = 1000
+
+
+def int8_images(preprocessing: Preprocessing, calibration: int, folder: Path | None = None) -> Int8Images:
+    """Return pictures that set INT8 scales, and others that judge the file, 1,000 at most.
+
+    They come from ``folder``, every so many of them for calibration, else from the calibration part of holisafe-mini,
+    whose labels are known.
+
+    Errors: InputError for a folder with too few pictures, ImageFileError for an unreadable one.
+    """
+    unsafe = None
+    if folder is None:
+        suite = build_suite("calibration", pairs=3000, questions=0).pictures
+        rng = np.random.default_rng(0)
+        chosen = [suite[i] for i in rng.permutation(len(suite))[: calibration + MOST_HELD_OUT]]
+        images = [draw(picture.scene) for picture in chosen]
+        unsafe = np.array([picture.scene.label != 0 for picture in chosen[calibration:]])
+    else:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if len(paths) < calibration + FEWEST_HELD_OUT:
+            raise InputError(
+                f"{folder} has {len(paths)} pictures; INT8 needs {calibration} to find scales and at least "
+                f"{FEWEST_HELD_OUT} more to be judged on. Give more, or leave int8 out of --precision."
+            )
+        order = np.random.default_rng(0).permutation(len(paths))[: calibration + MOST_HELD_OUT]
+        images = [open_image(paths[i]) for i in order]
+    rgb = np.stack([preprocessing.apply(image) for image in images])
+    return Int8Images(calibration=rgb[:calibration], held_out=rgb[calibration:], unsafe=unsafe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from export.bundle import bundle_draft, check_destination, write_manifest
 from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
 from export.heads import HeadRequest, find_head
-from export.images import parity_images
+from export.images import int8_images, parity_images
+from export.int8 import FLAVOURS, Int8Limits, add_int8, faster_than_float
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.parts import Part, batches, export_part
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -34,6 +35,10 @@ from models.reference import build_head, build_reference_guard, build_vision, gu
 from models.version import VERSION
 
 __all__ = ["ExportOptions", "export_guard"]
+
+INT8_CALIBRATION = 64
+"""Pictures that set the scales of static INT8."""
+INT8 = "int8"
 
 Bytes = NDArray[np.uint8]
 Report = Callable[[str], None]
@@ -55,12 +60,20 @@ class ExportOptions:
     parity_images: int = PARITY_IMAGES
     distilled: DistilledHead | None = None
     embeddings: bool = False
+    int8: bool = False
+    """Write INT8 files of the float32 one, too: one for accelerators, one for CPUs."""
+    int8_limits: Int8Limits = field(default_factory=Int8Limits)
 
     def __post_init__(self) -> None:
         unknown = [precision for precision in self.precisions if precision not in PRECISIONS]
         if unknown or not self.precisions or len(set(self.precisions)) != len(self.precisions):
             asked = ", ".join(self.precisions) or "none"
-            raise InputError(f"precision {asked}: one or several of {', '.join(PRECISIONS)}, each once, are allowed.")
+            raise InputError(
+                f"precision {asked}: one or several of {', '.join(PRECISIONS)}, each once, and int8 beside fp32, are "
+                "allowed."
+            )
+        if self.int8 and "fp32" not in self.precisions:
+            raise InputError("precision int8 is made from and judged by fp32: ask for fp32,int8.")
         if self.parity_images < 1:
             raise InputError(f"{self.parity_images} parity images: at least 1 is needed.")
 
@@ -78,7 +91,13 @@ def export_guard(
     """
     check_destination(out)
     report("reading the vision tower, projector and head")
-    if options.distilled is None and checkpoint.tap.source != "projector":
+    standalone = options.distilled is not None or checkpoint.tap.source == "projector"
+    if options.int8 and not standalone:
+        raise InputError(
+            f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
+            "model. Give --images or --guard for a standalone guard, or leave int8 out."
+        )
+    if not standalone:
         preprocessing, parts = _exact_parts(checkpoint, options, report)
     else:
         preprocessing, parts = _guard_parts(checkpoint, options, report)
@@ -87,6 +106,8 @@ def export_guard(
         for part in parts:
             report(f"{part.name}: exporting to ONNX, checking parity and timing")
             files += export_part(part, draft)
+        if options.int8:
+            files += _int8_files(checkpoint, preprocessing, files[0], draft, options, report)
         manifest = _manifest(checkpoint, preprocessing, files, options.distilled)
         write_manifest(draft, manifest)
     return manifest
@@ -151,6 +172,41 @@ def _exact_parts(
     return vision.preprocessing, parts()
 
 
+def _int8_files(
+    checkpoint: Checkpoint,
+    preprocessing: Preprocessing,
+    source: GuardFile,
+    draft: Path,
+    options: ExportOptions,
+    report: Report,
+) -> list[GuardFile]:
+    """Write both INT8 flavours of the float32 file."""
+    images = int8_images(preprocessing, INT8_CALIBRATION, options.images)
+    widths = checkpoint.head.widths if options.distilled is None else options.distilled.widths
+    safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
+    files = []
+    for flavour in FLAVOURS:
+        files += add_int8(
+            draft,
+            source,
+            flavour,
+            images,
+            options.int8_limits,
+            safe=safe,
+            head_layers=len(widths) - 1,
+            report=report,
+        )
+    return files
+
+
+def _default_file(files: Sequence[GuardFile]) -> str:
+    """Return the INT8 file that was fastest, if it was faster than float32; else the first file."""
+    quick = [file for file in files if file.quantization is not None and faster_than_float(file)]
+    if not quick:
+        return files[0].path
+    return min(quick, key=lambda file: file.latency.median_ms if file.latency else float("inf")).path
+
+
 def _answers(path: Callable[[torch.Tensor], torch.Tensor], inputs: NDArray[np.generic]) -> NDArray[np.float32]:
     with torch.inference_mode():
         return np.concatenate([path(torch.from_numpy(piece)).float().numpy() for piece in batches(inputs)])
@@ -184,7 +240,7 @@ def _manifest(
         classes=checkpoint.classes,
         preprocessing=preprocessing,
         files=tuple(files),
-        default_file=files[0].path,
+        default_file=_default_file(files),
         fidelity=None if distilled is None else distilled.fidelity,
     )
 
@@ -205,11 +261,12 @@ def export_with_progress(
     precisions: tuple[Precision, ...],
     parity_images: int,
     embeddings: bool = False,
+    int8: bool = False,
 ) -> Manifest:
     """Find or distil the head that is asked for, and export, with a line of progress on standard error."""
     from rich.console import Console
 
-    ExportOptions(precisions=precisions, parity_images=parity_images)  # refuses before hours of distillation
+    ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8)  # refuses before hours of distillation
     check_destination(out)
     with Console(stderr=True).status("opening") as status:
         options = ExportOptions(
@@ -219,13 +276,14 @@ def export_with_progress(
             parity_images=parity_images,
             distilled=find_head(checkpoint, request, report=status.update),
             embeddings=embeddings,
+            int8=int8,
         )
         return export_guard(checkpoint, out, options, report=status.update)
 
 
 @click.command()
 @model_options(required=True)
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or both: fp32,fp16.")
+@click.option("--precision", default="fp32", show_default=True, help="Of fp32, fp16, int8: fp32,fp16,int8.")
 @checkpoint_options
 def main(
     model: str,
@@ -248,13 +306,15 @@ def main(
     )
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     out = out or default_out(checkpoint)
+    asked = precision.split(",")
     manifest = export_with_progress(
         checkpoint,
         out,
         request,
-        precisions=tuple(precision.split(",")),  # type: ignore[arg-type]  # checked by ExportOptions
+        precisions=tuple(each for each in asked if each != INT8),  # type: ignore[misc]  # checked by ExportOptions
         parity_images=parity_images,
         embeddings=embeddings,
+        int8=INT8 in asked,
     )
     print_manifest(manifest, out, source_options(model, revision=revision, tap=tap, grid=grid), as_json=as_json)
 

@@ -72,6 +72,11 @@ def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as
             line += f"  {_parity(file.parity)}"
         if file.latency is not None:
             line += f"  {file.latency.median_ms:.1f} ms an image ({file.latency.runtime})"
+        if file.quantization is not None:
+            kept = len(file.quantization["left_in_float32"])
+            line += f"  {file.note}; {kept} of {file.quantization['products']} products left in float32"
+        if file.path == manifest.default_file and len(manifest.files) > 1:
+            line += "  (default)"
         click.echo(line)
     if not manifest.source.standalone:
         click.echo("\n".join(_split_note(again, out)))

@@ -134,6 +134,16 @@ class GuardFile(_Frozen):
     parity: Parity | None = None
     latency: Latency | None = None
     engine: EngineInfo | None = None
+    target: str | None = None
+    """What a file is made for, where it is not made for all."""
+    note: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    """How an INT8 file was made and judged."""
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether an image's answer depends on what is run with it, so that it must be run alone."""
+        return self.precision == "int8-dynamic"
 
     @model_validator(mode="after")
     def _check(self) -> GuardFile:

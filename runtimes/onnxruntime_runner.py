@@ -95,12 +95,17 @@ class OnnxRuntimeRunner(GuardRunner):
         self.session = None
 
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        probs, logits = self.session.run(list(self.outputs), {"rgb": rgb})
-        return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits))
+        probs, logits = self._session_run(list(self.outputs), rgb)
+        return GuardOutput(probs=probs, logits=logits)
 
     def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        probs, logits, embeddings = self.session.run([*self.outputs, EMBEDDINGS], {"rgb": rgb})
-        return GuardOutput(probs=np.asarray(probs), logits=np.asarray(logits), embeddings=np.asarray(embeddings))
+        probs, logits, embeddings = self._session_run([*self.outputs, EMBEDDINGS], rgb)
+        return GuardOutput(probs=probs, logits=logits, embeddings=embeddings)
+
+    def _session_run(self, names: list[str], rgb: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        pieces = [rgb] if not self.file.one_at_a_time else [rgb[i : i + 1] for i in range(len(rgb))]
+        runs = [self.session.run(names, {"rgb": piece}) for piece in pieces]
+        return [np.concatenate([np.asarray(run[i]) for run in runs]) for i in range(len(names))]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,340 @@
+"""A guard's INT8 files: made by ONNX Runtime's quantizer, with whatever hurts left in float32.
+
+Two flavours. ``int8`` has explicit static Q/DQ with symmetric int8 on both sides, which TensorRT 10 and 11 and other
+accelerators build from. ``int8-dynamic`` finds activation scales as it runs, one for each matrix product, which CPUs
+do fastest; its scale spans whatever is run together, so the runner gives it one image at a time.
+
+Which products are quantized is decided by measurement: all of them first, then, while labels flip or the ranking
+changes by more than the limits, those that hurt most alone go back to float32.
+
+Shapes: n images, H × W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fidelity import auroc
+from models.errors import ParityError
+from models.machine import machine_name
+from models.manifest import GuardFile, Latency, Parity
+from runtimes.bundle import sha256_of
+
+__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8"]
+
+Flavour = Literal["int8", "int8-dynamic"]
+FLAVOURS: tuple[Flavour, ...] = ("int8", "int8-dynamic")
+TARGETS = {
+    "int8": "TensorRT 10 and 11 and other accelerators: explicit static Q/DQ",
+    "int8-dynamic": "CPUs: dynamic, one activation scale for each product and image",
+}
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+RANKED_ON = 32
+"""Images on which each product's own harm is found."""
+BATCH = 8
+ROUNDS = 5
+FASTER = 0.95
+"""Of float32's time, that an INT8 file must need at most to be called faster: less is noise."""
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Limits:
+    """How far an INT8 file may be from the float32 one: share of labels, area under the ROC curve."""
+
+    flips: float = 0.001
+    auroc: float = 0.002
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Int8Images:
+    """``calibration`` images set the static scales; on ``held_out`` ones the file is judged.
+
+    ``unsafe`` are the held-out images' true labels; without them those of the float32 file stand in.
+    """
+
+    calibration: Bytes
+    held_out: Bytes
+    unsafe: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    flips: int
+    largest: float
+    auroc: float | None
+    auroc_change: float
+
+    def within(self, limits: Int8Limits, images: int) -> bool:
+        return self.flips <= limits.flips * images and self.auroc_change <= limits.auroc
+
+
+def add_int8(
+    folder: Path,
+    source: GuardFile,
+    flavour: Flavour,
+    images: Int8Images,
+    limits: Int8Limits = Int8Limits(),
+    *,
+    safe: int,
+    head_layers: int,
+    report: Report = lambda _: None,
+) -> list[GuardFile]:
+    """Write ``guard.<flavour>.onnx`` into ``folder`` from its float32 file; return the manifest's entries.
+
+    ``safe`` is the index of the class safe, ``head_layers`` how many Linears the head has: they stay in float32.
+
+    Errors: ParityError when the limits are not met even with all but one product in float32.
+    """
+    path, float_path = folder / f"guard.{flavour}.onnx", folder / source.path
+    maker = _Maker(float_path, flavour, images.calibration, head_layers)
+    reference = _probs(float_path, images.held_out, BATCH)
+    kept: tuple[str, ...] = ()
+    order: list[str] | None = None
+    while True:
+        count = len(maker.products) - len(kept)
+        report(f"{path.name}: quantizing {count} of {len(maker.products)} products, judging {len(reference)} images")
+        maker.write(path, kept)
+        judged = _judge(reference, _probs(path, images.held_out, _batch(flavour)), images.unsafe, safe)
+        if judged.within(limits, len(reference)):
+            break
+        if count <= 1:
+            raise ParityError(
+                f"{path.name}: {judged.flips} of {len(reference)} labels flip and the area under the ROC curve changes "
+                f"by {judged.auroc_change:.4f} even with all but one product in float32. It was not kept."
+            )
+        if order is None:
+            order = _by_harm(maker, images.held_out[:RANKED_ON], flavour, report)
+        kept = tuple(order[: min(max(1, 2 * len(kept)), len(order) - 1)])
+    ours, floats = _latencies(path, float_path, images.held_out[:1], source)
+    faster = ours.median_ms <= FASTER * floats.median_ms
+    note = (
+        f"{floats.median_ms / ours.median_ms:.2f} times as fast as float32 on this machine"
+        if faster
+        else f"not faster than float32 on this machine ({ours.median_ms:.1f} ms, float32 {floats.median_ms:.1f} ms)"
+    )
+    entry = source.model_copy(
+        update={
+            "path": path.name,
+            "sha256": sha256_of(path),
+            "bytes": path.stat().st_size,
+            "precision": flavour,
+            "parity": Parity(
+                images=len(reference),
+                max_abs_prob_delta=judged.largest,
+                label_flips=judged.flips,
+                reference=f"{source.path} in ONNX Runtime",
+            ),
+            "latency": ours,
+            "target": TARGETS[flavour],
+            "note": note,
+            "quantization": {
+                "products": len(maker.products),
+                "left_in_float32": list(kept),
+                "held_out_images": len(reference),
+                "label_flips": judged.flips,
+                "auroc": judged.auroc,
+                "auroc_change": judged.auroc_change,
+                "labels": "true" if images.unsafe is not None else "the float32 file's own",
+                "calibration_images": len(images.calibration) if flavour == "int8" else 0,
+                "float32_median_ms": floats.median_ms,
+            },
+        }
+    )
+    return [entry, *_beside(path, entry)]
+
+
+def _beside(path: Path, entry: GuardFile) -> list[GuardFile]:
+    data = path.with_name(path.name + ".data")
+    if not data.exists():
+        return []
+    return [
+        GuardFile(
+            path=data.name,
+            sha256=sha256_of(data),
+            bytes=data.stat().st_size,
+            kind="onnx_data",
+            role=entry.role,
+            precision=entry.precision,
+        )
+    ]
+
+
+def faster_than_float(file: GuardFile) -> bool:
+    """Say whether an INT8 file was faster than its float32 one where it was made."""
+    stated = file.quantization or {}
+    return file.latency is not None and file.latency.median_ms <= FASTER * float(stated.get("float32_median_ms", 0.0))
+
+
+# -- making -----------------------------------------------------------------------------------------------
+
+
+class _Maker:
+    """Quantizes one float32 graph again and again, with other products left out."""
+
+    def __init__(self, source: Path, flavour: Flavour, calibration: Bytes, head_layers: int) -> None:
+        import onnx
+
+        self.source, self.flavour, self.calibration = source, flavour, calibration
+        graph = onnx.load(str(source), load_external_data=False).graph
+        constants = {tensor.name for tensor in graph.initializer}
+        static = PRODUCTS if flavour == "int8" else PRODUCTS[:2]
+        weighted = [node for node in graph.node if len(node.input) > 1 and node.input[1] in constants]
+        products = [node.name for node in weighted if node.op_type in static]
+        self.products = products[:-head_layers]  # the head is small, and the verdict hangs on it
+        self.large = source.with_name(source.name + ".data").exists()
+
+    def write(self, path: Path, left_out: Sequence[str], only: str | None = None) -> None:
+        """Write the quantized graph; ``only`` quantizes that one product."""
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+        chosen = [only] if only is not None else [name for name in self.products if name not in left_out]
+        path.with_name(path.name + ".data").unlink(missing_ok=True)
+        common: dict[str, Any] = {
+            "op_types_to_quantize": list(PRODUCTS),
+            "nodes_to_quantize": chosen,
+            "per_channel": True,
+            "weight_type": QuantType.QInt8,
+            "use_external_data_format": self.large,
+        }
+        with _quiet():
+            if self.flavour == "int8-dynamic":
+                quantize_dynamic(str(self.source), str(path), extra_options={"MatMulConstBOnly": True}, **common)
+                return
+            quantize_static(
+                str(self.source),
+                str(path),
+                _Reader(self.calibration),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QInt8,
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "MatMulConstBOnly": True,
+                    "QuantizeBias": False,  # accelerators take biases in float
+                    "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+                },
+                **common,
+            )
+
+
+class _Reader:
+    """Gives calibration images to ONNX Runtime's quantizer, one at a time."""
+
+    def __init__(self, images: Bytes) -> None:
+        self._images = iter(images)
+
+    def get_next(self) -> dict[str, Bytes] | None:
+        image = next(self._images, None)
+        return None if image is None else {"rgb": image[np.newaxis]}
+
+    def __iter__(self) -> Iterator[dict[str, Bytes]]:
+        return iter(self.__next__, None)
+
+    def __next__(self) -> dict[str, Bytes] | None:
+        return self.get_next()
+
+
+def _by_harm(maker: _Maker, images: Bytes, flavour: Flavour, report: Report) -> list[str]:
+    """Return products by the harm that each does alone to the logits, worst first."""
+    reference = _run(maker.source, "logits", images, BATCH)
+    harm = {}
+    with tempfile.TemporaryDirectory(prefix="safevlm-int8-") as folder:
+        for number, name in enumerate(maker.products, 1):
+            report(f"sensitivity of product {number} of {len(maker.products)}")
+            path = Path(folder) / "one.onnx"
+            maker.write(path, (), only=name)
+            found = _run(path, "logits", images, _batch(flavour))
+            harm[name] = float(np.square(found - reference).mean())
+    return sorted(harm, key=lambda name: -harm[name])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the quantizer's advice about preprocessing, which our exported graphs do not need."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+# -- judging ----------------------------------------------------------------------------------------------
+
+
+def _batch(flavour: Flavour) -> int:
+    return 1 if flavour == "int8-dynamic" else BATCH
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run(path: Path, output: str, images: Bytes, batch: int) -> Floats:
+    session = _session(path)
+    pieces = (images[start : start + batch] for start in range(0, len(images), batch))
+    return np.concatenate([session.run([output], {"rgb": piece})[0] for piece in pieces])
+
+
+def _probs(path: Path, images: Bytes, batch: int) -> Floats:
+    return _run(path, "probs", images, batch)
+
+
+def _judge(reference: Floats, found: Floats, unsafe: NDArray[np.bool_] | None, safe: int) -> _Judged:
+    if not np.isfinite(found).all():
+        return _Judged(flips=len(found), largest=1.0, auroc=None, auroc_change=1.0)
+    truth = reference.argmax(axis=1) != safe if unsafe is None else unsafe
+    before, after = (auroc(1 - probs[:, safe].astype(np.float64), truth) for probs in (reference, found))
+    return _Judged(
+        flips=int((reference.argmax(axis=1) != found.argmax(axis=1)).sum()),
+        largest=float(np.abs(reference.astype(np.float64) - found).max()),
+        auroc=after,
+        auroc_change=0.0 if before is None or after is None else abs(after - before),
+    )
+
+
+def _latencies(ours: Path, floats: Path, image: Bytes, source: GuardFile) -> tuple[Latency, Latency]:
+    """Time both files by turns on one image."""
+    import onnxruntime
+
+    sessions = [_session(path) for path in (ours, floats)]
+    times: list[list[float]] = [[], []]
+    for session in sessions:
+        session.run(["probs"], {"rgb": image})
+    started = time.perf_counter()
+    while len(times[0]) < ROUNDS or (len(times[0]) < 40 and time.perf_counter() - started < 3):
+        for session, found in zip(sessions, times, strict=True):
+            begin = time.perf_counter()
+            session.run(["probs"], {"rgb": image})
+            found.append((time.perf_counter() - begin) * 1000)
+    stated = source.latency.runtime if source.latency else f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+    first, second = (
+        Latency(
+            median_ms=float(np.median(found)),
+            p95_ms=float(np.percentile(found, 95)),
+            batch=1,
+            runtime=stated,
+            machine=machine_name(),
+        )
+        for found in times
+    )
+    return first, second

@@ -1,0 +1,142 @@
+"""INT8 guards: judged on held-out images, what hurts stays in float32, and each flavour is what its target takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export import int8 as int8_module
+from export.images import int8_images
+from export.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_float
+from export.onnx import ExportOptions, export_guard
+from models.checkpoint import open_checkpoint
+from models.errors import InputError, ParityError
+from models.manifest import GuardFile, Manifest
+from models.preprocessing import Preprocessing
+from runtimes.bundle import open_bundle
+from runtimes.judge import Guard
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    export_guard(open_checkpoint("tiny-safegem"), out, ExportOptions(int8=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def images() -> Int8Images:
+    whole = int8_images(preprocessing(), 16)
+    return Int8Images(calibration=whole.calibration, held_out=whole.held_out[:300], unsafe=whole.unsafe[:300])  # type: ignore[index]
+
+
+def preprocessing() -> Preprocessing:
+    checkpoint = open_checkpoint("tiny-safegem")
+    return Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key)
+
+
+def files_of(manifest: Manifest) -> dict[str, GuardFile]:
+    return {file.precision: file for file in manifest.files}
+
+
+def test_both_flavours_are_judged_and_described(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
+    files = files_of(manifest)
+    assert list(files) == ["fp32", *FLAVOURS]
+    for flavour in FLAVOURS:
+        stated = files[flavour].quantization
+        assert stated is not None and stated["held_out_images"] == 1000 and stated["labels"] == "true"
+        assert stated["label_flips"] <= 1 and stated["auroc_change"] <= 0.002 and stated["auroc"] > 0.99
+        parity = files[flavour].parity
+        assert parity is not None and parity.images == 1000 and parity.label_flips == stated["label_flips"]
+        assert parity.max_abs_prob_delta is not None and 0 < parity.max_abs_prob_delta < 0.3
+        assert files[flavour].bytes < 0.5 * files["fp32"].bytes
+        assert files[flavour].note is not None and "float32 on this machine" in files[flavour].note
+    assert "TensorRT" in str(files["int8"].target) and "CPUs" in str(files["int8-dynamic"].target)
+    quick = [file for file in files.values() if file.quantization is not None and faster_than_float(file)]
+    default = next(file for file in manifest.files if file.path == manifest.default_file)
+    assert default in (quick or [files["fp32"]])
+
+
+def test_verdicts_are_those_of_float32_and_do_not_depend_on_neighbours(bundle: Path, images: Int8Images) -> None:
+    opened = open_bundle(bundle)
+    expected = {}
+    for precision in ("fp32", *FLAVOURS):
+        with OnnxRuntimeRunner(opened, opened.file(precision)) as runner:
+            together = runner.infer(images.held_out[:40]).probs
+            alone = np.concatenate([runner.infer(image[np.newaxis]).probs for image in images.held_out[:40]])
+        assert np.abs(together - alone).max() <= 1e-5, precision
+        expected[precision] = together.argmax(axis=1)
+    for flavour in FLAVOURS:
+        assert (expected[flavour] != expected["fp32"]).mean() <= 0.03
+    with Guard.open(bundle) as guard:
+        assert guard is not None
+
+
+def test_static_int8_is_what_accelerators_build_from(bundle: Path) -> None:
+    graph = onnx.load(str(bundle / "guard.int8.onnx"))
+    onnx.checker.check_model(graph)
+    assert {node.domain for node in graph.graph.node} == {""}, "no operator of one runtime alone"
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("QuantizeLinear") >= 15 and not {"MatMulInteger", "QLinearMatMul"} & set(kinds)
+    for node in graph.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero = values[node.input[1]], values[node.input[2]]
+            assert zero.dtype == np.int8 and not zero.any(), "symmetric int8"
+            assert (scale > 0).all()
+    weights = [node for node in graph.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in values]
+    assert len(weights) >= 20 and any(values[node.input[1]].size > 1 for node in weights), "a scale a channel"
+
+
+def test_products_that_hurt_go_back_to_float32(bundle: Path, images: Int8Images, tmp_path: Path) -> None:
+    source = files_of(Manifest.read(bundle))["fp32"]
+    (tmp_path / source.path).write_bytes((bundle / source.path).read_bytes())
+    loose = add_int8(tmp_path, source, "int8", images, Int8Limits(flips=1, auroc=1), safe=0, head_layers=2)[0]
+    floats, found = (
+        int8_module._run(tmp_path / path, "logits", images.held_out, 8) for path in (source.path, loose.path)
+    )
+    error = float(np.square(found - floats).mean())
+    assert loose.quantization is not None and loose.quantization["left_in_float32"] == []
+    order = int8_module._by_harm(
+        int8_module._Maker(tmp_path / source.path, "int8", images.calibration, 2),
+        images.held_out[:32],
+        "int8",
+        lambda _: None,
+    )
+    asked: list[str] = []
+
+    def strict(reference: object, probs: object, *rest: object) -> int8_module._Judged:
+        asked.append("")
+        return int8_module._Judged(flips=0 if len(asked) > 3 else 300, largest=0.1, auroc=1.0, auroc_change=0.0)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(int8_module, "_judge", strict)
+        (tight,) = add_int8(tmp_path, source, "int8", images, safe=0, head_layers=2)
+    assert tight.quantization is not None and tight.quantization["left_in_float32"] == order[:4]
+    after = int8_module._run(tmp_path / tight.path, "logits", images.held_out, 8)
+    assert float(np.square(after - floats).mean()) < 0.8 * error, "the worst were taken out"
+
+
+def test_limits_that_cannot_be_met_write_nothing(bundle: Path, images: Int8Images, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="even with all but one product in float32"):
+        export_guard(
+            open_checkpoint("tiny-safegem"),
+            tmp_path / "out",
+            ExportOptions(int8=True, int8_limits=Int8Limits(flips=-1)),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ask for fp32,int8"):
+        ExportOptions(precisions=("fp16",), int8=True)
+    with pytest.raises(InputError, match="none before its language model"):
+        export_guard(open_checkpoint("tiny-safellava"), tmp_path / "out", ExportOptions(int8=True))
+    (tmp_path / "few").mkdir()
+    with pytest.raises(InputError, match="at least 200 more to be judged on"):
+        int8_images(preprocessing(), 8, tmp_path / "few")
