@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import SafeVLMError
+from models.machine import peak_rss
 
 __all__ = ["Outcome", "available_memory", "peak_rss", "restart_peak", "run_isolated"]
 
@@ -41,18 +41,31 @@ class Outcome:
     exit_code: int = 0
 
 
-def run_isolated(function: str, request: Mapping[str, Any], *, threads: int) -> Outcome:
+def run_isolated(
+    function: str,
+    request: Mapping[str, Any],
+    *,
+    threads: int,
+    python: str = sys.executable,
+    variables: Mapping[str, str] | None = None,
+) -> Outcome:
     """Call ``MODULE:FUNCTION`` (request to an iterator of answers, all JSON) in a new process, and wait.
 
-    ``threads`` bounds the thread pools that the libraries of the child make for themselves.
+    ``threads`` bounds the thread pools that the libraries of the child make for themselves; ``python`` is another
+    environment's interpreter, ``variables`` are set in it.
     """
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        **(variables or {}),
+    }
     with tempfile.TemporaryDirectory(prefix="safevlm-isolated-") as folder:
         answers, log = Path(folder, "answers"), Path(folder, "log")
         answers.touch()
-        command = [sys.executable, "-m", "benchmarks.isolation", function, str(answers)]
+        command = [python, "-m", "benchmarks.isolation", function, str(answers)]
         with log.open("wb") as stream:
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment
@@ -82,21 +95,6 @@ def _outcome(text: str, returned: int, log: Path) -> Outcome:
         last = written[-1] if written else "nothing was said"
         return Outcome(answers=answers, problem=f"the process ended with code {returned}: {last}", exit_code=1)
     return Outcome(answers=answers)
-
-
-def peak_rss() -> int:
-    """Return the most memory, in bytes, that this process has held at once since its start or :func:`restart_peak`.
-
-    Linux: ``VmHWM`` of ``/proc/self/status`` (proc(5)), because ``ru_maxrss`` of a new process begins at its
-    parent's peak. It counts code, libraries, weights, activations and the mapped pages of files.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def restart_peak() -> None:

@@ -33,15 +33,13 @@ from models.prompt_tokens import load_tokenizer
 from models.reference import GuardHead
 from models.safe_vlm import SafeVLM
 
-__all__ = ["build_random_vlm"]
+__all__ = ["build_random_vlm", "config_and_class"]
 
 
 def build_random_vlm(shape: VisionShape, *, layers: int, seed: int) -> SafeVLM:
     """Return a float32 model at ``shape`` with so many language-model layers; of the tower the shape's own."""
-    lay_out, model_class, tokenizer, tap = _FAMILIES[shape.family]
-    text = {**shape.language, "hidden_size": shape.hidden_size, "num_hidden_layers": layers}
-    config = lay_out(shape, text)
-    config._attn_implementation = "sdpa"
+    config, model_class, tokenizer = config_and_class(shape, layers)
+    tap = _FAMILIES[shape.family][3]
     model: Any = on_meta(lambda: model_class(config))
     head = on_meta(lambda: GuardHead(shape.head_widths))
     fill_randomly(model, seed)
@@ -58,6 +56,15 @@ def build_random_vlm(shape: VisionShape, *, layers: int, seed: int) -> SafeVLM:
         preprocessing=Preprocessing.from_processor(family.preprocessing, family=family.key),
         tokenizer=load_tokenizer(open_checkpoint(tokenizer).folder),
     ).eval()
+
+
+def config_and_class(shape: VisionShape, layers: int) -> tuple[Any, Callable[[Any], Any], str]:
+    """Return transformers' config and class at ``shape``, and the tiny checkpoint that lends its tokenizer."""
+    lay_out, model_class, tokenizer, _ = _FAMILIES[shape.family]
+    text = {**shape.language, "hidden_size": shape.hidden_size, "num_hidden_layers": layers}
+    config = lay_out(shape, text)
+    config._attn_implementation = "sdpa"
+    return config, model_class, tokenizer
 
 
 def _llava(shape: VisionShape, text: dict[str, Any]) -> LlavaConfig:

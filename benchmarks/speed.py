@@ -2,184 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
-from benchmarks.gate_speed import GateOptions, GateSpeed, gate_table, measure_gate
+from benchmarks.gate_speed import GateOptions, gate_table, measure_gate
 from benchmarks.guard_peers import Subject
-from benchmarks.guard_speed import GuardSpeed, Row, SpeedOptions, measure_guard
+from benchmarks.guard_speed import GuardSpeed, SpeedOptions, measure_guard
+from benchmarks.quantize_speed import CASES, measure_quantize, quantize_table
 from benchmarks.shapes import find_shape, shape_names
-from models.commandline import printable, run
+from benchmarks.speed_report import gate_record, guard_record, guard_table, quantize_record
+from models.commandline import run
 from models.errors import InputError
 from models.family import TapSource
-from models.machine import core_count, machine_name
-from models.version import VERSION
+from models.machine import core_count
 
 __all__ = ["gate_record", "guard_record", "guard_table", "main"]
-
-SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy")
-MEBIBYTE = 2**20
-RANDOM_WEIGHTS = "random weights, guard head on the projector's output: a figure of speed, not a guard"
-HOW_MEASURED: Mapping[str, str] = {
-    "latency": (
-        "one call from uint8 images in memory to probabilities in memory; median: of the rounds' medians; p95: of all "
-        "runs of all rounds; spread: highest less lowest median of the rounds; the first run of a process and batch "
-        "size is not counted. Preprocessing of image files is not in it."
-    ),
-    "memory": (
-        "most resident memory (Linux: VmHWM) of a process that does nothing but load and run this peer: interpreter, "
-        "libraries, weights with mapped file pages, activations; batch sizes run in rising order, so a larger one "
-        "includes the smaller; memory of a GPU is not counted"
-    ),
-    "size": (
-        "ONNX files with their .data file, engines: bytes on disk; torch eager: the checkpoint's tensors of vision "
-        "tower, projector and head as they are stored, for random weights as float32 would store them"
-    ),
-    "ratio": "torch eager's median over this peer's, same device, batch size and run: above 1 is faster",
-}
-HOW_GATED: Mapping[str, str] = {
-    "latency": (
-        "from an opened picture at the contract's size to a block, or to the text of an answer; median of the rounds' "
-        "medians; the first run of each way is not counted; decoding an image file is not in it"
-    ),
-    "course": "forced by limits of the policy (block at 0, never); guard and exact verdict are computed all the same",
-    "passes": "counted with hooks in a run that is not timed",
-}
-
-
-# -- what is told ---------------------------------------------------------------------------------------
-
-
-def guard_record(speed: GuardSpeed, command: str) -> dict[str, Any]:
-    """Return all that was measured, with what, where and when, as JSON takes it; ``command`` is how."""
-    return {
-        **_record("guard", speed.subject, speed.guard, command),
-        "settings": asdict(speed.options),
-        "how_measured": dict(HOW_MEASURED),
-        "rows": [asdict(row) for row in speed.rows],
-    }
-
-
-def gate_record(speed: GateSpeed, command: str) -> dict[str, Any]:
-    """Return the same of a gate."""
-    return {
-        **_record("gate", speed.subject, speed.model, command),
-        "settings": asdict(speed.options),
-        "how_measured": dict(HOW_GATED),
-        "rows": [asdict(row) for row in speed.rows],
-    }
-
-
-def _record(benchmark: str, subject: Subject, stated: Mapping[str, Any], command: str) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "benchmark": benchmark,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": {
-            "name": machine_name(),
-            "cores": core_count(),
-            "memory_bytes": _memory_bytes(),
-            "system": platform.platform(),
-        },
-        "versions": {"python": platform.python_version(), "safevlm-edge": VERSION, **_versions()},
-        "subject": {**asdict(subject), **stated, "weights": RANDOM_WEIGHTS if subject.random else "checkpoint"},
-    }
-
-
-def _versions() -> dict[str, str | None]:
-    found = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
-    return {name: found.get(name) for name in PACKAGES}
-
-
-def _memory_bytes() -> int | None:
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def guard_table(speed: GuardSpeed) -> list[str]:
-    """Return the lines of a table, and below it why a peer is not in it."""
-    subject, guard = speed.subject, speed.guard
-    layers = "" if subject.layers is None else f" cut to {subject.layers} vision layers"
-    weights = f" ({RANDOM_WEIGHTS})" if subject.random else ""
-    lines = [
-        f"guard of {printable(subject.name)}{layers}{weights}",
-        f"{guard['parameters'] / 1e6:.1f} M parameters, {guard['height']}x{guard['width']} pixels, "
-        f"{machine_name()}, {speed.options.threads} threads, {speed.options.rounds} rounds",
-        "",
-    ]
-    head = ("peer", "precision", "device", "batch", "median ms", "p95 ms", "spread ms", "ms/image")
-    rows: list[tuple[str, ...]] = [(*head, "x torch", "peak MiB", "size MiB", "runs")]
-    rows += [_cells(row) for row in speed.rows if row.latency is not None]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(_aligned(cells, widths)).rstrip() for cells in rows]
-    lines += _shared_cost(speed.rows)
-    reasons = [_reason(row) for row in speed.rows if row.reason is not None]
-    return [*lines, "", *dict.fromkeys(reasons)] if reasons else lines
-
-
-def _shared_cost(rows: Sequence[Row]) -> list[str]:
-    """Say what the guard adds to a vision tower that has to run anyway."""
-    alone = {
-        (row.precision, row.batch): row.latency.median_ms
-        for row in rows
-        if row.work == "vision" and row.latency is not None
-    }
-    return [
-        f"guard on a shared tower, {row.precision}, batch {row.batch}: "
-        f"{row.latency.median_ms / alone[row.precision, row.batch] - 1:+.1%} over the vision tower alone"
-        for row in rows
-        if row.work == "shared" and row.latency is not None and (row.precision, row.batch) in alone
-    ]
-
-
-def _reason(row: Row) -> str:
-    """Say what of a peer is missing (a peer that cannot run here says it once for all batch sizes) and why."""
-    which = "" if row.status == "unavailable" else f", batch {row.batch}"
-    state = "measured in some rounds only" if row.status == "measured" else "not measured"
-    return f"{state}: {printable(f'{row.peer} {row.precision} on {row.device}{which}: {row.reason}')}"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    latency = row.latency
-    assert latency is not None
-    return (
-        printable(row.peer),
-        row.precision,
-        row.device,
-        str(row.batch),
-        f"{latency.median_ms:.2f}",
-        f"{latency.p95_ms:.2f}",
-        "-" if latency.spread_ms is None else f"{latency.spread_ms:.2f}",
-        f"{latency.ms_per_image:.2f}",
-        "-" if row.ratio_to_torch_eager is None else f"{row.ratio_to_torch_eager:.2f}",
-        "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / MEBIBYTE:.0f}",
-        "-" if row.size_bytes is None else f"{row.size_bytes / MEBIBYTE:.1f}",
-        str(latency.runs),
-    )
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Pad words on the right and numbers on the left."""
-    words = 3
-    return [
-        cell.ljust(width) if column < words else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-
 
 # -- the commands ---------------------------------------------------------------------------------------
 
@@ -295,6 +137,56 @@ def gate(
     if out is not None:
         _write(out, text)
     click.echo(text.rstrip() if as_json else "\n".join(gate_table(speed)))
+
+
+@main.command()
+@click.option(
+    "--case", "cases", type=click.Choice(tuple(CASES)), multiple=True, default=tuple(CASES), show_default=True
+)
+@click.option(
+    "--peers",
+    type=click.Path(path_type=Path),
+    default=Path(".venv-gptqmodel/bin/python"),
+    show_default=True,
+    help="Python of the peers' environment (make peers).",
+)
+@click.option("--no-peers", is_flag=True, help="This project alone.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each peer.")
+@click.option("--threads", type=int, help="Of every peer.  [default: all cores]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def quantize(
+    cases: tuple[str, ...],
+    peers: Path,
+    no_peers: bool,
+    rounds: int,
+    threads: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Time GPTQ of the same language model by this project, GPTQModel and llm-compressor, on the CPU."""
+    from rich.console import Console
+
+    _check_out(out)
+    with Console(stderr=True).status("quantize") as status:
+        found = [
+            measure_quantize(
+                CASES[case],
+                peers_python=None if no_peers else peers.absolute(),
+                rounds=rounds,
+                threads=threads,
+                report=status.update,
+            )
+            for case in cases
+        ]
+    record = quantize_record(found, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    if out is not None:
+        _write(out, text)
+    click.echo(
+        text.rstrip() if as_json else "\n".join(line for speed in found for line in [*quantize_table(speed), ""])
+    )
+    return int(any(row.problem is not None for speed in found for row in speed.rows))
 
 
 def _subject(

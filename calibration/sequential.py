@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Activations", "LayerStream", "Visit"]
 
-Visit = Callable[[int, nn.Module, Callable[[], Iterator[None]]], None]
+Visit = Callable[[int, nn.Module, Callable[[], Iterator[None]]], "Callable[[int], Tensor] | None"]
 """Told a layer's number, the layer, and a function that runs it over the batches, one each step, without effect.
 
-It may look at the layer (with hooks while it runs) and change it in place; what it leaves is what then runs.
+It may look at the layer (with hooks while it runs) and change it in place; what it leaves is what then runs. It may
+return a function of a batch's number that gives the layer's output, B × L × D, where it knows a shorter way there.
 """
 
 
@@ -206,12 +207,13 @@ class LayerStream:
         """
         for index in range(len(self) if stop is None else stop):
             layer = self.load_layer(index)
+            shorter = None
             if visit is not None:
-                visit(index, layer, lambda layer=layer, index=index: self._dry(index, layer, batches, hidden))  # type: ignore[misc]
+                shorter = visit(index, layer, lambda layer=layer, index=index: self._dry(index, layer, batches, hidden))  # type: ignore[misc]
             for number, batch in enumerate(batches):
                 states = hidden[number]
-                states.copy_(self.run_layer(index, layer, batch, states))
-            del layer
+                states.copy_(self.run_layer(index, layer, batch, states) if shorter is None else shorter(number))
+            del layer, shorter
             report(index)
         if stop is not None and stop < len(self):
             return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
-__all__ = ["core_count", "machine_name"]
+__all__ = ["core_count", "machine_name", "peak_rss"]
 
 
 def core_count() -> int:
@@ -24,3 +26,18 @@ def machine_name() -> str:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {core_count()} cores"
+
+
+def peak_rss() -> int:
+    """Return the most memory, in bytes, that this process has held at once since its start or :func:`restart_peak`.
+
+    Linux: ``VmHWM`` of ``/proc/self/status`` (proc(5)), because ``ru_maxrss`` of a new process begins at its
+    parent's peak. It counts code, libraries, weights, activations and the mapped pages of files.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

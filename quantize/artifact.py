@@ -26,7 +26,16 @@ from models.tap import CONFIG_KEY
 from models.transformers_config import build_config
 from quantize.layers import stored_dtype
 
-__all__ = ["SHARD_BYTES", "artifact_config", "copy_light_files", "stored_name", "write_tensors"]
+__all__ = [
+    "SHARD_BYTES",
+    "Piece",
+    "artifact_config",
+    "copy_light_files",
+    "stored_name",
+    "write_bytes",
+    "write_shards",
+    "write_tensors",
+]
 
 SHARD_BYTES = 4 * 2**30
 CHUNK_BYTES = 8 << 20
@@ -96,8 +105,8 @@ def copy_light_files(source: Path, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One tensor to write: what the header says of it, and its bytes when their turn comes."""
+class Piece:
+    """One tensor to write: what the header says of it (dtype as ``F16``), and its bytes when their turn comes."""
 
     name: str
     dtype: str
@@ -125,7 +134,18 @@ def write_tensors(
     pieces = [*_rest(checkpoint)]
     for index, path in enumerate(layers):
         pieces += _of_layer(path, f"{checkpoint.family.language_prefix}layers.{index}.")
-    shards: list[list[_Piece]] = [[]]
+    return write_shards(pieces, folder, shard_bytes=shard_bytes, report=report)
+
+
+def write_shards(
+    pieces: Sequence[Piece],
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    report: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Write tensors one at a time into one safetensors file, or several with an index; return their bytes."""
+    shards: list[list[Piece]] = [[]]
     for piece in pieces:
         if shards[-1] and sum(each.nbytes for each in shards[-1]) + piece.nbytes > shard_bytes:
             shards.append([])
@@ -146,7 +166,7 @@ def write_tensors(
     return total
 
 
-def _rest(checkpoint: Checkpoint) -> Iterator[_Piece]:
+def _rest(checkpoint: Checkpoint) -> Iterator[Piece]:
     family = checkpoint.family
     known = (*family.vision_prefixes, family.language_prefix, OUTPUT_PREFIX, HEAD_PREFIX)
     dtype = stored_dtype(checkpoint)
@@ -160,12 +180,12 @@ def _rest(checkpoint: Checkpoint) -> Iterator[_Piece]:
         nbytes = torch.Size(shape).numel() * 2
 
         def write(file: BinaryIO, name: str = name, kept: torch.dtype = kept) -> None:
-            _write_bytes(file, checkpoint.tensors.read(name, own=True).to(kept))
+            write_bytes(file, checkpoint.tensors.read(name, own=True).to(kept))
 
-        yield _Piece(stored_name(name), DTYPES[kept], shape, nbytes, write)
+        yield Piece(stored_name(name), DTYPES[kept], shape, nbytes, write)
 
 
-def _of_layer(path: Path, prefix: str) -> Iterator[_Piece]:
+def _of_layer(path: Path, prefix: str) -> Iterator[Piece]:
     for name, entry in sorted(read_header(path).items()):
 
         def write(file: BinaryIO, start: int = entry.start, nbytes: int = entry.nbytes) -> None:
@@ -179,14 +199,15 @@ def _of_layer(path: Path, prefix: str) -> Iterator[_Piece]:
                     file.write(chunk)
                     left -= len(chunk)
 
-        yield _Piece(prefix + name, entry.dtype, entry.shape, entry.nbytes, write)
+        yield Piece(prefix + name, entry.dtype, entry.shape, entry.nbytes, write)
 
 
-def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+def write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    """Write a tensor's elements."""
     file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _write_file(path: Path, pieces: Sequence[_Piece]) -> None:
+def _write_file(path: Path, pieces: Sequence[Piece]) -> None:
     """Write a safetensors file: 8 bytes of header length, a JSON header padded to 8 bytes, data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -6,7 +6,6 @@ What all ways of rounding share; each of them is a :class:`quantize.layers.Metho
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from calibration.samples import Calibration, CalibrationOptions, calibrate_on
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
-from models.machine import machine_name
+from models.machine import machine_name, peak_rss
 from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
 from models.version import VERSION
@@ -34,7 +33,7 @@ from quantize.artifact import artifact_config, copy_light_files, write_tensors
 from quantize.auto_bits import sensitivity_of
 from quantize.drift import answer_drift, exact_probs, guard_drift
 from quantize.estimate import Estimate, available_memory, check_memory, estimate
-from quantize.layers import Rounded, round_layers
+from quantize.layers import Caches, Rounded, round_layers
 from quantize.record import calibration_record, identity, jsonable, summary, token_counts
 from quantize.settings import Plan, Progress, RunOptions
 from quantize.unfinished import Unfinished, disk_errors
@@ -119,7 +118,7 @@ def compress(
             record["measured"] = {
                 "seconds": time.monotonic() - started,
                 "seconds_per_layer": run.seconds_per_layer,
-                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_memory_bytes": peak_rss(),
                 "max_memory_bytes": max_memory,
                 "machine": machine_name(),
                 "device": options.device,
@@ -217,12 +216,12 @@ class _Run:
                 self.plan = self.plan.auto.plan(self.sensitivity)
                 self.progress.say(f"bits by sensitivity: {self.plan.recipe['assigned']}")
             stream.forget_vision()
-            self._layers(stream, batches, hidden)
+            self._layers(stream, batches, hidden, max(0, left - hidden.nbytes))
             done = len(self.unfinished.finished()) == len(stream)
             found = answer_drift(self.checkpoint, batches, hidden) if done else {}
         return _Outcome(answers=found, tokens=token_counts(batches), estimate=needed)
 
-    def _layers(self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations) -> None:
+    def _layers(self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, room: int) -> None:
         before, times = time.monotonic(), []
 
         def write(index: int, rounded: Rounded) -> None:
@@ -249,6 +248,7 @@ class _Run:
             write=write,
             report=report,
             stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
+            caches=Caches(room, self.unfinished.folder),
         )
         self.seconds_per_layer = float(np.mean(times)) if times else None
 

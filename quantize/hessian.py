@@ -13,6 +13,8 @@ from models.errors import InputError
 
 __all__ = ["Hessian"]
 
+BLOCK = 512
+
 
 class Hessian:
     """Adds up inputs as they come. Memory: C × C float32, and a copy of the tokens being added when weighted."""
@@ -36,11 +38,16 @@ class Hessian:
             inputs = inputs * weights_T.to(inputs.dtype).sqrt().unsqueeze(-1)
         if not bool(torch.isfinite(inputs.sum())):
             raise InputError("activations hold NaN or infinity")
-        self._sum_CC.addmm_(inputs.T, inputs)
+        for start in range(0, inputs.shape[1], BLOCK):  # the sum is symmetric: its lower blocks are filled at the end
+            rows = slice(start, start + BLOCK)
+            self._sum_CC[rows, start:].addmm_(inputs[:, rows].T, inputs[:, start:])
 
     def mean(self) -> Tensor:
         """Return H, C × C, and forget the sum. Errors: InputError when no token was added."""
         if self.weight <= 0:
             raise InputError("no calibration token reached this linear: its samples are empty or weigh nothing.")
         weight, self.weight = self.weight, 0.0
+        for start in range(BLOCK, len(self._sum_CC), BLOCK):
+            rows = slice(start, start + BLOCK)
+            self._sum_CC[rows, :start] = self._sum_CC[:start, rows].T
         return self._sum_CC.div_(weight)

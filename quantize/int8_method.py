@@ -59,6 +59,7 @@ class W8A8:
             fold = _Fold.before(stage, names[0])
             factor_C, strength, gain = self._search(linears, largest_C, sample_TC, fold)
             factor_C = fold.apply(factor_C, dtype)
+            stage.rescale(names[0], factor_C)
             for linear in linears:
                 linear.weight.data = linear.weight.data * factor_C
             moments.div_(factor_C).div_(factor_C.unsqueeze(1))

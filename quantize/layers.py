@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,17 @@ from models.quantized import GPTQ_PARTS, dequantized
 from models.safe_vlm import Prefill
 from quantize.hessian import Hessian
 
-__all__ = ["LINEARS", "SHARED_INPUTS", "Method", "Rounded", "Stage", "linear_names", "round_layers", "stored_dtype"]
+__all__ = [
+    "LINEARS",
+    "SHARED_INPUTS",
+    "Caches",
+    "Method",
+    "Rounded",
+    "Stage",
+    "linear_names",
+    "round_layers",
+    "stored_dtype",
+]
 
 SHARED_INPUTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -47,9 +58,37 @@ class Rounded:
     report: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+class Caches:
+    """What linears of the layer at hand read, so that nothing before them has to run again: T × C of every batch.
+
+    In memory up to ``max_bytes`` altogether, else in files in ``folder``. What the last linear of the MLP reads is
+    the widest and is kept in memory only; without it a part of the MLP runs twice.
+    """
+
+    def __init__(self, max_bytes: int | None = None, folder: Path | None = None) -> None:
+        self._left = max_bytes
+        self._folder = folder
+        self._kept: dict[str, Activations] = {}
+
+    def of(self, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Activations | None:
+        """Return the place for a linear's inputs, the same for every layer; ``None`` where there is none."""
+        if name not in self._kept:
+            nbytes = sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+            if name.endswith("down_proj") and self._left is not None and nbytes > self._left:
+                return None
+            self._kept[name] = Activations(shapes, dtype, self._left, self._folder)
+            if self._left is not None and not self._kept[name].on_disk:
+                self._left -= nbytes
+        return self._kept[name]
+
+
+@dataclass(kw_only=True, eq=False)
 class Stage:
-    """A decoder layer in its place: what comes in, and a way to run it as far as one likes."""
+    """A decoder layer in its place: what comes in, and what each of its linears reads, found in the order of data.
+
+    Inputs are looked at once all linears before are as they will run. What they were is kept, so each linear runs
+    about once.
+    """
 
     index: int
     layer: nn.Module
@@ -59,6 +98,10 @@ class Stage:
     weights: Sequence[Tensor] | None
     prefix: str
     """Canonical name of the layer, a dot at its end."""
+    caches: Caches = field(default_factory=Caches)
+    moved: bool = False
+    """Whether kept inputs were changed by :meth:`rescale`."""
+    _known: dict[str, Activations] = field(default_factory=dict)
 
     def linear(self, name: str) -> Any:
         """Return a linear of the layer."""
@@ -77,20 +120,32 @@ class Stage:
 
     def inputs(self, name: str) -> Iterator[Tensor]:
         """Yield a linear's inputs, T × C, batch by batch."""
-        caught: list[Tensor] = []
+        for number in range(len(self.batches)):
+            known = self._known.get(name)
+            if known is not None and number < self._filled[name]:
+                yield known[number].to(self.stream.device).flatten(0, 1)
+                continue
+            found = self._run_to(name, number)
+            self._keep(name, number, found)
+            yield found.flatten(0, 1)
 
-        def catch(_: nn.Module, given: tuple[Any, ...]) -> None:
-            caught.append(given[0].reshape(-1, given[0].shape[-1]))
-            raise _Enough
+    def rescale(self, name: str, factor_C: Tensor) -> None:
+        """Divide what a linear reads: what stands before it was changed so that it gives that, but for rounding."""
+        self.moved = True
+        if name in self._known:
+            for number in range(len(self.batches)):
+                self._known[name][number].div_(factor_C.to(self._known[name].dtype).cpu())
 
-        for number, batch in enumerate(self.batches):
-            hook = self.linear(name).register_forward_pre_hook(catch)
-            try:
-                with contextlib.suppress(_Enough):
-                    self.stream.run_layer(self.index, self.layer, batch, self.hidden[number])
-            finally:
-                hook.remove()
-            yield caught.pop()
+    def output(self, number: int) -> Tensor:
+        """Return what the layer makes of a batch, B × L × D, with all its linears as they are now."""
+        layer = cast(Any, self.layer)
+        attention, last = self._cached("self_attn.o_proj", number), self._cached("mlp.down_proj", number)
+        with contextlib.ExitStack() as stack:
+            if attention is not None:
+                stack.enter_context(_instead(layer.self_attn, lambda: (layer.self_attn.o_proj(attention), None)))
+            if last is not None:
+                stack.enter_context(_instead(layer.mlp, lambda: layer.mlp.down_proj(last)))
+            return self.stream.run_layer(self.index, self.layer, self.batches[number], self.hidden[number])
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:
@@ -99,6 +154,58 @@ class Stage:
             yield
         except InputError as error:
             raise InputError(f"{self.prefix}{name}: {error}") from error
+
+    def __post_init__(self) -> None:
+        self._filled: dict[str, int] = {}
+
+    def _run_to(self, name: str, number: int) -> Tensor:
+        """Run a batch as far as a linear and return what it reads, B × L × C; begin at what is known."""
+        layer = cast(Any, self.layer)
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, given: tuple[Any, ...]) -> None:
+            caught.append(given[0])
+            raise _Enough
+
+        before = self._cached("mlp.gate_proj", number) if name == "mlp.down_proj" else None
+        attention = self._cached("self_attn.o_proj", number) if name.startswith("mlp.") else None
+        hook = self.linear(name).register_forward_pre_hook(catch, prepend=True)
+        try:
+            with contextlib.suppress(_Enough), contextlib.ExitStack() as stack:
+                if before is not None:
+                    layer.mlp(before)
+                if attention is not None:
+                    stack.enter_context(_instead(layer.self_attn, lambda: (layer.self_attn.o_proj(attention), None)))
+                self.stream.run_layer(self.index, self.layer, self.batches[number], self.hidden[number])
+        finally:
+            hook.remove()
+        return caught.pop()
+
+    def _keep(self, name: str, number: int, found: Tensor) -> None:
+        if name == "self_attn.q_proj":  # only a norm stands before it
+            return
+        if name not in self._known:
+            shapes = [(*shape[:2], found.shape[-1]) for shape in self.hidden.shapes]
+            place = self.caches.of(name, shapes, self.hidden.dtype)
+            if place is None:
+                return
+            self._known[name] = place
+        self._known[name][number].copy_(found)
+        self._filled[name] = number + 1
+
+    def _cached(self, name: str, number: int) -> Tensor | None:
+        known = self._known.get(name)
+        return None if known is None else known[number].to(self.stream.device)
+
+
+@contextlib.contextmanager
+def _instead(module: nn.Module, give: Callable[[], Any]) -> Iterator[None]:
+    """Let a module give something else for a while, without running."""
+    module.forward = lambda *_, **__: give()
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 class Method(Protocol):
@@ -143,25 +250,28 @@ def round_layers(
     write: Callable[[int, Rounded], None],
     report: Callable[[int], None] = lambda _: None,
     stop: int | None = None,
+    caches: Caches | None = None,
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
     ``weights`` are the tokens' (T each) of every batch. ``write`` gets each layer once, with all its tensors, and
     nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is put in place instead
-    of being found again. With ``stop`` only so many layers are rounded.
+    of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the memory of linears'
+    inputs.
 
     Errors: those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
     """
     method.check(stream.checkpoint)
     dtype = stored_dtype(stream.checkpoint)
+    kept = caches or Caches()
 
-    def visit(index: int, layer: nn.Module, _: object) -> None:
+    def visit(index: int, layer: nn.Module, _: object) -> Callable[[int], Tensor] | None:
         done = finished(index)
         if done is not None:
             _restore(layer, done)
             method.attach(layer)
-            return
+            return None
         for name, parameter in layer.named_parameters():
             if name.removesuffix(".weight") not in LINEARS:
                 parameter.data = parameter.data.to(dtype).to(parameter.dtype)  # as it will be stored
@@ -173,6 +283,7 @@ def round_layers(
             hidden=hidden,
             weights=weights,
             prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
+            caches=kept,
         )
         rounded = method.round_layer(stage)
         plain = {
@@ -181,6 +292,8 @@ def round_layers(
             if name not in rounded.tensors and f"{name.removesuffix('weight')}qweight" not in rounded.tensors
         }
         write(index, Rounded(tensors={**plain, **rounded.tensors}, report=rounded.report))
+        # what was moved by hand is not what the stored layer gives to the last bit, which a run that goes on sees
+        return None if stage.moved else stage.output
 
     stream.run(batches, hidden, visit=visit, report=report, stop=stop)
 

@@ -26,18 +26,18 @@ def pack(values_NM: Tensor, bits: int) -> Tensor:
     count, others = values_NM.shape
     if bits not in BITS or count % WORD:
         raise InputError(f"{count} values of {bits} bits cannot be packed: multiples of {WORD} of {BITS} bits can.")
-    values = values_NM.to(torch.int64)
-    if bool(((values < 0) | (values >= 2**bits)).any()):
-        raise InputError(f"values from {int(values.min())} to {int(values.max())} do not fit {bits} bits.")
+    values = values_NM.to(torch.int32)
+    low, high = values.aminmax()
+    if int(low) < 0 or int(high) >= 2**bits:
+        raise InputError(f"values from {int(low)} to {int(high)} do not fit {bits} bits.")
     values = values.reshape(count // WORD, WORD, others)
-    words = torch.zeros(count // WORD, bits, others, dtype=torch.int64, device=values.device)
+    words = torch.zeros(count // WORD, bits, others, dtype=torch.int32, device=values.device)
     for place in range(WORD):
         word, shift = divmod(place * bits, WORD)
-        words[:, word] |= values[:, place] << shift
+        words[:, word] |= values[:, place] << shift  # what is shifted out belongs to the next word
         if shift + bits > WORD:
             words[:, word + 1] |= values[:, place] >> (WORD - shift)
-    words &= 2**WORD - 1
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).reshape(-1, others)
+    return words.reshape(-1, others)
 
 
 def pack_linear(name: str, ints_RC: Tensor, grid: Grid, group_of_C: Tensor, bits: int) -> dict[str, Tensor]:

@@ -239,13 +239,12 @@ def _walk(
 ) -> _Rows:
     """Round columns in ``order_C``; what damping and dead columns add to the cost is taken off again."""
     back = torch.argsort(order_C)
-    weight_RC = weight_RC[:, order_C]
     moments_C = diagonal_C[order_C]
     rows, width = weight_RC.shape
     importance = moments_C if options.search else None
     fitted_before = options.act_order == "static" or columns == width
     if fitted_before:
-        grid = fit_grid(weight_RC[:, back], scheme, columns, None if importance is None else importance[back])
+        grid = fit_grid(weight_RC, scheme, columns, None if importance is None else importance[back])
         group_of = (order_C // columns) if options.act_order == "static" else torch.zeros_like(order_C)
         scales, zeros = grid.scale, grid.zero
     else:
@@ -255,7 +254,7 @@ def _walk(
     block = options.block
     if not fitted_before:  # a group begins where a block begins
         block = max(size for size in range(1, block + 1) if columns % size == 0)
-    weight = weight_RC.T.contiguous()  # a column of the weight is a row here: one run of memory
+    weight = weight_RC.T[order_C]  # a column of the weight is a row here: one run of memory
     errors = torch.empty_like(weight)
     ints = torch.empty_like(weight)
     squares = torch.empty_like(weight)

@@ -201,7 +201,7 @@ def test_an_unreadable_parity_image_and_an_empty_folder_are_named(written: Writt
 
 @pytest.mark.parametrize("precisions", [(), ("int3",), ("fp32", "fp32")])
 def test_impossible_precisions_are_refused(precisions: Any) -> None:
-    with pytest.raises(InputError, match="one or several of fp32, fp16, each once, are allowed"):
+    with pytest.raises(InputError, match="one or several of fp32, fp16, each once, and int8 beside fp32, are allowed"):
         ExportOptions(precisions=precisions)
 
 
