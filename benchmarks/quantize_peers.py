@@ -18,6 +18,8 @@ from models.machine import peak_rss
 
 __all__ = ["PEERS", "run_peer"]
 
+ROOM = 64 * 2**20
+"""Bytes of hidden states that ours keeps in memory; the rest is in a file."""
 PEERS = ("ours", "gptqmodel", "llm-compressor")
 
 
@@ -44,17 +46,17 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
     from quantize.artifact import write_tensors
     from quantize.gptq_method import Gptq
     from quantize.grid import Scheme
-    from quantize.layers import round_layers
+    from quantize.layers import Caches, round_layers
     from quantize.unfinished import Unfinished
 
     ids = load_file(folder / "samples.safetensors")["ids"].tolist()
     restarted = time.perf_counter()
     checkpoint = open_checkpoint(str(folder / "checkpoint"), tap="language_model")
     stream = LayerStream(checkpoint, token_ids=lambda _: [token for row in ids for token in row])
-    each = max(1, 2048 // len(ids[0]))
+    each = max(1, 1024 // len(ids[0]))
     rows = [ids[start : start + each] for start in range(0, len(ids), each)]
     shapes = [(len(batch), len(batch[0]), checkpoint.hidden_size) for batch in rows]
-    with Activations(shapes, torch.float32, None) as hidden, Unfinished(out / "artifact", {}) as unfinished:
+    with Activations(shapes, torch.float32, ROOM, out) as hidden, Unfinished(out / "artifact", {}) as unfinished:
         batches = []
         for number, batch in enumerate(rows):
             prefill = stream.skeleton.assemble(batch)
@@ -62,7 +64,15 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
             batches.append(prefill)
         stream.forget_vision()
         scheme = Scheme(bits=int(request["bits"]), group_size=int(request["group_size"]))
-        round_layers(stream, batches, hidden, Gptq(scheme_of=lambda _: scheme), write=unfinished.save_layer)
+        round_layers(
+            stream,
+            batches,
+            hidden,
+            Gptq(scheme_of=lambda _: scheme),
+            write=unfinished.save_layer,
+            caches=Caches(ROOM, out),
+            last_states=False,
+        )
         files = [unfinished.layer_file(index) for index in unfinished.finished()]
         (out / "written").mkdir()
         write_tensors(checkpoint, files, out / "written")

@@ -18,7 +18,7 @@ from calibration.batches import Row
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from quantize.layers import SHARED_INPUTS, linear_names
-from quantize.solver import ROWS
+from quantize.solver import rows_together
 
 __all__ = ["Estimate", "available_memory", "check_memory", "estimate", "shown_bytes", "shown_seconds"]
 
@@ -72,7 +72,7 @@ def estimate(
     widest = max(sum(shapes[name][0] for name in names) for names in SHARED_INPUTS)
     columns = max(columns for _, columns in shapes.values())
     tokens = [len(batch) * max(len(row.ids) for row in batch) for batch in packed]
-    solving = 3 * columns**2 * 4 + WORKING_COPIES * min(ROWS, widest) * columns * 4 + widest * columns
+    solving = 2 * columns**2 * 4 + WORKING_COPIES * min(rows_together(columns), widest) * columns * 4 + widest * columns
     forward = max(tokens) * (2 * widest + 8 * hidden) * dtype.itemsize
     rounding = weights * dtype.itemsize + max(solving, forward)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())

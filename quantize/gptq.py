@@ -105,7 +105,9 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     show_default=True,
     help="Columns by falling activation, groups as they stand (static) or in that order (group).",
 )
-@click.option("--damp", type=float, default=0.01, show_default=True, help="Share of the mean diagonal that is added.")
+@click.option(
+    "--damp", type=float, default=SolveOptions.damp, show_default=True, help="Share of the mean diagonal that is added."
+)
 @click.option("--no-search", is_flag=True, help="Grids of the full range, no shrunk ones.")
 def main(
     model: str,

@@ -42,16 +42,15 @@ class Gptq:
         report: list[dict[str, Any]] = []
         for names in SHARED_INPUTS:
             schemes = {name: self.scheme_of(stage.prefix + name) for name in names}
-            moments = None
-            for scheme in dict.fromkeys(each for each in schemes.values() if each is not None):
-                if moments is None:
-                    moments = stage.moments(names[0])
+            wanted = dict.fromkeys(each for each in schemes.values() if each is not None)
+            moments = stage.moments(names[0]) if wanted else None
+            for number, scheme in enumerate(wanted, 1):
+                assert moments is not None
+                last = number == len(wanted)
                 chosen = [name for name in names if schemes[name] == scheme]
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
-                    solved = solve(
-                        [linear.weight for linear in linears], moments, scheme, self.options, name="the linear"
-                    )
+                    solved = solve([linear.weight for linear in linears], moments, scheme, self.options, consume=last)
                 for name, linear, each in zip(chosen, linears, solved, strict=True):
                     linear.weight.data = each.weight().to(linear.weight)
                     packed = pack_linear(name, each.ints, each.grid, each.group_of, scheme.bits)

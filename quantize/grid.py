@@ -17,8 +17,13 @@ from models.quantized import BITS
 __all__ = ["Grid", "Scheme", "dequantize", "fit_grid", "groups_of", "round_to_grid"]
 
 PER_CHANNEL = -1
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
-"""Shares of the full range that a searched grid tries: clipping few large weights can spare many small ones."""
+SHRINKS = {
+    2: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55),
+    3: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7),
+    4: (1.0, 0.95, 0.9, 0.85, 0.8),
+    8: (1.0, 0.95),
+}
+"""Shares of the full range that a searched grid tries, by bits: clipping few large weights can spare many small."""
 SMALLEST, LARGEST = 2.0**-24, 65504.0
 """Of the scales that float16 holds, in which they are stored."""
 
@@ -94,11 +99,11 @@ def fit_grid(weight_RC: Tensor, scheme: Scheme, columns: int, importance_C: Tens
         return _grid_of(low, high, scheme)
     importance = importance_C.reshape(1, width // columns, columns)
     best, least = _grid_of(low, high, scheme), None
-    for shrink in SHRINKS:
+    for shrink in SHRINKS[scheme.bits]:
         tried = _grid_of(low * shrink, high * shrink, scheme)
         scale, zero = tried.scale.unsqueeze(-1), tried.zero.unsqueeze(-1)
-        found = (torch.round(grouped / scale) + zero).clamp_(0, scheme.largest).sub_(zero).mul_(scale)
-        error = found.sub_(grouped).square_().mul_(importance).sum(dim=-1)
+        found = torch.div(grouped, scale).round_().add_(zero).clamp_(0, scheme.largest).sub_(zero).mul_(scale)
+        error = torch.einsum("rgc,gc->rg", found.sub_(grouped).square_(), importance[0])
         if least is None:
             best, least = tried, error
             continue
@@ -141,4 +146,9 @@ def round_to_grid(weight_RC: Tensor, grid: Grid, scheme: Scheme, group_of_C: Ten
 
 def dequantize(ints_RC: Tensor, grid: Grid, group_of_C: Tensor) -> Tensor:
     """Return the weights that integers stand for, in the grid's dtype."""
+    rows, width = ints_RC.shape
+    columns = width // grid.scale.shape[1]
+    if torch.equal(group_of_C, groups_of(width, columns, group_of_C.device)):  # no need to spread the grid out
+        above_zero = ints_RC.reshape(rows, -1, columns).to(grid.scale.dtype) - grid.zero.unsqueeze(-1)
+        return above_zero.mul_(grid.scale.unsqueeze(-1)).reshape(rows, width)
     return (ints_RC.to(grid.scale.dtype) - grid.zero[:, group_of_C]) * grid.scale[:, group_of_C]

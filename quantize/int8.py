@@ -82,7 +82,9 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     show_default=True,
     help="Strengths to try for each group of linears; 0: none.",
 )
-@click.option("--damp", type=float, default=0.01, show_default=True, help="Share of the mean diagonal that is added.")
+@click.option(
+    "--damp", type=float, default=SolveOptions.damp, show_default=True, help="Share of the mean diagonal that is added."
+)
 def main(
     model: str,
     revision: str | None,

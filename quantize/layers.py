@@ -142,7 +142,7 @@ class Stage:
         attention, last = self._cached("self_attn.o_proj", number), self._cached("mlp.down_proj", number)
         with contextlib.ExitStack() as stack:
             if attention is not None:
-                stack.enter_context(_instead(layer.self_attn, lambda: (layer.self_attn.o_proj(attention), None)))
+                stack.enter_context(_instead(layer.self_attn, lambda: (self._attended(number), None)))
             if last is not None:
                 stack.enter_context(_instead(layer.mlp, lambda: layer.mlp.down_proj(last)))
             return self.stream.run_layer(self.index, self.layer, self.batches[number], self.hidden[number])
@@ -157,6 +157,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self._filled: dict[str, int] = {}
+        self._outputs: set[int] = set()
 
     def _run_to(self, name: str, number: int) -> Tensor:
         """Run a batch as far as a linear and return what it reads, B × L × C; begin at what is known."""
@@ -175,11 +176,22 @@ class Stage:
                 if before is not None:
                     layer.mlp(before)
                 if attention is not None:
-                    stack.enter_context(_instead(layer.self_attn, lambda: (layer.self_attn.o_proj(attention), None)))
+                    stack.enter_context(_instead(layer.self_attn, lambda: (self._attended(number), None)))
                 self.stream.run_layer(self.index, self.layer, self.batches[number], self.hidden[number])
         finally:
             hook.remove()
         return caught.pop()
+
+    def _attended(self, number: int) -> Tensor:
+        """Return what the attention gives; kept in place of what its last linear read, where that is as wide."""
+        known = self._known["self_attn.o_proj"]
+        if number in self._outputs:
+            return known[number].to(self.stream.device)
+        found = self.linear("self_attn.o_proj")(known[number].to(self.stream.device))
+        if found.shape == known[number].shape:
+            known[number].copy_(found)
+            self._outputs.add(number)
+        return cast(Tensor, found)
 
     def _keep(self, name: str, number: int, found: Tensor) -> None:
         if name == "self_attn.q_proj":  # only a norm stands before it
@@ -251,13 +263,14 @@ def round_layers(
     report: Callable[[int], None] = lambda _: None,
     stop: int | None = None,
     caches: Caches | None = None,
+    last_states: bool = True,
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
     ``weights`` are the tokens' (T each) of every batch. ``write`` gets each layer once, with all its tensors, and
     nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is put in place instead
     of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the memory of linears'
-    inputs.
+    inputs. Without ``last_states`` the last layer need not run once it is rounded.
 
     Errors: those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
@@ -293,6 +306,8 @@ def round_layers(
         }
         write(index, Rounded(tensors={**plain, **rounded.tensors}, report=rounded.report))
         # what was moved by hand is not what the stored layer gives to the last bit, which a run that goes on sees
+        if not last_states and index == len(stream) - 1:
+            return lambda number: hidden[number]
         return None if stage.moved else stage.output
 
     stream.run(batches, hidden, visit=visit, report=report, stop=stop)

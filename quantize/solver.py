@@ -5,7 +5,9 @@ Shapes: R output rows, C input columns, G groups of columns.
 The method is that of Frantar et al. 2023 (https://arxiv.org/abs/2210.17323): the same columns in the same order with
 the same results, computed without the inverse of H. With H = U Uᵀ, U upper triangular, the cost of the errors e of a
 row is the squared length of e U; its k-th entry is U[k, k] times (target[k] - q[k]), where the target is the weight
-plus what the columns before leave to be made up for. One Cholesky factorisation then does.
+plus what the columns before leave to be made up for. One Cholesky factorisation then does. Turned end for end, U is
+a lower triangular L, which is what the factorisation gives: columns lie in reverse order here, the first to be
+visited last.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from quantize.grid import Grid, Scheme, dequantize, fit_grid, groups_of, round_to_grid
+from quantize.grid import Grid, Scheme, dequantize, fit_grid, groups_of
 
-__all__ = ["ActOrder", "SolveOptions", "Solved", "solve"]
+__all__ = ["ActOrder", "SolveOptions", "Solved", "rows_together", "solve"]
 
 ActOrder = Literal["none", "group", "static"]
 DAMP_GROWTH, DAMP_LIMIT = 10.0, 1e3
-ROWS = 2048
-"""Rows that are rounded together: enough for fast products, and a bound of the memory that they take."""
+TOGETHER = 2**23
+"""Weights that are rounded together."""
 LOSS_BLOCK = 1024
 PROBES = 64
+EXACTLY = 2048
+"""Up to this width the cost of rounding to the nearest is computed; above, it is estimated unless that is close."""
+SURELY = 0.9
+"""An estimate that is larger than the walk's cost by this factor settles which is better."""
 INNER = 32
 """Columns that are made up for one by one before a matrix product takes them together."""
 
@@ -42,13 +48,13 @@ class SolveOptions:
     """
 
     act_order: ActOrder = "static"
-    damp: float = 0.01
+    damp: float = 0.05
     search: bool = True
     block: int = 128
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
-            raise InputError(f"--damp {self.damp}: a share above 0 and below 1 is allowed; 0.01 is usual.")
+            raise InputError(f"--damp {self.damp}: a share above 0 and below 1 is allowed; 0.05 is usual.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +62,8 @@ class Solved:
     """A rounded linear: integers R × C (uint8), grid, each column's group, and what rounding costs.
 
     ``loss`` is tr((W - Q) H (W - Q)ᵀ); ``rtn_loss`` that of rounding every weight to the nearest on a grid of its
-    full range. ``kept`` is ``rtn`` where that was the better one. ``signal`` is tr(W H Wᵀ), estimated with 64 probes.
+    full range (estimated with 64 probes where it is far larger and C is above 2,048). ``kept`` is ``rtn`` where that
+    was the better one. ``signal`` is tr(W H Wᵀ), estimated with 64 probes.
     """
 
     ints: Tensor
@@ -89,11 +96,13 @@ def solve(
     options: SolveOptions = SolveOptions(),
     *,
     name: str = "the linear",
+    consume: bool = False,
 ) -> list[Solved]:
     """Round linears that share their inputs (each R × C), in the dtype of ``hessian_CC``.
 
     Rows do not know of each other, so the result is that of solving each linear alone; together they take one
-    factorisation and one walk over the columns.
+    factorisation and one walk over the columns. ``consume`` gives the memory of ``hessian_CC`` back as soon as it is
+    factorised.
 
     Errors: InputError for a group size that does not divide C, or values that are not finite.
     """
@@ -103,23 +112,28 @@ def solve(
         raise InputError(f"{name}: weights or activations hold NaN or infinity.")
     diagonal = hessian_CC.diagonal().clone()
     dead = diagonal <= 0
-    order = _order(diagonal, options.act_order)
-    upper, damp = _factor(hessian_CC, dead, order, options.damp)
+    order = _order(diagonal, options.act_order).flip(0)
+    lower, damp = _factor(hessian_CC, dead, order, options.damp)
+    if consume:
+        hessian_CC.untyped_storage().resize_(0)
     damping = damp * float(diagonal[~dead].mean()) if not bool(dead.all()) else 0.0
-    probes = upper @ _probes(width, upper)
-    ours: list[_Rows] = []
-    plain: list[_Rows] = []
-    signals = []
-    for rows in _chunks(weights, hessian_CC):
-        signals.append((rows[:, order] @ probes).square().mean(dim=1))
-        plain.append(_to_the_nearest(rows, upper, order, scheme, columns, ~dead[order], damping))
-        ours.append(_walk(rows, upper, diagonal, order, scheme, options, columns, ~dead[order], damping))
+    factor = _Factor(lower=lower, order=order, diagonal=diagonal, alive=~dead[order], damping=damping)
+    exactly = width <= EXACTLY
+    probes = factor.probes()
+    ours, plain, signals = [], [], []
+    for rows in _chunks(weights, diagonal):
+        signals.append((rows @ probes).square().mean(dim=1))
+        plain.append(_to_the_nearest(rows, factor, scheme, columns, None if exactly else probes))
+        ours.append(_walk(rows, factor, scheme, options, columns))
     whole, nearest, signal = _joined(ours), _joined(plain), torch.cat(signals)
     found, start = [], 0
     for weight in weights:
         rows_of = slice(start, start + len(weight))
         start += len(weight)
         loss, rtn_loss = float(whole.loss[rows_of].sum()), float(nearest.loss[rows_of].sum())
+        if not exactly and not loss < SURELY * rtn_loss:
+            parts = [_to_the_nearest(rows, factor, scheme, columns) for rows in _chunks([weight], diagonal)]
+            rtn_loss = sum(float(part.loss.sum()) for part in parts)
         better = loss <= rtn_loss  # false for NaN, too
         chosen = whole if better else nearest
         found.append(
@@ -139,6 +153,28 @@ def solve(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Factor:
+    """L with L Lᵀ = H + damping, its columns in ``order`` (the last is visited first), and what H was.
+
+    ``diagonal`` is H's in the model's order; ``alive`` tells, in ``order``, which columns are not dead.
+    """
+
+    lower: Tensor
+    order: Tensor
+    diagonal: Tensor
+    alive: Tensor
+    damping: float
+
+    def probes(self) -> Tensor:
+        """Return C × 64, in the model's order: W times it has, squared, the mean tr(W H Wᵀ) of W's rows."""
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (len(self.order), PROBES), generator=generator) * 2 - 1
+        found = torch.empty(len(self.order), PROBES, dtype=self.lower.dtype, device=self.lower.device)
+        found[self.order] = self.lower @ signs.to(self.lower)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Rows:
     """Some rows' integers (uint8), grid and groups, columns in the model's order, and what each row costs."""
 
@@ -148,13 +184,19 @@ class _Rows:
     loss: Tensor
 
 
+def rows_together(width: int) -> int:
+    """Return how many rows of so many columns are rounded together: enough for fast products, in bounded memory."""
+    return max(256, TOGETHER // width)
+
+
 def _chunks(weights: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
-    """Yield all rows in their order, at most ``ROWS`` at a time, those of small linears together."""
+    """Yield all rows in their order, so many at a time, those of small linears together."""
     waiting: list[Tensor] = []
+    most = rows_together(weights[0].shape[1])
     for weight in weights:
-        for start in range(0, len(weight), ROWS):
-            part = weight[start : start + ROWS].to(like)
-            if waiting and sum(map(len, waiting)) + len(part) > ROWS:
+        for start in range(0, len(weight), most):
+            part = weight[start : start + most].to(like)
+            if waiting and sum(map(len, waiting)) + len(part) > most:
                 yield torch.cat(waiting)
                 waiting = []
             waiting.append(part)
@@ -173,31 +215,26 @@ def _joined(parts: Sequence[_Rows]) -> _Rows:
 
 
 def _to_the_nearest(
-    weight_RC: Tensor,
-    upper_CC: Tensor,
-    order_C: Tensor,
-    scheme: Scheme,
-    columns: int,
-    alive_C: Tensor,
-    damping: float,
+    weight_RC: Tensor, factor: _Factor, scheme: Scheme, columns: int, probes: Tensor | None = None
 ) -> _Rows:
-    """Round every weight by itself: a measure, and a way out."""
-    group_of = groups_of(weight_RC.shape[1], columns, weight_RC.device)
+    """Round every weight by itself: a measure, and a way out. With ``probes`` its cost is estimated."""
+    rows, width = weight_RC.shape
     grid = fit_grid(weight_RC, scheme, columns)
-    ints = round_to_grid(weight_RC, grid, scheme, group_of)
-    error = (weight_RC - dequantize(ints, grid, group_of))[:, order_C]
-    loss = -damping * error[:, alive_C].square().sum(dim=1)
-    for start in range(0, error.shape[1], LOSS_BLOCK):  # below the diagonal there is nothing
-        stop = min(start + LOSS_BLOCK, error.shape[1])
-        part = error[:, :stop] @ upper_CC[:stop, start:stop]
-        loss += part[:, alive_C[start:stop]].square_().sum(dim=1)
-    return _Rows(ints=ints.to(torch.uint8), grid=grid, group_of=group_of, loss=loss.clamp(min=0))
-
-
-def _probes(width: int, like: Tensor) -> Tensor:
-    """Return the same signs each time, C × 64: their mean square under W U estimates tr(W H Wᵀ)."""
-    signs = torch.randint(0, 2, (width, PROBES), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return signs.to(like)
+    scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
+    grouped = weight_RC.reshape(rows, -1, columns)
+    ints = torch.div(grouped, scale).round_().add_(zero).clamp_(0, scheme.largest)
+    error = grouped - (ints - zero).mul_(scale)
+    ints, error = ints.to(torch.uint8).reshape(rows, width), error.reshape(rows, width)
+    group_of = groups_of(width, columns, weight_RC.device)
+    if probes is not None:
+        return _Rows(ints=ints, grid=grid, group_of=group_of, loss=(error @ probes).square_().mean(dim=1))
+    error = error[:, factor.order]
+    loss = -factor.damping * error[:, factor.alive].square().sum(dim=1)
+    for start in range(0, width, LOSS_BLOCK):  # above the diagonal there is nothing
+        stop = min(start + LOSS_BLOCK, width)
+        part = error[:, start:] @ factor.lower[start:, start:stop]
+        loss += part[:, factor.alive[start:stop]].square_().sum(dim=1)
+    return _Rows(ints=ints, grid=grid, group_of=group_of, loss=loss.clamp(min=0))
 
 
 def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
@@ -207,18 +244,19 @@ def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
 
 
 def _factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
-    """Return upper triangular U with U Uᵀ = H + damping, columns in ``order``, and the damping that it took."""
+    """Return lower triangular L with L Lᵀ = H + damping, columns in ``order``, and the damping that it took."""
     mean = float(hessian.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
-    flipped = order.flip(0)
-    places = dead[flipped]
+    tried = torch.empty_like(hessian).mT  # by columns, as the factorisation wants it: else it makes a copy
     while damp <= DAMP_LIMIT:
-        tried = hessian[flipped][:, flipped]
-        diagonal = torch.where(places, torch.full_like(tried.diagonal(), mean), tried.diagonal())
+        for start in range(0, len(order), LOSS_BLOCK):  # in parts: one copy of H, not two
+            rows = order[start : start + LOSS_BLOCK]
+            tried[:, start : start + LOSS_BLOCK] = hessian[rows][:, order].T
+        diagonal = torch.where(dead[order], torch.full_like(tried.diagonal(), mean), tried.diagonal())
         tried.diagonal().copy_(diagonal + damp * mean)
         info = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(tried, out=(tried, info))
         if not int(info) and bool(torch.isfinite(tried.diagonal()).all()):
-            return tried.flip(0, 1), damp
+            return tried, damp
         damp *= DAMP_GROWTH
     raise InputError(
         "the second moments of a linear's inputs cannot be factorised, however much they are damped: activations are "
@@ -226,62 +264,48 @@ def _factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -> tuple[
     )
 
 
-def _walk(
-    weight_RC: Tensor,
-    upper_CC: Tensor,
-    diagonal_C: Tensor,
-    order_C: Tensor,
-    scheme: Scheme,
-    options: SolveOptions,
-    columns: int,
-    alive_C: Tensor,
-    damping: float,
-) -> _Rows:
-    """Round columns in ``order_C``; what damping and dead columns add to the cost is taken off again."""
-    back = torch.argsort(order_C)
-    moments_C = diagonal_C[order_C]
+def _walk(weight_RC: Tensor, factor: _Factor, scheme: Scheme, options: SolveOptions, columns: int) -> _Rows:
+    """Round columns from the last of the factor's order to its first."""
     rows, width = weight_RC.shape
-    importance = moments_C if options.search else None
+    lower, order = factor.lower, factor.order
+    importance = factor.diagonal if options.search else None
     fitted_before = options.act_order == "static" or columns == width
     if fitted_before:
-        grid = fit_grid(weight_RC, scheme, columns, None if importance is None else importance[back])
-        group_of = (order_C // columns) if options.act_order == "static" else torch.zeros_like(order_C)
+        grid = fit_grid(weight_RC, scheme, columns, importance)
+        group_of = (order // columns) if options.act_order == "static" else torch.zeros_like(order)
         scales, zeros = grid.scale, grid.zero
     else:
-        group_of = groups_of(width, columns, weight_RC.device)
+        group_of = groups_of(width, columns, weight_RC.device).flip(0)
         scales = torch.empty(rows, width // columns, dtype=weight_RC.dtype, device=weight_RC.device)
         zeros = torch.empty_like(scales)
     block = options.block
     if not fitted_before:  # a group begins where a block begins
         block = max(size for size in range(1, block + 1) if columns % size == 0)
-    weight = weight_RC.T[order_C]  # a column of the weight is a row here: one run of memory
+    weight = weight_RC.T[order]  # a column of the weight is a row here: one run of memory
     errors = torch.empty_like(weight)
-    ints = torch.empty_like(weight)
-    squares = torch.empty_like(weight)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        owed = upper_CC[:start, start:stop].T @ errors[:start]
-        if not fitted_before and start % columns == 0:
-            end = start + columns
-            ahead = owed if end == stop else upper_CC[:start, start:end].T @ errors[:start]
-            moved = torch.linalg.solve_triangular(upper_CC[start:end, start:end].T, ahead, upper=False)
-            fit = fit_grid(
-                (weight[start:end] + moved).T,
-                scheme,
-                columns,
-                None if importance is None else importance[start:end],
-            )
-            scales[:, start // columns], zeros[:, start // columns] = fit.scale[:, 0], fit.zero[:, 0]
-        _walk_block(
-            slice(start, stop), owed, weight, upper_CC, scales[:, group_of[start:stop]].T.contiguous(),
-            zeros[:, group_of[start:stop]].T.contiguous(), scheme.largest, errors, ints, squares,
-        )  # fmt: skip
-    loss = squares[alive_C].sum(dim=0) - damping * errors[alive_C].square().sum(dim=0)
+    ints = torch.empty(width, rows, dtype=torch.uint8, device=weight.device)
+    loss = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
+    for stop in range(width, 0, -block):
+        start = max(0, stop - block)
+        owed = lower[stop:, start:stop].T @ errors[stop:]
+        if not fitted_before and (width - stop) % columns == 0:
+            first = stop - columns
+            ahead = owed if first == start else lower[stop:, first:stop].T @ errors[stop:]
+            moved = torch.linalg.solve_triangular(lower[first:stop, first:stop].T, ahead, upper=True)
+            found = (weight[first:stop] + moved).flip(0).T
+            moments = None if importance is None else importance[order[first:stop]].flip(0)
+            fit, group = fit_grid(found, scheme, columns, moments), (width - stop) // columns
+            scales[:, group], zeros[:, group] = fit.scale[:, 0], fit.zero[:, 0]
+        groups = group_of[start:stop]
+        grid_of_block = (scales.T[groups], zeros.T[groups])
+        _walk_block(slice(start, stop), owed, weight, factor, grid_of_block, scheme.largest, errors, ints, loss)
+    loss -= factor.damping * errors[factor.alive].square_().sum(dim=0)
+    back = torch.argsort(order)
     return _Rows(
-        ints=ints.to(torch.uint8)[back].T.contiguous(),
+        ints=ints[back].T.contiguous(),
         grid=Grid(scale=scales, zero=zeros),
         group_of=group_of[back],
-        loss=loss.clamp(min=0),
+        loss=loss.clamp_(min=0),
     )
 
 
@@ -289,30 +313,30 @@ def _walk_block(
     block: slice,
     owed_BR: Tensor,
     weight_CR: Tensor,
-    upper_CC: Tensor,
-    scale_BR: Tensor,
-    zero_BR: Tensor,
+    factor: _Factor,
+    grid_BR: tuple[Tensor, Tensor],
     largest: int,
     errors_CR: Tensor,
     ints_CR: Tensor,
-    squares_CR: Tensor,
+    loss_R: Tensor,
 ) -> None:
-    """Round a block's columns; ``owed_BR`` is what the errors before the block make of (W - Q) U in it."""
+    """Round a block's columns; ``owed_BR`` is what the errors behind the block make of (W - Q) L in it."""
     first, width = block.start, block.stop - block.start
-    own = upper_CC[block, block]
-    pivots = own.diagonal().tolist()
-    for inner in range(0, width, INNER):
-        end = min(inner + INNER, width)
-        for k in range(inner, end):
-            original, scale, zero = weight_CR[first + k], scale_BR[k], zero_BR[k]
+    own = factor.lower[block, block]
+    pivots, alive = own.diagonal().tolist(), factor.alive[block].tolist()
+    for inner in range(width, 0, -INNER):
+        begin = max(0, inner - INNER)
+        for k in range(inner - 1, begin - 1, -1):
+            original, scale, zero = weight_CR[first + k], grid_BR[0][k], grid_BR[1][k]
             target = torch.add(original, owed_BR[k], alpha=1 / pivots[k])
             rounded = torch.div(target, scale).round_().add_(zero).clamp_(0, largest)
             ints_CR[first + k] = rounded
             stored = rounded.sub_(zero).mul_(scale)
             torch.sub(original, stored, out=errors_CR[first + k])
-            torch.mul(target.sub_(stored), pivots[k], out=squares_CR[first + k])
-            if k + 1 < end:
-                owed_BR[k + 1 : end].addr_(own[k, k + 1 : end], errors_CR[first + k])
-        if end < width:
-            owed_BR[end:].addmm_(own[inner:end, end:].T, errors_CR[first + inner : first + end])
-    squares_CR[block].square_()
+            if alive[k]:
+                short = target.sub_(stored)
+                loss_R.addcmul_(short, short, value=pivots[k] ** 2)
+            if k > begin:
+                owed_BR[begin:k].addr_(own[k, begin:k], errors_CR[first + k])
+        if begin:
+            owed_BR[:begin].addmm_(own[begin:inner, :begin].T, errors_CR[first + begin : first + inner])

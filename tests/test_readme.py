@@ -19,7 +19,7 @@ RUN = re.compile(r"<!-- run -->\n```(sh|python)\n(.*?)```", re.DOTALL)
 def test_every_runnable_block_runs_in_order() -> None:
     shutil.rmtree(ROOT / "build" / "readme", ignore_errors=True)
     blocks = RUN.findall(README)
-    assert [language for language, _ in blocks] == ["sh", "python", "sh"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh"]
     said = []
     for language, text in blocks:
         lines = [text] if language == "python" else text.strip().splitlines()
@@ -32,7 +32,7 @@ def test_every_runnable_block_runs_in_order() -> None:
     assert "block" in said[2], "not one picture of violence was blocked"
     assert len(said[3].splitlines()) == 5
     promised = [line.split() for line in README.splitlines()]
-    *_, exported, thresholds, answered, blocked = said
+    *_, exported, thresholds, answered, blocked, gptq, int8 = said
     assert "distilled head: same class as the exact guard on" in exported
     for text in (
         thresholds.splitlines()[0],
@@ -42,6 +42,9 @@ def test_every_runnable_block_runs_in_order() -> None:
     ):
         assert text.split() in promised, "the README shows another output"
     assert answered.startswith("allow") and blocked.startswith("block")
+    for line in gptq.splitlines()[:3]:
+        assert line.split() in promised, "the README shows another output of quantize.gptq"
+    assert "tiny-safellava at 8.00 bits a weight" in int8
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\| `(python -m [\w.]+)", README, re.MULTILINE))

@@ -81,11 +81,11 @@ def test_it_is_the_published_method(scheme: Scheme, act_order: ActOrder) -> None
     hessian[5] = hessian[:, 5] = 0  # a dead column
     options = SolveOptions(act_order=act_order, search=False, block=48)
     (found,) = solve([weight], hessian, scheme, options)
-    expected, integers = slow_gptq(weight, hessian, scheme, act_order, 0.01)
+    expected, integers = slow_gptq(weight, hessian, scheme, act_order, 0.05)
     assert torch.equal(found.ints.double(), integers)
     assert (found.weight() - expected).abs().max() <= 1e-9
     assert found.loss == pytest.approx(cost(weight, expected, hessian), rel=1e-9)
-    assert found.dead_columns == 1 and found.kept == "gptq" and found.damp == 0.01
+    assert found.dead_columns == 1 and found.kept == "gptq" and found.damp == 0.05
     assert act_order == "group" or torch.equal(found.group_of, groups_of(192, scheme.columns(192, "w")))
 
 
@@ -134,9 +134,9 @@ def test_it_is_never_worse_than_rounding_to_the_nearest(
 def test_damping_grows_until_the_factorisation_holds_and_says_so() -> None:
     hessian, weight = inputs_and_weights(8, 64, seed=4)
     values, vectors = torch.linalg.eigh(hessian)
-    values[0] = -0.05 * hessian.diagonal().mean()  # not positive definite, as float32 sums can become
+    values[0] = -0.2 * hessian.diagonal().mean()  # not positive definite, as float32 sums can become
     (found,) = solve([weight], vectors @ torch.diag(values) @ vectors.T, Scheme(bits=4, group_size=32))
-    assert found.damp == pytest.approx(0.1)
+    assert found.damp == pytest.approx(0.5)
 
 
 def test_inputs_that_are_always_zero_leave_rounding_to_the_nearest() -> None:
