@@ -56,7 +56,11 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
     each = max(1, 1024 // len(ids[0]))
     rows = [ids[start : start + each] for start in range(0, len(ids), each)]
     shapes = [(len(batch), len(batch[0]), checkpoint.hidden_size) for batch in rows]
-    with Activations(shapes, torch.float32, ROOM, out) as hidden, Unfinished(out / "artifact", {}) as unfinished:
+    with (
+        Activations(shapes, torch.float32, ROOM, out) as hidden,
+        Caches(ROOM, out) as caches,
+        Unfinished(out / "artifact", {}) as unfinished,
+    ):
         batches = []
         for number, batch in enumerate(rows):
             prefill = stream.skeleton.assemble(batch)
@@ -70,7 +74,7 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
             hidden,
             Gptq(scheme_of=lambda _: scheme),
             write=unfinished.save_layer,
-            caches=Caches(ROOM, out),
+            caches=caches,
             last_states=False,
         )
         files = [unfinished.layer_file(index) for index in unfinished.finished()]

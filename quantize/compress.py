@@ -238,18 +238,19 @@ class _Run:
             before = now
 
         prefills = [batch.prefill for batch in batches]
-        round_layers(
-            stream,
-            prefills,
-            hidden,
-            self.plan.method,
-            weights=[self.weights.of(batch.prefill, batch.refused().to(stream.device)) for batch in batches],
-            finished=self.unfinished.layer,
-            write=write,
-            report=report,
-            stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
-            caches=Caches(room, self.unfinished.folder),
-        )
+        with Caches(room, self.unfinished.folder) as caches:
+            round_layers(
+                stream,
+                prefills,
+                hidden,
+                self.plan.method,
+                weights=[self.weights.of(batch.prefill, batch.refused().to(stream.device)) for batch in batches],
+                finished=self.unfinished.layer,
+                write=write,
+                report=report,
+                stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
+                caches=caches,
+            )
         self.seconds_per_layer = float(np.mean(times)) if times else None
 
     def _check_disk(self, needed: Estimate) -> None:

@@ -61,14 +61,21 @@ class Rounded:
 class Caches:
     """What linears of the layer at hand read, so that nothing before them has to run again: T × C of every batch.
 
-    In memory up to ``max_bytes`` altogether, else in files in ``folder``. What the last linear of the MLP reads is
-    the widest and is kept in memory only; without it a part of the MLP runs twice.
+    A context manager. In memory up to ``max_bytes`` altogether, else in files in ``folder``. What the last linear of
+    the MLP reads is the widest and is kept in memory only; without it a part of the MLP runs twice.
     """
 
     def __init__(self, max_bytes: int | None = None, folder: Path | None = None) -> None:
         self._left = max_bytes
         self._folder = folder
         self._kept: dict[str, Activations] = {}
+
+    def __enter__(self) -> Caches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kept in self._kept.values():
+            kept.__exit__(None, None, None)
 
     def of(self, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Activations | None:
         """Return the place for a linear's inputs, the same for every layer; ``None`` where there is none."""

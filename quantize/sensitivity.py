@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ PARTS = {
 MOST_COPIES = 64
 """Above so many copies only one bit width is run, and the effect of others follows from their rounding errors."""
 STEPS = 4000
-"""Into which the budget is divided when bits are chosen."""
+"""Mixtures of bits that are followed at once, where no other one is better; with more, one in so many steps of cost."""
 SIXTEEN = 16
 
 
@@ -156,7 +156,8 @@ def choose_bits(
 ) -> dict[tuple[int, str], int]:
     """Return each unit's bits: the least total effect whose mean cost is at most ``target`` bits a weight.
 
-    ``cost`` tells the stored bits a weight of a width; 16 bits have no effect. Chosen by dynamic programming.
+    ``cost`` tells the stored bits a weight of a width; 16 bits have no effect. All mixtures that no other one beats are
+    followed, unit by unit.
 
     Errors: InputError when even the fewest bits are more than the target.
     """
@@ -171,27 +172,49 @@ def choose_bits(
         )
     effects = {(row.layer, row.part, row.bits): row.effect(safety_weight) for row in found}
     choices = [*sorted({row.bits for row in found}), SIXTEEN]
-    best = torch.zeros(STEPS + 1, dtype=torch.float64)
-    taken: list[Tensor] = []
+    budget = target * total * (1 + 1e-12)
+    least_left = sum(weights.values()) * cost(fewest)
+    # every mixture that no other one beats in both cost and effect, with the one that it grew from
+    front: list[_Mixture] = [_Mixture(0.0, 0.0, None, 0)]
     for unit in units:
-        options = []
-        for bits in choices:
-            step = int(-(-weights[unit] * cost(bits) * STEPS // (target * total)))  # rounded up: never over the budget
-            shifted = torch.full_like(best, torch.inf)
-            if step <= STEPS:
-                shifted[step:] = best[: STEPS + 1 - step] + effects.get((*unit, bits), 0.0)
-            options.append(shifted)
-        stacked = torch.stack(options)
-        best, chosen = stacked.min(dim=0)
-        taken.append(chosen)
-    if not bool(torch.isfinite(best[STEPS])):  # rounding up cost the last steps
-        return dict.fromkeys(units, fewest)
-    at, result = STEPS, {}
-    for unit, chosen in zip(reversed(units), reversed(taken), strict=True):
-        bits = choices[int(chosen[at])]
-        result[unit] = bits
-        at -= int(-(-weights[unit] * cost(bits) * STEPS // (target * total)))
-    return {unit: result[unit] for unit in units}
+        least_left -= weights[unit] * cost(fewest)
+        grown = [
+            _Mixture(
+                mixture.cost + weights[unit] * cost(bits),
+                mixture.effect + effects.get((*unit, bits), 0.0),
+                mixture,
+                bits,
+            )
+            for mixture in front
+            for bits in choices
+            if mixture.cost + weights[unit] * cost(bits) + least_left <= budget
+        ]
+        front = _unbeaten(grown, budget / STEPS)
+    best: _Mixture | None = min(front, key=lambda mixture: (mixture.effect, mixture.cost))
+    result = []
+    while best is not None and best.before is not None:
+        result.append(best.bits)
+        best = best.before
+    return dict(zip(units, reversed(result), strict=True))
+
+
+class _Mixture(NamedTuple):
+    cost: float
+    effect: float
+    before: Any
+    bits: int
+
+
+def _unbeaten(mixtures: list[_Mixture], step: float) -> list[_Mixture]:
+    """Return mixtures with less effect than all cheaper ones; of very many, one a ``step`` of cost."""
+    kept: list[_Mixture] = []
+    for mixture in sorted(mixtures, key=lambda each: (each.cost, each.effect)):
+        if not kept or mixture.effect < kept[-1].effect:
+            kept.append(mixture)
+    if len(kept) <= STEPS:
+        return kept
+    thinned = {int(mixture.cost / step): mixture for mixture in reversed(kept)}
+    return sorted(thinned.values(), key=lambda each: each.cost)
 
 
 def record(found: Sequence[Sensitivity]) -> list[dict[str, Any]]:
