@@ -19,9 +19,12 @@ from quantize.settings import AutoBits, Plan
 from quantize.solver import SolveOptions
 from quantize.unfinished import Unfinished
 
-__all__ = ["auto_plan", "choices_for", "sensitivity_of"]
+__all__ = ["auto_plan", "choices_for", "mixed_plan", "sensitivity_of"]
 
 KEPT = "sensitivity.json"
+REFUSED_BY_TRANSFORMERS = "several bit widths: load this with GPTQModel or vLLM, transformers knows one width"
+"""Transformers ignores ``dynamic`` rules and loads other widths without a word, as noise. It does check the name of the
+calibration data set, which other readers do not look at, and says it in its error."""
 
 
 def choices_for(target: float) -> tuple[int, ...]:
@@ -106,7 +109,7 @@ def auto_plan(
             lambda bits: stored_bits(bits, scheme.group_size, narrowest),
             safety_weight=safety_weight,
         )
-        return _mixed(checkpoint, bits_of, schemes, options, base, wanted)
+        return mixed_plan(checkpoint, bits_of, schemes, options, base, wanted)
 
     uniform = base(schemes[choices[0]], {})
     auto = AutoBits(
@@ -125,7 +128,7 @@ def _columns(checkpoint: Checkpoint) -> list[int]:
     return [checkpoint.tensors.shape(f"{prefix}{name}.weight")[1] for names in PARTS.values() for name in names]
 
 
-def _mixed(
+def mixed_plan(
     checkpoint: Checkpoint,
     bits_of: Mapping[tuple[int, str], int],
     schemes: Mapping[int, Scheme],
@@ -152,12 +155,14 @@ def _mixed(
     if SIXTEEN in widths:  # transformers knows no rules, but which modules are quantized
         quantized = [name.removeprefix(f"{prefix}") for name, bits in bits_by_name.items() if bits != SIXTEEN]
         more["modules_in_block_to_quantize"] = [[f"layers.{name}" for name in quantized]]
+    if len(rounded) > 1:
+        more["dataset"] = REFUSED_BY_TRANSFORMERS
     plan = base(schemes[usual], more)
     notes = list(plan.consumers)
     if len(rounded) > 1:
         notes.append(
-            "several bit widths: GPTQModel, vLLM and SGLang read the dynamic rules; transformers (through optimum) and "
-            "AutoGPTQ know one width and do not load it"
+            "several bit widths: GPTQModel and vLLM read the dynamic rules; transformers (through optimum) and "
+            "AutoGPTQ know one width, would compute nonsense, and are made to refuse"
         )
     return Plan(
         method=Gptq(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -17,12 +18,15 @@ from torch import Tensor
 from models.checkpoint import open_checkpoint
 from models.quantized import QuantizedTensors
 from models.safe_vlm import load_safe_vlm
+from quantize.auto_bits import mixed_plan
 from quantize.gptq import gptq_plan
 from quantize.grid import Scheme
 from quantize.int8 import int8_plan
+from quantize.sensitivity import PARTS
 from quantize.settings import Plan
 from quantize.solver import SolveOptions
 from tests.quantize.test_compress import run
+from tests.quantize.test_sensitivity import auto
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
@@ -37,19 +41,21 @@ def peer(name: str) -> str:
 
 
 def theirs(name: str, folder: Path, tmp_path: Path, *arguments: str) -> tuple[Tensor, str]:
+    done = loaded(name, folder, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(tmp_path / f"{name}.pt"), done.stdout.strip().splitlines()[-1]
+
+
+def loaded(name: str, folder: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     out = tmp_path / f"{name}.pt"
     torch.save(some_ids(folder), f"{out}.ids")
-    command = [peer(name), str(ROOT / "tests" / "peers" / "load.py"), str(folder), str(out), *arguments]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **QUIET, "PYTHONPATH": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out), done.stdout.strip().splitlines()[-1]
+    return peers_run(name, str(ROOT / "tests" / "peers" / "load.py"), str(folder), str(out), *arguments, cwd=tmp_path)
+
+
+def peers_run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **QUIET, "PYTHONPATH": ""}
+    command = [peer(name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def some_ids(folder: Path) -> Tensor:
@@ -113,3 +119,42 @@ def test_transformers_reads_w8a8_with_compressed_tensors(
     # a rounding of an activation that falls the other way moves a logit by more than float32's own error
     assert (found - expected).abs().mean() <= 1e-4 * expected.abs().max()
     assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_several_widths_are_told_by_rules_and_refused_where_rules_are_not_known(tmp_path: Path) -> None:
+    found = run(tmp_path / "out", "tiny-safellava", auto(3.0))
+    assert found.out is not None
+    assigned = {name: bits for name, bits in found.record["method"]["assigned"].items() if bits != 16}
+    assert len(set(assigned.values())) > 1
+    for name, arguments in (("gptqmodel", ("gptq_torch",)), ("autogptq", ())):
+        done = loaded(name, found.out, tmp_path, *arguments)
+        assert done.returncode != 0 and "several bit widths" in done.stderr, name
+    code = (
+        "import json, sys; from gptqmodel import QuantizeConfig\n"
+        "config = QuantizeConfig.from_pretrained(sys.argv[1])\n"
+        "print(json.dumps({name: config.dynamic_get(name, 'bits', config.bits) for name in sys.argv[2:]}))"
+    )
+    modules = [f"model.language_model.{unit.rsplit('.', 1)[0]}.{PARTS[unit.rsplit('.', 1)[1]][0]}" for unit in assigned]
+    done = peers_run("gptqmodel", "-c", code, str(found.out), *modules, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == dict(zip(modules, assigned.values(), strict=True))
+
+
+def test_units_in_16_bit_are_read_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(checkpoint: Any) -> Plan:
+        bits_of = {(layer, part): 16 if (layer, part) == (1, "mlp") else 4 for layer in range(3) for part in PARTS}
+        return mixed_plan(
+            checkpoint,
+            bits_of,
+            {4: Scheme(bits=4, group_size=32)},
+            SolveOptions(),
+            lambda scheme, more: gptq_plan(checkpoint, scheme, SolveOptions(), more),
+            {},
+        )
+
+    folder = run(tmp_path / "out", "tiny-safellava", plan).out
+    assert folder is not None
+    for name, arguments in (("gptqmodel", ("gptq_torch",)), ("autogptq", ())):
+        found, _ = theirs(name, folder, tmp_path, *arguments)
+        expected = ours(folder, monkeypatch, rounded_to_16_bit=name == "gptqmodel")
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max(), name
