@@ -1,22 +1,33 @@
-"""The 16-bit model's own answers to calibration samples, refusals included: what a compressed model must still say."""
+"""The 16-bit model's own answers to calibration samples, refusals included: what a compressed model must still say.
+
+Compressing lets the model answer by itself where it fits into memory. Where it does not, a larger machine can do it
+beforehand: ``python -m calibration.answers --model M --calibration rows.jsonl --out answered.jsonl``.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
-from calibration.conversations import Sample
-from models.checkpoint import Checkpoint
+from calibration.conversations import Sample, read_conversations
+from calibration.refusals import is_refusal
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.commandline import grid_option, run
+from models.errors import InputError
 from models.prompt_tokens import answer_ids
 from models.safe_vlm import SafeVLM, load_safe_vlm
 
 __all__ = ["Answer", "own_answers", "pictures_of", "whole_model_bytes"]
 
 BATCH = 16
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +87,63 @@ def pictures_of(model: SafeVLM, samples: Sequence[Sample]) -> torch.Tensor:
     """Return the samples' pictures at the contract's size: uint8 N × H × W × 3."""
     pictures = (sample.picture() for sample in samples)
     return torch.from_numpy(np.stack([model.preprocessing.apply(each) for each in pictures if each is not None]))
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+@click.command(name="answers")
+@click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or a tiny name.")
+@click.option("--revision", help="Hub revision: a branch, tag or commit.")
+@click.option("--calibration", "file", type=FILE, required=True, help="JSONL of conversations, as quantize.gptq reads.")
+@click.option(
+    "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image names are relative to."
+)
+@click.option("--out", type=FILE, required=True, help="JSONL to write: the same questions, answered.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def main(
+    model: str,
+    revision: str | None,
+    file: Path,
+    images: Path | None,
+    out: Path,
+    max_new_tokens: int,
+    grid: str | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Let MODEL answer calibration samples; quantize with the result and --answers given."""
+    from rich.console import Console
+
+    read = read_conversations(file, images)
+    if out.exists():
+        raise InputError(f"{out} exists. Give --out a file that does not.")
+    with Console(stderr=True).status("opening") as status:
+        answers = own_answers(
+            open_checkpoint(model, revision=revision),
+            read.samples,
+            grid=grid_option(grid),
+            max_new_tokens=max_new_tokens,
+            dtype=getattr(torch, dtype),
+            device=device,
+            report=status.update,
+        )
+    rows = []
+    for sample, answer in zip(read.samples, answers, strict=True):
+        image = {} if sample.image is None else {"image": sample.name}
+        rows.append({"query": sample.question, **image, "answer": answer.text, "kind": sample.kind})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    unfinished = out.with_name(f".{out.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(out)
+    refused = sum(is_refusal(answer.text) for answer in answers)
+    click.echo(
+        f"{out}: {len(rows)} answers, {refused} of them refusals; images are still named relative to {file.parent}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

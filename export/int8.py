@@ -136,6 +136,7 @@ def add_int8(
                 images=len(reference),
                 max_abs_prob_delta=judged.largest,
                 label_flips=judged.flips,
+                max_rel_embedding_delta=_embedding_delta(path, float_path, source, images.held_out, flavour),
                 reference=f"{source.path} in ONNX Runtime",
             ),
             "latency": ours,
@@ -310,6 +311,15 @@ def _judge(reference: Floats, found: Floats, unsafe: NDArray[np.bool_] | None, s
         auroc=after,
         auroc_change=0.0 if before is None or after is None else abs(after - before),
     )
+
+
+def _embedding_delta(path: Path, floats: Path, source: GuardFile, images: Bytes, flavour: Flavour) -> float | None:
+    """Return the largest difference of image embeddings, the language model's input, over their largest value."""
+    if not any(output.name == "embeddings" for output in source.outputs):
+        return None
+    few = images[:RANKED_ON]
+    reference, found = _run(floats, "embeddings", few, BATCH), _run(path, "embeddings", few, _batch(flavour))
+    return float(np.abs(found - reference).max() / np.abs(reference).max())
 
 
 def _latencies(ours: Path, floats: Path, image: Bytes, source: GuardFile) -> tuple[Latency, Latency]:

@@ -353,7 +353,8 @@ def _answers(
         given = sum(answer is not None for answer in answers)
         progress.say(
             f"the 16-bit model ({size / 2**30:.1f} GiB) does not fit into memory to answer by itself: {given} of "
-            f"{len(answers)} samples have an answer in the file, the others are prompts alone"
+            f"{len(answers)} samples have an answer in the file, the others are prompts alone. A larger machine can "
+            "answer them beforehand: python -m calibration.answers"
         )
     unfinished.keep("answers.json", [None if answer is None else asdict(answer) for answer in answers])
     return answers

@@ -77,6 +77,17 @@ def test_verdicts_are_those_of_float32_and_do_not_depend_on_neighbours(bundle: P
         assert guard is not None
 
 
+def test_image_embeddings_drift_is_stated(images: Int8Images, tmp_path: Path) -> None:
+    """The INT8 file's embeddings are the language model's input, for those who ask for it."""
+    manifest = export_guard(
+        open_checkpoint("tiny-safegem"), tmp_path / "out", ExportOptions(int8=True, embeddings=True)
+    )
+    for flavour in FLAVOURS:
+        parity = files_of(manifest)[flavour].parity
+        assert parity is not None and parity.max_rel_embedding_delta is not None
+        assert 1e-4 < parity.max_rel_embedding_delta < 0.3
+
+
 def test_static_int8_is_what_accelerators_build_from(bundle: Path) -> None:
     graph = onnx.load(str(bundle / "guard.int8.onnx"))
     onnx.checker.check_model(graph)
