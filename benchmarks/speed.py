@@ -13,7 +13,7 @@ import click
 from benchmarks.gate_speed import GateOptions, gate_table, measure_gate
 from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, SpeedOptions, measure_guard
-from benchmarks.quantize_speed import CASES, measure_quantize, quantize_table
+from benchmarks.quantize_cases import CASES, quantize_table
 from benchmarks.shapes import find_shape, shape_names
 from benchmarks.speed_report import gate_record, guard_record, guard_table, quantize_record
 from models.commandline import run
@@ -166,6 +166,8 @@ def quantize(
 ) -> int:
     """Time GPTQ of the same language model by this project, GPTQModel and llm-compressor, on the CPU."""
     from rich.console import Console
+
+    from benchmarks.quantize_speed import measure_quantize
 
     _check_out(out)
     with Console(stderr=True).status("quantize") as status:

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.gate_speed import GateSpeed
 from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, Row
-from benchmarks.quantize_speed import QuantizeSpeed
+from benchmarks.quantize_cases import QuantizeSpeed
 from models.commandline import printable
 from models.machine import core_count, machine_name
 from models.version import VERSION

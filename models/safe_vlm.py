@@ -197,9 +197,7 @@ class SafeVLM(nn.Module):
         return self.assemble(sequences, features_NTD, size)
 
     def embed_text(self, questions: Sequence[str]) -> Prefill:
-        """Return the prefill's input for questions without an image: T is 0. Errors: InputError for none."""
-        if not questions:
-            raise InputError("no question was given; at least one is needed.")
+        """Return the prefill's input for at least one question without an image: T is 0."""
         return self.assemble([text_ids(self.tokenizer, self.family.prompt, question) for question in questions])
 
     def assemble(
@@ -274,10 +272,9 @@ class SafeVLM(nn.Module):
 
     def guard_logits(self, prefill: Prefill, hidden_NLD: Tensor) -> Tensor:
         """Return the guard's N × C logits from a prefill and its last hidden state; gradients flow."""
-        tapped = prefill.features
-        if self.tap_source == "language_model":
-            tapped = hidden_NLD[prefill.image_mask].view(tapped.shape)
-        return self._head_of(tapped)
+        if self.tap_source == "projector":
+            return self._head_of(prefill.features)
+        return self._head_of(hidden_NLD[prefill.image_mask].view(prefill.features.shape))
 
     def _head_of(self, tapped_NTD: Tensor) -> Tensor:
         return cast(Tensor, self.head(tapped_NTD.float().mean(dim=1)))
@@ -314,7 +311,7 @@ class SafeVLM(nn.Module):
         return replace(begun, guard_probs=probs.cpu().numpy())
 
     def _begin(self, prefill: Prefill) -> tuple[Tensor, Begun]:
-        """Run the prefill; return its last hidden state, and what decoding needs with an empty verdict."""
+        """Return the prefill's last hidden state, and what decoding needs with an empty verdict."""
         cache = DynamicCache(config=self.core.config.get_text_config())
         hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids, cache)
         return (
@@ -379,8 +376,7 @@ def load_safe_vlm(
     """Return the whole model of a checkpoint, in evaluation mode and without gradients.
 
     ``grid`` is the preprocessing contract's (height, width) where the family lets one choose (Qwen2.5-VL);
-    the model itself takes every size that the family takes. Of a quantized checkpoint weights are the numbers that
-    are stored, and where it rounds activations, they are rounded.
+    the model itself takes every size that the family takes. A quantized checkpoint computes as it is stored.
 
     Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
     """

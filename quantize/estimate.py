@@ -72,7 +72,7 @@ def estimate(
     widest = max(sum(shapes[name][0] for name in names) for names in SHARED_INPUTS)
     columns = max(columns for _, columns in shapes.values())
     tokens = [len(batch) * max(len(row.ids) for row in batch) for batch in packed]
-    solving = 2 * columns**2 * 4 + WORKING_COPIES * min(rows_together(columns), widest) * columns * 4 + widest * columns
+    solving = columns**2 * 4 + WORKING_COPIES * min(rows_together(columns), widest) * columns * 4 + widest * columns
     forward = max(tokens) * (2 * widest + 8 * hidden) * dtype.itemsize
     rounding = weights * dtype.itemsize + max(solving, forward)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,11 +47,11 @@ class Gptq:
             moments = stage.moments(names[0]) if wanted else None
             for number, scheme in enumerate(wanted, 1):
                 assert moments is not None
-                last = number == len(wanted)
+                again = partial(stage.moments, names[0]) if number == len(wanted) else None
                 chosen = [name for name in names if schemes[name] == scheme]
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
-                    solved = solve([linear.weight for linear in linears], moments, scheme, self.options, consume=last)
+                    solved = solve([linear.weight for linear in linears], moments, scheme, self.options, again=again)
                 for name, linear, each in zip(chosen, linears, solved, strict=True):
                     linear.weight.data = each.weight().to(linear.weight)
                     packed = pack_linear(name, each.ints, each.grid, each.group_of, scheme.bits)

@@ -10,6 +10,7 @@ Shapes: T tokens, R output rows, C input columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,7 +65,13 @@ class W8A8:
                 linear.weight.data = linear.weight.data * factor_C
             moments.div_(factor_C).div_(factor_C.unsqueeze(1))
             with stage.named(names[0]):
-                solved = solve([linear.weight for linear in linears], moments, SCHEME, self.options, consume=True)
+                solved = solve(
+                    [linear.weight for linear in linears],
+                    moments,
+                    SCHEME,
+                    self.options,
+                    again=partial(stage.moments, names[0]),
+                )
             for name, linear, each in zip(names, linears, solved, strict=True):
                 linear.weight.data = each.weight().to(linear.weight)
                 tensors[f"{name}.weight"] = (each.ints.to(torch.int16) - MIDDLE).to(torch.int8).cpu()

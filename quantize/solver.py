@@ -12,7 +12,7 @@ visited last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,13 +96,13 @@ def solve(
     options: SolveOptions = SolveOptions(),
     *,
     name: str = "the linear",
-    consume: bool = False,
+    again: Callable[[], Tensor] | None = None,
 ) -> list[Solved]:
     """Round linears that share their inputs (each R × C), in the dtype of ``hessian_CC``.
 
     Rows do not know of each other, so the result is that of solving each linear alone; together they take one
-    factorisation and one walk over the columns. ``consume`` gives the memory of ``hessian_CC`` back as soon as it is
-    factorised.
+    factorisation and one walk over the columns. With ``again``, which makes H anew, ``hessian_CC`` is
+    factorised in its own memory and lost.
 
     Errors: InputError for a group size that does not divide C, or values that are not finite.
     """
@@ -113,9 +113,8 @@ def solve(
     diagonal = hessian_CC.diagonal().clone()
     dead = diagonal <= 0
     order = _order(diagonal, options.act_order).flip(0)
-    lower, damp = _factor(hessian_CC, dead, order, options.damp)
-    if consume:
-        hessian_CC.untyped_storage().resize_(0)
+    own = hessian_CC if again is not None else hessian_CC.clone()
+    lower, damp = _factor(own, dead, order, options.damp, again or (lambda: hessian_CC.clone()))
     damping = damp * float(diagonal[~dead].mean()) if not bool(dead.all()) else 0.0
     factor = _Factor(lower=lower, order=order, diagonal=diagonal, alive=~dead[order], damping=damping)
     exactly = width <= EXACTLY
@@ -243,25 +242,47 @@ def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def _factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
-    """Return lower triangular L with L Lᵀ = H + damping, columns in ``order``, and the damping that it took."""
-    mean = float(hessian.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
-    tried = torch.empty_like(hessian).mT  # by columns, as the factorisation wants it: else it makes a copy
+def _factor(
+    hessian: Tensor, dead: Tensor, order: Tensor, damp: float, again: Callable[[], Tensor]
+) -> tuple[Tensor, float]:
+    """Return lower triangular L with L Lᵀ = H + damping, columns in ``order``, and the damping that it took.
+
+    L is in the memory of ``hessian``, by columns, as the factorisation wants it; ``again`` makes H for another try.
+    """
+    diagonal = hessian.diagonal().clone()
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    filled = torch.where(dead, torch.full_like(diagonal, mean), diagonal)[order]
     while damp <= DAMP_LIMIT:
-        for start in range(0, len(order), LOSS_BLOCK):  # in parts: one copy of H, not two
-            rows = order[start : start + LOSS_BLOCK]
-            tried[:, start : start + LOSS_BLOCK] = hessian[rows][:, order].T
-        diagonal = torch.where(dead[order], torch.full_like(tried.diagonal(), mean), tried.diagonal())
-        tried.diagonal().copy_(diagonal + damp * mean)
+        _permute(hessian, order)
+        hessian.diagonal().copy_(filled + damp * mean)
+        lower = hessian.mT  # H is symmetric
         info = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(tried, out=(tried, info))
-        if not int(info) and bool(torch.isfinite(tried.diagonal()).all()):
-            return tried, damp
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if not int(info) and bool(torch.isfinite(lower.diagonal()).all()):
+            return lower, damp
         damp *= DAMP_GROWTH
+        hessian = again()
     raise InputError(
         "the second moments of a linear's inputs cannot be factorised, however much they are damped: activations are "
         "too large for float32. Check the checkpoint, or calibrate in float32."
     )
+
+
+def _permute(matrix: Tensor, order: Tensor) -> None:
+    """Bring rows and columns into an order, in place: entry i, j becomes that of order[i], order[j]."""
+    source = order.tolist()
+    done = [False] * len(source)
+    for first, taken in enumerate(source):
+        if done[first] or taken == first:
+            continue
+        kept, at = matrix[first].clone(), first
+        while source[at] != first:  # along a cycle, each row takes the place that was read before it
+            matrix[at] = matrix[source[at]]
+            done[at], at = True, source[at]
+        matrix[at], done[at] = kept, True
+    for start in range(0, len(source), LOSS_BLOCK):
+        rows = slice(start, start + LOSS_BLOCK)
+        matrix[rows] = matrix[rows][:, order]
 
 
 def _walk(weight_RC: Tensor, factor: _Factor, scheme: Scheme, options: SolveOptions, columns: int) -> _Rows:

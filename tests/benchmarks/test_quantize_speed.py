@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quantize_speed import CASES, QuantizeRow, QuantizeSpeed, measure_quantize, quantize_table
+from benchmarks.quantize_cases import CASES, QuantizeRow, QuantizeSpeed, quantize_table
+from benchmarks.quantize_speed import measure_quantize
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.shapes import find_shape, shape_names
 from models.checkpoint import open_checkpoint

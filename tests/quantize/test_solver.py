@@ -139,6 +139,33 @@ def test_damping_grows_until_the_factorisation_holds_and_says_so() -> None:
     assert found.damp == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("act_order", ["none", "static"])
+def test_in_its_own_memory_it_is_the_same(act_order: ActOrder) -> None:
+    hessian, weight = inputs_and_weights(8, 96, seed=5)
+    options = SolveOptions(act_order=act_order)
+    (expected,) = solve([weight], hessian, Scheme(bits=4, group_size=32), options)
+    for broken in (False, True):  # the first try fails, and H is made again
+        given, made = hessian.clone(), []
+        if broken:
+            values, vectors = torch.linalg.eigh(hessian)
+            values[0] = -0.2 * hessian.diagonal().mean()
+            given = vectors @ torch.diag(values) @ vectors.T
+        whole = given.clone()
+
+        def again(whole: Tensor = whole, made: list[int] = made) -> Tensor:
+            made.append(1)
+            return whole.clone()
+
+        (found,) = solve([weight], given, Scheme(bits=4, group_size=32), options, again=again)
+        assert len(made) == int(broken) and found.damp == (0.5 if broken else 0.05)
+        assert not torch.equal(given, whole), "the memory was used"
+        if not broken:
+            assert torch.equal(found.ints, expected.ints) and found.loss == expected.loss
+        else:
+            (other,) = solve([weight], whole, Scheme(bits=4, group_size=32), options)
+            assert torch.equal(found.ints, other.ints) and found.loss == other.loss
+
+
 def test_inputs_that_are_always_zero_leave_rounding_to_the_nearest() -> None:
     weight = torch.randn(4, 32)
     (found,) = solve([weight], torch.zeros(32, 32), Scheme(bits=4, group_size=32), SolveOptions(search=False))
