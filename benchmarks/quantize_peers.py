@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
         for number, batch in enumerate(rows):
             prefill = stream.skeleton.assemble(batch)
             hidden[number].copy_(prefill.inputs_embeds)
-            batches.append(prefill)
+            batches.append(replace(prefill, inputs_embeds=prefill.inputs_embeds.to("meta")))
         stream.forget_vision()
         scheme = Scheme(bits=int(request["bits"]), group_size=int(request["group_size"]))
         round_layers(

@@ -44,6 +44,8 @@ class Gptq:
         for names in SHARED_INPUTS:
             schemes = {name: self.scheme_of(stage.prefix + name) for name in names}
             wanted = dict.fromkeys(each for each in schemes.values() if each is not None)
+            if wanted and report:
+                stage.gather(names[0])
             moments = stage.moments(names[0]) if wanted else None
             for number, scheme in enumerate(wanted, 1):
                 assert moments is not None
@@ -52,15 +54,20 @@ class Gptq:
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
                     solved = solve([linear.weight for linear in linears], moments, scheme, self.options, again=again)
+                if again is not None:
+                    moments = None  # its memory became the factor's, which is done with
                 for name, linear, each in zip(chosen, linears, solved, strict=True):
-                    linear.weight.data = each.weight().to(linear.weight)
                     packed = pack_linear(name, each.ints, each.grid, each.group_of, scheme.bits)
                     tensors |= {key: tensor.cpu() for key, tensor in packed.items()}
+                    linear.weight.data = linear.weight.data.new_empty(0)  # before its successor is there
+                    linear.weight.data = each.weight().to(linear.weight)
                     report.append(linear_report(name, scheme.bits, each, self.options))
             for name in names:
                 if schemes[name] is None:
                     weight = stage.linear(name).weight
-                    weight.data = weight.data.to(stored_dtype(stage.stream.checkpoint)).to(weight.dtype)
+                    stored = weight.data.to(stored_dtype(stage.stream.checkpoint))
+                    tensors[f"{name}.weight"] = stored.cpu()
+                    weight.data = stored.to(weight.dtype)
                     report.append({"linear": name, "bits": 16, "kept": "16 bit"})
         order = {name: place for place, name in enumerate(LINEARS)}
         return Rounded(tensors=tensors, report=sorted(report, key=lambda row: order[row["linear"]]))

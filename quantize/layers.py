@@ -61,8 +61,7 @@ class Rounded:
 class Caches:
     """What linears of the layer at hand read, so that nothing before them has to run again: T × C of every batch.
 
-    A context manager. In memory up to ``max_bytes`` altogether, else in files in ``folder``. What the last linear of
-    the MLP reads is the widest and is kept in memory only; without it a part of the MLP runs twice.
+    A context manager. In memory up to ``max_bytes`` altogether, else in files in ``folder``.
     """
 
     def __init__(self, max_bytes: int | None = None, folder: Path | None = None) -> None:
@@ -77,15 +76,12 @@ class Caches:
         for kept in self._kept.values():
             kept.__exit__(None, None, None)
 
-    def of(self, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Activations | None:
-        """Return the place for a linear's inputs, the same for every layer; ``None`` where there is none."""
+    def of(self, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Activations:
+        """Return the place for a linear's inputs, the same for every layer."""
         if name not in self._kept:
-            nbytes = sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
-            if name.endswith("down_proj") and self._left is not None and nbytes > self._left:
-                return None
             self._kept[name] = Activations(shapes, dtype, self._left, self._folder)
             if self._left is not None and not self._kept[name].on_disk:
-                self._left -= nbytes
+                self._left -= self._kept[name].nbytes
         return self._kept[name]
 
 
@@ -124,6 +120,19 @@ class Stage:
             for number, inputs in enumerate(self.inputs(name)):
                 hessian.add(inputs, None if self.weights is None else self.weights[number].to(self.stream.device))
             return hessian.mean()
+
+    def gather(self, name: str) -> None:
+        """Find what a linear reads in all batches, and let go of the weights that stand before it.
+
+        What those made is kept and they never run again, so the caller has stored them. They are empty afterwards.
+        """
+        for _ in self.inputs(name):
+            pass
+        if "self_attn.o_proj" not in self._known:
+            return
+        for before in LINEARS[: LINEARS.index(name)]:
+            if before != "self_attn.o_proj" or len(self._outputs) == len(self.batches):
+                self.linear(before).weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def inputs(self, name: str) -> Iterator[Tensor]:
         """Yield a linear's inputs, T × C, batch by batch."""
@@ -205,10 +214,7 @@ class Stage:
             return
         if name not in self._known:
             shapes = [(*shape[:2], found.shape[-1]) for shape in self.hidden.shapes]
-            place = self.caches.of(name, shapes, self.hidden.dtype)
-            if place is None:
-                return
-            self._known[name] = place
+            self._known[name] = self.caches.of(name, shapes, self.hidden.dtype)
         self._known[name][number].copy_(found)
         self._filled[name] = number + 1
 

@@ -122,28 +122,29 @@ def solve(
     ours, plain, signals = [], [], []
     for rows in _chunks(weights, diagonal):
         signals.append((rows @ probes).square().mean(dim=1))
-        plain.append(_to_the_nearest(rows, factor, scheme, columns, None if exactly else probes))
+        plain.append(_to_the_nearest(rows, factor, scheme, columns, None if exactly else probes).loss)
         ours.append(_walk(rows, factor, scheme, options, columns))
-    whole, nearest, signal = _joined(ours), _joined(plain), torch.cat(signals)
+    whole, signal, cost_to_nearest = _joined(ours), torch.cat(signals), torch.cat(plain)
+    ours.clear()
     found, start = [], 0
     for weight in weights:
-        rows_of = slice(start, start + len(weight))
+        mine = whole.cut(slice(start, start + len(weight)))
+        rtn_loss = float(cost_to_nearest[start : start + len(weight)].sum())
         start += len(weight)
-        loss, rtn_loss = float(whole.loss[rows_of].sum()), float(nearest.loss[rows_of].sum())
-        if not exactly and not loss < SURELY * rtn_loss:
-            parts = [_to_the_nearest(rows, factor, scheme, columns) for rows in _chunks([weight], diagonal)]
-            rtn_loss = sum(float(part.loss.sum()) for part in parts)
-        better = loss <= rtn_loss  # false for NaN, too
-        chosen = whole if better else nearest
+        loss, chosen = float(mine.loss.sum()), mine
+        if not loss < (1.0 if exactly else SURELY) * rtn_loss:  # false for NaN, too
+            nearest = _joined([_to_the_nearest(rows, factor, scheme, columns) for rows in _chunks([weight], diagonal)])
+            rtn_loss = float(nearest.loss.sum())
+            chosen = mine if loss <= rtn_loss else nearest
         found.append(
             Solved(
-                ints=chosen.ints[rows_of],
-                grid=Grid(scale=chosen.grid.scale[rows_of], zero=chosen.grid.zero[rows_of]),
+                ints=chosen.ints,
+                grid=chosen.grid,
                 group_of=chosen.group_of,
-                loss=loss if better else rtn_loss,
+                loss=loss if chosen is mine else rtn_loss,
                 rtn_loss=rtn_loss,
-                signal=float(signal[rows_of].sum()),
-                kept="gptq" if better else "rtn",
+                signal=float(signal[start - len(weight) : start].sum()),
+                kept="gptq" if chosen is mine else "rtn",
                 damp=damp,
                 dead_columns=int(dead.sum()),
             )
@@ -181,6 +182,11 @@ class _Rows:
     grid: Grid
     group_of: Tensor
     loss: Tensor
+
+    def cut(self, rows: slice) -> _Rows:
+        """Return some of the rows."""
+        grid = Grid(scale=self.grid.scale[rows], zero=self.grid.zero[rows])
+        return _Rows(ints=self.ints[rows], grid=grid, group_of=self.group_of, loss=self.loss[rows])
 
 
 def rows_together(width: int) -> int:
