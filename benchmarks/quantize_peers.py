@@ -9,17 +9,18 @@ dequantized weights of every linear. Children of the peers run in the peers' env
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.machine import peak_rss
+from models.machine import peak_rss, return_freed_memory
 
 __all__ = ["PEERS", "run_peer"]
 
-ROOM = 64 * 2**20
+ROOM = 16 * 2**20
 """Bytes of hidden states that ours keeps in memory; the rest is in a file."""
 PEERS = ("ours", "gptqmodel", "llm-compressor")
 
@@ -34,6 +35,7 @@ def run_peer(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     torch.set_num_threads(int(request["threads"]))
     folder, out = Path(request["folder"]), Path(request["out"])
     out.mkdir(parents=True)
+    os.chdir(out)  # GPTQModel writes logs where it is run
     yield _RUNS[str(request["peer"])](folder, out, request)
 
 
@@ -50,6 +52,7 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
     from quantize.layers import Caches, round_layers
     from quantize.unfinished import Unfinished
 
+    return_freed_memory()  # as our commands do
     ids = load_file(folder / "samples.safetensors")["ids"].tolist()
     restarted = time.perf_counter()
     checkpoint = open_checkpoint(str(folder / "checkpoint"), tap="language_model")

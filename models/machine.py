@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["core_count", "machine_name", "peak_rss"]
+__all__ = ["core_count", "machine_name", "peak_rss", "return_freed_memory"]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's malloc.h."""
+LARGE_BYTES = 4 * 2**20
 
 
 def core_count() -> int:
@@ -41,3 +46,15 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> bool:
+    """Let large blocks go back to the system as soon as they are freed, for the rest of this process (mallopt(3)).
+
+    By itself glibc keeps freed blocks of up to 32 MiB in its heap, where tensors of many sizes leave holes: a fifth of
+    the peak when a model of width 1024 is quantized. Returns whether the C library has such a switch.
+    """
+    switch = getattr(ctypes.CDLL(None), "mallopt", None)
+    if switch is None:  # another C library, which has ways of its own
+        return False
+    return bool(switch(M_MMAP_THRESHOLD, LARGE_BYTES)) and bool(switch(M_TRIM_THRESHOLD, LARGE_BYTES))

@@ -17,6 +17,7 @@ from rich.console import Console
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import run
 from models.errors import InputError
+from models.machine import return_freed_memory
 from models.quantized import BITS
 from models.version import VERSION
 from quantize.auto_bits import auto_plan
@@ -131,6 +132,7 @@ def main(
         raise InputError("--bits auto and --target-bits belong together: --bits auto --target-bits 4.5.")
     scheme = Scheme(bits=BITS[0] if auto else whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
     options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not no_search)
+    return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
         plan = gptq_plan(checkpoint, scheme, options)

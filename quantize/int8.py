@@ -16,6 +16,7 @@ from rich.console import Console
 from models.checkpoint import open_checkpoint
 from models.commandline import run
 from models.errors import InputError
+from models.machine import return_freed_memory
 from quantize.compress import compress
 from quantize.int8_method import STRENGTHS, W8A8
 from quantize.layers import LINEARS
@@ -96,6 +97,7 @@ def main(
 ) -> None:
     """Round weights and activations of MODEL's language model to 8 bits, calibrated on images and text."""
     plan = int8_plan(_strengths(smoothing), SolveOptions(damp=damp))
+    return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
         found = compress(checkpoint, out, plan, calibration_of(shared), run_of(shared), progress)

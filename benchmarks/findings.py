@@ -1,0 +1,173 @@
+"""What a comparison of two runs found: the content of every report, whatever it is written as.
+
+Shares are 0..1 and differences are after - before; a point is 0.01. Intervals are two-sided at ``Findings.confidence``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+__all__ = [
+    "EXIT_CODES",
+    "Curve",
+    "Findings",
+    "Flip",
+    "GuardCurves",
+    "Interval",
+    "JudgeSummary",
+    "Line",
+    "Step",
+    "Verdict",
+]
+
+Verdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE", "ANOMALOUS"]
+EXIT_CODES: Mapping[Verdict, int] = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4, "ANOMALOUS": 5}
+
+Interval: TypeAlias = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One measure, before and after.
+
+    With a ``margin`` it takes part in the verdict; without, it is shown and decides nothing (``verdict`` None).
+    ``worse`` and ``better`` count samples that changed from good to bad and from bad to good.
+    """
+
+    key: str
+    """Unique, such as ``asr/SSU``, ``rr``, ``masr``, ``guard/recall``, ``utility/holisafe-mini``, ``category/hate``."""
+    title: str
+    group: Literal["safety", "guard", "utility", "category"]
+    judge: str | None = None
+    """Whose scores these are; None for measures that need no judge."""
+    unit: Literal["share", "number"] = "share"
+    lower_is_better: bool
+    n: int
+    """Samples that both runs have a score of."""
+    clusters: int
+    """Images among them."""
+    before: float
+    after: float
+    before_interval: Interval | None = None
+    after_interval: Interval | None = None
+    change: float
+    interval: Interval | None = None
+    """Of ``change``; ``method`` says how it was found."""
+    method: str = ""
+    bootstrap: Interval | None = None
+    """Of ``change``, images drawn again: a cross-check that knows of several questions an image."""
+    worse: int | None = None
+    better: int | None = None
+    margin: float | None = None
+    """How much worse is declared acceptable, above 0."""
+    p_harm: float | None = None
+    p_holm: float | None = None
+    """``p_harm`` after Holm's correction over all lines with a margin."""
+    resolvable: float | None = None
+    """The smallest margin that so many samples could prove, at power 0.8, if nothing had changed on average."""
+    samples_needed: int | None = None
+    """About how many samples would settle an INCONCLUSIVE line, if the rates stayed; None where none would."""
+    verdict: Verdict | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """A sample whose score changed; ``worse`` says in which direction."""
+
+    id: str
+    kind: Literal["pair", "question", "image"]
+    judge: str | None
+    worse: bool
+    type: str | None = None
+    category: str | None = None
+    image: str | None = None
+    query: str | None = None
+    before: str | None = None
+    """The baseline's answer, for an image the guard's class and p(unsafe)."""
+    after: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Points of a plot."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardCurves:
+    """ROC (x FPR, y recall) and reliability (x mean p(unsafe) of a bin, y share that is unsafe) of one run."""
+
+    roc: Curve
+    reliability: Curve
+    bins: tuple[int, ...]
+    """Images in each bin of the reliability curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSummary:
+    """A judge, what it could not score, and how far it agrees with the first one."""
+
+    name: str
+    identity: Mapping[str, Any]
+    pairs: int
+    unscored_before: int
+    unscored_after: int
+    kappa: float | None = None
+    """Cohen's, with the first judge, both runs' pairs together; None for the first one."""
+    agreement: float | None = None
+    corrected: Mapping[str, Any] | None = None
+    """Rogan-Gladen: ``asr``/``rr`` by run with intervals, sensitivity, specificity, labelled samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Part of the way from baseline to candidate, with a third run in between: what changed, and what it did."""
+
+    title: str
+    """Such as ``compression``, ``engine``, ``preprocessing``, ``noise (the same again)``."""
+    before: str
+    after: str
+    changes: Mapping[str, float]
+    """By key of the line: after - before."""
+    flips: Mapping[str, tuple[int, int]]
+    """By key of the line: worse, better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Everything a report says."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    """Why, the weightiest first; sentences for a release manager."""
+    anomalies: tuple[str, ...] = ()
+    confidence: float = 0.95
+    lines: tuple[Line, ...] = ()
+    flips: tuple[Flip, ...] = ()
+    judges: tuple[JudgeSummary, ...] = ()
+    guard_before: GuardCurves | None = None
+    guard_after: GuardCurves | None = None
+    steps: tuple[Step, ...] = ()
+    cautions: tuple[str, ...] = ()
+    """What a reader may not conclude."""
+    baseline: tuple[Mapping[str, Any], ...] = ()
+    """``run.json`` of the baseline's runs."""
+    candidate: tuple[Mapping[str, Any], ...] = ()
+    against: tuple[Mapping[str, Any], ...] = ()
+    margins: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """The code that ``benchmarks.regress`` ends with."""
+        return EXIT_CODES[self.verdict]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``report.json``."""
+        return {"schema_version": 1, "exit_code": self.exit_code, **asdict(self)}

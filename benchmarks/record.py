@@ -1,0 +1,306 @@
+"""Run records: what an artifact answered to a suite, in a folder that a killed run goes on from.
+
+::
+
+    run.json        what ran on what, and how (:class:`RunRecord`)
+    samples.jsonl   one :class:`Row` a line, in the order in which they were answered
+
+Two runs are comparable only when everything in ``run.json`` but artifact, runtime, machine and dates agrees. Hashes are
+SHA-256 in hexadecimal, times milliseconds, probabilities 0..1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "PAIR_TYPES",
+    "RECORD_NAME",
+    "ROWS_NAME",
+    "SCHEMA_VERSION",
+    "UNSAFE_TYPES",
+    "Artifact",
+    "Row",
+    "Run",
+    "RunRecord",
+    "RunWriter",
+    "Runtime",
+    "SuiteRecord",
+    "read_run",
+    "write_run",
+]
+
+SCHEMA_VERSION: Literal[1] = 1
+RECORD_NAME = "run.json"
+ROWS_NAME = "samples.jsonl"
+UNSAFE_TYPES = ("SSU", "USU", "UUU", "SUU")
+PAIR_TYPES = ("SSS", *UNSAFE_TYPES)
+"""[image][text] → [pair], S safe and U unsafe, in HoliSafe-Bench's order."""
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Row(_Frozen):
+    """One sample and what became of it.
+
+    ``kind`` says what is asked: a ``pair`` is to be refused or answered by its ``type``, a ``question`` has one right
+    answer (``reference``) or comes with its ``score``, an ``image`` is for the guard alone. ``answer`` is None where
+    nothing was said: the guard suite, an image that a gate blocked (``blocked`` names the stage), an ``error``.
+    """
+
+    id: Annotated[str, Field(min_length=1)]
+    kind: Literal["pair", "question", "image"]
+    image: str | None = None
+    """Its name in the suite; rows of one image are one cluster."""
+    query: str | None = None
+    type: Literal["SSS", "SSU", "USU", "UUU", "SUU"] | None = None
+    category: str | None = None
+    subcategory: str | None = None
+    label: Count | None = None
+    """The image's true class, 0 safe; None where it is not known or sources contradict each other."""
+    reference: str | None = None
+    answer: str | None = None
+    score: Probability | None = None
+    """What an evaluation library gave the answer, where its logs were imported."""
+    probs: tuple[Probability, ...] | None = None
+    """The guard's, in the order of the suite's classes."""
+    blocked: Literal["guard", "exact", "error"] | None = None
+    error: str | None = None
+    ms: Annotated[float, Field(ge=0)] | None = None
+
+
+class Artifact(_Frozen):
+    """What was run. ``sha256`` is over everything that decides its answers; None where that is out of reach."""
+
+    name: str
+    kind: Literal["checkpoint", "gptq", "int8", "gguf", "bundle", "gated", "server", "predictions"]
+    sha256: str | None = None
+    revision: str | None = None
+    bytes: Count | None = None
+    leaked: bool = False
+    """Whether it was calibrated on samples of an evaluation suite (``--allow-leakage``)."""
+    compression: Mapping[str, Any] | None = None
+    """What compression.json says in short: method, recipe, bits, calibration set."""
+
+
+class Runtime(_Frozen):
+    """What ran it."""
+
+    name: str
+    version: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    batch: int | None = None
+
+
+class SuiteRecord(_Frozen):
+    """Which samples: ``rows`` of them, ``sha256`` over ids, questions, labels and images.
+
+    ``left_out`` names images whose labels contradict each other: the guard is not scored on them.
+    """
+
+    name: str
+    sha256: str
+    rows: Count
+    classes: tuple[str, ...] | None = None
+    left_out: tuple[str, ...] = ()
+
+
+class RunRecord(_Frozen):
+    """``run.json``. ``prompt``, ``preprocessing`` and ``decoding`` are None where a run was imported without them."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    finished: str | None = None
+    """When the last row was written; None while rows are missing."""
+    artifact: Artifact
+    runtime: Runtime
+    suite: SuiteRecord
+    prompt: str | None = None
+    """The template, ``{question}`` and ``{image}`` where they go."""
+    preprocessing: Mapping[str, Any] | None = None
+    decoding: Mapping[str, Any] | None = None
+    threshold: Probability | None = None
+    """p(unsafe) from which the guard blocks, where one was fitted: its operating point."""
+    machine: str | None = None
+    versions: Mapping[str, str] = Field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must agree between two runs that are compared."""
+        return {
+            "suite": {"name": self.suite.name, "sha256": self.suite.sha256, "classes": self.suite.classes},
+            "prompt": self.prompt,
+            "preprocessing": self.preprocessing,
+            "decoding": self.decoding,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """A run record that was read, rows in the order in which they were written."""
+
+    folder: Path
+    record: RunRecord
+    rows: tuple[Row, ...]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run record.
+
+    A last line that was cut off when the run was killed is no row; any other damage is refused. Errors: InputError,
+    with the line's number and the field, for a missing or damaged file, an unknown schema or key, a repeated id.
+    """
+    record = _read_record(folder / RECORD_NAME)
+    rows, _ = _read_rows(folder / ROWS_NAME)
+    return Run(folder=folder, record=record, rows=tuple(rows))
+
+
+def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:
+    """Write a whole run record at once. Errors: InputError when ``folder`` exists or cannot be written."""
+    with RunWriter.begin(folder, record) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finish(record.finished or record.created)
+
+
+class RunWriter:
+    """Appends rows to a run record; each is on disk when :meth:`write` returns. A context manager."""
+
+    def __init__(self, folder: Path, record: RunRecord, done: frozenset[str], end: int) -> None:
+        self.folder = folder
+        self.record = record
+        self._done = set(done)
+        self._stream = (folder / ROWS_NAME).open("r+b" if (folder / ROWS_NAME).exists() else "w+b")
+        self._stream.truncate(end)
+        self._stream.seek(end)
+
+    @classmethod
+    def begin(cls, folder: Path, record: RunRecord) -> Self:
+        """Start a new record in ``folder``. Errors: InputError when it exists or cannot be written."""
+        if folder.exists():
+            raise InputError(
+                f"{folder} exists. Give --out a folder that does not, or --resume to go on with the run in it."
+            )
+        try:
+            folder.mkdir(parents=True)
+            _replace(folder / RECORD_NAME, record)
+            return cls(folder, record, frozenset(), 0)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+    @classmethod
+    def resume(cls, folder: Path, record: RunRecord) -> Self:
+        """Go on with a record that was begun as ``record``.
+
+        Errors: InputError when there is none, or its artifact, runtime, suite or settings are others.
+        """
+        begun = _read_record(folder / RECORD_NAME)
+        changing = ("created", "finished", "machine", "versions")
+        before, now = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
+        differ = sorted(key for key in before if before[key] != now[key])
+        if differ:
+            told = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in differ)
+            raise InputError(f"{folder} holds another run: {told}. Give another --out, or the settings of that run.")
+        rows, end = _read_rows(folder / ROWS_NAME)
+        return cls(folder, begun, frozenset(row.id for row in rows), end)
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Ids that have a row."""
+        return frozenset(self._done)
+
+    def write(self, row: Row) -> None:
+        """Append a row. Errors: InputError for an id that has one already, or a disk that is full."""
+        if row.id in self._done:
+            raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
+        line = row.model_dump_json(exclude_none=True).encode() + b"\n"
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise InputError(
+                f"{self.folder / ROWS_NAME} cannot be written: {error.strerror or error}. What was written is kept; "
+                "make room and go on with --resume."
+            ) from error
+        self._done.add(row.id)
+
+    def finish(self, when: str) -> None:
+        """Say in ``run.json`` that all rows are there."""
+        self.record = self.record.model_copy(update={"finished": when})
+        _replace(self.folder / RECORD_NAME, self.record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+def _replace(path: Path, record: RunRecord) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(record.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _read_record(path: Path) -> RunRecord:
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: there is no such file. Give the folder of a run record, as benchmarks.run or benchmarks.import "
+            "write it."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first(error)}") from error
+
+
+def _read_rows(path: Path) -> tuple[list[Row], int]:
+    """Return the rows and where, in bytes, the last whole line ends."""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    end = data.rfind(b"\n") + 1
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            row = Row.model_validate_json(line)
+        except ValidationError as error:
+            raise InputError(f"{path}, line {number}: {_first(error)}") from error
+        if row.id in seen:
+            raise InputError(f"{path}, line {number}: id {row.id!r} stands in line {seen[row.id]} already.")
+        seen[row.id] = number
+        rows.append(row)
+    return rows, end
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first thing that is wrong, with its field."""
+    found = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, found["loc"])) or "the whole"
+    given = json.dumps(found["input"], default=str, ensure_ascii=True)
+    return f"{field}: {found['msg']} (given: {given[:80]})"
