@@ -208,7 +208,7 @@ class RunWriter:
 
     @classmethod
     def resume(cls, folder: Path, record: RunRecord) -> Self:
-        """Go on with a record that was begun as ``record``.
+        """Go on with a record that was begun as ``record``; rows that failed are dropped, to be tried again.
 
         Errors: InputError when there is none, or its artifact, runtime, suite or settings are others.
         """
@@ -219,8 +219,16 @@ class RunWriter:
         if differ:
             told = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in differ)
             raise InputError(f"{folder} holds another run: {told}. Give another --out, or the settings of that run.")
-        rows, end = _read_rows(folder / ROWS_NAME)
-        return cls(folder, begun, frozenset(row.id for row in rows), end)
+        path = folder / ROWS_NAME
+        rows, end = _read_rows(path)
+        kept = [row for row in rows if row.error is None]
+        if len(kept) < len(rows):
+            data = b"".join(_line(row) for row in kept)
+            unfinished = path.with_name(f".{path.name}")
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+            end = len(data)
+        return cls(folder, begun, frozenset(row.id for row in kept), end)
 
     @property
     def done(self) -> frozenset[str]:
@@ -231,9 +239,8 @@ class RunWriter:
         """Append a row. Errors: InputError for an id that has one already, or a disk that is full."""
         if row.id in self._done:
             raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
-        line = row.model_dump_json(exclude_none=True).encode() + b"\n"
         try:
-            self._stream.write(line)
+            self._stream.write(_line(row))
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
@@ -255,6 +262,10 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+
+
+def _line(row: Row) -> bytes:
+    return row.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
 def _replace(path: Path, record: RunRecord) -> None:

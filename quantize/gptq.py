@@ -57,11 +57,16 @@ def gptq_plan(
     scheme: Scheme,
     options: SolveOptions = SolveOptions(),
     more: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    nearest: bool = False,
 ) -> Plan:
-    """Return what rounds every decoder linear with ``scheme``; ``more`` goes into the config."""
+    """Return what rounds every decoder linear with ``scheme``; ``more`` goes into the config.
+
+    ``nearest`` rounds each weight by itself, to have something to compare with.
+    """
     config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
-        "name": "gptq",
+        "name": "rtn" if nearest else "gptq",
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
@@ -71,7 +76,7 @@ def gptq_plan(
         "linears": list(LINEARS),
     }
     return Plan(
-        method=Gptq(scheme_of=lambda _: scheme, options=options),
+        method=Gptq(scheme_of=lambda _: scheme, options=options, nearest=nearest),
         recipe=recipe,
         quantization=config,
         extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
@@ -110,6 +115,7 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     "--damp", type=float, default=SolveOptions.damp, show_default=True, help="Share of the mean diagonal that is added."
 )
 @click.option("--no-search", is_flag=True, help="Grids of the full range, no shrunk ones.")
+@click.option("--nearest", is_flag=True, help="No GPTQ: each weight to the nearest, to compare with.")
 def main(
     model: str,
     revision: str | None,
@@ -123,6 +129,7 @@ def main(
     act_order: str,
     damp: float,
     no_search: bool,
+    nearest: bool,
     as_json: bool,
     **shared: Any,
 ) -> None:
@@ -130,12 +137,14 @@ def main(
     auto = bits == "auto"
     if auto != (target_bits is not None):
         raise InputError("--bits auto and --target-bits belong together: --bits auto --target-bits 4.5.")
+    if nearest and auto:
+        raise InputError("--nearest goes with a number of bits, not with --bits auto.")
     scheme = Scheme(bits=BITS[0] if auto else whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
-    options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not no_search)
+    options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not (no_search or nearest))
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
-        plan = gptq_plan(checkpoint, scheme, options)
+        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest)
         if target_bits is not None:
             plan = auto_plan(
                 checkpoint,

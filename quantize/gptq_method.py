@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.checkpoint import Checkpoint
@@ -23,10 +24,15 @@ __all__ = ["Gptq", "linear_report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq:
-    """``scheme_of`` tells each linear's grid by its canonical name; ``None`` leaves it in 16 bit."""
+    """``scheme_of`` tells each linear's grid by its canonical name; ``None`` leaves it in 16 bit.
+
+    With ``nearest`` activations are not looked at: every weight is rounded to the nearest, which is what GPTQ does
+    where all inputs count the same. Losses are then those of the weights.
+    """
 
     scheme_of: Callable[[str], Scheme | None]
     options: SolveOptions = field(default_factory=SolveOptions)
+    nearest: bool = False
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Errors: InputError for a group size that does not divide a width, or a width that cannot be packed."""
@@ -44,12 +50,13 @@ class Gptq:
         for names in SHARED_INPUTS:
             schemes = {name: self.scheme_of(stage.prefix + name) for name in names}
             wanted = dict.fromkeys(each for each in schemes.values() if each is not None)
-            if wanted and report:
+            if wanted and report and not self.nearest:
                 stage.gather(names[0])
-            moments = stage.moments(names[0]) if wanted else None
+            find = partial(self._moments, stage, names[0])
+            moments = find() if wanted else None
             for number, scheme in enumerate(wanted, 1):
                 assert moments is not None
-                again = partial(stage.moments, names[0]) if number == len(wanted) else None
+                again = find if number == len(wanted) else None
                 chosen = [name for name in names if schemes[name] == scheme]
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
@@ -61,7 +68,8 @@ class Gptq:
                     tensors |= {key: tensor.cpu() for key, tensor in packed.items()}
                     linear.weight.data = linear.weight.data.new_empty(0)  # before its successor is there
                     linear.weight.data = each.weight().to(linear.weight)
-                    report.append(linear_report(name, scheme.bits, each, self.options))
+                    told = linear_report(name, scheme.bits, each, self.options)
+                    report.append(told | {"kept": "nearest"} if self.nearest else told)
             for name in names:
                 if schemes[name] is None:
                     weight = stage.linear(name).weight
@@ -71,6 +79,11 @@ class Gptq:
                     report.append({"linear": name, "bits": 16, "kept": "16 bit"})
         order = {name: place for place, name in enumerate(LINEARS)}
         return Rounded(tensors=tensors, report=sorted(report, key=lambda row: order[row["linear"]]))
+
+    def _moments(self, stage: Stage, name: str) -> Tensor:
+        if self.nearest:
+            return torch.eye(stage.linear(name).in_features, device=stage.stream.device)
+        return stage.moments(name)
 
     def attach(self, layer: nn.Module) -> None:
         """Weights alone make a rounded layer."""

@@ -28,12 +28,10 @@ No policy turns an error into an allow.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.errors import InputError, SafeVLMError
 from models.manifest import Thresholds
+from models.table_file import read_table
 from runtimes.runner import SUM_TOLERANCE
 from runtimes.verdict import DEFAULT_BLOCK, safe_index
 
@@ -49,7 +48,6 @@ __all__ = ["Action", "Finding", "Limits", "Policy", "Stage", "find", "read_polic
 Action = Literal["block", "allow", "review"]
 Stage = Literal["guard", "exact"]
 LimitsFrom = Literal["policy", "bundle", "default"]
-MAX_BYTES = 2**20
 
 
 class _Frozen(BaseModel):
@@ -179,8 +177,7 @@ def read_policy(path: Path) -> Policy:
     Classes are compared with a guard's by :meth:`Policy.check`. TOML needs Python 3.11 or later.
     """
     try:
-        stated = _parse(path, _text(path))
-        return Policy.model_validate(stated)
+        return Policy.model_validate(read_table(path, "policy"))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the policy as a whole"
@@ -188,29 +185,3 @@ def read_policy(path: Path) -> Policy:
         raise InputError(
             f"{path}: {place}: {reason}. Known keys: {', '.join(Policy.model_fields)}; actions: block, allow, review."
         ) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a policy is a few lines.")
-        return content.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"the policy {path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}), so not a policy.") from error
-
-
-def _parse(path: Path, text: str) -> Any:
-    if path.suffix.lower() not in (".json", ".toml"):
-        raise InputError(f"{path}: a policy file ends in .toml or .json; rename it.")
-    try:
-        if path.suffix.lower() == ".json":
-            return json.loads(text)
-        return import_module("tomllib").loads(text)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path}: Python 3.11 or later reads TOML; write the policy as JSON.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be parsed ({error}). See python -m runtimes.gate --help.") from error

@@ -1,0 +1,100 @@
+"""Which answerer the options of ``benchmarks.run`` ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.answering.answerer import Answerer
+from models.errors import InputError
+
+__all__ = ["Request", "open_answerer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Who shall answer, and how; the names are the command's options."""
+
+    model: str | None = None
+    bundle: Path | None = None
+    server: str | None = None
+    max_new_tokens: int
+    batch: int = 16
+    revision: str | None = None
+    grid: tuple[int, int] | None = None
+    runtime: str = "auto"
+    precision: str | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int | None = None
+    concurrency: int = 4
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = 120.0
+
+
+def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
+    """Return who answers, not entered yet; only the libraries that it needs are loaded.
+
+    Errors: InputError when nothing, or too much, is asked for, and those of opening a checkpoint or bundle.
+    """
+    if request.server is not None:
+        return _server(request)
+    if request.model is None and request.bundle is None:
+        raise InputError("nothing to run: give --model, --bundle, both (a gated pair), or --server with --model.")
+    if request.threads is not None:
+        import torch
+
+        torch.set_num_threads(request.threads)
+    if request.bundle is not None:
+        return _bundled(request, request.bundle, classes)
+    from benchmarks.answering.torch_model import TorchAnswerer
+    from models.checkpoint import open_checkpoint
+
+    assert request.model is not None
+    return TorchAnswerer(
+        open_checkpoint(request.model, revision=request.revision),
+        classes,
+        max_new_tokens=request.max_new_tokens,
+        batch=request.batch,
+        device=request.device,
+        dtype=request.dtype,
+        grid=request.grid,
+    )
+
+
+def _server(request: Request) -> Answerer:
+    from benchmarks.answering.server import ServerAnswerer
+
+    if request.bundle is not None or request.model is None:
+        raise InputError("--server needs --model, the name that the server knows it by, and takes no --bundle.")
+    assert request.server is not None
+    return ServerAnswerer(
+        request.server,
+        request.model,
+        max_new_tokens=request.max_new_tokens,
+        concurrency=request.concurrency,
+        api_key_env=request.api_key_env,
+        timeout=request.timeout,
+    )
+
+
+def _bundled(request: Request, bundle: Path, classes: Sequence[str]) -> Answerer:
+    from benchmarks.answering.bundle import BundleAnswerer, GatedAnswerer
+
+    if request.model is None:
+        return BundleAnswerer(
+            bundle, classes, runtime=request.runtime, precision=request.precision, batch=request.batch
+        )
+    return GatedAnswerer(
+        bundle,
+        request.model,
+        classes,
+        max_new_tokens=request.max_new_tokens,
+        revision=request.revision,
+        device=request.device,
+        dtype=request.dtype,
+        runtime=request.runtime,
+        precision=request.precision,
+    )

@@ -1,0 +1,202 @@
+"""Run an artifact through a suite: ``python -m benchmarks.run --model M --suite holisafe-mini --out RUN``.
+
+Rows are answered in batches that depend on the suite alone, greedily, and written as they are answered: a run that was
+killed goes on with ``--resume``, from the same batches, and ends with the rows that it would have had.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from PIL import Image
+
+from benchmarks.answering.answerer import Answerer, failed
+from benchmarks.answering.select import Request, open_answerer
+from benchmarks.record import RECORD_NAME, Row, RunRecord, RunWriter
+from benchmarks.suites.select import SUITES, open_suite
+from benchmarks.suites.suite import Suite
+from models.commandline import grid_option, printable, run
+from models.errors import ImageFileError, InputError
+from models.machine import machine_name
+from models.version import VERSION
+
+__all__ = ["batches", "run_suite"]
+
+FAILED_BATCHES, FAILED_ROWS = 3, 12
+"""So many batches that fail whole, one after another, and so many rows in them: then nothing will come of the rest."""
+
+
+def run_suite(
+    answerer: Answerer,
+    suite: Suite,
+    out: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[int], None] = lambda _: None,
+) -> RunRecord:
+    """Answer every row of a suite into the run record ``out``; ``answerer`` is entered already.
+
+    With ``resume`` a record that was begun in ``out`` is gone on with, rows that failed are tried again, and one that
+    is not there is begun. ``report`` is told how many more rows are done.
+
+    Errors: InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
+    after another fails, and those of :class:`RunWriter`.
+    """
+    kinds = {row.kind for row in suite.rows}
+    if not kinds <= answerer.kinds:
+        raise InputError(
+            f"suite {suite.name} has rows of kind {', '.join(sorted(kinds - answerer.kinds))}, which this artifact "
+            f"cannot answer ({', '.join(sorted(answerer.kinds))}): a guard bundle takes --suite guard or guard-mini."
+        )
+    record = _record(answerer, suite)
+    again = resume and (out / RECORD_NAME).exists()
+    with RunWriter.resume(out, record) if again else RunWriter.begin(out, record) as writer:
+        report(len(writer.done))
+        waiting: list[Row] = []  # rows of batches that failed whole: nothing is kept of an artifact that is down
+        hopeless = 0
+        for batch in batches(suite.rows, answerer.batch):
+            missing = [row for row in batch if row.id not in writer.done]
+            if not missing:
+                continue
+            found = [row for row in _answer(answerer, suite, batch) if row.id not in writer.done]
+            waiting += found
+            hopeless = hopeless + 1 if all(row.error is not None for row in found) else 0
+            if hopeless >= FAILED_BATCHES and len(waiting) >= FAILED_ROWS:
+                raise InputError(
+                    f"{len(waiting)} rows failed one after another, the last one with: {found[-1].error} Mend that and "
+                    "go on with --resume; rows that failed are not kept."
+                )
+            if not hopeless:
+                for row in waiting:
+                    writer.write(row)
+                waiting.clear()
+            report(len(missing))
+        for row in waiting:
+            writer.write(row)
+        writer.finish(_now())
+        return writer.record
+
+
+def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
+    """Yield rows of one kind and of about equal length together, so that little is padded."""
+    ordered = sorted(rows, key=lambda row: (row.kind, len(row.query or ""), row.id))
+    start = 0
+    while start < len(ordered):
+        stop = start
+        while stop < len(ordered) and stop - start < size and ordered[stop].kind == ordered[start].kind:
+            stop += 1
+        yield ordered[start:stop]
+        start = stop
+
+
+def _answer(answerer: Answerer, suite: Suite, batch: Sequence[Row]) -> list[Row]:
+    """Answer a batch; a row whose picture cannot be read fails alone."""
+    pictures: dict[str, Image.Image] = {}
+    unreadable: dict[str, Row] = {}
+    for row in batch:
+        found = _picture(suite, row)
+        if isinstance(found, ImageFileError):
+            unreadable[row.id] = failed(row, str(found))
+        else:
+            pictures[row.id] = found
+    readable = [row for row in batch if row.id in pictures]
+    done = answerer.answer(readable, [pictures[row.id] for row in readable]) if readable else []
+    by_id = {row.id: row for row in done} | unreadable
+    return [by_id[row.id] for row in batch]
+
+
+def _picture(suite: Suite, row: Row) -> Image.Image | ImageFileError:
+    try:
+        return suite.picture(row)
+    except ImageFileError as error:
+        return error
+
+
+def _record(answerer: Answerer, suite: Suite) -> RunRecord:
+    described = answerer.describe()
+    return RunRecord(
+        created=_now(),
+        artifact=described.artifact,
+        runtime=described.runtime,
+        suite=suite.record(),
+        prompt=described.prompt,
+        preprocessing=described.preprocessing,
+        decoding=described.decoding,
+        threshold=described.threshold,
+        machine=machine_name(),
+        versions={"safevlm-edge": VERSION},
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+@click.command()
+@click.option("--model", help="Checkpoint, compressed or not; the server's model with --server.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle; with --model the gated pair of both.")
+@click.option("--server", metavar="URL", help="An OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
+@click.option("--suite", "suite_name", type=click.Choice(SUITES), default="holisafe-mini", show_default=True)
+@click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Folder of HoliSafe-Bench.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run record to write.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, where there is one.")
+@click.option("--limit", type=click.IntRange(min=1), help="So many rows, types in proportion: to try things.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows together.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Length of answers.  [default: the suite's]")
+@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
+@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
+@click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
+@click.option("--precision", help="File of --bundle by precision.  [default: the bundle's own]")
+@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Bound torch's threads.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at once.")
+@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the key.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for a request.")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json and counts.")
+def main(
+    suite_name: str, data: Path | None, out: Path, resume: bool, limit: int | None, as_json: bool, **given: Any
+) -> None:
+    """Run an artifact through a suite and write a run record, row by row."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if out.exists() and not resume:
+        raise InputError(f"{out} exists. Give --out a folder that does not, or --resume to go on with the run in it.")
+    suite = open_suite(suite_name, data, limit=limit)
+    tokens = given.pop("max_new_tokens") or suite.max_new_tokens
+    request = Request(**{**given, "grid": grid_option(given["grid"])}, max_new_tokens=tokens)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        open_answerer(request, suite.classes) as answerer,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
+        task = progress.add_task(suite.name, total=len(suite.rows))
+        record = run_suite(answerer, suite, out, resume=resume, report=lambda rows: progress.update(task, advance=rows))
+    _print(record, out, as_json)
+
+
+def _print(record: RunRecord, out: Path, as_json: bool) -> None:
+    from benchmarks.record import read_run
+
+    rows = read_run(out).rows
+    failed = [row for row in rows if row.error is not None]
+    if as_json:
+        stated = record.model_dump(mode="json", exclude_none=True)
+        click.echo(json.dumps({**stated, "counts": {"rows": len(rows), "failed": len(failed)}}, indent=1))
+        return
+    click.echo(
+        printable(f"{out}: {record.artifact.name} on {record.suite.name}, {len(rows)} rows, {len(failed)} failed")
+    )
+    if failed:
+        click.echo(printable(f"first failure: {failed[0].id}: {failed[0].error}"))
+    click.echo(f"next: python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT")
+
+
+if __name__ == "__main__":
+    run(main)
