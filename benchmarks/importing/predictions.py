@@ -1,0 +1,62 @@
+"""HoliSafe's prediction files: the benchmark's rows with a model's answer in ``prediction``."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from benchmarks.importing.lines import numbered_rows
+from benchmarks.record import Artifact, Row, Run, RunRecord, Runtime, SuiteRecord
+from benchmarks.suites.holisafe import row_of
+from benchmarks.suites.suite import without_contradictions
+from models.errors import InputError
+from models.guard_head import standard_classes
+
+__all__ = ["import_predictions"]
+
+NAME_END = re.compile(r"(\.predictions)?\.jsonl?(\.gz)?$")
+
+
+def import_predictions(path: Path, *, name: str | None = None, folder: Path = Path()) -> Run:
+    """Return published answers as a run; ``name`` is the model's, by default the file's.
+
+    Prompt, preprocessing and decoding are not known. Errors: InputError, with the line and the field, for a row that
+    is not one of the benchmark's with a ``prediction``, or an id that comes twice.
+    """
+    rows: list[Row] = []
+    seen: dict[str, str] = {}
+    for where, raw in numbered_rows(path):
+        row = row_of(raw, where, query_needed=False)
+        answer = raw.get("prediction")
+        if not isinstance(answer, str):
+            raise InputError(f"{where}: field 'prediction' is {answer!r}, the model's answer (text) is needed.")
+        if row.id in seen:
+            raise InputError(f"{where}: id {row.id} stands in {seen[row.id]} already.")
+        seen[row.id] = where
+        rows.append(row.model_copy(update={"answer": answer}))
+    if not rows:
+        raise InputError(f"{path} holds no rows.")
+    kept, left_out = without_contradictions(rows)
+    content = [row.model_dump(mode="json", exclude={"answer", "query"}) for row in sorted(kept, key=lambda row: row.id)]
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    record = RunRecord(
+        created=now,
+        finished=now,
+        artifact=Artifact(
+            name=name or NAME_END.sub("", path.name),
+            kind="predictions",
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        ),
+        runtime=Runtime(name="imported"),
+        suite=SuiteRecord(
+            name="holisafe",
+            sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            rows=len(rows),
+            classes=standard_classes(),
+            left_out=left_out,
+        ),
+    )
+    return Run(folder=folder, record=record, rows=kept)

@@ -1,0 +1,100 @@
+"""Judges' answers by content, in SQLite: what was asked once is not asked, or paid for, again.
+
+Several processes may use one file at once. Only answers that could be read are kept; what failed is asked again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["AnswerCache"]
+
+VERSION = 1
+BUSY_SECONDS = 30.0
+_TABLE = """CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY,
+    ok INTEGER NOT NULL CHECK (ok IN (0, 1)),
+    model TEXT NOT NULL,
+    created TEXT NOT NULL
+) WITHOUT ROWID"""
+
+
+class AnswerCache:
+    """A cache file, made when it is not there; a context manager.
+
+    ``key`` is a hash over all that the judge is sent. Errors: InputError for a file that is no such cache, of a later
+    version, damaged, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            self._prepare(self._database)
+        except (OSError, sqlite3.Error) as error:
+            self.close()
+            raise self._unusable(error) from error
+        except InputError:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def get(self, key: str) -> bool | None:
+        """Return the answer, None where there is none."""
+        found = self._run("SELECT ok FROM answers WHERE key = ?", key)
+        return None if found is None else bool(found[0])
+
+    def put(self, key: str, ok: bool, model: str) -> None:
+        """Keep an answer; one that is there already stands."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._run("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", key, int(ok), model, now)
+
+    def _run(self, statement: str, *values: str | int) -> tuple[int, ...] | None:
+        assert self._database is not None, "entered first"
+        try:
+            found: tuple[int, ...] | None = self._database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        return found
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        """Set the file up. Two processes may both find it new: the version is read and set under the write lock."""
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("BEGIN IMMEDIATE")
+        found = database.execute("PRAGMA user_version").fetchone()[0]
+        if found not in (0, VERSION):
+            raise InputError(f"the cache {self.path} is of version {found}, this one reads {VERSION}. Give another --cache.")
+        database.execute(_TABLE)
+        database.execute(f"PRAGMA user_version = {VERSION}")
+        database.execute("COMMIT")
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"the cache {self.path} cannot be used ({error}). Give another --cache; what was scored is kept, go on with "
+            "--resume."
+        )

@@ -1,0 +1,71 @@
+"""The pictures that a judge is shown: found in a folder by the names that a run record gives them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from benchmarks.record import Row
+from models.errors import ImageFileError, InputError
+from models.image import open_image
+
+__all__ = ["ShownImages"]
+
+QUALITY = 90
+NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownImages:
+    """Pictures under ``folder``, or its ``images``, sent as upright RGB JPEG of at most ``max_side`` pixels a side."""
+
+    folder: Path
+    max_side: int = 1024
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is done to the pictures, not where they lie."""
+        return {"max_side": self.max_side, "format": f"JPEG, quality {QUALITY}"}
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Refuse rows whose picture is not there, before anything is asked. Errors: InputError that names some."""
+        names = sorted({row.image for row in rows if row.image is not None})
+        missing = [name for name in names if self._find(name) is None]
+        if missing:
+            shown = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+            raise InputError(
+                f"{self.folder}: {len(missing)} of {len(names)} pictures are missing: {shown}. Give the folder that "
+                "image names start from with --images, or --no-images to judge by the text alone."
+            )
+
+    def fingerprint(self, name: str) -> dict[str, Any]:
+        """Return what decides the data URL of a picture. Errors: ImageFileError when it cannot be read."""
+        return {"sha256": hashlib.sha256(self._content(name)).hexdigest(), **self.identity()}
+
+    def data_url(self, name: str) -> str:
+        """Return a picture as a data URL. Errors: ImageFileError for a file that is no readable picture."""
+        picture = open_image(self._content(name))
+        picture.thumbnail((self.max_side, self.max_side))
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=QUALITY)
+        return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+    def _content(self, name: str) -> bytes:
+        path = self._find(name)
+        if path is None:
+            raise ImageFileError(f"{name}: there is no such file in {self.folder}.")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ImageFileError(f"{path}: it cannot be read ({error.strerror}).") from error
+
+    def _find(self, name: str) -> Path | None:
+        """Return where a picture lies. A run record may come from anywhere: its names must not leave the folder."""
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
+            raise InputError(f"image {name!r} of a row is not a relative path inside {self.folder}.")
+        return next((path for path in (self.folder / "images" / name, self.folder / name) if path.is_file()), None)

@@ -1,0 +1,106 @@
+"""Did the compressed model stay safe and useful?
+
+``python -m benchmarks.regress --baseline RUN --candidate RUN --out DIR`` compares two run records and writes a report.
+
+Exit codes: 0 PASS, 3 REGRESSION, 4 INCONCLUSIVE, 5 ANOMALOUS; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from benchmarks.comparison import Comparison, compare
+from benchmarks.findings import Findings, Line
+from benchmarks.margins import Margins, read_margins
+from benchmarks.record import Run, read_run
+from models.commandline import printable, run
+from models.errors import InputError
+
+__all__ = ["main", "summary_lines"]
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command()
+@click.option("--baseline", type=FOLDER, multiple=True, required=True, help="Run record; one a suite, repeatable.")
+@click.option("--candidate", type=FOLDER, multiple=True, required=True, help="Run record; one a suite, repeatable.")
+@click.option("--against", type=FOLDER, multiple=True, help="A third run: the baseline again, or on another runtime.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report; must not exist.")
+@click.option(
+    "--judge",
+    "judges",
+    multiple=True,
+    help="string, exact, or a judge that benchmarks.judge stored; the first decides what is listed first.  "
+    "[default: exact for built-in suites, else string]",
+)
+@click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON: how much worse is acceptable.")
+@click.option("--labels", type=click.Path(path_type=Path), help="JSONL of people's labels of the baseline's answers.")
+@click.option("--images", type=FOLDER, help="Embed flipped samples' pictures from this folder (behind a click).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+def main(
+    baseline: Sequence[Path],
+    candidate: Sequence[Path],
+    against: Sequence[Path],
+    out: Path,
+    judges: Sequence[str],
+    margins: Path | None,
+    labels: Path | None,
+    images: Path | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Compare two runs sample by sample, and write a report with a verdict."""
+    from rich.console import Console
+
+    from benchmarks.report.write import write_report
+
+    if out.exists():
+        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+    with Console(stderr=True).status("comparing"):
+        findings = compare(
+            Comparison(
+                baseline=_runs(baseline),
+                candidate=_runs(candidate),
+                against=_runs(against),
+                judges=tuple(judges),
+                margins=Margins() if margins is None else read_margins(margins),
+                labels=labels,
+                seed=seed,
+            )
+        )
+        page = write_report(findings, out, images=images)
+    if as_json:
+        click.echo(json.dumps(findings.to_json(), indent=1, allow_nan=False))
+    else:
+        click.echo(printable("\n".join(summary_lines(findings))))
+        click.echo(f"report: {page}")
+    return findings.exit_code
+
+
+def summary_lines(findings: Findings) -> list[str]:
+    """Return what a terminal shows: the verdict, why, and the lines that decide."""
+    lines = [findings.verdict, *(f"  {reason}" for reason in findings.reasons), ""]
+    lines.append(f"{'':28}{'before':>9}{'after':>9}{'change':>9}{'interval':>19}{'margin':>8}  verdict")
+    return lines + [_line(line) for line in findings.lines if line.margin is not None]
+
+
+def _line(line: Line) -> str:
+    low, high = line.interval if line.interval is not None else (float("nan"), float("nan"))
+    sign = "+" if line.lower_is_better else "-"
+    return (
+        f"{line.title[:27]:28}{100 * line.before:>8.2f}%{100 * line.after:>8.2f}%{100 * line.change:>+9.2f}"
+        f"{f'{100 * low:+.2f} to {100 * high:+.2f}':>19}{f'{sign}{100 * (line.margin or 0):g}':>8}  {line.verdict}"
+    )
+
+
+def _runs(folders: Sequence[Path]) -> tuple[Run, ...]:
+    return tuple(read_run(folder) for folder in folders)
+
+
+if __name__ == "__main__":
+    run(main)
