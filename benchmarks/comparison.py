@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ from models.version import VERSION
 __all__ = ["Comparison", "compare"]
 
 CAUTIONS = (
-    "The verdict is about this suite and these margins. It says nothing about harms or languages that the suite lacks.",
-    "PASS means that a worsening beyond the margins is ruled out at the stated confidence, not that nothing changed: "
-    "look at the flips.",
+    "The verdict is about this suite and these margins. It says nothing of harms or languages that the suite lacks.",
+    "PASS rules out, at the stated confidence, a worsening beyond the margins. It does not say that nothing changed: look "
+    "at the flips.",
     "INCONCLUSIVE is no PASS: the data allow a worsening beyond the margin.",
     "Equal rates can hide samples that changed both ways; both directions are counted.",
 )
@@ -58,7 +58,7 @@ class Comparison:
     candidate: Sequence[Run]
     against: Sequence[Run] = ()
     judges: Sequence[str] = ()
-    margins: Margins = Margins()
+    margins: Margins = field(default_factory=Margins)
     labels: Path | None = None
     seed: int = 0
 
@@ -100,7 +100,7 @@ def compare(comparison: Comparison) -> Findings:
         anomalies=tuple(anomalies),
         confidence=margins.confidence,
         lines=tuple(sorted(lines, key=_place)),
-        flips=tuple([*_flips(found), *([] if found.guard is None else guard_flips(found.guard, classes))]),
+        flips=(*_flips(found), *(() if found.guard is None else guard_flips(found.guard, classes))),
         judges=summarise_judges(found.judged, found.identities, comparison.labels, margins.confidence),
         guard_before=_curves(found.guard, lambda rows: rows.before),
         guard_after=_curves(found.guard, lambda rows: rows.after),
@@ -141,7 +141,7 @@ def measure(
     if guard is not None:
         measures += guard_measures(guard, comparison.margins)
         unscored.append(unjudged)
-    elif unjudged.before < unjudged.rows and comparison.margins.guard_recall is not False:
+    elif unjudged.before < unjudged.rows and comparison.margins.guard_recall is not None:
         anomalies.append(
             "the baseline's guard was measured and the candidate's was not: a compressed model without its guard is no "
             "like for like. Run both with the guard, or set guard_recall and guard_fpr to false in --margins"
@@ -211,8 +211,8 @@ def _gains(lines: Sequence[Line], margins: Margins) -> list[str]:
         gain = -line.interval[1] if line.lower_is_better else line.interval[0]
         if gain > limit:
             told.append(
-                f"{line.title} improved by {100 * abs(line.change):.1f} points, surely more than {100 * limit:g}: that is "
-                "no effect of compression. Check that the candidate is the baseline, compressed"
+                f"{line.title} improved by {100 * abs(line.change):.1f} points, surely more than {100 * limit:g}: "
+                "compression does not do that. Check that the candidate is the baseline, compressed"
             )
     return told
 

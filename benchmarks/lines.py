@@ -12,7 +12,7 @@ from benchmarks.margins import Margins
 from benchmarks.measures import Measure
 from benchmarks.statistics.decision import decide
 from benchmarks.statistics.holm import holm
-from benchmarks.statistics.paired import PairedStatistics, paired_statistics
+from benchmarks.statistics.paired import paired_statistics
 from benchmarks.statistics.planning import samples_needed
 from benchmarks.statistics.proportions import wilson_interval
 

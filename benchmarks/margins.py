@@ -18,16 +18,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from models.errors import InputError
 from models.table_file import read_table
 
 __all__ = ["Margins", "read_margins"]
 
-Points = Annotated[float, Field(gt=0, le=100)] | Literal[False]
+
+def _points(value: Any) -> Any:
+    if isinstance(value, bool):  # numbers and truth are one kind to Python, not to whoever writes the file
+        if value:
+            raise ValueError("a number of points, or false to leave it out, is needed")
+        return None
+    if value is None:
+        raise ValueError("a number of points, or false to leave it out, is needed")
+    return value
+
+
+Points = Annotated[Annotated[float, Field(gt=0, le=100)] | None, BeforeValidator(_points)]
+"""Points, None where the file says ``false``."""
 
 
 class Margins(BaseModel):
@@ -50,7 +62,7 @@ class Margins(BaseModel):
     def share(self, name: str) -> float | None:
         """Return a margin as a share, None where it was left out of the verdict."""
         points = getattr(self, name)
-        return None if points is False else float(points) / 100
+        return None if points is None else float(points) / 100
 
 
 def read_margins(path: Path) -> Margins:

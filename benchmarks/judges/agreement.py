@@ -17,6 +17,8 @@ from models.errors import InputError, MissingExtraError
 
 __all__ = ["Agreement", "Quality", "agreement", "judge_quality", "read_labels"]
 
+_EXAMPLE = 'A line is {"id": "17", "ok": true}.'
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
@@ -94,15 +96,13 @@ def read_labels(path: Path) -> Mapping[str, bool]:
             found = error.errors(include_url=False, include_context=False)[0]
             field = next((str(part) for part in found["loc"]), "the whole")
             given = json.dumps(found["input"], default=str)[:80]
-            raise InputError(
-                f'{path}, line {number}: {field}: {found["msg"]} (given: {given}). A line is {{"id": "17", "ok": true}}.'
-            ) from error
+            raise InputError(f"{path}, line {number}: {field}: {found['msg']} (given: {given}). {_EXAMPLE}") from error
         name = str(label.id)
         if name in labels:
             raise InputError(f"{path}, line {number}: id {name!r} stands in line {stands[name]} already.")
         labels[name], stands[name] = label.ok, number
     if not labels:
-        raise InputError(f'{path} holds no label. A line is {{"id": "17", "ok": true}}.')
+        raise InputError(f"{path} holds no label. {_EXAMPLE}")
     return labels
 
 

@@ -88,13 +88,15 @@ class AnswerCache:
         database.execute("BEGIN IMMEDIATE")
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found not in (0, VERSION):
-            raise InputError(f"the cache {self.path} is of version {found}, this one reads {VERSION}. Give another --cache.")
+            raise InputError(
+                f"the cache {self.path} is of version {found}, this one reads {VERSION}. Give another --cache."
+            )
         database.execute(_TABLE)
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(
-            f"the cache {self.path} cannot be used ({error}). Give another --cache; what was scored is kept, go on with "
-            "--resume."
+            f"the cache {self.path} cannot be used ({error}). Give another --cache; what was scored is kept, "
+            "go on with --resume."
         )

@@ -153,7 +153,9 @@ class ChatEndpoint:
                 return found
             wait = found.seconds
             if wait is not None and wait > patience.longest:
-                return Reply(why=f"{found.why}, to come back in {wait:.0f} s (waiting at most {patience.longest:g} s)", down=True)
+                return Reply(
+                    why=f"{found.why}, to come back in {wait:.0f} s (waiting at most {patience.longest:g} s)", down=True
+                )
             if number < patience.tries:
                 wait = _back_off(number, patience) if wait is None else wait
                 _log.info("%s; trying again in %.1f s", found.why, wait)
@@ -235,7 +237,7 @@ class ChatEndpoint:
 
 
 def _back_off(number: int, patience: Patience) -> float:
-    whole = min(patience.base * 2 ** (number - 1), patience.longest)
+    whole = min(patience.base * 2.0 ** (number - 1), patience.longest)
     return whole * random.uniform(0.5, 1)
 
 

@@ -20,7 +20,7 @@ from benchmarks.judges.cache import AnswerCache
 from benchmarks.judges.chat import ChatEndpoint, ChatServer
 from benchmarks.judges.images import ShownImages
 from benchmarks.judges.judge import Score
-from benchmarks.judges.pairs import settled
+from benchmarks.judges.pairs import settled, wants_refusal
 from benchmarks.judges.prompt import prompt_identity, tell
 from benchmarks.judges.reply import parse_reply
 from benchmarks.record import Row
@@ -40,6 +40,8 @@ class Verdict:
     row: Row
     score: Score
     source: Source
+    down: bool = False
+    """It has no score because the server failed, and not over this row."""
 
 
 @dataclass(kw_only=True)
@@ -98,20 +100,28 @@ class EndpointJudge:
         self.judge(rows, lambda number, verdict: found.update({number: verdict.score}))
         return [found[number] for number in range(len(rows))]
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse, with InputError, rows that are no pairs or whose picture is not there; nothing is asked."""
+        for row in rows:
+            wants_refusal(row)
+        if self.images is not None:
+            self.images.check(rows)
+
     def judge(self, rows: Sequence[Row], report: Callable[[int, Verdict], None]) -> None:
         """Score pairs, ``concurrency`` at once; ``report`` is told row number and verdict as they come, out of order.
 
         Errors: InputError for a row that is no pair, a picture that is not there, a refused key, a server that is down,
         a cache that cannot be used. What was reported before stands.
         """
-        if self.images is not None:
-            self.images.check(rows)
+        self.check(rows)
         asyncio.run(self._judge(rows, report))
 
     async def _judge(self, rows: Sequence[Row], report: Callable[[int, Verdict], None]) -> None:
         waiting, streak = iter(enumerate(rows)), _Streak()
         async with self.open_endpoint(self.server) as endpoint:
-            workers = [asyncio.ensure_future(self._work(endpoint, waiting, report, streak)) for _ in range(self.concurrency)]
+            workers = [
+                asyncio.create_task(self._work(endpoint, waiting, report, streak)) for _ in range(self.concurrency)
+            ]
             try:
                 await asyncio.gather(*workers)
             finally:  # one worker's error ends them all, without waiting for replies
@@ -162,7 +172,7 @@ class EndpointJudge:
             why = f"unparsable: {endpoint.clean(reply.text)!r}"
         if ok is not None and self.cache is not None:
             self.cache.put(key, ok, self.model)
-        report(number, Verdict(row=row, score=Score(ok=ok, why=why), source="endpoint"))
+        report(number, Verdict(row=row, score=Score(ok=ok, why=why), source="endpoint", down=reply.down))
         streak.note(reply.down, why)
 
     def _body(self, row: Row, images: ShownImages | None) -> bytes:

@@ -64,7 +64,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     rows = pair_rows(2)
     stored(tmp_path / "run", rows)
     other = record_of(rows).model_copy(update={"decoding": {"sampling": "greedy", "max_new_tokens": 7}})
-    with pytest.raises(InputError, match="decoding was .*32.*, is .*7"):
+    with pytest.raises(InputError, match=r"decoding was .*32.*, is .*7"):
         RunWriter.resume(tmp_path / "run", other)
     with pytest.raises(InputError, match="--resume to go on"):
         RunWriter.begin(tmp_path / "run", other)

@@ -1,0 +1,31 @@
+"""From a judge's name to the judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.judges.exact import ExactJudge
+from benchmarks.judges.judge import Judge
+from benchmarks.judges.stored import BUILT_IN, StoredJudge, stored_judges
+from benchmarks.judges.string_matching import StringMatching
+from models.errors import InputError
+
+__all__ = ["open_judge"]
+
+
+def open_judge(name: str, run_folder: Path) -> Judge:
+    """Return ``string``, ``exact``, or the judge whose scores are stored in the run's folder under this name.
+
+    Errors: InputError that lists what there is.
+    """
+    if name == StringMatching.name:
+        return StringMatching()
+    if name == ExactJudge.name:
+        return ExactJudge()
+    stored = stored_judges(run_folder)
+    if name not in stored:
+        raise InputError(
+            f"there is no judge {name!r} for {run_folder}; there are {', '.join((*BUILT_IN, *stored))}. A language "
+            f"model's scores come from: python -m benchmarks.judge --run {run_folder} --endpoint URL --judge-model M."
+        )
+    return StoredJudge(run_folder, name)

@@ -1,0 +1,271 @@
+"""Scores that a judge gave the pairs of a run, kept in the run's own folder.
+
+::
+
+    judges/<label>.json     the judge's identity, and what it was asked through
+    judges/<label>.jsonl    one line a pair: {"id": …, "ok": true | false | null, "why": …, "row": …}
+
+``ok`` null is unscored. ``row`` is a digest of what was judged: a score does not outlive the answer that it was given
+for. Lines of other judges may leave ``why`` and ``row`` out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+from benchmarks.judges.judge import Score
+from benchmarks.judges.pairs import row_digest
+from benchmarks.record import Row
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["BUILT_IN", "ScoreWriter", "StoredJudge", "StoredLine", "check_label", "stored_judges"]
+
+FOLDER = "judges"
+BUILT_IN = ("string", "exact")
+"""Judges that need no stored scores; no label may claim to be one of them."""
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class StoredLine(BaseModel):
+    """One pair's score on disk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Annotated[str, Field(min_length=1)]
+    ok: StrictBool | None
+    why: str | None = None
+    row: str | None = None
+
+    def fits(self, row: Row) -> bool:
+        """Say whether this is a score of the row as it is now."""
+        return self.row is None or self.row == row_digest(row)
+
+
+class _Identity(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    name: str
+    identity: dict[str, Any]
+    endpoint: str | None = None
+
+
+class StoredJudge:
+    """The judge that stored scores as ``label`` in a run's folder, read whole when it is made.
+
+    Errors: InputError, with the line's number, for scores that are missing or damaged.
+    """
+
+    def __init__(self, run_folder: Path, label: str) -> None:
+        check_label(label)
+        lines, identity = _paths(run_folder, label)
+        if not lines.is_file():
+            told = ", ".join(stored_judges(run_folder)) or "none"
+            raise InputError(f"{run_folder} holds no scores of a judge {label!r}; there are: {told}.")
+        self.name = label
+        self._identity = _read_identity(identity).identity
+        self._lines = {line.id: line for line in _read_lines(lines)[0]}
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what decided the scores."""
+        return self._identity
+
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """Return each row's stored score, in order; unscored where there is none, or the row was another then."""
+        return [self._score(row) for row in rows]
+
+    def _score(self, row: Row) -> Score:
+        line = self._lines.get(row.id)
+        if line is None:
+            return Score(ok=None, why="not judged")
+        if not line.fits(row):
+            return Score(ok=None, why="not judged: the row has changed since it was")
+        return Score(ok=line.ok, why=line.why)
+
+
+class ScoreWriter:
+    """Stores scores in a run's folder; each is on disk when :meth:`write` returns. A context manager.
+
+    With ``resume`` scores of the same judge that are there and still fit are kept (:attr:`kept`), all other lines are
+    dropped to be written again; nothing there is a beginning. One process at a time may write one label of a run.
+
+    Errors: InputError when there are scores already and ``resume`` is not given, they are of another judge, or the
+    folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        label: str,
+        identity: Mapping[str, Any],
+        rows: Sequence[Row],
+        *,
+        endpoint: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        check_label(label)
+        self.run_folder = run_folder
+        self.rows = tuple(rows)
+        self.path, self._identity_path = _paths(run_folder, label)
+        self._wanted = _Identity(name=label, identity=json.loads(json.dumps(identity)), endpoint=endpoint)
+        self._resume = resume
+        self.kept: dict[str, StoredLine] = {}
+        self._done: set[str] = set()
+        self._stream: BinaryIO | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as held:
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                lock = held.enter_context(self.path.with_name(f".{self._wanted.name}.lock").open("w"))
+                self._lock(lock.fileno())
+                self._begin()
+                self._stream = held.enter_context(self.path.open("ab"))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+    @property
+    def missing(self) -> tuple[Row, ...]:
+        """Rows that no score was kept of."""
+        return tuple(row for row in self.rows if row.id not in self.kept)
+
+    def write(self, row: Row, score: Score) -> None:
+        """Append a score. Errors: InputError for a row that has one already, or a disk that is full."""
+        assert self._stream is not None, "entered first"
+        if row.id in self._done:
+            raise InputError(f"{self.path}: row {row.id} has a score already.")
+        try:
+            self._stream.write(_dump(StoredLine(id=row.id, ok=score.ok, why=score.why, row=row_digest(row))))
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._done.add(row.id)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is writing {self.path}. Wait for it, or give another --name.") from error
+
+    def _begin(self) -> None:
+        there = [path for path in (self.path, self._identity_path) if path.exists()]
+        if there and not self._resume:
+            raise InputError(f"{there[0]} exists. Give another --name, or --resume to go on with the scores in it.")
+        if there:
+            self._take_up()
+        _replace(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+
+    def _take_up(self) -> None:
+        """Keep what is there and still holds; rewrite the file, all at once, when anything else is in it."""
+        before, now = _read_identity(self._identity_path).identity, self._wanted.identity
+        differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if differ:
+            told = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differ)
+            raise InputError(f"{self.path} holds another judge's scores: {told}. Give another --name, or its settings.")
+        if not self.path.exists():
+            return
+        lines, whole = _read_lines(self.path)
+        rows = {row.id: row for row in self.rows}
+        fitting = [line for line in lines if line.ok is not None and line.id in rows]
+        self.kept = {line.id: line for line in fitting if line.fits(rows[line.id])}
+        if not whole or len(self.kept) < len(lines):
+            _replace(self.path, b"".join(map(_dump, self.kept.values())))
+        self._done = set(self.kept)
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.path} cannot be written: {error.strerror or error}. What was written is kept; make room and go on "
+            "with --resume."
+        )
+
+
+def stored_judges(run_folder: Path) -> tuple[str, ...]:
+    """Return the labels of the judges that stored scores in a run's folder, in order."""
+    names = (path.name.removesuffix(".jsonl") for path in (run_folder / FOLDER).glob("*.jsonl"))
+    return tuple(sorted(name for name in names if _LABEL.fullmatch(name)))
+
+
+def check_label(label: str) -> None:
+    """Refuse a label that is no plain file name, or is a built-in judge's. Errors: InputError."""
+    if _LABEL.fullmatch(label) is None or label in BUILT_IN:
+        raise InputError(
+            f"a judge cannot be named {label!r}: letters, digits and . _ - are allowed, at most 100, the first a "
+            f"letter or digit, and not {' or '.join(BUILT_IN)}."
+        )
+
+
+def _paths(run_folder: Path, label: str) -> tuple[Path, Path]:
+    folder = run_folder / FOLDER
+    return folder / f"{label}.jsonl", folder / f"{label}.json"
+
+
+def _dump(line: StoredLine) -> bytes:
+    given = {key: value for key, value in line.model_dump().items() if value is not None or key == "ok"}
+    return json.dumps(given).encode("ascii") + b"\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(path)
+
+
+def _read_identity(path: Path) -> _Identity:
+    try:
+        return _Identity.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: the judge's identity cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first(error)}") from error
+
+
+def _read_lines(path: Path) -> tuple[list[StoredLine], bool]:
+    """Return the lines, and whether the file ends with a whole one: a last line that was cut off is none."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    end = data.rfind(b"\n") + 1
+    lines: list[StoredLine] = []
+    stands: dict[str, int] = {}
+    for number, text in enumerate(data[:end].split(b"\n")[:-1], 1):
+        try:
+            line = StoredLine.model_validate_json(text)
+        except ValidationError as error:
+            raise InputError(f"{path}, line {number}: {_first(error)}") from error
+        if line.id in stands:
+            raise InputError(f"{path}, line {number}: id {line.id!r} stands in line {stands[line.id]} already.")
+        stands[line.id] = number
+        lines.append(line)
+    return lines, end == len(data)
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, found["loc"])) or "the whole"
+    return f"{field}: {found['msg']} (given: {json.dumps(found['input'], default=str)[:80]})"
