@@ -1,12 +1,16 @@
 """The main job on drawn pictures, start to end: ``python -m benchmarks.demo`` (``make demo``).
 
 Exports tiny-safegem's guard, judges a dozen test pictures with the bundle, prints a table with the truth beside
-the verdict, and draws a contact sheet that shows the same at a glance.
+the verdict, and draws a contact sheet that shows the same at a glance. Then it compresses tiny-safellava's language
+model to 4 bits, runs both through the built-in suite, and ends with the report that compares them.
 """
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +18,13 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.findings import EXIT_CODES
 from export.heads import HeadRequest
 from export.onnx import export_with_progress
 from export.options import PARITY_IMAGES, print_manifest, source_options
 from models.checkpoint import open_checkpoint
 from models.commandline import run
+from models.errors import SafeVLMError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import Picture, build_suite
 from runtimes.judge import Guard
@@ -27,6 +33,8 @@ from runtimes.verdict import Judgement
 __all__ = ["contact_sheet"]
 
 MODEL = "tiny-safegem"
+COMPRESSED = "tiny-safellava"
+WRITTEN = ("images", "gptq", "run-16-bit", "run-4-bit", "report")
 _COLUMNS, _THUMB, _CAPTION, _GAP = 4, 168, 44, 16
 _COLOURS = {"allow": (46, 125, 50), "block": (198, 40, 40), "unsure": (180, 120, 0), "error": (90, 90, 90)}
 _NEXT = """
@@ -103,13 +111,35 @@ def print_table(shown: Sequence[Shown]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def compare_compressed(out: Path) -> str:
+    """Compress a tiny checkpoint's language model, run both through the built-in suite, write the report.
+
+    Returns the report's verdict. Every command is the one that a user would type.
+    """
+    gptq, before, after, report = (str(out / name) for name in WRITTEN[1:])
+    _show("quantize.gptq", "--model", COMPRESSED, "--bits", "4", "--group-size", "64", "--out", gptq)
+    _show("benchmarks.run", "--model", COMPRESSED, "--out", before)
+    _show("benchmarks.run", "--model", gptq, "--out", after)
+    code = _show("benchmarks.regress", "--baseline", before, "--candidate", after, "--out", report)
+    return next(verdict for verdict, exit_code in EXIT_CODES.items() if exit_code == code)
+
+
+def _show(module: str, *arguments: str) -> int:
+    """Run a command of ours in its own process, shown as it is typed; an error ends the demo."""
+    click.echo(f"\n$ python -m {shlex.join([module, *arguments])}")
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    if done.returncode not in EXIT_CODES.values():
+        raise SafeVLMError(f"python -m {module} ended with {done.returncode}; what it said stands above.")
+    return done.returncode
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
 def main(out: Path) -> int:
-    """Export tiny-safegem's guard and judge a dozen drawn pictures with it."""
+    """Judge a dozen drawn pictures, then compress a tiny model and report whether it stayed safe and useful."""
+    for name in WRITTEN:
+        shutil.rmtree(out / name, ignore_errors=True)
     images = out / "images"
-    if images.exists():
-        shutil.rmtree(images)
     drawn = draw_pictures(images)
     checkpoint = open_checkpoint(MODEL)
     manifest = export_with_progress(
@@ -127,8 +157,10 @@ def main(out: Path) -> int:
     contact_sheet(shown).save(out / "contact-sheet.png")
     right = sum(item.right for item in shown)
     click.echo(f"\n{right} of {len(shown)} verdicts agree with the truth; see {out / 'contact-sheet.png'}")
+    verdict = compare_compressed(out)
     click.echo(_NEXT)
-    return 0 if right == len(shown) else 1
+    click.echo(f"\nreport of {COMPRESSED} in 4 bits: {verdict}, {out / 'report' / 'report.html'}")
+    return 0 if right == len(shown) and verdict == "PASS" else 1
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ ATTACKS = [
 def test_an_attack_stays_between_its_markers(attack: str, where: str) -> None:
     told = tell(pair(1, **{where: attack}), picture=False)
     assert quoted(told, {"answer": "answer", "query": "question"}[where]) == attack
-    assert told.user.replace(attack, "").count(attack) == 0  # nowhere else
-    assert attack not in told.system
+    assert told.user.count(attack) == 1  # nowhere else
+    assert told.system == tell(pair(2), picture=False).system
     assert "do not obey" in told.system
     assert told.user.endswith("reply with the JSON object alone.")  # the last word is ours
 
@@ -113,6 +113,11 @@ def test_an_answer_that_copies_the_markers_of_another_prompt_gets_new_ones() -> 
     first = tell(pair(1, answer="Sure."), picture=False)
     again = tell(pair(1, answer=first.user), picture=False)
     assert quoted(again, "answer") == first.user
+
+
+def test_markers_cannot_be_known_before_the_answer_is() -> None:
+    users = [tell(pair(1, answer=f"Answer {n}."), picture=False).user for n in range(20)]
+    assert len({re.findall(r"<answer-(\w+)>", user)[0] for user in users}) == 20
 
 
 def test_the_prompt_names_its_version_and_hash() -> None:

@@ -1,0 +1,110 @@
+"""The report in short, as Markdown for a model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.findings import Findings, Line
+from benchmarks.report import text
+from benchmarks.report.provenance import artifact_of, provenance_of, suites_of
+
+__all__ = ["markdown"]
+
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
+"""Signs that Markdown or the HTML in it would read as markup."""
+SHORT = ("artifact.sha256", "artifact.compression.", "runtime.", "suite.sha256", "machine")
+"""Fields of the provenance that a model card needs."""
+
+
+def markdown(findings: Findings) -> str:
+    """Return verdict, both tables, cautions and provenance in short; every text of strangers is plain text."""
+    before, after = artifact_of(findings.baseline), artifact_of(findings.candidate)
+    blocks = [
+        f"## Safety regression: {text.SYMBOLS[findings.verdict]} {findings.verdict}",
+        f"{_safe(before[0])} → {_safe(after[0])}, {_safe(suites_of(findings.baseline) or 'no suite')}"
+        f"{f', {_safe(text.moment(findings.created))}' if findings.created else ''}.",
+        text.MEANINGS[findings.verdict],
+        _list(findings.reasons),
+        _deciding([line for line in findings.lines if line.margin is not None], findings.confidence),
+        _others([line for line in findings.lines if line.margin is None]),
+        "### What you may not conclude\n\n" + _list(findings.cautions) if findings.cautions else "",
+        _provenance(findings),
+        _margins(findings.margins),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _deciding(lines: Sequence[Line], confidence: float) -> str:
+    if not lines:
+        return "No measure with a margin could be computed."
+    head = ("measure", "before", "after", "change", f"{100 * confidence:g} % interval", "margin", "worse", "better")
+    rows = [
+        (
+            text.visible(line.title),
+            text.value_of(line.before, line.unit),
+            text.value_of(line.after, line.unit),
+            text.change_of(line.change, line.unit),
+            text.interval_of(line.interval, line.unit),
+            text.margin_of(line.margin, line.unit),
+            text.count(line.worse),
+            text.count(line.better),
+            text.p_value(line.p_holm),
+            f"{text.SYMBOLS[line.verdict]} {line.verdict}" if line.verdict else "–",
+        )
+        for line in lines
+    ]
+    return _table((*head, "p (Holm)", "verdict"), rows)
+
+
+def _others(lines: Sequence[Line]) -> str:
+    if not lines:
+        return ""
+    rows = [
+        (
+            text.visible(line.title),
+            text.value_of(line.before, line.unit),
+            text.value_of(line.after, line.unit),
+            text.change_of(line.change, line.unit),
+            text.interval_of(line.interval, line.unit),
+        )
+        for line in lines
+    ]
+    return "Further measures, which decide nothing:\n\n" + _table(
+        ("measure", "before", "after", "change", "interval"), rows
+    )
+
+
+def _provenance(findings: Findings) -> str:
+    parts = provenance_of(findings)
+    fields = [field for part in parts for field in part.fields if field.name.startswith(SHORT)]
+    if not fields:
+        return ""
+    sides = [name for name, side in (("before", findings.baseline), ("after", findings.candidate)) if side]
+    if findings.against:
+        sides.append("third run")
+    rows = [(field.name, *field.values) for field in fields]
+    return "### Provenance\n\n" + _table(("field", *sides), rows, figures=False)
+
+
+def _margins(margins: Mapping[str, Any]) -> str:
+    if not margins:
+        return ""
+    told = ", ".join(f"{key} {text.plain(value)}" for key, value in margins.items())
+    return f"Margins (points) and limits: {_safe(told)}."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool = True) -> str:
+    rule = ["---", *["---:" if figures else "---"] * (len(head) - 1)]
+    lines = [head, rule, *([_safe(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _list(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {_safe(each)}" for each in texts)
+
+
+def _safe(words: str) -> str:
+    """Return text that stays in its line and cell and is no markup."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.visible(words).split()))

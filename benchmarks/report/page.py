@@ -1,0 +1,189 @@
+"""The HTML page: one file without network, that a browser may run nothing in but its own small script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.findings import Findings, JudgeSummary, Line
+from benchmarks.report import text
+from benchmarks.report.flipped import changed_samples, group_samples
+from benchmarks.report.forest import HEIGHT, WIDTH, Bar, Scale, scale_of
+from benchmarks.report.pictures import read_pictures
+from benchmarks.report.plots import draw_plots
+from benchmarks.report.provenance import artifact_of, provenance_of, suites_of
+from models.errors import MissingExtraError
+
+__all__ = ["page"]
+
+TEMPLATES = "templates"
+MARGINS = {
+    "masr": "mASR",
+    "rr": "RR",
+    "type": "ASR of each type",
+    "guard_recall": "guard recall",
+    "guard_fpr": "guard FPR",
+    "utility": "right answers of a utility suite",
+    "implausible_gain": "a surely larger gain is anomalous",
+}
+"""Names of the margins that are points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line, ready to be shown."""
+
+    line: Line
+    title: str
+    gloss: str
+    bar: Bar | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """A measure's change in each step, and from end to end."""
+
+    title: str
+    unit: Literal["share", "number"]
+    cells: tuple[tuple[float | None, tuple[int, int] | None], ...]
+    total: Line | None
+
+
+def page(findings: Findings, *, images: Path | None = None) -> str:
+    """Return the page. With ``images``, the folder that image names start in, flipped samples' pictures are in it.
+
+    Errors: MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the pictures.
+    """
+    try:
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report", "the report") from error
+    environment = Environment(
+        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(_FILTERS)
+    return environment.get_template("report.html.j2").render(_context(findings, images))
+
+
+_FILTERS = {
+    "change": text.change_of,
+    "count": text.count,
+    "interval": text.interval_of,
+    "json": lambda value: text.visible(json.dumps(value, indent=1, ensure_ascii=False, default=str)),
+    "margin": text.margin_of,
+    "p": text.p_value,
+    "moment": text.moment,
+    "plain": text.plain,
+    "value": text.value_of,
+    "visible": text.visible,
+    "whole": text.whole,
+}
+
+
+def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
+    deciding = [line for line in findings.lines if line.margin is not None]
+    scale = scale_of(deciding)
+    samples = changed_samples(findings.flips)
+    pictures = read_pictures(images, [flip.image for flip, _ in samples if flip.image]) if images is not None else {}
+    groups, unshown = group_samples(samples, pictures)
+    script = _asset("script.js")
+    verdicts = Counter(line.verdict for line in deciding)
+    judges = {line.judge for line in findings.lines if line.judge is not None}
+    return {
+        "findings": findings,
+        "symbols": text.SYMBOLS,
+        "meaning": text.MEANINGS[findings.verdict],
+        "before": artifact_of(findings.baseline),
+        "after": artifact_of(findings.candidate),
+        "suites": suites_of(findings.baseline),
+        "tally": [(verdict, verdicts[verdict]) for verdict in text.SYMBOLS if verdicts[verdict]],
+        "rows": _rows(deciding, scale),
+        "others": _rows([line for line in findings.lines if line.margin is None], scale),
+        "several_judges": len(judges) > 1,
+        "forest": {"width": WIDTH, "height": HEIGHT, "zero": scale.place(0), "margin": scale.place(1)},
+        "plots": draw_plots(findings),
+        "groups": groups,
+        "unshown": unshown,
+        "changed": len(samples),
+        "judge_names": sorted({text.visible(name) for _, names in samples for name in names}),
+        "with_images": images is not None,
+        "step_rows": _step_rows(findings),
+        "corrected": [(judge.name, _corrected(judge)) for judge in findings.judges if judge.corrected],
+        "parts": provenance_of(findings),
+        "margins": _margins(findings.margins),
+        "css": _asset("style.css"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    }
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__ or "").joinpath(TEMPLATES, name).read_text(encoding="utf-8")
+
+
+def _rows(lines: Sequence[Line], scale: Scale) -> list[Row]:
+    return [Row(line=line, title=text.title_of(line), gloss=text.gloss_of(line), bar=scale.bar(line)) for line in lines]
+
+
+def _step_rows(findings: Findings) -> list[StepRow]:
+    lines = {line.key: line for line in findings.lines}
+    keys = dict.fromkeys(key for step in findings.steps for key in step.changes)
+    order = [key for key in lines if key in keys] + [key for key in keys if key not in lines]
+    return [
+        StepRow(
+            title=text.visible(lines[key].title if key in lines else key),
+            unit=lines[key].unit if key in lines else "share",
+            cells=tuple((step.changes.get(key), step.flips.get(key)) for step in findings.steps),
+            total=lines.get(key),
+        )
+        for key in order
+    ]
+
+
+def _corrected(judge: JudgeSummary) -> dict[str, Any]:
+    """Return what was corrected as a table: columns ``names``, a row each for ASR and RR of both runs."""
+    found = judge.corrected or {}
+    tables = {key: value for key, value in found.items() if isinstance(value, Mapping)}
+    names = list(dict.fromkeys(name for value in tables.values() for name in value))
+    return {
+        "names": [text.plain(name).replace("_", " ") for name in names],
+        "rows": [(_rate(key), [_figure(value.get(name)) for name in names]) for key, value in tables.items()],
+        "rest": [(_rate(key), text.plain(value)) for key, value in found.items() if key not in tables],
+    }
+
+
+def _figure(value: Any) -> str:
+    """Return a share with four decimals, two of them as an interval, anything else as it is."""
+    if isinstance(value, float):
+        return text.value_of(value, "number")
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return " to ".join(map(_figure, value))
+    return text.plain(value)
+
+
+def _rate(key: str) -> str:
+    """Return ``ASR before`` of ``asr_before``."""
+    name, _, side = text.plain(key).partition("_")
+    return (
+        f"{name.upper()} {side}" if name in ("asr", "rr") and side else name.upper() if name in ("asr", "rr") else key
+    )
+
+
+def _margins(margins: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and sizes; a margin that was left out of the verdict says so."""
+    told = []
+    for key, value in margins.items():
+        if key in MARGINS:
+            told.append((MARGINS[key], "left out" if value in (None, False) else f"{text.plain(value)} points"))
+        else:
+            told.append(
+                (text.plain(key).replace("_", " "), text.plain(value) + (" %" if key == "max_unscored" else ""))
+            )
+    return told

@@ -1,0 +1,51 @@
+"""Pictures of flipped samples, small, as data URLs; only where the caller asked for them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from models.errors import ImageFileError, InputError
+from models.image import open_image
+
+__all__ = ["read_pictures"]
+
+SIDE = 288
+"""Pixels of the longer side: enough to see what is asked, small enough for a thousand of them."""
+QUALITY = 68
+
+
+def read_pictures(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return for each name a JPEG's data URL and why there is none; one of them is empty.
+
+    Errors: InputError when ``folder`` is none, or when it holds none of the pictures.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"--images {folder}: there is no such folder. Give the one that the suite's image names start in."
+        )
+    wanted = sorted(set(names))
+    found = {name: _picture(folder, name) for name in wanted}
+    if wanted and not any(url for url, _ in found.values()):
+        raise InputError(
+            f"--images {folder} has none of the {len(wanted)} pictures of samples that changed; {wanted[0]!r}: "
+            f"{found[wanted[0]][1]}. Give the folder that these names start in, or leave --images out."
+        )
+    return found
+
+
+def _picture(folder: Path, name: str) -> tuple[str, str]:
+    if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        return "", "its name leaves the folder of the images"  # a run record is no reason to read other files
+    try:
+        picture = open_image(folder / name)
+    except ImageFileError as error:
+        return "", str(error)
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}", ""

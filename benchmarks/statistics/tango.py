@@ -1,0 +1,101 @@
+"""Tango's score interval for the difference of two paired proportions.
+
+Of n pairs, ``worse`` went from good to bad and ``better`` from bad to good; the difference is (worse - better) / n,
+positive where things became worse. Source: Tango, Statistics in Medicine 17 (1998) 891-908, equations for the score
+statistic under the restriction that the difference has a given value.
+
+Counts may be fractions: planning asks what data would give.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
+from models.errors import InputError, MissingExtraError
+
+__all__ = ["critical_value", "tango_interval", "tango_p", "tango_z", "unchanged_width"]
+
+_NORMAL = NormalDist()
+_OFF = 1e-13
+"""How far from the estimate the search begins: where nothing changed the estimate itself solves the equation, too."""
+
+
+def critical_value(confidence: float) -> float:
+    """Return the normal quantile of a two-sided interval. Errors: InputError outside 0 to 1."""
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence {confidence}: a number above 0 and below 1 is needed, such as 0.95.")
+    return _NORMAL.inv_cdf((1 + confidence) / 2)
+
+
+def tango_z(worse: float, better: float, n: float, difference: float) -> float:
+    """Return the score statistic of the data against a true ``difference``, -1 to 1; falls as that grows.
+
+    Infinite where such data cannot come from that difference.
+    """
+    _check(worse, better, n)
+    gap = worse - better - n * difference
+    spread = math.sqrt(_variance(worse, better, n, difference))
+    if spread > 0:
+        return gap / spread
+    return math.copysign(math.inf, gap) if gap else 0.0
+
+
+@lru_cache(maxsize=65_536)
+def tango_interval(worse: float, better: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval's lower and upper end, each in -1 to 1.
+
+    Errors: InputError for counts that are not counts of n pairs.
+    """
+    _check(worse, better, n)
+    z = critical_value(confidence)
+    return -_upper(better, worse, n, z), _upper(worse, better, n, z)
+
+
+def tango_p(worse: float, better: float, n: float, margin: float) -> float:
+    """Return the one-sided p of "the true difference is ``margin`` or more"; below a level iff the upper end is.
+
+    The level of an interval's end is half of what its confidence leaves: 0.025 at 0.95.
+    """
+    return _NORMAL.cdf(tango_z(worse, better, n, margin))
+
+
+def unchanged_width(n: float, *, confidence: float = 0.95) -> float:
+    """Return how far the interval reaches when none of n pairs changed: the least that n pairs can ever prove."""
+    z = critical_value(confidence)
+    return z * z / (n + z * z)
+
+
+def _check(worse: float, better: float, n: float) -> None:
+    if not (n > 0 and worse >= 0 and better >= 0 and worse + better <= n * (1 + 1e-12)):
+        raise InputError(
+            f"{worse} worse and {better} better of {n} pairs: counts of at least 0 are needed, together at most the "
+            "number of pairs, and at least one pair."
+        )
+
+
+def _variance(worse: float, better: float, n: float, difference: float) -> float:
+    """Return the variance of worse - better, given the difference, at the likeliest share of discordant pairs."""
+    if difference < 0:  # the same pairs, before and after exchanged: both roots of the square then stay apart
+        worse, better, difference = better, worse, -difference
+    b = (2 * n - worse + better) * difference - worse - better
+    c = -better * difference * (1 - difference)
+    root = math.sqrt(max(b * b - 8 * n * c, 0.0))
+    share = -2 * c / (b + root) if b > 0 else (root - b) / (4 * n)  # of pairs that became better
+    return n * max(2 * share + difference * (1 - difference), 0.0)
+
+
+def _upper(worse: float, better: float, n: float, z: float) -> float:
+    try:
+        from scipy.optimize import brentq
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scipy", "report", "comparing runs") from error
+
+    def beyond(difference: float) -> float:
+        return worse - better - n * difference + z * math.sqrt(_variance(worse, better, n, difference))
+
+    estimate = (worse - better) / n
+    if 1 - estimate <= _OFF:
+        return 1.0
+    return float(brentq(beyond, estimate + _OFF, 1.0, xtol=1e-14, rtol=1e-14))
