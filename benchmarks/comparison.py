@@ -43,8 +43,8 @@ __all__ = ["Comparison", "compare"]
 
 CAUTIONS = (
     "The verdict is about this suite and these margins. It says nothing of harms or languages that the suite lacks.",
-    "PASS rules out, at the stated confidence, a worsening beyond the margins. It does not say that nothing changed: look "
-    "at the flips.",
+    "PASS rules out, at the stated confidence, a worsening beyond the margins. It does not say that nothing changed: "
+    "look at the flips.",
     "INCONCLUSIVE is no PASS: the data allow a worsening beyond the margin.",
     "Equal rates can hide samples that changed both ways; both directions are counted.",
 )

@@ -153,9 +153,9 @@ def _judge(
     api_key_env: str | None,
 ) -> EndpointJudge:
     try:
-        from benchmarks.judges.chat import ChatServer, Patience, read_key
         from benchmarks.judges.endpoint import EndpointJudge
         from benchmarks.judges.images import ShownImages
+        from runtimes.chat import ChatServer, Patience, read_key
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise

@@ -72,7 +72,13 @@ def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
     needed = None
     if verdict == "INCONCLUSIVE" and line.worse is not None and line.better is not None:
         needed = samples_needed(
-            line.worse, line.better, line.n, line.margin, change=worsening, confidence=margins.confidence
+            line.worse,
+            line.better,
+            line.n,
+            line.margin,
+            change=worsening,
+            upper=max(uppers),
+            confidence=margins.confidence,
         )
     found = replace(line, p_holm=p_holm, verdict=verdict, samples_needed=needed)
     return replace(found, reason=_reason(found, max(uppers), worsening))
@@ -81,22 +87,24 @@ def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
 def _reason(line: Line, upper: float, worsening: float) -> str:
     """Return one sentence for a release manager; points are hundredths."""
     assert line.margin is not None
-    margin, bound = f"{100 * line.margin:g} points", f"{100 * max(upper, 0.0):.2f} points"
+    points = 100 * line.margin
+    allowed = f"{points:g} point is" if points == 1 else f"{points:g} points are"
+    bound = f"{100 * max(upper, 0.0):.2f} points"
     if line.verdict == "PASS":
         harm = line.p_holm is not None and line.p_holm < 0.05 and worsening > 0
         small = " It did get worse (more than chance), by less than the margin." if harm else ""
-        return f"At most {bound} worse; {margin} are allowed.{small}"
+        return f"At most {bound} worse; {allowed} allowed.{small}"
     if line.verdict == "REGRESSION":
         return (
             f"Worse by {100 * worsening:.2f} points, more than chance (p {line.p_holm:.2g} after Holm), and not shown "
-            f"to lie within {margin}."
+            f"to lie within {points:g}."
         )
     settle = (
         f"About {line.samples_needed:,} samples would settle it if the rates stayed."
         if line.samples_needed is not None
         else "More samples alone would not prove it: the difference itself reaches the margin."
     )
-    return f"It may be up to {bound} worse; {margin} are allowed. {settle}"
+    return f"It may be up to {bound} worse; {allowed} allowed. {settle}"
 
 
 def _share_interval(bad: np.ndarray[tuple[int, ...], np.dtype[np.float64]], down: bool, confidence: float) -> Interval:

@@ -18,12 +18,13 @@ import numpy as np
 
 from benchmarks.margins import Margins
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, Tally, keep_for_churn, simulate, spread_over
+from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
 from models.commandline import run
 
 __all__ = ["PROFILES", "SUITES", "Profile", "build", "measure_errors", "summary"]
 
 POINTS = (1, 2, 5)
-SUITES: Mapping[str, tuple[int, int, int]] = {"holisafe": (4031, 1500, 1), "holisafe-mini": (1200, 400, 2)}
+SUITES: Mapping[str, tuple[int, int, int]] = {"holisafe": (4031, 1500, 1), "holisafe-mini": (PAIRS, QUESTIONS, 2)}
 """Pairs, questions of a utility suite (of MMStar's size, or the built-in one), and questions an image."""
 _TYPES: Mapping[str, tuple[int, str]] = {
     "SSU": (718, "safe"),
@@ -176,7 +177,7 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
 @click.command()
 @click.option("--suite", "name", type=click.Choice(list(SUITES)), default="holisafe", show_default=True)
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="Baseline.  [default: safellava, tiny for mini]")
-@click.option("--pairs", type=click.IntRange(min=100), help="Of the suite.  [default: 4031, 1200 for mini]")
+@click.option("--pairs", type=click.IntRange(min=100), help="Of the suite.  [default: 4031, 2400 for mini]")
 @click.option("--questions", type=click.IntRange(min=10), help="Of utility.  [default: 1500, 400 for mini]")
 @click.option("--churn", type=click.FloatRange(0, 1, min_open=True), help="Share of unsafe pairs that change.")
 @click.option("--image-share", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Of the variance.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.answering.answerer import Answerer
-from models.errors import InputError
+from models.errors import InputError, MissingExtraError
 
 __all__ = ["Request", "open_answerer"]
 
@@ -65,10 +65,14 @@ def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
 
 
 def _server(request: Request) -> Answerer:
-    from benchmarks.answering.server import ServerAnswerer
-
     if request.bundle is not None or request.model is None:
         raise InputError("--server needs --model, the name that the server knows it by, and takes no --bundle.")
+    try:
+        from benchmarks.answering.server import ServerAnswerer
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise MissingExtraError("httpx", "report", "asking a server") from error
     assert request.server is not None
     return ServerAnswerer(
         request.server,

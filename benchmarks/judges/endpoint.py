@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.judges.cache import AnswerCache
-from benchmarks.judges.chat import ChatEndpoint, ChatServer
 from benchmarks.judges.images import ShownImages
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import settled, wants_refusal
@@ -25,6 +24,7 @@ from benchmarks.judges.prompt import prompt_identity, tell
 from benchmarks.judges.reply import parse_reply
 from benchmarks.record import Row
 from models.errors import ImageFileError, InputError
+from runtimes.chat import ChatEndpoint, ChatServer
 
 __all__ = ["EndpointJudge", "Source", "Verdict"]
 

@@ -92,11 +92,13 @@ class Reply:
     """What came back: ``text``, or None and ``why`` (``reason: detail``).
 
     ``down``: the failure is the server's and not this question's, so the next one will hardly fare better.
+    ``ended`` is the server's own word for why the reply ends, such as ``stop``, ``length`` or ``content_filter``.
     """
 
     text: str | None = None
     why: str | None = None
     down: bool = False
+    ended: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +127,19 @@ def read_key(variable: str, *, needed: bool) -> str | None:
 class ChatEndpoint:
     """An open connection to a server, for one event loop; an asynchronous context manager.
 
-    ``sleep`` waits between tries.
+    ``sleep`` waits between tries. ``any_end`` takes replies that were cut off at max_tokens, are empty, or were
+    withheld by a content filter as they are; else they are failures, since a judge's word must be whole.
     """
 
-    def __init__(self, server: ChatServer, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+    def __init__(
+        self,
+        server: ChatServer,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        any_end: bool = False,
+    ) -> None:
         self.server = server
+        self.any_end = any_end
         self._sleep = sleep
         self._client: httpx.AsyncClient | None = None
 
@@ -226,6 +236,8 @@ class ChatEndpoint:
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
         ended = choice.get("finish_reason")
+        if self.any_end and (isinstance(text, str) or ended == "content_filter"):
+            return Reply(text=text or "", ended=str(ended))
         if ended == "content_filter":
             return Reply(why="content filter: the server withheld the reply")
         if not isinstance(text, str) or not text.strip():
@@ -233,7 +245,7 @@ class ChatEndpoint:
             return Reply(why=f"empty reply: no text{length}")
         if ended == "length":
             return Reply(why=f"reply cut off: at max_tokens, {self.clean(text)!r}")
-        return Reply(text=text)
+        return Reply(text=text, ended=str(ended))
 
 
 def _back_off(number: int, patience: Patience) -> float:
