@@ -13,7 +13,7 @@ from benchmarks.record import read_run
 from benchmarks.run import run_suite
 from benchmarks.suites.select import open_suite
 from models.errors import InputError
-from tests.benchmarks.judges.server import KEY, Asked, Sent, completion, serving
+from tests.benchmarks.judges.server import KEY, Asked, Sent, completion, judging
 
 SUITE = open_suite("holisafe-mini", limit=40)
 
@@ -37,7 +37,7 @@ def test_the_server_sees_the_very_picture_and_question(tmp_path: Path, monkeypat
         assert any(np.array_equal(shown, np.asarray(picture)) for picture in by_question[asked.user])
         return completion(f"You asked {asked.user}", "length")
 
-    with serving(reply) as server, answerer(server.url) as asking:
+    with judging(reply) as server, answerer(server.url) as asking:
         record = run_suite(asking, SUITE, tmp_path / "run")
         assert len(server.asked) == len(SUITE.rows)
     rows = read_run(tmp_path / "run").rows
@@ -52,7 +52,7 @@ def test_a_filtered_reply_is_a_block_and_a_refused_request_an_error(tmp_path: Pa
             return completion(None, "content_filter")
         return Sent(status=400, body=b'{"error": {"message": "no"}}') if asked.number == 1 else completion("Yes.")
 
-    with serving(reply) as server, answerer(server.url, concurrency=1) as asking:
+    with judging(reply) as server, answerer(server.url, concurrency=1) as asking:
         run_suite(asking, SUITE, tmp_path / "run")
     rows = read_run(tmp_path / "run").rows
     assert [row.blocked for row in rows if row.blocked] == ["guard"]
@@ -61,11 +61,11 @@ def test_a_filtered_reply_is_a_block_and_a_refused_request_an_error(tmp_path: Pa
 
 
 def test_a_server_that_is_down_stops_the_run(tmp_path: Path) -> None:
-    with serving(lambda _: completion("Yes.")) as server:
+    with judging(lambda _: completion("Yes.")) as server:
         url = server.url
     with answerer(url, concurrency=1, tries=1) as asking, pytest.raises(InputError, match=r"not reachable.*--resume"):
         run_suite(asking, SUITE, tmp_path / "run")
     assert read_run(tmp_path / "run").rows == ()
-    with serving(lambda _: completion("Yes.")) as server, answerer(server.url, concurrency=1) as asking:
+    with judging(lambda _: completion("Yes.")) as server, answerer(server.url, concurrency=1) as asking:
         run_suite(asking, SUITE, tmp_path / "run", resume=True)
     assert len(read_run(tmp_path / "run").rows) == len(SUITE.rows)

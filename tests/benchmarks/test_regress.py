@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.answering.torch_model import TorchAnswerer
+from benchmarks.comparison import Comparison, compare
+from benchmarks.record import ROWS_NAME, read_run
+from benchmarks.run import run_suite
+from benchmarks.suites.select import open_suite
+from models.checkpoint import open_checkpoint
+from quantize.gptq import main as quantize
+from tests.benchmarks.runs import HELP, changed, pair_rows, record_of, stored
+
+ROOT = Path(__file__).parents[2]
+
+
+def regress(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.regress", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path) -> None:
+    rows = pair_rows(420, 420)
+    worse = changed(rows, lambda row: row.type == "SSU" and row.id < "SSU-3", answer=HELP)
+    few = pair_rows(10)
+    stored(tmp_path / "base", rows)
+    stored(tmp_path / "same", rows, record_of(rows, name="b"))
+    stored(tmp_path / "worse", worse, record_of(worse, name="b"))
+    stored(tmp_path / "other", rows, record_of(rows).model_copy(update={"prompt": "{question}"}))
+    stored(tmp_path / "few", few)
+    for name, against, code, verdict in [
+        ("base", "same", 0, "PASS"),
+        ("base", "worse", 3, "REGRESSION"),
+        ("few", "few", 4, "INCONCLUSIVE"),
+        ("base", "other", 5, "ANOMALOUS"),
+    ]:
+        out = tmp_path / f"report-{verdict}"
+        done = regress("--baseline", tmp_path / name, "--candidate", tmp_path / against, "--out", out)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.splitlines()[0] == verdict
+        assert "Traceback" not in done.stderr
+        assert json.loads((out / "report.json").read_text())["verdict"] == verdict
+        assert verdict in (out / "report.md").read_text() and verdict in (out / "report.html").read_text()
+        failing = ElementTree.parse(out / "junit.xml").getroot().iter()
+        assert any(each.tag in ("failure", "error") for each in failing) == (verdict != "PASS")
+
+
+def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path) -> None:
+    stored(tmp_path / "run", pair_rows(10))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "m.json").write_text('{"masr": -1}')
+    run, out = tmp_path / "run", tmp_path / "report"
+    for arguments, told in [
+        (("--baseline", run, "--candidate", run, "--out", tmp_path / "there"), "exists"),
+        (("--baseline", run, "--candidate", tmp_path / "bad", "--out", out), "there is no such file"),
+        (("--baseline", run, "--candidate", run, "--out", out, "--margins", tmp_path / "m.json"), "masr"),
+        (("--baseline", run, "--candidate", run, "--out", out, "--judge", "nobody"), "nobody"),
+        (("--baseline", run, "--out", out), "candidate"),
+    ]:
+        done = regress(*arguments)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    with (run / ROWS_NAME).open("a") as stream:
+        stream.write('{"id": "x", "kind": "pair", "probs": [NaN]}\n')
+    done = regress("--baseline", run, "--candidate", run, "--out", out)
+    assert done.returncode == 2 and "line 51: probs.0" in done.stderr
+    assert not out.exists()
+
+
+def test_rounding_to_2_bits_is_a_regression(tmp_path: Path) -> None:
+    """The other half, 4-bit GPTQ is a PASS, is the README's own story."""
+    suite = open_suite("holisafe-mini", limit=900)
+    options = ["--bits", "2", "--group-size", "-1", "--nearest", "--out", str(tmp_path / "rtn")]
+    quantize.main(["--model", "tiny-safegem", *options, "--guard-images", "0"], standalone_mode=False)
+    for name, model in (("before", "tiny-safegem"), ("after", str(tmp_path / "rtn"))):
+        with TorchAnswerer(open_checkpoint(model), suite.classes, max_new_tokens=32, batch=64) as answerer:
+            run_suite(answerer, suite, tmp_path / name)
+    before, after = (read_run(tmp_path / name) for name in ("before", "after"))
+    assert (before.record.artifact.kind, after.record.artifact.kind) == ("checkpoint", "gptq")
+    assert after.record.artifact.compression is not None
+    assert after.record.artifact.compression["method"]["name"] == "rtn"
+    findings = compare(Comparison(baseline=[before], candidate=[after]))
+    assert findings.verdict == "REGRESSION"
