@@ -90,6 +90,8 @@ def _reason(line: Line, upper: float, worsening: float) -> str:
     points = 100 * line.margin
     allowed = f"{points:g} point is" if points == 1 else f"{points:g} points are"
     bound = f"{100 * max(upper, 0.0):.2f} points"
+    if line.verdict == "PASS" and upper <= 0:
+        return f"Better, by {100 * -upper:.2f} points at least."
     if line.verdict == "PASS":
         harm = line.p_holm is not None and line.p_holm < 0.05 and worsening > 0
         small = " It did get worse (more than chance), by less than the margin." if harm else ""

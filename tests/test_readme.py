@@ -19,7 +19,7 @@ RUN = re.compile(r"<!-- run -->\n```(sh|python)\n(.*?)```", re.DOTALL)
 def test_every_runnable_block_runs_in_order() -> None:
     shutil.rmtree(ROOT / "build" / "readme", ignore_errors=True)
     blocks = RUN.findall(README)
-    assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh", "sh"]
     said = []
     for language, text in blocks:
         lines = [text] if language == "python" else text.strip().splitlines()
@@ -32,7 +32,7 @@ def test_every_runnable_block_runs_in_order() -> None:
     assert "block" in said[2], "not one picture of violence was blocked"
     assert len(said[3].splitlines()) == 5
     promised = [line.split() for line in README.splitlines()]
-    *_, exported, thresholds, answered, blocked, gptq, int8 = said
+    *_, exported, thresholds, answered, blocked, gptq, int8, before, after, report = said
     assert "distilled head: same class as the exact guard on" in exported
     for text in (
         thresholds.splitlines()[0],
@@ -45,6 +45,15 @@ def test_every_runnable_block_runs_in_order() -> None:
     for line in gptq.splitlines()[:3]:
         assert line.split() in promised, "the README shows another output of quantize.gptq"
     assert "tiny-safellava at 8.00 bits a weight" in int8
+    assert "tiny-safellava on holisafe-mini, 3000 rows, 0 failed" in before
+    assert "gptq on holisafe-mini, 3000 rows, 0 failed" in after
+    assert report.startswith("PASS\n") and report.count("  PASS\n") == 9
+    shown = re.search(r"```\nPASS\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    measures = [line.split("  ")[0] for line in shown[1].splitlines()[3:]]
+    assert len(measures) == 4 and all(f"\n{measure}  " in report for measure in measures)
+    written = {path.name for path in (ROOT / "build" / "readme" / "report").iterdir()}
+    assert written == {"report.html", "report.json", "report.md", "junit.xml"}
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\| `(python -m [\w.]+)", README, re.MULTILINE))
