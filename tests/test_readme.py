@@ -16,6 +16,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN = re.compile(r"<!-- run -->\n```(sh|python)\n(.*?)```", re.DOTALL)
 
 
+def _rounded(line: str) -> list[str]:
+    """Return a line's words, probabilities to three places: the fourth depends on the number of threads."""
+    return re.sub(r"(0\.\d{3})\d\b", r"\1", line).split()
+
+
 def test_every_runnable_block_runs_in_order() -> None:
     shutil.rmtree(ROOT / "build" / "readme", ignore_errors=True)
     blocks = RUN.findall(README)
@@ -42,8 +47,9 @@ def test_every_runnable_block_runs_in_order() -> None:
     ):
         assert text.split() in promised, "the README shows another output"
     assert answered.startswith("allow") and blocked.startswith("block")
+    rounded = [_rounded(line) for line in README.splitlines()]
     for line in gptq.splitlines()[:3]:
-        assert line.split() in promised, "the README shows another output of quantize.gptq"
+        assert _rounded(line) in rounded, "the README shows another output of quantize.gptq"
     assert "tiny-safellava at 8.00 bits a weight" in int8
     assert "tiny-safellava on holisafe-mini, 3000 rows, 0 failed" in before
     assert "gptq on holisafe-mini, 3000 rows, 0 failed" in after
