@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import sqlite3
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -83,7 +84,7 @@ class AnswerCache:
 
     def _prepare(self, database: sqlite3.Connection) -> None:
         """Set the file up. Two processes may both find it new: the version is read and set under the write lock."""
-        database.execute("PRAGMA journal_mode = WAL")
+        self._share(database)
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("BEGIN IMMEDIATE")
         found = database.execute("PRAGMA user_version").fetchone()[0]
@@ -94,6 +95,21 @@ class AnswerCache:
         database.execute(_TABLE)
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
+
+    def _share(self, database: sqlite3.Connection) -> None:
+        """Switch to the journal that several processes can share.
+
+        SQLite does not wait its busy timeout when two processes switch a new file at once, so it is tried again here.
+        """
+        end = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                database.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -27,7 +29,9 @@ def test_answers_are_there_when_the_file_is_opened_again(tmp_path: Path) -> None
 
 WRITER = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from benchmarks.judges.cache import AnswerCache
 with AnswerCache(Path(sys.argv[1])) as cache:
     print("open", flush=True)
@@ -64,6 +68,19 @@ def test_two_processes_lose_nothing_and_a_killed_one_breaks_nothing(tmp_path: Pa
         found = [cache.get(f"{name}-{number}") for name in ("one", "two") for number in range(150)]
         assert found == [number % 2 == 0 for number in range(150)] * 2
         assert all(cache.get(f"both-{number}") for number in range(150))
+
+
+def test_a_new_file_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
+    for turn in range(40):  # without trying again, some turn finds the file locked
+        together = Barrier(4)
+
+        def opened(_: int, path: Path = tmp_path / f"{turn}.sqlite", together: Barrier = together) -> bool:
+            together.wait()
+            with AnswerCache(path) as cache:
+                return cache.get("a") is None
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(opened, range(4)))
 
 
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
