@@ -25,7 +25,6 @@ __all__ = [
     "bootstrap_bounds",
     "cluster_bootstrap",
     "cluster_sign_flip",
-    "paired_mean_interval",
     "sign_flip_p",
 ]
 
@@ -158,21 +157,6 @@ def cluster_sign_flip(
     """
     where = Clusters(strata, clusters, weights)
     return float(sign_flip_p(where, where.sums(_column(differences)), draws=draws, seed=seed)[0])
-
-
-def paired_mean_interval(
-    differences: npt.ArrayLike,
-    clusters: npt.ArrayLike,
-    confidence: float = 0.95,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the interval of the mean difference of scores that are no plain yes or no: :func:`cluster_bootstrap`."""
-    zeros = np.zeros(len(np.asarray(differences)), dtype=np.int64)
-    return cluster_bootstrap(
-        differences, zeros, clusters, [1.0], draws=draws, seed=seed, confidence=confidence
-    ).interval
 
 
 def bootstrap_bounds(

@@ -22,9 +22,7 @@ __all__ = [
     "BINS",
     "GuardMetrics",
     "guard_metrics",
-    "paired_auroc_bootstrap",
     "paired_bootstrap",
-    "paired_ece_bootstrap",
     "reliability_points",
     "roc_points",
 ]
@@ -116,32 +114,6 @@ def paired_bootstrap(
     if metric == "auroc" and len(np.unique(unsafe)) < 2:
         raise InputError("AUROC needs safe and unsafe images; these are of one kind.")
     return _difference(measure, _scores(first), _scores(second), unsafe, confidence, draws, seed)
-
-
-def paired_auroc_bootstrap(
-    before: npt.ArrayLike,
-    after: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    *,
-    confidence: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the interval of AUROC after - before: :func:`paired_bootstrap`."""
-    return paired_bootstrap("auroc", before, after, labels, confidence=confidence, draws=draws, seed=seed)
-
-
-def paired_ece_bootstrap(
-    before: npt.ArrayLike,
-    after: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    *,
-    confidence: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the interval of ECE after - before: :func:`paired_bootstrap`."""
-    return paired_bootstrap("ece", before, after, labels, confidence=confidence, draws=draws, seed=seed)
 
 
 def _difference(

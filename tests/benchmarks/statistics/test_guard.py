@@ -13,9 +13,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.statistics.guard import (
     BINS,
     guard_metrics,
-    paired_auroc_bootstrap,
     paired_bootstrap,
-    paired_ece_bootstrap,
     reliability_points,
     roc_points,
 )
@@ -110,21 +108,19 @@ def test_the_bootstrap_is_that_of_a_slow_loop(metric: str) -> None:
     assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=width / 12)
     assert (low, high) == paired_bootstrap(metric, before, after, labels)
     assert (low, high) != paired_bootstrap(metric, before, after, labels, seed=1)
-    named = paired_auroc_bootstrap if metric == "auroc" else paired_ece_bootstrap
-    assert named(before, after, labels) == (low, high)
     assert paired_bootstrap(metric, after, before, labels) == pytest.approx((-high, -low))
 
 
 def test_pairing_narrows_what_two_alike_guards_can_differ_by() -> None:
     probs, labels = guard(4)
     moved = np.clip(probs + np.random.default_rng(0).normal(0, 0.01, probs.shape), 0, 1)
-    low, high = paired_auroc_bootstrap(probs, moved, labels)
+    low, high = paired_bootstrap("auroc", probs, moved, labels)
     order = np.concatenate(
         [np.random.default_rng(1).permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     )
     apart = np.empty_like(moved)
     apart[np.concatenate([np.flatnonzero(labels == c) for c in np.unique(labels)])] = moved[order]
-    other = paired_auroc_bootstrap(probs, apart, labels)
+    other = paired_bootstrap("auroc", probs, apart, labels)
     assert high - low < 0.7 * (other[1] - other[0])
 
 
