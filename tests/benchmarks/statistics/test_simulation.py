@@ -114,7 +114,7 @@ def test_the_suite_has_the_benchmarks_shape() -> None:
     assert [sizes[f"asr/{kind}"] for kind in ("SSU", "USU", "UUU", "SUU")] == [718, 971, 761, 899]
     assert (sizes["rr"], sizes["guard_recall"], sizes["guard_fpr"]) == (682, 957, 834)
     mini = build("holisafe-mini", PROFILES["tiny"])
-    assert sum(len(line.images) for line in mini.lines if line.key[:2] in ("as", "rr")) == 1201  # 1,200, each rounded
+    assert sum(len(line.images) for line in mini.lines if line.key[:2] in ("as", "rr")) == 2399  # 2,400, each rounded
     large = build("holisafe-mini", PROFILES["tiny"], pairs=4031, questions=900)
     assert [len(line.images) for line in large.lines[:-1]] == [len(line.images) for line in suite.lines[:-1]]
     assert (len(large.lines[-1].images), len(np.unique(large.lines[-1].images))) == (900, 450)
