@@ -225,8 +225,11 @@ class RunWriter:
         if len(kept) < len(rows):
             data = b"".join(_line(row) for row in kept)
             unfinished = path.with_name(f".{path.name}")
-            unfinished.write_bytes(data)
-            unfinished.replace(path)
+            try:
+                unfinished.write_bytes(data)
+                unfinished.replace(path)
+            except OSError as error:
+                raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
             end = len(data)
         return cls(folder, begun, frozenset(row.id for row in kept), end)
 
@@ -251,9 +254,15 @@ class RunWriter:
         self._done.add(row.id)
 
     def finish(self, when: str) -> None:
-        """Say in ``run.json`` that all rows are there."""
+        """Say in ``run.json`` that all rows are there. Errors: InputError for a disk that is full."""
         self.record = self.record.model_copy(update={"finished": when})
-        _replace(self.folder / RECORD_NAME, self.record)
+        try:
+            _replace(self.folder / RECORD_NAME, self.record)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder / RECORD_NAME} cannot be written: {error.strerror or error}. All rows are kept; make "
+                "room and go on with --resume."
+            ) from error
 
     def __enter__(self) -> Self:
         return self
