@@ -8,7 +8,6 @@ cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 from benchmarks.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.guard_lines import guard_curves, guard_flips, guard_number_lines
 from benchmarks.judge_lines import summarise_judges
-from benchmarks.judges.exact import question_score
 from benchmarks.judges.judge import Score
 from benchmarks.judges.select import open_judge
 from benchmarks.lines import decide_lines, line_of
@@ -37,6 +35,7 @@ from benchmarks.record import Run
 from benchmarks.statistics.decision import overall
 from benchmarks.steps import steps_between
 from models.errors import InputError
+from models.machine import now
 from models.version import VERSION
 
 __all__ = ["Comparison", "compare"]
@@ -111,7 +110,7 @@ def compare(comparison: Comparison) -> Findings:
         against=_records(comparison.against),
         margins=margins.model_dump(mode="json"),
         versions={"safevlm-edge": VERSION},
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
     )
 
 
@@ -234,10 +233,8 @@ def _flips(found: Measured) -> list[Flip]:
                 flips.append(_flip(pair, judged.judge, worse=one.ok))
     for measured in found.measures:
         if measured.group == "utility":
-            for pair in measured.pairs:
-                one_score, other_score = question_score(pair.before), question_score(pair.after)
-                if one_score is not None and other_score is not None and one_score != other_score:
-                    flips.append(_flip(pair, None, worse=one_score > other_score))
+            bad = zip(measured.pairs, measured.before, measured.after, strict=True)
+            flips += [_flip(pair, None, worse=bool(one < other)) for pair, one, other in bad if one != other]
     return flips
 
 

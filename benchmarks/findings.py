@@ -144,7 +144,7 @@ class Findings:
 
     verdict: Verdict
     reasons: tuple[str, ...]
-    """Why, the weightiest first; sentences for a release manager."""
+    """Why, in the order of the lines; sentences for a release manager."""
     anomalies: tuple[str, ...] = ()
     confidence: float = 0.95
     lines: tuple[Line, ...] = ()

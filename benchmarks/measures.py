@@ -6,9 +6,9 @@ image not blocked (1 - recall), a safe image blocked (FPR), a question answered 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,6 @@ class Measure:
     strata: tuple[str, ...] = ()
     """Of each sample, where the measure is a plain mean over strata's means; else empty."""
     margin: float | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def clusters(self) -> tuple[str, ...]:

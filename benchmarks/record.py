@@ -11,8 +11,6 @@ SHA-256 in hexadecimal, times milliseconds, probabilities 0..1.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from benchmarks.journal import append, first_problem, read_lines, replace
 from models.errors import InputError
 
 if TYPE_CHECKING:
@@ -201,7 +200,7 @@ class RunWriter:
             )
         try:
             folder.mkdir(parents=True)
-            _replace(folder / RECORD_NAME, record)
+            replace(folder / RECORD_NAME, _document(record))
             return cls(folder, record, frozenset(), 0)
         except OSError as error:
             raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
@@ -224,10 +223,8 @@ class RunWriter:
         kept = [row for row in rows if row.error is None]
         if len(kept) < len(rows):
             data = b"".join(_line(row) for row in kept)
-            unfinished = path.with_name(f".{path.name}")
             try:
-                unfinished.write_bytes(data)
-                unfinished.replace(path)
+                replace(path, data)
             except OSError as error:
                 raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
             end = len(data)
@@ -243,9 +240,7 @@ class RunWriter:
         if row.id in self._done:
             raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
         try:
-            self._stream.write(_line(row))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            append(self._stream, _line(row))
         except OSError as error:
             raise InputError(
                 f"{self.folder / ROWS_NAME} cannot be written: {error.strerror or error}. What was written is kept; "
@@ -257,7 +252,7 @@ class RunWriter:
         """Say in ``run.json`` that all rows are there. Errors: InputError for a disk that is full."""
         self.record = self.record.model_copy(update={"finished": when})
         try:
-            _replace(self.folder / RECORD_NAME, self.record)
+            replace(self.folder / RECORD_NAME, _document(self.record))
         except OSError as error:
             raise InputError(
                 f"{self.folder / RECORD_NAME} cannot be written: {error.strerror or error}. All rows are kept; make "
@@ -277,10 +272,8 @@ def _line(row: Row) -> bytes:
     return row.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
-def _replace(path: Path, record: RunRecord) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(record.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+def _document(record: RunRecord) -> bytes:
+    return record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
 
 
 def _read_record(path: Path) -> RunRecord:
@@ -294,33 +287,12 @@ def _read_record(path: Path) -> RunRecord:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}") from error
+        raise InputError(f"{path}: {first_problem(error)}") from error
 
 
 def _read_rows(path: Path) -> tuple[list[Row], int]:
-    """Return the rows and where, in bytes, the last whole line ends."""
-    try:
-        data = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    end = data.rfind(b"\n") + 1
-    rows: list[Row] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(data[:end].splitlines(), 1):
-        try:
-            row = Row.model_validate_json(line)
-        except ValidationError as error:
-            raise InputError(f"{path}, line {number}: {_first(error)}") from error
-        if row.id in seen:
-            raise InputError(f"{path}, line {number}: id {row.id!r} stands in line {seen[row.id]} already.")
-        seen[row.id] = number
-        rows.append(row)
+    """Return the rows, none where there is no file yet, and where, in bytes, the last whole line ends."""
+    if not path.exists():
+        return [], 0
+    rows, end, _ = read_lines(path, Row)
     return rows, end
-
-
-def _first(error: ValidationError) -> str:
-    """Return the first thing that is wrong, with its field."""
-    found = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, found["loc"])) or "the whole"
-    given = json.dumps(found["input"], default=str, ensure_ascii=True)
-    return f"{field}: {found['msg']} (given: {given[:80]})"

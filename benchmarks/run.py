@@ -6,7 +6,6 @@ killed goes on with ``--resume``, from the same batches, and ends with the rows 
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,12 @@ from PIL import Image
 
 from benchmarks.answering.answerer import Answerer, failed
 from benchmarks.answering.select import Request, open_answerer
-from benchmarks.record import RECORD_NAME, Row, RunRecord, RunWriter
+from benchmarks.record import RECORD_NAME, Row, RunRecord, RunWriter, read_run
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import Suite
 from models.commandline import grid_option, printable, run
 from models.errors import ImageFileError, InputError
-from models.machine import machine_name
+from models.machine import machine_name, now
 from models.version import VERSION
 
 __all__ = ["batches", "run_suite"]
@@ -78,7 +77,7 @@ def run_suite(
             report(len(missing))
         for row in waiting:
             writer.write(row)
-        writer.finish(_now())
+        writer.finish(now())
         return writer.record
 
 
@@ -120,7 +119,7 @@ def _picture(suite: Suite, row: Row) -> Image.Image | ImageFileError:
 def _record(answerer: Answerer, suite: Suite) -> RunRecord:
     described = answerer.describe()
     return RunRecord(
-        created=_now(),
+        created=now(),
         artifact=described.artifact,
         runtime=described.runtime,
         suite=suite.record(),
@@ -131,10 +130,6 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
         machine=machine_name(),
         versions={"safevlm-edge": VERSION},
     )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 @click.command()
@@ -182,8 +177,6 @@ def main(
 
 
 def _print(record: RunRecord, out: Path, as_json: bool) -> None:
-    from benchmarks.record import read_run
-
     rows = read_run(out).rows
     failed = [row for row in rows if row.error is not None]
     if as_json:

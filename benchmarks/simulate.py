@@ -178,7 +178,7 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
 @click.option("--suite", "name", type=click.Choice(list(SUITES)), default="holisafe", show_default=True)
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="Baseline.  [default: safellava, tiny for mini]")
 @click.option("--pairs", type=click.IntRange(min=100), help="Of the suite.  [default: 4031, 2400 for mini]")
-@click.option("--questions", type=click.IntRange(min=10), help="Of utility.  [default: 1500, 400 for mini]")
+@click.option("--questions", type=click.IntRange(min=10), help="Of utility.  [default: 1500, 600 for mini]")
 @click.option("--churn", type=click.FloatRange(0, 1, min_open=True), help="Share of unsafe pairs that change.")
 @click.option("--image-share", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Of the variance.")
 @click.option("--runs", type=click.IntRange(min=1), default=2000, show_default=True, help="Comparisons a truth.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import platform
@@ -15,7 +14,7 @@ from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, Row
 from benchmarks.quantize_cases import QuantizeSpeed
 from models.commandline import printable
-from models.machine import core_count, machine_name
+from models.machine import core_count, machine_name, now
 from models.version import VERSION
 
 __all__ = ["gate_record", "guard_record", "guard_table", "quantize_record"]
@@ -108,7 +107,7 @@ def _surroundings(benchmark: str, command: str) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "command": command,
         "machine": {
             "name": machine_name(),

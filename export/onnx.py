@@ -7,7 +7,6 @@ exact parts, which gate after the image prefill.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from models.commandline import grid_option, run
 from models.distilled_head import DistilledHead
 from models.errors import InputError
 from models.family import TapSource
+from models.machine import now
 from models.manifest import GuardFile, Head, Manifest, Source, Tap
 from models.preprocessing import Preprocessing
 from models.reference import build_head, build_reference_guard, build_vision, guard_sha256
@@ -226,7 +226,7 @@ def _manifest(
             sha256=distilled.sha256 or None,
         )
     return Manifest(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
         tool_version=VERSION,
         source=Source(
             checkpoint=checkpoint.name,

@@ -1,15 +1,16 @@
-"""The machine that a measurement was made on, in words."""
+"""The machine that a measurement was made on, and when, in words."""
 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
 import platform
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["core_count", "machine_name", "peak_rss", "return_freed_memory"]
+__all__ = ["core_count", "machine_name", "now", "peak_rss", "return_freed_memory"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h."""
@@ -31,6 +32,11 @@ def machine_name() -> str:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {core_count()} cores"
+
+
+def now() -> str:
+    """Return this moment as records and manifests state it: UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def peak_rss() -> int:

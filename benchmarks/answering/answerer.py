@@ -80,9 +80,7 @@ def answered(
     if probs is not None and not bool(np.isfinite(probs).all()):
         return failed(row, f"the guard's probabilities are not finite: {probs.tolist()}")
     ordered = None if probs is None else tuple(min(1.0, max(0.0, float(probs[i]))) for i in order)
-    return Row.model_validate(
-        {**row.model_dump(), "answer": answer, "probs": ordered, "ms": ms, "blocked": blocked}, strict=False
-    )
+    return row.model_copy(update={"answer": answer, "probs": ordered, "ms": ms, "blocked": blocked})
 
 
 def failed(row: Row, why: str) -> Row:

@@ -10,7 +10,6 @@ is computed from. Its ``doc_hash`` hashes pictures by their place in memory, so 
 from __future__ import annotations
 
 import ast
-import datetime
 import hashlib
 import json
 import re
@@ -18,8 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.importing.imported import imported_run
 from benchmarks.importing.lines import numbered_rows
-from benchmarks.record import Artifact, Row, Run, RunRecord, Runtime, SuiteRecord
+from benchmarks.record import Row, Run, SuiteRecord
 from models.errors import InputError
 
 __all__ = ["import_lmms_eval"]
@@ -32,9 +32,7 @@ PREFERRED = ("mmmu_acc", "mme_realworld_score", "average", "exact_match")
 LOG_NAME = re.compile(r"samples_(?P<task>[^/]+)\.jsonl(\.gz)?$")
 
 
-def import_lmms_eval(
-    path: Path, *, name: str, task: str | None = None, metric: str | None = None, folder: Path = Path()
-) -> Run:
+def import_lmms_eval(path: Path, *, name: str, task: str | None = None, metric: str | None = None) -> Run:
     """Return a log's samples as a run of questions with scores; ``name`` is the model's.
 
     ``task`` is read off the file's name and ``metric`` found by itself where they are not given.
@@ -70,17 +68,8 @@ def import_lmms_eval(
     if not rows:
         raise InputError(f"{path} holds no samples.")
     content = sorted((row.id, row.reference, text) for row, text in zip(rows, asked, strict=True))
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    record = RunRecord(
-        created=now,
-        finished=now,
-        artifact=Artifact(name=name, kind="predictions", sha256=hashlib.sha256(path.read_bytes()).hexdigest()),
-        runtime=Runtime(name="imported"),
-        suite=SuiteRecord(
-            name=f"{task}", sha256=hashlib.sha256(json.dumps([metric, content]).encode()).hexdigest(), rows=len(rows)
-        ),
-    )
-    return Run(folder=folder, record=record, rows=tuple(rows))
+    digest = hashlib.sha256(json.dumps([metric, content]).encode()).hexdigest()
+    return imported_run(path, name, SuiteRecord(name=task, sha256=digest, rows=len(rows)), rows)
 
 
 def _metrics(raw: Mapping[str, Any]) -> list[str]:

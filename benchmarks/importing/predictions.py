@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import re
 from pathlib import Path
 
+from benchmarks.importing.imported import imported_run
 from benchmarks.importing.lines import numbered_rows
-from benchmarks.record import Artifact, Row, Run, RunRecord, Runtime, SuiteRecord
+from benchmarks.record import Row, Run, SuiteRecord
 from benchmarks.suites.holisafe import row_of
 from benchmarks.suites.suite import without_contradictions
 from models.errors import InputError
@@ -20,7 +20,7 @@ __all__ = ["import_predictions"]
 NAME_END = re.compile(r"(\.predictions)?\.jsonl?(\.gz)?$")
 
 
-def import_predictions(path: Path, *, name: str | None = None, folder: Path = Path()) -> Run:
+def import_predictions(path: Path, *, name: str | None = None) -> Run:
     """Return published answers as a run; ``name`` is the model's, by default the file's.
 
     Prompt, preprocessing and decoding are not known. Errors: InputError, with the line and the field, for a row that
@@ -41,22 +41,11 @@ def import_predictions(path: Path, *, name: str | None = None, folder: Path = Pa
         raise InputError(f"{path} holds no rows.")
     kept, left_out = without_contradictions(rows)
     content = [row.model_dump(mode="json", exclude={"answer", "query"}) for row in sorted(kept, key=lambda row: row.id)]
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    record = RunRecord(
-        created=now,
-        finished=now,
-        artifact=Artifact(
-            name=name or NAME_END.sub("", path.name),
-            kind="predictions",
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        ),
-        runtime=Runtime(name="imported"),
-        suite=SuiteRecord(
-            name="holisafe",
-            sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-            rows=len(rows),
-            classes=standard_classes(),
-            left_out=left_out,
-        ),
+    suite = SuiteRecord(
+        name="holisafe",
+        sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        rows=len(rows),
+        classes=standard_classes(),
+        left_out=left_out,
     )
-    return Run(folder=folder, record=record, rows=kept)
+    return imported_run(path, name or NAME_END.sub("", path.name), suite, kept)

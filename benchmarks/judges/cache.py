@@ -5,7 +5,6 @@ Several processes may use one file at once. Only answers that could be read are 
 
 from __future__ import annotations
 
-import datetime
 import sqlite3
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from models.errors import InputError
+from models.machine import now
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,8 +71,7 @@ class AnswerCache:
 
     def put(self, key: str, ok: bool, model: str) -> None:
         """Keep an answer; one that is there already stands."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self._run("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", key, int(ok), model, now)
+        self._run("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", key, int(ok), model, now())
 
     def _run(self, statement: str, *values: str | int) -> tuple[int, ...] | None:
         assert self._database is not None, "entered first"

@@ -7,10 +7,11 @@ import hashlib
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Row
+from benchmarks.suites.image_files import find_image, is_plain
 from models.errors import ImageFileError, InputError
 from models.image import open_image
 
@@ -65,7 +66,6 @@ class ShownImages:
 
     def _find(self, name: str) -> Path | None:
         """Return where a picture lies. A run record may come from anywhere: its names must not leave the folder."""
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
+        if not is_plain(name):
             raise InputError(f"image {name!r} of a row is not a relative path inside {self.folder}.")
-        return next((path for path in (self.folder / "images" / name, self.folder / name) if path.is_file()), None)
+        return find_image(self.folder, name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from benchmarks.journal import append, first_problem, read_lines, replace
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
@@ -77,7 +77,7 @@ class StoredJudge:
             raise InputError(f"{run_folder} holds no scores of a judge {label!r}; there are: {told}.")
         self.name = label
         self._identity = _read_identity(identity).identity
-        self._lines = {line.id: line for line in _read_lines(lines)[0]}
+        self._lines = {line.id: line for line in read_lines(lines, StoredLine)[0]}
 
     def identity(self) -> Mapping[str, Any]:
         """Return what decided the scores."""
@@ -156,9 +156,7 @@ class ScoreWriter:
         if row.id in self._done:
             raise InputError(f"{self.path}: row {row.id} has a score already.")
         try:
-            self._stream.write(_dump(StoredLine(id=row.id, ok=score.ok, why=score.why, row=row_digest(row))))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            append(self._stream, _dump(StoredLine(id=row.id, ok=score.ok, why=score.why, row=row_digest(row))))
         except OSError as error:
             raise self._unwritable(error) from error
         self._done.add(row.id)
@@ -175,7 +173,7 @@ class ScoreWriter:
             raise InputError(f"{there[0]} exists. Give another --name, or --resume to go on with the scores in it.")
         if there:
             self._take_up()
-        _replace(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+        replace(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
 
     def _take_up(self) -> None:
         """Keep what is there and still holds; rewrite the file, all at once, when anything else is in it."""
@@ -186,12 +184,12 @@ class ScoreWriter:
             raise InputError(f"{self.path} holds another judge's scores: {told}. Give another --name, or its settings.")
         if not self.path.exists():
             return
-        lines, whole = _read_lines(self.path)
+        lines, _, whole = read_lines(self.path, StoredLine)
         rows = {row.id: row for row in self.rows}
         fitting = [line for line in lines if line.ok is not None and line.id in rows]
         self.kept = {line.id: line for line in fitting if line.fits(rows[line.id])}
         if not whole or len(self.kept) < len(lines):
-            _replace(self.path, b"".join(map(_dump, self.kept.values())))
+            replace(self.path, b"".join(map(_dump, self.kept.values())))
         self._done = set(self.kept)
 
     def _unwritable(self, error: OSError) -> InputError:
@@ -226,46 +224,10 @@ def _dump(line: StoredLine) -> bytes:
     return json.dumps(given).encode("ascii") + b"\n"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(path)
-
-
 def _read_identity(path: Path) -> _Identity:
     try:
         return _Identity.model_validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: the judge's identity cannot be read ({error.strerror}).") from error
     except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}") from error
-
-
-def _read_lines(path: Path) -> tuple[list[StoredLine], bool]:
-    """Return the lines, and whether the file ends with a whole one: a last line that was cut off is none."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    end = data.rfind(b"\n") + 1
-    lines: list[StoredLine] = []
-    stands: dict[str, int] = {}
-    for number, text in enumerate(data[:end].split(b"\n")[:-1], 1):
-        try:
-            line = StoredLine.model_validate_json(text)
-        except ValidationError as error:
-            raise InputError(f"{path}, line {number}: {_first(error)}") from error
-        if line.id in stands:
-            raise InputError(f"{path}, line {number}: id {line.id!r} stands in line {stands[line.id]} already.")
-        stands[line.id] = number
-        lines.append(line)
-    return lines, end == len(data)
-
-
-def _first(error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, found["loc"])) or "the whole"
-    return f"{field}: {found['msg']} (given: {json.dumps(found['input'], default=str)[:80]})"
+        raise InputError(f"{path}: {first_problem(error)}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.suites.image_files import find_image
 from models.errors import ImageFileError, InputError
 from models.image import open_image
 
@@ -42,7 +43,7 @@ def _picture(folder: Path, name: str) -> tuple[str, str]:
     if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
         return "", "its name leaves the folder of the images"  # a run record is no reason to read other files
     try:
-        picture = open_image(folder / name)
+        picture = open_image(find_image(folder, name) or folder / name)
     except ImageFileError as error:
         return "", str(error)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -70,7 +70,7 @@ def artifact_of(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return "–", ""
     names = dict.fromkeys(plain(_under(run, "artifact").get("name")) for run in runs)
     first = _under(runs[0], "artifact")
-    bits = _under(first, "compression").get("bits")
+    bits = _under(first, "compression").get("bits_per_weight")
     size = first.get("bytes")
     told = (
         plain(first["kind"]) if first.get("kind") else "",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import PAIR_TYPES, Row
+from benchmarks.suites.image_files import find_image, is_plain
 from benchmarks.suites.suite import Suite, without_contradictions
 from models.errors import InputError
 from models.guard_head import standard_classes
@@ -88,8 +89,7 @@ def row_of(raw: Any, where: str, *, query_needed: bool = True) -> Row:
 
 
 def _plain(name: str, where: str) -> str:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
+    if not is_plain(name):
         raise InputError(f"{where}: field 'image' is {name!r}, a relative path inside images/ is needed.")
     return name
 
@@ -119,9 +119,8 @@ def _refuse_repeats(rows: Sequence[Row], path: Path) -> None:
 
 
 def _files(folder: Path, images: Sequence[str]) -> dict[str, Path]:
-    """Return where each image lies: under ``images/``, or under the folder itself as some copies have it."""
-    places: Sequence[Callable[[str], Path]] = (lambda name: folder / "images" / name, lambda name: folder / name)
-    found = {name: next((at(name) for at in places if at(name).is_file()), None) for name in images}
+    """Return where each image lies. Errors: InputError that names some that are missing."""
+    found = {name: find_image(folder, name) for name in images}
     missing = [name for name, file in found.items() if file is None]
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")

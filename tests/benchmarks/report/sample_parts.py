@@ -89,7 +89,7 @@ def run_of(
 ) -> dict[str, Any]:
     compressed = {
         "method": "gptq",
-        "bits": 4,
+        "bits_per_weight": 4.0,
         "group_size": 128,
         "calibration": {"name": "llava-mix", "samples": 256, "sha256": "5e" * 32},
     }
