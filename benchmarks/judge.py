@@ -155,7 +155,7 @@ def _judge(
     try:
         from benchmarks.judges.endpoint import EndpointJudge
         from benchmarks.judges.images import ShownImages
-        from runtimes.chat import ChatServer, Patience, read_key
+        from runtimes.chat_endpoint import ChatServer, Patience, read_key
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise

@@ -9,7 +9,7 @@ D width of the language model, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,11 +26,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from models.decoding import TextStream, greedy_steps
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, stop_ids, text_ids
+from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
@@ -310,6 +311,7 @@ class SafeVLM(nn.Module):
         probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1)
         return replace(begun, guard_probs=probs.cpu().numpy())
 
+    @torch.inference_mode()
     def _begin(self, prefill: Prefill) -> tuple[Tensor, Begun]:
         """Return the prefill's last hidden state, and what decoding needs with an empty verdict."""
         cache = DynamicCache(config=self.core.config.get_text_config())
@@ -325,12 +327,10 @@ class SafeVLM(nn.Module):
             ),
         )
 
-    @torch.inference_mode()
     def generate(self, prefill: Prefill, max_new_tokens: int = 32) -> list[list[int]]:
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
         return self._decode(self._begin(prefill)[1], max_new_tokens)
 
-    @torch.inference_mode()
     def finish(self, begun: Begun, max_new_tokens: int = 32) -> list[str]:
         """Answer the prompts of :meth:`begin` by greedy decoding: one pass for every token after the first."""
         written = self._decode(begun, max_new_tokens)
@@ -342,26 +342,22 @@ class SafeVLM(nn.Module):
         texts = self.finish(begun, max_new_tokens)
         return [Answer(text, begun.guard_probs[row]) for row, text in enumerate(texts)]
 
+    def stream(self, begun: Begun, max_new_tokens: int = 32) -> Iterator[str]:
+        """Yield the answer to the one prompt of :meth:`begin` piece by piece; together they are :meth:`finish`'s."""
+        text = TextStream(lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        for ids in greedy_steps(self, begun, max_new_tokens):
+            if ids[0] is not None and (piece := text.add(ids[0])):
+                yield piece
+        if piece := text.end():
+            yield piece
+
     def _decode(self, begun: Begun, max_new_tokens: int) -> list[list[int]]:
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
-        stops = stop_ids(self.tokenizer, self.family.prompt)
-        table = self.core.get_input_embeddings()
-        hidden_N1D, attention, position = begun.last_hidden, begun.attention_mask, begun.last_position
-        written: list[list[int]] = [[] for _ in hidden_N1D]
-        open_rows = set(range(len(written)))
-        for step in range(max_new_tokens):
-            chosen_N1 = self.token_logits(hidden_N1D).argmax(dim=-1)
-            for row in sorted(open_rows):
-                token = int(chosen_N1[row, 0])
-                if token in stops:
-                    open_rows.remove(row)
-                else:
+        written: list[list[int]] = [[] for _ in begun.last_hidden]
+        for ids in greedy_steps(self, begun, max_new_tokens):
+            for row, token in enumerate(ids):
+                if token is not None:
                     written[row].append(token)
-            if not open_rows or step + 1 == max_new_tokens:
-                break
-            position = position + 1
-            attention = torch.cat([attention, torch.ones_like(chosen_N1)], dim=-1)
-            hidden_N1D = self.language_forward(table(chosen_N1), {"attention_mask": attention}, position, begun.cache)
         return written
 
 

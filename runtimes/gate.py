@@ -25,7 +25,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,17 +133,28 @@ class Gate:
         """How many calls of guard and language model overran their time and are still running."""
         return self.guard_lane.stuck + self.language_lane.stuck
 
-    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> GateResult:
+    def ask(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        on_text: Callable[[str], None] | None = None,
+    ) -> GateResult:
         """Judge an image and, if it passes, answer the question about it.
 
-        Never raises on account of image, guard or language model: see the module's text.
+        ``on_text`` is told the pieces of the answer as they are written, from another thread, and nothing of an image
+        that is blocked; what it raises ends the answer as an error. Never raises on account of image, guard or
+        language model: see the module's text.
         """
-        request = _Request(self, image, question, max_new_tokens)
+        request = _Request(self, image, question, max_new_tokens, on_text)
         begun = time.perf_counter()
         try:
             result = request.decide()
         except Exception as error:  # of any kind, a bug of the gate's own included: it fails closed
             result = request.failed(error)
+        finally:
+            request.over = True
         return replace(result, ms={**request.ms, "total": (time.perf_counter() - begun) * 1000})
 
     def _check_classes(self) -> None:
@@ -169,12 +180,22 @@ class Gate:
 class _Request:
     """One image and question on their way through the gate, and what is known of them so far."""
 
-    def __init__(self, gate: Gate, image: ImageSource, question: str, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        image: ImageSource,
+        question: str,
+        max_new_tokens: int,
+        on_text: Callable[[str], None] | None,
+    ) -> None:
         self.gate = gate
         self.image = image
         self.question = question
         self.max_new_tokens = max_new_tokens
+        self.on_text = on_text
         self.part: Part = "guard"
+        self.over = False
+        """Set when the request has its result: an answer that is still being written is for nobody."""
         self.ms: dict[str, float] = {}
         self.probs: dict[str, float] | None = None
         self.exact_probs: dict[str, float] | None = None
@@ -211,14 +232,25 @@ class _Request:
             if refusal is not None:
                 return refusal
             with self._timed("generate"):
-                tokens, seconds = self.max_new_tokens, self.gate.generation_timeout
-                answer = lane.run(lambda: language.generate(prefilled.handle, tokens), seconds).get()
+                seconds = self.gate.generation_timeout
+                answer = lane.run(lambda: self._generate(language, prefilled.handle), seconds).get()
                 if not isinstance(answer, str):
                     raise SafeVLMError(f"runtime {language.runtime} answered with {type(answer).__name__}, not text")
         if exact is not None and (found is None or found.verdict == "unsure"):
             return self._allowed("exact", exact, answer)
         assert found is not None  # without a guard there is an exact verdict, or an error
         return self._allowed("guard", found, answer)
+
+    def _generate(self, language: LanguageRunner, handle: Any) -> str:
+        if self.on_text is None:
+            return language.generate(handle, self.max_new_tokens)
+        pieces = []
+        for piece in language.stream(handle, self.max_new_tokens):
+            if self.over:
+                raise OverranError("the answer was cut off at its deadline")
+            self.on_text(piece)
+            pieces.append(piece)
+        return "".join(pieces)
 
     def _refusal(self, found: Finding | None, exact: Finding) -> GateResult | None:
         """Return the block that the exact verdict demands, or None."""

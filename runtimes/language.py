@@ -10,6 +10,7 @@ Shapes: H x W pixels, T image tokens, D width of the language model, C classes.
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,6 +79,13 @@ class LanguageRunner(Activated):
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         return self._generate(handle, max_new_tokens)
 
+    def stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
+        """Answer as :meth:`generate` does and yield the pieces of the text as they are written."""
+        self._check_active()
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        yield from self._stream(handle, max_new_tokens)
+
     @abc.abstractmethod
     def _prefill(
         self, rgb: npt.NDArray[np.uint8], question: str, embeddings: npt.NDArray[np.float32] | None
@@ -85,6 +93,10 @@ class LanguageRunner(Activated):
 
     @abc.abstractmethod
     def _generate(self, handle: Any, max_new_tokens: int) -> str: ...
+
+    def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
+        """By default the whole answer is one piece."""
+        yield self._generate(handle, max_new_tokens)
 
     def _check_active(self) -> None:
         if not self._active:

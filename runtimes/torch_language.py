@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from runtimes.language import LanguageRunner, Prefilled
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
-    from models.safe_vlm import SafeVLM
+    from models.safe_vlm import Begun, SafeVLM
 
 __all__ = ["Dtype", "TorchLanguageRunner"]
 
@@ -82,14 +83,23 @@ class TorchLanguageRunner(LanguageRunner):
         return Prefilled(exact_probs=begun.guard_probs[0], handle=[begun])
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
-        if not isinstance(handle, list) or not handle:
-            raise InputError("this handle was answered already, or is another runner's: prefill again")
-        return self._loaded().finish(handle.pop(), max_new_tokens)[0]
+        return self._loaded().finish(_begun(handle), max_new_tokens)[0]
+
+    def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
+        return self._loaded().stream(_begun(handle), max_new_tokens)
 
     def _loaded(self) -> SafeVLM:
         if self._vlm is None:
             raise SafeVLMError("the language model is not loaded")
         return self._vlm
+
+
+def _begun(handle: Any) -> Begun:
+    """Take the prefill out of a handle: decoding extends its cache, so that it is good for one answer."""
+    if not isinstance(handle, list) or not handle:
+        raise InputError("this handle was answered already, or is another runner's: prefill again")
+    begun: Begun = handle.pop()
+    return begun
 
 
 def _device(torch: Any, name: str) -> Any:

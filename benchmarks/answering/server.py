@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.answering.answerer import Description, failed
 from benchmarks.record import Artifact, Row, Runtime
-from runtimes.chat import ChatEndpoint, ChatServer, Patience, Reply, read_key
+from runtimes.chat_endpoint import ChatEndpoint, ChatServer, Patience, Reply, read_key
 
 if TYPE_CHECKING:
     from typing_extensions import Self

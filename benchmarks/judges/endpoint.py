@@ -24,7 +24,7 @@ from benchmarks.judges.prompt import prompt_identity, tell
 from benchmarks.judges.reply import parse_reply
 from benchmarks.record import Row
 from models.errors import ImageFileError, InputError
-from runtimes.chat import ChatEndpoint, ChatServer
+from runtimes.chat_endpoint import ChatEndpoint, ChatServer
 
 __all__ = ["EndpointJudge", "Source", "Verdict"]
 

@@ -25,7 +25,7 @@ from benchmarks.judges.endpoint import GIVE_UP, EndpointJudge, Verdict
 from benchmarks.judges.images import ShownImages
 from benchmarks.record import Row
 from models.errors import InputError
-from runtimes.chat import ChatEndpoint, ChatServer, Patience, read_key
+from runtimes.chat_endpoint import ChatEndpoint, ChatServer, Patience, read_key
 from tests.benchmarks.judges.server import (
     KEY,
     Asked,
