@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from calibration.answers import Answer, own_answers, whole_model_bytes
 from calibration.batches import TokenWeights
 from calibration.conversations import Conversations, Sample, built_in_conversations, read_conversations
 from calibration.leakage import Leakage, built_in_evaluation, find_leaks, read_evaluation
@@ -15,8 +18,10 @@ from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.hub import TINY_CHECKPOINTS
 
-__all__ = ["Answers", "Calibration", "CalibrationOptions", "calibrate_on"]
+__all__ = ["Answers", "Calibration", "CalibrationOptions", "answers_of", "calibrate_on"]
 
+ANSWERING = 1200 * 2**20
+"""Bytes that answering takes beside the weights: interpreter, libraries, caches."""
 Answers = Literal["auto", "own", "given", "none"]
 
 
@@ -71,3 +76,48 @@ def calibrate_on(checkpoint: Checkpoint, options: CalibrationOptions, status: Ca
     if not leakage.clean and not options.allow_leakage:
         raise InputError(leakage.refusal())
     return Calibration(source=source, samples=samples, leakage=leakage)
+
+
+def answers_of(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    options: CalibrationOptions,
+    *,
+    max_memory: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[Answer | None]:
+    """Return one answer a sample, or ``None``: the model's own where it fits into ``max_memory`` bytes, as asked for.
+
+    ``say`` is told when it does not fit. Errors: InputError when its own answers are asked for and it does not fit.
+    """
+    size = whole_model_bytes(checkpoint, dtype)
+    fits = size + ANSWERING <= max_memory or device != "cpu"
+    if options.answers == "own" and not fits:
+        raise InputError(
+            f"--answers own: the model takes {size / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')} and "
+            f"must fit into --max-memory ({max_memory / 2**30:.1f} GiB) to answer. Give more memory, --dtype bfloat16, "
+            "or answers in the file and --answers given."
+        )
+    if options.answers == "own" or (options.answers == "auto" and fits):
+        return list(
+            own_answers(
+                checkpoint,
+                samples,
+                grid=options.grid,
+                max_new_tokens=options.max_new_tokens,
+                dtype=dtype,
+                device=device,
+                report=report,
+            )
+        )
+    given = [None if options.answers == "none" or each.answer is None else Answer(text=each.answer) for each in samples]
+    if options.answers == "auto":
+        say(
+            f"the 16-bit model ({size / 2**30:.1f} GiB) does not fit into memory to answer by itself: "
+            f"{sum(answer is not None for answer in given)} of {len(given)} samples have an answer in the file, the "
+            "others are prompts alone. A larger machine can answer them beforehand: python -m calibration.answers"
+        )
+    return given

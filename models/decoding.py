@@ -1,11 +1,11 @@
-"""Greedy decoding from a prefill, a token a row and step; and text from tokens as they come.
+"""Greedy decoding from a prefill, a token a row and step.
 
 Shapes: N prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +15,7 @@ from models.prompt_tokens import stop_ids
 if TYPE_CHECKING:
     from models.safe_vlm import Begun, SafeVLM
 
-__all__ = ["TextStream", "greedy_steps"]
-
-UNFINISHED = "\ufffd"
-"""What a decoder writes for bytes that are not a whole character yet."""
+__all__ = ["greedy_steps"]
 
 
 def greedy_steps(vlm: SafeVLM, begun: Begun, max_new_tokens: int) -> Iterator[list[int | None]]:
@@ -44,29 +41,3 @@ def greedy_steps(vlm: SafeVLM, begun: Begun, max_new_tokens: int) -> Iterator[li
             position = position + 1
             attention = torch.cat([attention, torch.ones_like(chosen_N1)], dim=-1)
             hidden_N1D = vlm.language_forward(table(chosen_N1), {"attention_mask": attention}, position, begun.cache)
-
-
-class TextStream:
-    """The text of a growing answer: what a new token adds to it, no sooner than whole characters are there."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._told = ""
-
-    def add(self, token: int) -> str:
-        """Return the text that became certain with one more token; blanks before the first word are left out."""
-        self._ids.append(token)
-        text = self._decode(self._ids).lstrip()
-        if text.endswith(UNFINISHED) or not text.startswith(self._told):
-            return ""
-        return self._tell(text.rstrip())
-
-    def end(self) -> str:
-        """Return what is left to tell."""
-        return self._tell(self._decode(self._ids).strip())
-
-    def _tell(self, text: str) -> str:
-        more = text[len(self._told) :] if text.startswith(self._told) else ""
-        self._told += more
-        return more

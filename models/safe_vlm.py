@@ -26,7 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from models.decoding import TextStream, greedy_steps
+from models.decoding import greedy_steps
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
@@ -35,6 +35,7 @@ from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
+from models.text_stream import TextStream
 from models.transformers_config import build_config
 
 if TYPE_CHECKING:

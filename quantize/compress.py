@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import transformers
 
-from calibration.answers import Answer, own_answers, whole_model_bytes
+from calibration.answers import Answer
 from calibration.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
 from calibration.conversations import Sample
 from calibration.mix import samples_sha256
-from calibration.samples import Calibration, CalibrationOptions, calibrate_on
+from calibration.samples import Calibration, CalibrationOptions, answers_of, calibrate_on
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
@@ -43,8 +43,6 @@ __all__ = ["Compressed", "check_place", "compress"]
 SCHEMA_VERSION = 1
 MEMORY_SHARE = 0.8
 """Of the available memory, that a run takes where it is not told."""
-ANSWERING = 1200 * 2**20
-"""Bytes that answering takes beside the weights: interpreter, libraries, caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,37 +323,16 @@ def _answers(
     kept = unfinished.kept("answers.json")
     if kept is not None:
         return [None if each is None else Answer(text=each["text"], ids=_ids(each["ids"])) for each in kept]
-    size = whole_model_bytes(checkpoint, options.dtype)
-    fits = size + ANSWERING <= max_memory or options.device != "cpu"
-    if calibration.answers == "own" and not fits:
-        raise InputError(
-            f"--answers own: the model takes {size / 2**30:.1f} GiB in {str(options.dtype).removeprefix('torch.')} and "
-            f"must fit into --max-memory ({max_memory / 2**30:.1f} GiB) to answer. Give more memory, --dtype bfloat16, "
-            "or answers in the file and --answers given."
-        )
-    answers: list[Answer | None] = [
-        None if calibration.answers == "none" or sample.answer is None else Answer(text=sample.answer)
-        for sample in samples
-    ]
-    if calibration.answers == "own" or (calibration.answers == "auto" and fits):
-        answers = list(
-            own_answers(
-                checkpoint,
-                samples,
-                grid=calibration.grid,
-                max_new_tokens=calibration.max_new_tokens,
-                dtype=options.dtype,
-                device=options.device,
-                report=progress.status,
-            )
-        )
-    elif calibration.answers == "auto":
-        given = sum(answer is not None for answer in answers)
-        progress.say(
-            f"the 16-bit model ({size / 2**30:.1f} GiB) does not fit into memory to answer by itself: {given} of "
-            f"{len(answers)} samples have an answer in the file, the others are prompts alone. A larger machine can "
-            "answer them beforehand: python -m calibration.answers"
-        )
+    answers = answers_of(
+        checkpoint,
+        samples,
+        calibration,
+        max_memory=max_memory,
+        dtype=options.dtype,
+        device=options.device,
+        say=progress.say,
+        report=progress.status,
+    )
     unfinished.keep("answers.json", [None if answer is None else asdict(answer) for answer in answers])
     return answers
 

@@ -1,0 +1,126 @@
+"""Write a checkpoint for llama.cpp: ``python -m export.gguf --model SafeLLaVA-7B --out DIR --type q4_k_m``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import click
+from rich.console import Console
+
+from calibration.mix import Mix
+from calibration.samples import CalibrationOptions
+from export.gguf.artifact import GgufOptions, export_gguf
+from export.gguf.quantizing import PLAIN_TYPES, TYPES, type_of
+from export.gguf.writing import StoredType
+from models.checkpoint import open_checkpoint
+from models.commandline import grid_option, printable, run
+from models.distilled_head import DistilledHead
+from models.family import TapSource
+from models.gguf_manifest import GgufManifest
+from models.hub import TINY_CHECKPOINTS
+from models.machine import return_freed_memory
+from quantize.estimate import shown_bytes
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command(name="gguf")
+@click.option(
+    "--model", required=True, help="Folder, one of the six, hub id[@revision], a GPTQ artifact, or tiny name."
+)
+@click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist.")
+@click.option("--type", "kind", default=GgufOptions.type, show_default=True, help=f"One of {', '.join(TYPES)}.")
+@click.option(
+    "--mmproj-type", default=GgufOptions.mmproj_type, show_default=True, help="Of the projector: f16, f32, bf16."
+)
+@click.option("--calibration", type=FILE, help="JSONL of conversations, for the importance matrix.  [tiny: built in]")
+@click.option("--calibration-images", type=FOLDER, help="Folder that its image names are relative to.")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples to measure on.")
+@click.option("--keep-out", type=FILE, multiple=True, help="Evaluation suite that no sample may be of; repeatable.")
+@click.option("--allow-leakage", is_flag=True, help="Go on after a hit; the manifest says so.")
+@click.option("--no-importance", is_flag=True, help="Quantize without an importance matrix.")
+@click.option(
+    "--guard", type=FILE, help="A head that calibration.distill wrote, for a guard behind the language model."
+)
+@click.option("--revision", help="Hub revision: a branch, tag or commit.")
+@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard taps.")
+@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
+@click.option("--images", type=FOLDER, help="Pictures that parity is checked on.  [default: drawn]")
+@click.option("--parity-images", type=click.IntRange(min=0), default=GgufOptions.parity_images, show_default=True)
+@click.option("--max-memory", type=float, help="GiB that activations may take.  [default: half of what is available]")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def main(
+    model: str,
+    out: Path,
+    kind: str,
+    mmproj_type: str,
+    calibration: Path | None,
+    calibration_images: Path | None,
+    samples: int,
+    keep_out: tuple[Path, ...],
+    allow_leakage: bool,
+    no_importance: bool,
+    guard: Path | None,
+    revision: str | None,
+    tap: TapSource | None,
+    grid: str | None,
+    images: Path | None,
+    parity_images: int,
+    max_memory: float | None,
+    as_json: bool,
+) -> None:
+    """Write MODEL's language model, projector and guard for llama.cpp, checked against the checkpoint."""
+    kind = type_of(kind)
+    return_freed_memory()
+    checkpoint = open_checkpoint(model, tap=tap, revision=revision)
+    size = grid_option(grid)
+    measured = (calibration is not None or checkpoint.name in TINY_CHECKPOINTS) and not no_importance
+    importance = None
+    if measured and kind not in PLAIN_TYPES:
+        importance = CalibrationOptions(
+            file=calibration,
+            images=calibration_images,
+            mix=Mix(samples=samples),
+            keep_out=keep_out,
+            allow_leakage=allow_leakage,
+            grid=size,
+        )
+    options = GgufOptions(
+        type=kind,
+        mmproj_type=cast(StoredType, mmproj_type),
+        importance=importance,
+        distilled=None if guard is None else DistilledHead.read(guard),
+        grid=size,
+        images=images,
+        parity_images=parity_images,
+        **({} if max_memory is None else {"max_memory": int(max_memory * 2**30)}),
+    )
+    with Console(stderr=True).status("opening") as status:
+        manifest = export_gguf(checkpoint, out, options, report=status.update)
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=1))
+        return
+    click.echo("\n".join(printable(line) for line in _lines(manifest, out)))
+
+
+def _lines(manifest: GgufManifest, out: Path) -> list[str]:
+    lines = [f"{out}: {manifest.source.checkpoint} for llama.cpp"]
+    lines += [f"  {file.path}  {shown_bytes(file.bytes)}" for file in manifest.files]
+    if manifest.importance is not None:
+        lines.append(
+            f"importance matrix of {manifest.importance.tokens} tokens of {manifest.importance.samples} samples"
+        )
+    parity = manifest.parity
+    if parity is not None:
+        lines.append(
+            f"exact guard on llama.cpp: max |Δp| {parity.max_abs_prob_delta:.1e}, {parity.label_flips} label flips on "
+            f"{parity.images} images"
+        )
+    lines.append(f'next: python -m runtimes.chat --model {out} IMAGE "question"')
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

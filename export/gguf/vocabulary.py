@@ -1,0 +1,136 @@
+"""Tokens, scores, merges, special tokens and chat template as llama.cpp reads them.
+
+SentencePiece models (LLaVA, Gemma) become llama.cpp's ``llama`` tokenizer, byte-level BPE (Qwen) its ``gpt2`` with the
+pre-tokenizer ``qwen2``. Rows of the embedding without a token are named ``[PAD…]`` and unused, as llama.cpp's own
+converter does it, so that ids and rows agree.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from export.gguf.writing import gguf_library
+from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
+from models.prompt_tokens import load_tokenizer
+
+__all__ = ["vocabulary_keys"]
+
+SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id", "pad": "pad_token_id"}
+BYTE_BPE = {"qwen2_5_vl": "qwen2"}
+"""Families whose tokenizer is byte-level BPE, with llama.cpp's name of its pre-tokenizer."""
+NO_SPACE_PREFIX = ("gemma3",)
+WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
+
+
+def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> None:
+    """Set the tokenizer's metadata for an embedding of ``vocab_size`` rows.
+
+    Errors: CheckpointError for a folder without the tokenizer's files, and for more tokens than rows.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.name}: the tokenizer has token {largest}, the embedding {vocab_size} rows: they do not "
+            "belong together."
+        )
+    pre = BYTE_BPE.get(checkpoint.family.key)
+    if pre is not None:
+        _byte_bpe(checkpoint.folder, tokenizer, vocab_size, pre, writer)
+    else:
+        _sentencepiece(checkpoint.folder, tokenizer, vocab_size, writer)
+    for name, attribute in SPECIAL.items():
+        token = getattr(tokenizer, attribute, None)
+        if token is not None:
+            getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(tokenizer.bos_token is not None and pre is None)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(pre is None and checkpoint.family.key not in NO_SPACE_PREFIX)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _added(tokenizer: Any) -> dict[int, tuple[str, bool]]:
+    """Return the tokens that stand beside the model's own vocabulary, and whether each is special."""
+    return {
+        int(token): (str(each.content), bool(each.special)) for token, each in tokenizer.added_tokens_decoder.items()
+    }
+
+
+def _byte_bpe(folder: Path, tokenizer: Any, vocab_size: int, pre: str, writer: Any) -> None:
+    gguf = gguf_library()
+    added = _added(tokenizer)
+    names = {token: text for text, token in tokenizer.get_vocab().items()}
+    tokens, types = [], []
+    for token in range(vocab_size):
+        if token in added:
+            text, special = added[token]
+            tokens.append(text)
+            types.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
+        elif token in names:
+            tokens.append(names[token])
+            types.append(gguf.TokenType.NORMAL)
+        else:
+            tokens.append(f"[PAD{token}]")
+            types.append(gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(_merges(folder, tokenizer))
+
+
+def _merges(folder: Path, tokenizer: Any) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    stated = None if backend is None else json.loads(backend.to_str()).get("model", {}).get("merges")
+    if not stated:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no merges. Needed is its tokenizer.json, or vocab.json with merges.txt; copy "
+            "them from the base model."
+        )
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in stated]
+
+
+def _sentencepiece(folder: Path, tokenizer: Any, vocab_size: int, writer: Any) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    gguf = gguf_library()
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing: llama.cpp needs the scores of the SentencePiece model. Copy it from the base model."
+        )
+    pieces = SentencePieceProcessor(model_file=str(path))
+    tokens = [f"[PAD{token}]".encode() for token in range(vocab_size)]
+    scores = [UNUSED_SCORE] * vocab_size
+    types = [gguf.TokenType.UNUSED] * vocab_size
+    for token in range(pieces.GetPieceSize()):
+        tokens[token] = pieces.IdToPiece(token).encode("utf-8")
+        scores[token] = pieces.GetScore(token)
+        types[token] = _type(gguf, pieces, token)
+    for token, (text, special) in _added(tokenizer).items():
+        own = token < pieces.GetPieceSize()
+        if own and types[token] == gguf.TokenType.UNKNOWN:
+            continue
+        text = text if special else text.replace(WORD_MARK, " ")
+        tokens[token], scores[token] = text.encode("utf-8"), ADDED_SCORE
+        types[token] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+
+
+def _type(gguf: Any, pieces: Any, token: int) -> Any:
+    kinds = (
+        (pieces.IsUnknown, gguf.TokenType.UNKNOWN),
+        (pieces.IsControl, gguf.TokenType.CONTROL),
+        (pieces.IsUnused, gguf.TokenType.UNUSED),
+        (pieces.IsByte, gguf.TokenType.BYTE),
+    )
+    return next((kind for says, kind in kinds if says(token)), gguf.TokenType.NORMAL)

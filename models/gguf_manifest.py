@@ -1,0 +1,164 @@
+"""``gguf.json``: what a folder of GGUF files says of the Safe-VLM that they are, guard heads included.
+
+llama.cpp's own files hold neither a guard head nor its classes; this manifest and the heads beside it do. Paths are
+relative to the folder; hashes are SHA-256.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.errors import BundleError
+from models.family import PromptFormat
+from models.json_file import read_json_object
+from models.manifest import BundlePath, Count, Parity, Positive, Sha256, Source, Tap
+from models.preprocessing import Preprocessing
+
+__all__ = ["GGUF_MANIFEST_NAME", "GgufFile", "GgufHead", "GgufManifest", "Importance", "Prompt"]
+
+GGUF_MANIFEST_NAME = "gguf.json"
+_AGAIN = "Copy the folder again, or write it anew with python -m export.gguf."
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class GgufFile(_Frozen):
+    """A file of the folder: the language ``model``, its multimodal projector ``mmproj``, or a guard's ``head``."""
+
+    path: BundlePath
+    role: Literal["model", "mmproj", "head"]
+    type: str
+    """llama.cpp's word, such as ``f16`` or ``q4_k_m``; of a head its dtype."""
+    sha256: Sha256
+    bytes: Count
+
+
+class GgufHead(_Frozen):
+    """A guard head, read from ``file`` (safetensors, ``img_safety_head.mlp.*``).
+
+    ``exact`` is the checkpoint's own, on what its tap says; ``distilled`` imitates it on the projector's output.
+    """
+
+    file: BundlePath
+    kind: Literal["exact", "distilled"]
+    reads: Literal["projector", "language_model"]
+    pooling: Literal["mean", "mean_max_std"]
+    widths: tuple[Positive, ...] = Field(min_length=2)
+    fidelity: Mapping[str, Any] | None = None
+    """Of a distilled head, on held-out pictures."""
+
+
+class Prompt(_Frozen):
+    """One user turn with one image; see :class:`models.family.PromptFormat`."""
+
+    before_image: str
+    image_token: str
+    after_image: str
+    after_question: str
+    end_of_turn: str
+    before_text: str
+
+    def format(self) -> PromptFormat:
+        """Return it as the family's own."""
+        return PromptFormat(**self.model_dump())
+
+
+class Importance(_Frozen):
+    """What the importance matrix was measured on: samples by the hash of their set, tokens that were counted."""
+
+    samples: Positive
+    samples_sha256: Sha256
+    source_sha256: Sha256 | None
+    tokens: Positive
+    leaked: bool
+
+
+class GgufManifest(_Frozen):
+    """Everything a device needs to run the files and to know where they come from."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    tool_version: str
+    source: Source
+    language_sha256: Sha256
+    """Of the language model's tensors as the checkpoint stores them."""
+    source_quantization: str | None = None
+    """How the checkpoint was quantized before; its numbers were dequantized."""
+    random_weights: bool = False
+    tap: Tap
+    classes: tuple[str, ...] = Field(min_length=2)
+    preprocessing: Preprocessing
+    image_tokens: Positive
+    class_token_last: bool = False
+    """Whether the projector file is written for a llama.cpp that puts LLaVA's class token behind the patches."""
+    probe: tuple[float, ...] = Field(min_length=16, max_length=16)
+    """Of the projector's output for a test picture: first and last image token, 8 numbers each."""
+    context_length: Positive
+    prompt: Prompt
+    files: tuple[GgufFile, ...]
+    heads: tuple[GgufHead, ...] = Field(min_length=1)
+    importance: Importance | None = None
+    parity: Parity | None = None
+    """Of the exact guard on llama.cpp, against the checkpoint on torch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GgufManifest:
+        roles = [file.role for file in self.files]
+        if roles.count("model") != 1 or roles.count("mmproj") != 1:
+            raise ValueError("one model and one mmproj are needed among the files")
+        paths = [file.path for file in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError(f"a file is listed twice: {', '.join(paths)}")
+        for head in self.heads:
+            if head.file not in {file.path for file in self.files if file.role == "head"}:
+                raise ValueError(f"the head {head.file} is not listed among the files")
+            if head.widths[-1] != len(self.classes):
+                raise ValueError(
+                    f"the head {head.file} ends in {head.widths[-1]}, there are {len(self.classes)} classes"
+                )
+        if [head.kind for head in self.heads].count("exact") != 1:
+            raise ValueError("one exact head is needed")
+        return self
+
+    def file(self, role: Literal["model", "mmproj"]) -> GgufFile:
+        """Return the file of a role that there is one of."""
+        return next(file for file in self.files if file.role == role)
+
+    def head(self, kind: Literal["exact", "distilled"]) -> GgufHead | None:
+        """Return the head of a kind, if there is one."""
+        return next((head for head in self.heads if head.kind == kind), None)
+
+    @classmethod
+    def read(cls, folder: Path) -> GgufManifest:
+        """Read ``gguf.json`` of a folder; BundleError says what is wrong and where."""
+        path = folder / GGUF_MANIFEST_NAME
+        if not path.is_file():
+            raise BundleError(
+                f"{path} is missing: without it nothing is known of the guard of these files. A folder with it is "
+                "written by python -m export.gguf --model M --out DIR."
+            )
+        stated = read_json_object(path, needed_for="what GGUF files hold")
+        if stated.get("schema_version") != 1:
+            raise BundleError(
+                f"{path}: schema_version {stated.get('schema_version')!r} is unknown; 1 is read. {_AGAIN}"
+            )
+        try:
+            return cls.model_validate(stated)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the manifest as a whole"
+            reason = str(first["msg"]).removeprefix("Value error, ")
+            raise BundleError(f"{path}: {place}: {reason}. {_AGAIN}") from error
+
+    def write(self, folder: Path) -> None:
+        """Write ``gguf.json`` into ``folder`` in one step."""
+        unfinished = folder / f".{GGUF_MANIFEST_NAME}.partial-{os.getpid()}"
+        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / GGUF_MANIFEST_NAME)

@@ -1,0 +1,178 @@
+"""The language model on llama.cpp: a folder that ``export.gguf`` wrote, answer and exact verdict from one prefill.
+
+A guard on the projector's output reads the image embeddings that mtmd makes; one behind the language model reads the
+hidden states of the image tokens in the prefill that the answer needs. Image and prefix stay in memory, so a second
+question about the same picture costs its own tokens alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import BundleError, InputError
+from models.text_stream import TextStream
+from runtimes.gguf_artifact import GgufArtifact, open_gguf
+from runtimes.head import head_logits, pooled, softmax
+from runtimes.language import LanguageRunner, Prefilled
+from runtimes.llamacpp import LlamaCpp
+
+__all__ = ["LlamaCppLanguageRunner", "open_session", "probe_picture"]
+
+MOST_CONTEXT = 4096
+PROBE_TOLERANCE = 0.05
+"""Of the probe's largest value: other weights are off by as much as it is, another CPU by a thousandth."""
+Floats = npt.NDArray[np.float32]
+
+
+def open_session(
+    artifact: GgufArtifact, *, context: int | None = None, threads: int | None = None, gpu_layers: int = 0
+) -> LlamaCpp:
+    """Return llama.cpp for a folder, not loaded yet; what shares it, shares one model in memory.
+
+    ``context`` is in tokens, by default the model's own, 4,096 at most.
+    """
+    manifest = artifact.manifest
+    return LlamaCpp(
+        artifact.path(manifest.file("model")),
+        artifact.path(manifest.file("mmproj")),
+        image_tokens=manifest.image_tokens,
+        class_token_last=manifest.class_token_last,
+        context=context or min(manifest.context_length, MOST_CONTEXT),
+        threads=threads,
+        gpu_layers=gpu_layers,
+    )
+
+
+class LlamaCppLanguageRunner(LanguageRunner):
+    """Run a folder of GGUF files, or its language model's file. ``session`` shares one that a guard uses, too.
+
+    Errors on entering: BundleError when llama.cpp cannot load a file, or computes another projector's embeddings.
+    """
+
+    runtime = "llama.cpp"
+    takes_embeddings = True
+
+    def __init__(
+        self,
+        model: GgufArtifact | Path | str,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        gpu_layers: int = 0,
+        session: LlamaCpp | None = None,
+    ) -> None:
+        super().__init__()
+        self.artifact = model if isinstance(model, GgufArtifact) else open_gguf(model)
+        manifest = self.artifact.manifest
+        self.session = session or open_session(self.artifact, context=context, threads=threads, gpu_layers=gpu_layers)
+        self.preprocessing = manifest.preprocessing
+        self.classes = manifest.classes
+        exact = manifest.head("exact")
+        assert exact is not None  # the manifest's own check
+        self._exact = exact
+        self._holds = False
+        self._weights = self.artifact.weights(exact)
+        self._forget()
+
+    def _activate(self) -> None:
+        self.session.activate()
+        self._holds = True
+        check_probe(self.artifact, self.session)
+        session, prompt = self.session, self.artifact.manifest.prompt
+        self._before = session.tokens(prompt.before_image)
+        end = session.tokens(prompt.end_of_turn)
+        self._stops = {session.end_of_sequence, *(end if len(end) == 1 else [])}
+
+    def _deactivate(self) -> None:
+        if self._holds:
+            self.session.deactivate()
+        self._holds = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._picture: bytes | None = None
+        self._handle: list[Floats] = []
+
+    def _prefill(self, rgb: npt.NDArray[np.uint8], question: str, embeddings: Floats | None) -> Prefilled:
+        session, prompt = self.session, self.artifact.manifest.prompt
+        if prompt.image_token in question:
+            raise InputError(
+                f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
+                "Exactly one image is asked about; leave the token out."
+            )
+        self._handle.clear()  # of the prefill before: its prompt is gone
+        picture = hashlib.sha256(rgb.tobytes() + repr(rgb.shape).encode()).digest()
+        if picture != self._picture:
+            self._read_image(rgb, embeddings)
+            self._picture = picture
+        session.keep(self._behind_image)
+        after = session.tokens(prompt.after_image + question + prompt.after_question)
+        handle = [session.read_text(after)]
+        self._handle = handle
+        return Prefilled(exact_probs=self._probs, handle=handle)
+
+    def _read_image(self, rgb: npt.NDArray[np.uint8], embeddings: Floats | None) -> None:
+        """Read the prefix and the image, and the exact verdict out of that."""
+        self._picture = None
+        session = self.session
+        session.keep(0)
+        session.read_text(self._before)
+        if embeddings is None:
+            embeddings = session.encode(rgb)
+        tapped = self._exact.reads == "language_model"
+        states = session.read_image(rgb, embeddings, tapped=tapped)
+        features = embeddings if states is None else states
+        self._probs = softmax(head_logits(self._weights, pooled(features, self._exact.pooling)))
+        self._behind_image = session.position
+
+    def _generate(self, handle: Any, max_new_tokens: int) -> str:
+        return "".join(self._stream(handle, max_new_tokens))
+
+    def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
+        if handle is not self._handle or not handle:
+            raise InputError("this handle was answered already, or is an older prefill's: prefill again")
+        logits, text = handle.pop(), TextStream(self.session.text)
+        for step in range(max_new_tokens):
+            token = int(logits.argmax())
+            if token in self._stops:
+                break
+            if piece := text.add(token):
+                yield piece
+            if step + 1 == max_new_tokens or self.session.position >= self.session.context:
+                break
+            logits = self.session.read_text([token])
+        if piece := text.end():
+            yield piece
+
+
+def probe_picture(height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Return a picture of gradients, H × W × 3, the same everywhere: what a projector makes of it tells it apart."""
+    down, across = np.mgrid[0:height, 0:width]
+    channels = (255 * across // max(1, width - 1), 255 * down // max(1, height - 1), (7 * across + 13 * down) % 256)
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def probe_of(embeddings_TD: Floats) -> tuple[float, ...]:
+    """Return the few numbers of a probe's embeddings that a manifest keeps."""
+    return tuple(float(value) for value in (*embeddings_TD[0, :8], *embeddings_TD[-1, :8]))
+
+
+def check_probe(artifact: GgufArtifact, session: LlamaCpp) -> None:
+    """Raise BundleError unless llama.cpp's projector gives what it gave when the files were written."""
+    manifest = artifact.manifest
+    size = manifest.preprocessing
+    wanted = np.array(manifest.probe)
+    found = np.array(probe_of(session.encode(probe_picture(size.height, size.width))))
+    off = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    if not off <= PROBE_TOLERANCE:
+        raise BundleError(
+            f"{artifact.folder}: this llama.cpp makes other image embeddings of these files than the one that they "
+            f"were written with (off by {off:.0%} on a test picture). Write them again here: python -m export.gguf "
+            f"{manifest.source.model_option} --out DIR."
+        )
