@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from runtimes.gate_result import GateResult
 from runtimes.policy import Policy, read_policy
 
 if TYPE_CHECKING:
+    from runtimes.bundle import Bundle
     from runtimes.gate import Gate
+    from runtimes.language import LanguageRunner
     from runtimes.torch_language import Dtype
 
 __all__ = ["BLOCKED", "main", "open_gate"]
@@ -25,7 +28,7 @@ BLOCKED = 10
 
 
 def open_gate(
-    bundle: Path | str,
+    bundle: Path | str | None,
     model: str | None = None,
     *,
     policy: Policy | None = None,
@@ -37,41 +40,102 @@ def open_gate(
     tap: TapSource | None = None,
     threads: int | None = None,
     timeout: float = 30.0,
+    context: int | None = None,
+    gpu_layers: int = 0,
 ) -> Gate:
-    """Open a bundle and the checkpoint that answers, by default the one that the bundle was made from.
+    """Open a bundle and what answers: a checkpoint, by default the one that the bundle was made from, or GGUF files.
 
-    Pictures are brought to the bundle's size for both. Image embeddings are shared when the bundle gives them and
-    was made from the very vision tower of the checkpoint, by hash. A bundle that is not standalone gates by the
-    exact verdict alone. Errors: those of opening either.
+    On torch pictures are brought to the bundle's size for both. Image embeddings are shared when the bundle gives
+    them and was made from the very vision tower that the answers are, by hash. A bundle that is not standalone gates
+    by the exact verdict alone. Without a bundle, GGUF files (see ``export.gguf``) judge by themselves. ``context``
+    (tokens) and ``gpu_layers`` are llama.cpp's. Errors: InputError for neither; those of opening either.
     """
-    from models.checkpoint import open_checkpoint
     from runtimes.bundle import open_bundle
     from runtimes.gate import Gate
+    from runtimes.gguf_artifact import is_gguf
     from runtimes.judge import Guard
-    from runtimes.torch_language import TorchLanguageRunner
 
+    if bundle is None:
+        if model is None or not is_gguf(model):
+            raise InputError(
+                "--bundle is missing: the guard that judges before the language model. Without one, --model takes a "
+                "folder that python -m export.gguf wrote, whose guard is in it."
+            )
+        return _gguf_alone(model, policy, timeout, threads=threads, context=context, gpu_layers=gpu_layers)
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    source, size = manifest.source, manifest.preprocessing
+    if model is not None and is_gguf(model):
+        language, tower = _gguf_language(model, threads=threads, context=context, gpu_layers=gpu_layers)
+    else:
+        language, tower = _torch_language(
+            opened, model, device=device, dtype=dtype, revision=revision, tap=tap, threads=threads
+        )
+    guard, shared = None, False
+    if manifest.source.standalone:
+        guard = Guard.open(bundle, runtime, precision=precision, threads=threads, verify=False)
+        if any(output.name == "embeddings" for file in manifest.files for output in file.outputs):
+            shared = tower() == manifest.source.sha256
+    return Gate(guard, language, policy, timeout, digest=opened.digest, share_embeddings=shared)
+
+
+def _torch_language(
+    bundle: Bundle,
+    model: str | None,
+    *,
+    device: str,
+    dtype: Dtype,
+    revision: str | None,
+    tap: TapSource | None,
+    threads: int | None,
+) -> tuple[LanguageRunner, Callable[[], str]]:
+    """Return a checkpoint's runner and what hashes its vision tower and guard head."""
+    from models.checkpoint import open_checkpoint
+    from runtimes.torch_language import TorchLanguageRunner
+
+    source, size = bundle.manifest.source, bundle.manifest.preprocessing
     if model is None:
-        model, revision, tap = source.checkpoint, revision or source.revision, tap or manifest.tap.source
+        model, revision, tap = source.checkpoint, revision or source.revision, tap or bundle.manifest.tap.source
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
     language = TorchLanguageRunner(checkpoint, device=device, dtype=dtype, grid=grid, threads=threads)
-    guard, shared = None, False
-    if source.standalone:
-        guard = Guard.open(bundle, runtime, precision=precision, threads=threads, verify=False)
-        if any(output.name == "embeddings" for file in manifest.files for output in file.outputs):
-            used = [*checkpoint.vision_names(), *checkpoint.head_names()]
-            shared = checkpoint.tensors.sha256(used) == source.sha256
-    return Gate(guard, language, policy, timeout, digest=opened.digest, share_embeddings=shared)
+    return language, lambda: checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
+
+
+def _gguf_language(
+    model: str, *, threads: int | None, context: int | None, gpu_layers: int
+) -> tuple[LanguageRunner, Callable[[], str]]:
+    from runtimes.llamacpp_language import LlamaCppLanguageRunner
+
+    language = LlamaCppLanguageRunner(model, threads=threads, context=context, gpu_layers=gpu_layers)
+    return language, lambda: language.artifact.manifest.source.sha256
+
+
+def _gguf_alone(
+    model: str, policy: Policy | None, timeout: float, *, threads: int | None, context: int | None, gpu_layers: int
+) -> Gate:
+    """Return a gate whose guard and language model share one llama.cpp."""
+    from runtimes.gate import Gate
+    from runtimes.gguf_artifact import open_gguf
+    from runtimes.judge import Guard
+    from runtimes.llamacpp_guard import LlamaCppGuardRunner, has_standalone_guard
+    from runtimes.llamacpp_language import LlamaCppLanguageRunner, open_session
+
+    artifact = open_gguf(model)
+    session = open_session(artifact, threads=threads, context=context, gpu_layers=gpu_layers)
+    language = LlamaCppLanguageRunner(artifact, session=session)
+    guard = None
+    if has_standalone_guard(artifact):
+        guard = Guard(LlamaCppGuardRunner(artifact, session), artifact.manifest.classes)
+    return Gate(guard, language, policy, timeout, digest=artifact.digest)
 
 
 @click.command(name="gate")
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="Folder of the guard bundle.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
+)
 @click.option("--question", required=True, help="What is asked about IMAGE.")
-@click.option("--model", help="Checkpoint that answers.  [default: the one that the bundle was made from]")
+@click.option("--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]")
 @click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
 @click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
@@ -87,7 +151,7 @@ def open_gate(
 @click.option("--log-text", is_flag=True, help="Let --log hold question and answer, too.")
 def main(
     image: Path,
-    bundle: Path,
+    bundle: Path | None,
     question: str,
     model: str | None,
     revision: str | None,

@@ -19,11 +19,14 @@ from benchmarks.answering.answerer import (
     failed,
     prompt_text,
 )
+from benchmarks.answering.gguf import gguf_artifact, gguf_runtime
 from benchmarks.record import Artifact, Row, Runtime
 from models.errors import InputError
 from runtimes.bundle import open_bundle
 from runtimes.gate_command import open_gate
 from runtimes.judge import Guard
+from runtimes.language import LanguageRunner
+from runtimes.llamacpp_language import LlamaCppLanguageRunner
 from runtimes.torch_language import TorchLanguageRunner
 
 if TYPE_CHECKING:
@@ -119,9 +122,7 @@ class GatedAnswerer:
         self.gate = open_gate(
             bundle, model, runtime=runtime, precision=precision, device=device, dtype=dtype, revision=revision
         )
-        guard, language = self.gate.guard, self.gate.language
-        assert isinstance(language, TorchLanguageRunner)
-        self._language = language
+        guard = self.gate.guard
         if guard is None:
             raise InputError(f"{bundle} holds no standalone guard: run the checkpoint alone, its guard is exact.")
         self._order = class_order(guard.classes, classes, str(bundle))
@@ -138,13 +139,8 @@ class GatedAnswerer:
 
     def describe(self) -> Description:
         """Return both parts; the language model's prompt, the guard's threshold."""
-        import torch
-
-        from models.checkpoint import Checkpoint
-
-        language = self._language
-        assert isinstance(language.model, Checkpoint) and language.preprocessing is not None
-        bundle, model = bundle_artifact(self.bundle), checkpoint_artifact(language.model)
+        bundle, answers = bundle_artifact(self.bundle), _described(self.gate.language)
+        model = answers.artifact
         return Description(
             artifact=model.model_copy(
                 update={
@@ -154,15 +150,11 @@ class GatedAnswerer:
                     "bytes": (bundle.bytes or 0) + (model.bytes or 0),
                 }
             ),
-            runtime=Runtime(
-                name=f"{self._guard.runner.runtime} + torch",
-                version=torch.__version__,
-                device=language.device,
-                dtype=language.dtype,
-                batch=1,
+            runtime=answers.runtime.model_copy(
+                update={"name": f"{self._guard.runner.runtime} + {answers.runtime.name}"}
             ),
-            prompt=prompt_text(language.model.family.prompt),
-            preprocessing=language.preprocessing.model_dump(mode="json"),
+            prompt=answers.prompt,
+            preprocessing=answers.preprocessing,
             decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
             threshold=_threshold(self._guard),
         )
@@ -180,6 +172,30 @@ class GatedAnswerer:
         if result.probs is not None:
             probs = np.array([result.probs[name] for name in self._guard.classes], np.float32)
         return answered(row, answer=result.answer, probs=probs, order=self._order, ms=result.ms["total"], blocked=stage)
+
+
+def _described(language: LanguageRunner | None) -> Description:
+    """Return what is known of the part that answers; it is active."""
+    if isinstance(language, LlamaCppLanguageRunner):
+        manifest = language.artifact.manifest
+        return Description(
+            artifact=gguf_artifact(language.artifact),
+            runtime=gguf_runtime(),
+            prompt=prompt_text(manifest.prompt.format()),
+            preprocessing=manifest.preprocessing.model_dump(mode="json"),
+        )
+    import torch
+
+    from models.checkpoint import Checkpoint
+
+    assert isinstance(language, TorchLanguageRunner) and isinstance(language.model, Checkpoint)
+    assert language.preprocessing is not None
+    return Description(
+        artifact=checkpoint_artifact(language.model),
+        runtime=Runtime(name="torch", version=torch.__version__, device=language.device, dtype=language.dtype, batch=1),
+        prompt=prompt_text(language.model.family.prompt),
+        preprocessing=language.preprocessing.model_dump(mode="json"),
+    )
 
 
 def _threshold(guard: Guard) -> float | None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from benchmarks.answering.answerer import Answerer
 from models.errors import InputError, MissingExtraError
+from runtimes.gguf_artifact import is_gguf
 
 __all__ = ["Request", "open_answerer"]
 
@@ -49,10 +50,16 @@ def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
         torch.set_num_threads(request.threads)
     if request.bundle is not None:
         return _bundled(request, request.bundle, classes)
+    assert request.model is not None
+    if is_gguf(request.model):
+        from benchmarks.answering.gguf import GgufAnswerer
+
+        if request.grid is not None or request.revision is not None:
+            raise InputError("--grid and --revision are fixed in GGUF files: leave them out, or write the files anew.")
+        return GgufAnswerer(request.model, classes, max_new_tokens=request.max_new_tokens, threads=request.threads)
     from benchmarks.answering.torch_model import TorchAnswerer
     from models.checkpoint import open_checkpoint
 
-    assert request.model is not None
     return TorchAnswerer(
         open_checkpoint(request.model, revision=request.revision),
         classes,

@@ -1,0 +1,100 @@
+"""Ask about an image, gated: ``python -m runtimes.chat --bundle DIR --model M IMAGE "question"``.
+
+The answer is written as it comes; an image that is blocked gets a refusal that names its class. The same in Python::
+
+    from runtimes.chat import open_chat
+
+    with open_chat(bundle="build/guard", model="build/gguf") as chat:
+        result = chat.ask("holiday.jpg", "What is this?", on_text=print)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from models.commandline import printable, run
+from runtimes.gate_command import BLOCKED, open_gate
+from runtimes.gate_result import GateResult
+from runtimes.policy import read_policy
+
+__all__ = ["open_chat", "refusal_text"]
+
+open_chat = open_gate
+"""A gate around a guard and what answers; see :func:`runtimes.gate_command.open_gate`."""
+
+
+def refusal_text(result: GateResult) -> str:
+    """Return what is shown in place of an answer: one sentence, with the class where there is one."""
+    if result.stage == "error" or result.finding is None:
+        return f"I can't answer about this image: {result.reason}."
+    harm = (result.finding.harm or result.finding.label).replace("_", " ")
+    return f"I can't help with this image: it is classified as {harm}."
+
+
+@click.command(name="chat")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
+)
+@click.option("--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]")
+@click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
+@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of every runtime.")
+@click.option("--context", type=click.IntRange(min=1), help="llama.cpp: tokens of a prompt with its answer.")
+@click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for each verdict.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print decision, question and answer as one JSON line.")
+def main(
+    image: Path,
+    question: str,
+    bundle: Path | None,
+    model: str | None,
+    policy: Path | None,
+    threads: int | None,
+    context: int | None,
+    gpu_layers: int,
+    timeout: float,
+    max_new_tokens: int,
+    as_json: bool,
+) -> int:
+    """Answer QUESTION about IMAGE, if the guard lets it pass.
+
+    Exits with 0 when it was answered and 10 when it was refused; 2 when bundle, model or policy cannot be used.
+    """
+    gate = open_chat(
+        bundle,
+        model,
+        policy=None if policy is None else read_policy(policy),
+        threads=threads,
+        timeout=timeout,
+        context=context,
+        gpu_layers=gpu_layers,
+    )
+    with gate:
+        result = gate.ask(image, question, max_new_tokens=max_new_tokens, on_text=None if as_json else _show)
+    if as_json:
+        click.echo(result.to_json_line(text=True))
+    elif result.answer is not None:
+        click.echo("")
+    else:
+        click.echo(printable(refusal_text(result)))
+    code = 0 if result.verdict == "allow" else BLOCKED
+    if gate.stuck:
+        # Threads inside a library abort the interpreter's orderly end: leave without one.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _show(piece: str) -> None:
+    click.echo(printable(piece), nl=False)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run(main)
