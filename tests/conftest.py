@@ -1,0 +1,26 @@
+"""What tests of several folders share because it takes seconds to make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of GGUF files (f16) of a tiny checkpoint, written once a session and not to be changed."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            from export.gguf.artifact import GgufOptions, export_gguf
+            from models.checkpoint import open_checkpoint
+
+            out = tmp_path_factory.mktemp("gguf") / name
+            export_gguf(open_checkpoint(name), out, GgufOptions(type="f16", parity_images=2))
+            made[name] = out
+        return made[name]
+
+    return folder

@@ -1,0 +1,58 @@
+"""llama.cpp splits text into the very tokens that the checkpoint's own tokenizer gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+
+from models.checkpoint import open_checkpoint
+from models.holisafe_mini.suite import build_suite
+from models.hub import TINY_CHECKPOINTS
+from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids
+from models.transformers_config import build_config
+from runtimes.gguf_artifact import open_gguf
+from runtimes.llamacpp_language import open_session
+
+ODD = [
+    "",
+    " ",
+    "two  blanks",
+    "a\nb\n\nc",
+    "Where is THE square?!",
+    "caf\u00e9 \u4f60\u597d \U0001f642",
+    "12345 3.14",
+    "it's  'quoted'",
+]
+
+
+@pytest.mark.parametrize("name", sorted(TINY_CHECKPOINTS))
+def test_prompts_have_the_same_tokens(name: str, gguf_folder: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(name)
+    tokenizer, prompt = load_tokenizer(checkpoint.folder), checkpoint.family.prompt
+    suite = build_suite("test", pairs=100, questions=20)
+    questions = [*ODD, *(each.row["query"] for each in (*suite.pairs, *suite.questions))]
+    with open_session(open_gguf(gguf_folder(name))) as session:
+        for question in questions:
+            ids = prompt_ids(tokenizer, prompt, question, 1)
+            at = ids.index(IMAGE)
+            assert session.tokens(prompt.before_image) == ids[:at]
+            assert session.tokens(prompt.after_image + question + prompt.after_question) == ids[at + 1 :], question
+            text = question.strip()
+            assert session.text(tokenizer.encode(text, add_special_tokens=False)).strip() == text
+
+
+@pytest.mark.parametrize("name", sorted(TINY_CHECKPOINTS))
+def test_metadata_is_complete(name: str, gguf_folder: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(name)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    fields = gguf.GGUFReader(gguf_folder(name) / "model.f16.gguf").fields
+    rows = build_config(checkpoint).text_config.vocab_size
+    assert len(fields["tokenizer.ggml.tokens"].data) == len(fields["tokenizer.ggml.token_type"].data) == rows
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    projector = gguf.GGUFReader(gguf_folder(name) / "mmproj.f16.gguf").fields
+    mean = [float(value) for value in projector["clip.vision.image_mean"].contents()]
+    assert mean == pytest.approx([float(value) for value in checkpoint.processor["image_mean"]])
