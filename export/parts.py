@@ -116,6 +116,8 @@ def write_onnx(
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     weights = sum(p.numel() * p.element_size() for p in graph.parameters())
+    if len(example) == 1:  # torch.export takes a batch of one for a constant
+        example = np.concatenate([example, example])
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph,

@@ -140,14 +140,15 @@ class Gate:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         on_text: Callable[[str], None] | None = None,
+        probs: npt.NDArray[np.float32] | None = None,
     ) -> GateResult:
         """Judge an image and, if it passes, answer the question about it.
 
-        ``on_text`` is told the pieces of the answer as they are written, from another thread, and nothing of an image
-        that is blocked; what it raises ends the answer as an error. Never raises on account of image, guard or
-        language model: see the module's text.
+        ``probs`` are what the standalone guard said of this very picture before. ``on_text`` is told the pieces of the
+        answer as they are written, from another thread, and nothing of an image that is blocked; what it raises ends
+        the answer as an error. Never raises on account of image, guard or language model: see the module's text.
         """
-        request = _Request(self, image, question, max_new_tokens, on_text)
+        request = _Request(self, image, question, max_new_tokens, on_text, probs)
         begun = time.perf_counter()
         try:
             result = request.decide()
@@ -187,12 +188,14 @@ class _Request:
         question: str,
         max_new_tokens: int,
         on_text: Callable[[str], None] | None,
+        known: npt.NDArray[np.float32] | None,
     ) -> None:
         self.gate = gate
         self.image = image
         self.question = question
         self.max_new_tokens = max_new_tokens
         self.on_text = on_text
+        self.known = known
         self.part: Part = "guard"
         self.over = False
         """Set when the request has its result: an answer that is still being written is for nobody."""
@@ -269,7 +272,7 @@ class _Request:
     def _see(self) -> _Seen:
         lane = self.gate.guard_lane
         with self._timed("guard"), lane.turn(self.gate.timeout) as left:
-            seen = lane.run(lambda: _look(self.image, self.gate.guard, self._share()), left).get()
+            seen = lane.run(lambda: _look(self.image, self.gate.guard, self._share(), self.known), left).get()
         self.ms = dict(seen.ms)
         return seen
 
@@ -362,8 +365,8 @@ class _Request:
         )
 
 
-def _look(image: ImageSource, guard: Guard | None, share: bool) -> _Seen:
-    """Decode an image once and judge it, if there is a guard."""
+def _look(image: ImageSource, guard: Guard | None, share: bool, known: npt.NDArray[np.float32] | None = None) -> _Seen:
+    """Decode an image once and judge it, if there is a guard and its verdict is not known."""
     begun = time.perf_counter()
     if isinstance(image, Image.Image):
         picture = to_rgb(image)
@@ -376,6 +379,8 @@ def _look(image: ImageSource, guard: Guard | None, share: bool) -> _Seen:
     if guard is None:
         return _Seen(picture, ms=ms)
     pixels = guard.runner.preprocessing.apply(picture)
+    if known is not None:
+        return _Seen(picture, pixels, known, ms=ms)
     output = guard.runner.infer(pixels[None], embeddings=guard.runner.gives_embeddings and share)
     embeddings = output.embeddings
     ms["guard"] = (time.perf_counter() - decoded) * 1000

@@ -84,6 +84,11 @@ def test_the_file_tells_nothing_about_the_machine(bundle: Path) -> None:
     assert b"stack_trace" not in content
 
 
+def test_the_batch_is_free_whatever_parity_was_checked_on(written: Written, tmp_path: Path) -> None:
+    export_guard(open_checkpoint(str(written.folder)), tmp_path / "out", ExportOptions(parity_images=1))
+    assert len(run(tmp_path / "out" / "guard.fp32.onnx", written.images(3))[0]) == 3
+
+
 def test_half_precision_halves_the_file_and_keeps_the_verdicts(bundle: Path, written: Written) -> None:
     manifest = Manifest.read(bundle)
     sizes = {file.precision: file.bytes for file in manifest.files}

@@ -1,0 +1,74 @@
+"""What clients are answered, in OpenAI's shapes: completions, chunks, refusals, and our field ``safe_vlm``."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from runtimes.gateway.judging import Judged
+from runtimes.gateway.refusal import Refusal
+
+__all__ = ["DONE", "FIELD", "HEADER", "chunk", "completion", "error_event", "event", "refusal_text", "safe_vlm"]
+
+FIELD = "safe_vlm"
+HEADER = "X-Safe-VLM"
+"""Of streams, whose body is the upstream's: the same as :data:`FIELD`, as one line of JSON."""
+DONE = b"data: [DONE]\n\n"
+
+
+def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[str, Any]:
+    """Return our field: ``verdict``, each image's finding, the bundle's hash; ``more`` on a block."""
+    images = [each.stated(index) for index, each in enumerate(judged)]
+    return {"verdict": "allow", "images": images, "bundle": digest, **more}
+
+
+def refusal_text(harm: str | None) -> str:
+    """Return what is said in place of an answer."""
+    if harm is None:
+        return "I can't help with this image."
+    return f"I can't help with this image: it is classified as {harm.replace('_', ' ')}."
+
+
+def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> dict[str, Any]:
+    """Return a whole chat completion of ours."""
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if ended == "content_filter":
+        message["refusal"] = text
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ended}],
+        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        FIELD: stated,
+    }
+
+
+def chunk(
+    name: str, model: str, delta: dict[str, Any], *, ended: str | None = None, stated: dict[str, Any] | None = None
+) -> bytes:
+    """Return one event of a streamed completion of ours; ``name`` is the completion's id, the same in all of them."""
+    body: dict[str, Any] = {
+        "id": name,
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": ended}],
+    }
+    if stated is not None:
+        body[FIELD] = stated
+    return event(body)
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
+
+
+def error_event(refusal: Refusal) -> bytes:
+    """Return an error as an event: what the ``openai`` client raises when a stream that had begun cannot go on."""
+    return event(refusal.body())

@@ -1,0 +1,119 @@
+"""One guard for many requests: images that come in together are judged in one call.
+
+Shapes: N images, H × W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import SafeVLMError
+from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.options import GatewayOptions
+from runtimes.gateway.refusal import guard_error, overloaded
+from runtimes.lane import Lane
+from runtimes.runner import GuardRunner
+
+__all__ = ["Batching"]
+
+_log = logging.getLogger(__name__)
+Pixels = npt.NDArray[np.uint8]
+Row = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    pixels: Pixels
+    answer: asyncio.Future[Row]
+
+
+class Batching:
+    """A bounded queue before a guard's runner, which runs in a thread of its own under a deadline.
+
+    An asynchronous context manager, for one event loop; the runner is active already.
+    """
+
+    def __init__(self, runner: GuardRunner, options: GatewayOptions, metrics: Metrics) -> None:
+        self.runner, self.options, self.metrics = runner, options, metrics
+        self.lane = Lane("guard")
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(options.queue)
+        self._thread = ThreadPoolExecutor(1, "gateway guard")
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Batching:
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self.lane.close()
+        self._thread.shutdown(wait=False)
+
+    async def judge(self, pixels: Pixels) -> Row:
+        """Return C probabilities of one picture at the contract's size.
+
+        Errors: Refusal when too many wait, the guard fails, or its time is over.
+        """
+        waiting = _Waiting(pixels, asyncio.get_running_loop().create_future())
+        try:
+            self._queue.put_nowait(waiting)
+        except asyncio.QueueFull:
+            raise overloaded(f"{self.options.queue} images wait for the guard; try again in a second.") from None
+        self.metrics.queue.set(self._queue.qsize())
+        try:
+            return await asyncio.wait_for(waiting.answer, self.options.guard_timeout)
+        except asyncio.TimeoutError:
+            raise guard_error("the guard gave no verdict in time; nothing was answered.") from None
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._queue.get()]
+            await self._fill(batch)
+            self.metrics.queue.set(self._queue.qsize())
+            batch = [each for each in batch if not each.answer.done()]  # whose client gave up is not judged
+            if batch:
+                found = await loop.run_in_executor(self._thread, self._judge, [each.pixels for each in batch])
+                for waiting, row in zip(batch, found, strict=True):
+                    _settle(waiting.answer, row)
+
+    async def _fill(self, batch: list[_Waiting]) -> None:
+        """Add what comes in within the time that is waited for more."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.options.batch_wait
+        with contextlib.suppress(asyncio.QueueEmpty, asyncio.TimeoutError):
+            while len(batch) < self.options.batch:
+                left = until - loop.time()
+                more = self._queue.get_nowait() if left <= 0 else await asyncio.wait_for(self._queue.get(), left)
+                batch.append(more)
+
+    def _judge(self, pictures: list[Pixels]) -> list[Row | Exception]:
+        """Judge in one call; a batch that fails is judged one by one, so that one picture spoils no other."""
+        self.metrics.batch.observe(len(pictures))
+        try:
+            with self.metrics.guard.time(), self.lane.turn(self.options.guard_timeout) as left:
+                output = self.lane.run(lambda: self.runner.infer(np.stack(pictures)), left).get()
+            return list(output.probs)
+        except Exception as error:  # of any kind: it fails closed, and the server goes on
+            if len(pictures) == 1 or self.lane.stuck:
+                _log.error("the guard failed: %s", type(error).__name__, exc_info=not isinstance(error, SafeVLMError))
+                return [error] * len(pictures)
+        return [row for picture in pictures for row in self._judge([picture])]
+
+
+def _settle(answer: asyncio.Future[Row], row: Row | Exception) -> None:
+    if answer.done():
+        return
+    if isinstance(row, Exception):
+        answer.set_exception(guard_error("the guard failed; nothing was answered."))
+    else:
+        answer.set_result(row)

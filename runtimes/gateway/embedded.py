@@ -1,0 +1,76 @@
+"""A language model in the gateway's own process: any of our runners, behind the gate with its exact verdict."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from runtimes.gate import Gate
+from runtimes.gate_result import GateResult
+from runtimes.gateway.judging import Judged
+from runtimes.gateway.metrics import Metrics
+
+__all__ = ["Embedded", "Told"]
+
+WAITING = 32
+"""Requests that may wait for the language model, which answers one at a time."""
+
+
+class _Gone(Exception):  # noqa: N818  # control flow: nobody reads the answer any more
+    """The client has left."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A piece of an answer as it comes, or, last, what was decided and answered."""
+
+    piece: str | None = None
+    result: GateResult | None = None
+
+
+class Embedded:
+    """A gate whose language model answers here; the gate is entered already."""
+
+    def __init__(self, gate: Gate, name: str, metrics: Metrics) -> None:
+        assert gate.language is not None
+        self.gate, self.name, self.metrics = gate, name, metrics
+        self.settles = gate.language.classes is not None
+        """Whether an exact verdict settles what the standalone guard is unsure of."""
+        self._threads = ThreadPoolExecutor(WAITING, "gateway language model")
+
+    def close(self) -> None:
+        """Let the waiting threads end."""
+        self._threads.shutdown(wait=False)
+
+    async def answer(self, judged: Judged, question: str, max_new_tokens: int) -> AsyncIterator[Told]:
+        """Yield the answer's pieces and the result; closed early, the answer is no longer written."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[Told] = asyncio.Queue()
+        gone = False
+
+        def on_text(piece: str) -> None:
+            if gone:
+                raise _Gone
+            loop.call_soon_threadsafe(told.put_nowait, Told(piece=piece))
+
+        def ask() -> None:
+            result = self.gate.ask(
+                judged.picture, question, max_new_tokens=max_new_tokens, on_text=on_text, probs=judged.probs
+            )
+            if not gone:
+                loop.call_soon_threadsafe(told.put_nowait, Told(result=result))
+
+        running = loop.run_in_executor(self._threads, ask)
+        try:
+            while True:
+                found = await told.get()
+                if found.result is not None and found.result.error is not None:
+                    self.metrics.upstream.labels("failed").inc()
+                yield found
+                if found.result is not None:
+                    return
+        finally:
+            gone = True
+            running.cancel()

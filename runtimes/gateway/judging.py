@@ -1,0 +1,114 @@
+"""Judge the images of a request: bytes to pictures to verdicts, and what goes on in their place."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.errors import ImageFileError, SafeVLMError
+from models.image import open_image
+from models.machine import core_count
+from runtimes.gateway.batching import Batching
+from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.options import GatewayOptions
+from runtimes.gateway.refusal import bad_request, guard_error
+from runtimes.gateway.remote import fetch_image
+from runtimes.gateway.requests import ImageReference
+from runtimes.judge import Guard
+from runtimes.policy import Finding, Policy, find
+
+__all__ = ["Judged", "Judging"]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """One image: the upright RGB picture that was judged, its C probabilities, and what the policy makes of them."""
+
+    picture: Image.Image
+    probs: npt.NDArray[np.float32]
+    finding: Finding
+
+    def stated(self, index: int) -> dict[str, Any]:
+        """Return what a client is told of it."""
+        finding = self.finding
+        return {
+            "index": index,
+            "verdict": finding.verdict,
+            "label": finding.label,
+            "harm": finding.harm,
+            "p_unsafe": round(finding.p_unsafe, 6),
+            "review": finding.review,
+        }
+
+
+class Judging:
+    """The way of an image; an asynchronous context manager around the guard's queue and the threads that decode."""
+
+    def __init__(self, guard: Guard, policy: Policy, options: GatewayOptions, metrics: Metrics) -> None:
+        policy.check(guard.classes)
+        self.guard, self.policy, self.options, self.metrics = guard, policy, options, metrics
+        self.batching = Batching(guard.runner, options, metrics)
+        self._threads = ThreadPoolExecutor(max(2, core_count()), "gateway image")
+
+    async def __aenter__(self) -> Judging:
+        await self.batching.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.batching.__aexit__(*error)
+        self._threads.shutdown(wait=False)
+
+    async def judge(self, images: Sequence[ImageReference]) -> list[Judged]:
+        """Judge all images of a request, those together that can be.
+
+        Errors: Refusal, when one cannot be fetched, read or judged: then none is answered about.
+        """
+        tasks = [asyncio.create_task(self._one(image)) for image in images]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def png_urls(self, judged: Sequence[Judged]) -> list[str]:
+        """Return the judged pictures as data URLs: what the guard saw is what the language model is shown."""
+        loop = asyncio.get_running_loop()
+        return list(await asyncio.gather(*(loop.run_in_executor(self._threads, _png, each.picture) for each in judged)))
+
+    async def _one(self, image: ImageReference) -> Judged:
+        content = image.content
+        if content is None:
+            assert image.url is not None
+            content = await fetch_image(image.url, image.where, self.options)
+        picture, pixels = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._decoded, content, image.where
+        )
+        probs = await self.batching.judge(pixels)
+        try:
+            finding = find(probs, self.guard.classes, self.policy, "guard", self.guard.thresholds)
+        except SafeVLMError:
+            raise guard_error("the guard gave no verdict; nothing was answered.") from None
+        return Judged(picture, probs, finding)
+
+    def _decoded(self, content: bytes, where: str) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
+        try:
+            picture = open_image(content, max_pixels=self.options.max_pixels)
+        except ImageFileError as error:
+            reason = str(error).removeprefix("the given bytes: ")
+            raise bad_request(f"{where}: {reason}", code="invalid_image", param=where) from None
+        return picture, self.guard.runner.preprocessing.apply(picture)
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

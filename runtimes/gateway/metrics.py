@@ -1,0 +1,33 @@
+"""What a gateway counts, for Prometheus; a registry of its own, so that several can live in one process."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+__all__ = ["Metrics"]
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+IMAGES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """Counters, gauges and histograms; names begin with ``safevlm_gateway_``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        name, registry = "safevlm_gateway", self.registry
+        self.requests = Counter(
+            f"{name}_requests", "Requests by path and outcome.", ["path", "outcome"], registry=registry
+        )
+        self.blocks = Counter(
+            f"{name}_blocks", "Blocked images by class and stage.", ["label", "stage"], registry=registry
+        )
+        self.guard = Histogram(f"{name}_guard_seconds", "Time of a guard call.", registry=registry, buckets=SECONDS)
+        self.batch = Histogram(f"{name}_guard_batch", "Images of a guard call.", registry=registry, buckets=IMAGES)
+        self.queue = Gauge(f"{name}_guard_queue", "Images that wait for the guard.", registry=registry)
+        self.upstream = Counter(f"{name}_upstream_errors", "Failures of the upstream.", ["kind"], registry=registry)
+        self.in_flight = Gauge(f"{name}_in_flight", "Requests being served.", registry=registry)
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)

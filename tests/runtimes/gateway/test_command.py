@@ -1,0 +1,119 @@
+"""The command as a process: it starts, logs, ends in good order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models.commandline import run
+from runtimes.gateway.__main__ import main
+from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, messages, piece
+
+ROOT = Path(__file__).parents[3]
+
+
+@contextmanager
+def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "runtimes.gateway", "--port", "0", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("serving on "), line + process.stderr.read()
+        url = line.removeprefix("serving on ").strip()
+        until = time.monotonic() + 30
+        while True:
+            try:
+                httpx.get(f"{url}/healthz", timeout=5)
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < until and process.poll() is None
+                time.sleep(0.05)
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_lets_what_is_served_end(bundle: Path, upstream: Upstream) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def slow(handler: Any, _: Any) -> None:
+        handler.begin_stream()
+        handler.event(piece("The "))
+        begun.set()
+        release.wait(10)
+        handler.event(piece(ANSWER[4:], "stop"))
+        handler.event(b"[DONE]")
+        handler.close_connection = True
+
+    upstream.behave = slow
+    with gateway("--bundle", str(bundle), "--upstream", upstream.url) as (process, url):
+        found: list[str] = []
+
+        def ask() -> None:
+            body = {"messages": messages(SAFE_URL, text="private words"), "stream": True}
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
+                found.extend(response.iter_lines())
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert begun.wait(10)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        release.set()
+        thread.join(10)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert found[-1] == "" and "data: [DONE]" in found
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["outcome"] for line in lines if line["path"] == "/v1/chat/completions"] == ["allowed"]
+    assert "private" not in out + err
+
+
+def test_a_model_in_the_same_process_and_keys_from_the_environment(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATE_KEY", "sk-clients-must-show")
+    with gateway("--bundle", str(bundle), "--model", "tiny-safegem", "--api-key-env", "GATE_KEY") as (process, url):
+        body = {"messages": messages(SAFE_URL), "max_tokens": 8}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
+        headers = {"Authorization": "Bearer sk-clients-must-show"}
+        found = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        assert found.status_code == 200 and found.json()["choices"][0]["message"]["content"]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and "sk-clients" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "nothing to serve"),
+        (["--bundle", "BUNDLE", "--upstream", "ftp://x"], "http(s) address"),
+        (["--bundle", "BUNDLE", "--upstream", "http://x", "--model", "tiny-safegem"], "without --model"),
+        (["--bundle", "BUNDLE", "--upstream", "http://x", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
+        (["--bundle", "no such folder", "--upstream", "http://x"], "not a guard bundle"),
+    ],
+)
+def test_what_cannot_be_served_is_told(
+    arguments: list[str], word: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "NO_SUCH_KEY" not in os.environ
+    with pytest.raises(SystemExit) as ended:
+        run(main, [str(bundle) if each == "BUNDLE" else each for each in arguments])
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err

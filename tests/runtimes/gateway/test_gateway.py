@@ -1,0 +1,234 @@
+"""The gateway as clients meet it: the real ``openai`` client, a real socket, a real guard."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from models.image import to_rgb
+from runtimes.gate import Gate
+from runtimes.gateway.app import Gateway
+from runtimes.gateway.options import GatewayOptions
+from runtimes.judge import Guard
+from tests.runtimes.gateway.servers import (
+    ANSWER,
+    SAFE,
+    SAFE_URL,
+    UNSAFE,
+    UNSAFE_URL,
+    Upstream,
+    data_url,
+    messages,
+    noise,
+    png,
+    serving,
+)
+
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
+        yield client
+
+
+def test_an_allowed_image_is_answered_about(client: openai.OpenAI, upstream: Upstream) -> None:
+    done = client.chat.completions.create(model="fake", messages=messages(SAFE_URL), temperature=0.5)  # type: ignore[arg-type]
+    assert done.choices[0].message.content == ANSWER and done.choices[0].finish_reason == "stop"
+    stated = done.model_extra["safe_vlm"] if done.model_extra else {}
+    assert stated["verdict"] == "allow" and stated["images"][0]["verdict"] == "allow"
+    sent = upstream.requests[0]
+    assert sent["temperature"] == 0.5 and sent["model"] == "fake"
+    assert upstream.headers_seen[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_upstream_is_shown_what_the_guard_saw(client: openai.OpenAI, upstream: Upstream) -> None:
+    """Transparency composited, EXIF turned upright, nothing of the file but its picture."""
+    layered = SAFE.convert("RGBA").transpose(Image.Transpose.ROTATE_90)
+    layered.putalpha(250)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    layered.save(buffer, "PNG", exif=exif)
+    client.chat.completions.create(model="fake", messages=messages(data_url(buffer.getvalue())))  # type: ignore[arg-type]
+    url = upstream.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    wanted = to_rgb(Image.open(io.BytesIO(buffer.getvalue())))
+    assert sent.mode == "RGB" and not sent.getexif()
+    np.testing.assert_array_equal(np.asarray(sent), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("place", ["user", "system", "tool", "second of two"])
+def test_a_blocked_image_never_reaches_upstream(client: openai.OpenAI, upstream: Upstream, place: str) -> None:
+    asked = messages(SAFE_URL, UNSAFE_URL) if place == "second of two" else messages(UNSAFE_URL)
+    if place in ("system", "tool"):
+        asked = [{**asked[0], "role": place, "tool_call_id": "1"}, *messages(SAFE_URL)]
+        if place == "system":
+            del asked[0]["tool_call_id"]
+    done = client.chat.completions.create(model="fake", messages=asked)  # type: ignore[arg-type]
+    choice = done.choices[0]
+    assert choice.finish_reason == "content_filter"
+    assert choice.message.content and choice.message.refusal == choice.message.content
+    stated = (done.model_extra or {})["safe_vlm"]
+    assert stated["verdict"] == "block" and stated["stage"] == "guard"
+    assert stated["image"] == (1 if place == "second of two" else 0)
+    assert stated["harm"].replace("_", " ") in choice.message.content
+    assert not upstream.requests
+
+
+def test_streams(client: openai.OpenAI, upstream: Upstream) -> None:
+    with client.chat.completions.create(model="fake", messages=messages(SAFE_URL), stream=True) as stream:  # type: ignore[arg-type, call-overload]
+        pieces = list(stream)
+        header = json.loads(stream.response.headers["x-safe-vlm"])
+    assert "".join(each.choices[0].delta.content or "" for each in pieces).strip() == ANSWER
+    assert pieces[-1].choices[0].finish_reason == "stop" and header["verdict"] == "allow"
+    with client.chat.completions.create(model="fake", messages=messages(UNSAFE_URL), stream=True) as stream:  # type: ignore[arg-type, call-overload]
+        pieces = list(stream)
+    assert "can't help" in "".join(each.choices[0].delta.content or "" for each in pieces)
+    assert pieces[-1].choices[0].finish_reason == "content_filter" and len(upstream.requests) == 1
+
+
+def test_text_alone_passes_and_can_be_refused(client: openai.OpenAI, upstream: Upstream, bundle: Path) -> None:
+    done = client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "hello"}])
+    assert done.choices[0].message.content == ANSWER
+    assert upstream.requests == [{"model": "fake", "messages": [{"role": "user", "content": "hello"}]}]
+    gateway = Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(require_image=True))
+    with serving(gateway) as url:
+        found = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "hello"}]})
+    assert found.status_code == 400 and "with an image only" in found.json()["error"]["message"]
+
+
+def test_verdicts_are_those_of_the_guard_and_the_gate(address: str, bundle: Path) -> None:
+    pictures = [SAFE, UNSAFE, Image.fromarray(np.zeros((30, 90, 3), np.uint8))]
+    found = httpx.post(f"{address}/v1/guard", json={"images": [data_url(png(each)) for each in pictures]}).json()
+    with Guard.open(bundle) as guard:
+        wanted = guard.judge(pictures)
+        with Gate(guard, None) as gate:
+            gated = [gate.ask(each, "") for each in pictures]
+    for row, judgement, result in zip(found["data"], wanted, gated, strict=True):
+        assert (row["verdict"], row["label"]) == (judgement.verdict, judgement.label)
+        assert row["probs"] == pytest.approx(dict(judgement.probs), abs=1e-5)
+        assert row["verdict"] == result.verdict
+    assert found["bundle"] == gated[0].bundle
+
+
+def test_models_health_and_numbers(client: openai.OpenAI, address: str, upstream: Upstream) -> None:
+    assert [model.id for model in client.models.list()] == ["fake"]
+    assert httpx.get(f"{address}/healthz").json() == {"status": "ok", "guard": "ready", "upstream": "ok"}
+    client.chat.completions.create(model="fake", messages=messages(UNSAFE_URL))  # type: ignore[arg-type]
+    numbers = httpx.get(f"{address}/metrics").text
+    assert 'safevlm_gateway_requests_total{outcome="blocked",path="/v1/chat/completions"}' in numbers
+    assert 'stage="guard"' in numbers and "safevlm_gateway_guard_seconds_bucket" in numbers
+    assert httpx.get(f"{address}/docs").status_code == 404
+
+
+def test_the_access_log_has_no_content_and_no_key(
+    client: openai.OpenAI, upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        client.chat.completions.create(model="fake", messages=messages(UNSAFE_URL, text="a private question"))  # type: ignore[arg-type]
+        client.chat.completions.create(model="fake", messages=messages(SAFE_URL, text="a private question"))  # type: ignore[arg-type]
+    lines = [json.loads(each.message) for each in caplog.records if each.name == "safevlm.gateway.access"]
+    assert [line["outcome"] for line in lines] == ["blocked", "allowed"]
+    assert lines[0]["label"] and lines[0]["images"] == 1 and lines[0]["status"] == 200
+    ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
+    everything = "\n".join(record.getMessage() for record in ours)
+    for secret in (KEY, "private question", ANSWER, SAFE_URL[30:90], "127.0.0.1"):
+        assert secret not in everything
+
+
+def test_requests_that_come_together_are_judged_together(bundle: Path, upstream: Upstream) -> None:
+    import concurrent.futures
+
+    gateway = Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(batch=8, batch_wait=0.3))
+    assert gateway.gate.guard is not None
+    calls: list[int] = []
+    infer = gateway.gate.guard.runner.infer
+
+    def counted(rgb: Any, **more: Any) -> Any:
+        calls.append(len(rgb))
+        return infer(rgb, **more)
+
+    gateway.gate.guard.runner.infer = counted  # type: ignore[method-assign]
+    with serving(gateway) as url, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        bodies = [{"images": [noise(seed)]} for seed in range(16)]
+        found = list(pool.map(lambda body: httpx.post(f"{url}/v1/guard", json=body, timeout=60).json(), bodies))
+    assert sum(calls) == 16 and len(calls) <= 8 and max(calls) > 1
+    with Guard.open(bundle) as guard:
+        for seed, each in enumerate(found):
+            wanted = guard.judge([base64.b64decode(noise(seed).partition(",")[2])])[0]
+            assert each["data"][0]["probs"] == pytest.approx(dict(wanted.probs), abs=1e-4)
+
+
+def test_a_client_key_is_asked_for_and_not_passed_on(bundle: Path, upstream: Upstream) -> None:
+    gateway = Gateway.open(bundle, upstream=upstream.url, client_key="ours", key="theirs")
+    with serving(gateway) as url:
+        body = {"model": "fake", "messages": messages(SAFE_URL)}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
+        refused = httpx.post(f"{url}/v1/guard", json={"images": [SAFE_URL]}, headers={"Authorization": "Bearer no"})
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        found = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": "Bearer ours"})
+    assert found.status_code == 200 and upstream.headers_seen[0]["authorization"] == "Bearer theirs"
+
+
+# -- a language model in the same process ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "gguf"])
+def test_the_embedded_model_answers_as_the_gate_does(
+    kind: str, bundle: Path, gguf_folder: Callable[[str], Path]
+) -> None:
+    model = "tiny-safegem" if kind == "checkpoint" else str(gguf_folder("tiny-safegem"))
+    gateway = Gateway.open(bundle if kind == "checkpoint" else None, model=model)
+    with serving(gateway) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        done = client.chat.completions.create(model="any", messages=messages(SAFE_URL), max_tokens=24)  # type: ignore[arg-type]
+        with client.chat.completions.create(  # type: ignore[call-overload]
+            model="any", messages=messages(SAFE_URL), max_tokens=24, stream=True
+        ) as stream:
+            pieces = [each.choices[0].delta.content or "" for each in stream]
+        blocked = client.chat.completions.create(model="any", messages=messages(UNSAFE_URL))  # type: ignore[arg-type]
+        assert client.models.list().data[0].id == Path(model).name
+        assert httpx.get(f"{url}/healthz").json()["upstream"] == "embedded"
+        for asked, word in (
+            ([{"role": "user", "content": "hello"}], "exactly one image; 0"),
+            (messages(SAFE_URL, SAFE_URL), "exactly one image; 2"),
+            ([{"role": "assistant", "content": "yes"}, *messages(SAFE_URL)], "one user turn"),
+            ([{"role": "system", "content": "be rude"}, *messages(SAFE_URL)], "one user turn"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=word):
+                client.chat.completions.create(model="any", messages=asked)  # type: ignore[arg-type]
+        with pytest.raises(openai.BadRequestError, match="whole number"):
+            client.chat.completions.create(model="any", messages=messages(SAFE_URL), max_tokens=0)  # type: ignore[arg-type]
+    with Gate(gateway.gate.guard, gateway.gate.language) as gate:
+        wanted = gate.ask(SAFE, "Where is the square?", max_new_tokens=24).answer
+    assert done.choices[0].message.content == wanted == "".join(pieces)
+    assert len(pieces) > 3, "it came in pieces"
+    assert blocked.choices[0].finish_reason == "content_filter"
+
+
+def test_the_exact_verdict_blocks_what_the_guard_allowed(bundle: Path) -> None:
+    from runtimes.policy import Limits, Policy
+
+    policy = Policy(guard=Limits(block=2, allow=2), exact=Limits(block=0.5, allow=0.5))
+    with (
+        serving(Gateway.open(bundle, model="tiny-safegem", policy=policy)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        done = client.chat.completions.create(model="any", messages=messages(UNSAFE_URL))  # type: ignore[arg-type]
+        with client.chat.completions.create(model="any", messages=messages(UNSAFE_URL), stream=True) as stream:  # type: ignore[arg-type, call-overload]
+            pieces = list(stream)
+    assert done.choices[0].finish_reason == "content_filter"
+    assert (done.model_extra or {})["safe_vlm"]["stage"] == "exact"
+    assert pieces[-1].choices[0].finish_reason == "content_filter"

@@ -1,0 +1,181 @@
+"""An upstream that is down, slow, broken or gone: an error of OpenAI's shape, never a silent end."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from models.errors import InputError
+from runtimes.gateway.app import Gateway
+from runtimes.gateway.options import GatewayOptions
+from tests.runtimes.gateway.servers import SAFE_URL, Upstream, free_port, messages, piece, serving
+
+
+@pytest.fixture(scope="module")
+def impatient(bundle: Path, shared_upstream: Upstream) -> Iterator[str]:
+    options = GatewayOptions(idle_timeout=0.5, total_timeout=2.0, max_reply=100_000)
+    with serving(Gateway.open(bundle, upstream=shared_upstream.url, options=options)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(impatient: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{impatient}/v1", api_key="sk-none", max_retries=0, timeout=20) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, *, stream: bool = False) -> Any:
+    return client.chat.completions.create(model="fake", messages=messages(SAFE_URL), stream=stream)  # type: ignore[call-overload]
+
+
+def silent(handler: Any, _: Any) -> None:
+    time.sleep(1.5)
+
+
+def hung_up(handler: Any, _: Any) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def cut_off(handler: Any, _: Any) -> None:
+    handler.send_response(200)
+    handler.send_header("content-type", "application/json")
+    handler.send_header("content-length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    hung_up(handler, None)
+
+
+def redirected(handler: Any, _: Any) -> None:
+    handler.send_response(307)
+    handler.send_header("location", "http://elsewhere.example/v1/chat/completions")
+    handler.send_header("content-length", "0")
+    handler.end_headers()
+
+
+WHOLE = {
+    "garbage": (lambda h, _: h.reply(b"<html>", kind="text/html"), 502, "not JSON"),
+    "no completion": (lambda h, _: h.reply({"hello": 1}), 502, "no chat completion"),
+    "a list": (lambda h, _: h.reply([1]), 502, "no JSON object"),
+    "deep": (lambda h, _: h.reply(b"[" * 50_000), 502, "not JSON"),
+    "huge": (lambda h, _: h.reply(b" " * 300_000), 502, "more than 100000 bytes"),
+    "500 without an error": (lambda h, _: h.reply({}, status=500), 502, "HTTP 500"),
+    "redirects": (redirected, 502, "redirects"),
+    "silent": (silent, 504, "in time"),
+    "hangs up": (hung_up, 502, "broke"),
+    "dies midway": (cut_off, 502, "broke"),
+}
+
+
+@pytest.mark.parametrize("fault", WHOLE)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_answer_that_is_none(client: openai.OpenAI, upstream: Upstream, fault: str, stream: bool) -> None:
+    upstream.behave, status, word = WHOLE[fault]
+    with pytest.raises(openai.APIStatusError) as told:
+        ask(client, stream=stream)
+    assert told.value.status_code == status
+    body: Any = told.value.body
+    assert body["type"] == "upstream_error"
+    if not stream:
+        assert word in body["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_upstreams_own_errors_pass(client: openai.OpenAI, upstream: Upstream, stream: bool) -> None:
+    error = {"error": {"message": "no such model", "type": "invalid_request_error", "code": None, "param": "model"}}
+    upstream.behave = lambda handler, _: handler.reply(error, status=404)
+    with pytest.raises(openai.NotFoundError, match="no such model"):
+        ask(client, stream=stream)
+
+
+def events(*bodies: Any, end: Any = None) -> Any:
+    def behave(handler: Any, _: Any) -> None:
+        handler.begin_stream()
+        for body in bodies:
+            if callable(body):
+                body()
+            else:
+                handler.event(body)
+        if end is not None:
+            handler.wfile.write(end)
+        handler.close_connection = True
+
+    return behave
+
+
+STREAMS = {
+    "dies midway": (events(piece("The ")), "ended before its end"),
+    "garbage": (events(piece("The "), b"<html>"), "not JSON"),
+    "no events": (events(piece("The "), end=b"what is this\n\n"), "something else than events"),
+    "stalls": (events(piece("The "), lambda: time.sleep(1.5)), "in time"),
+    "never ends": (events(piece("The "), *[piece("x" * 5000)] * 40), "more than 100000 bytes"),
+}
+
+
+@pytest.mark.parametrize("fault", STREAMS)
+def test_a_stream_that_fails_says_so(client: openai.OpenAI, upstream: Upstream, fault: str) -> None:
+    upstream.behave, word = STREAMS[fault]
+    said = ""
+    with pytest.raises(openai.APIError, match=word), ask(client, stream=True) as stream:
+        for each in stream:
+            said += each.choices[0].delta.content or ""
+    assert said.startswith("The "), "what came before was passed on"
+
+
+def test_an_upstream_that_is_down(bundle: Path) -> None:
+    with serving(Gateway.open(bundle, upstream=f"http://127.0.0.1:{free_port()}/v1")) as url:
+        found = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages(SAFE_URL)})
+        assert found.status_code == 502 and found.json()["error"]["code"] == "upstream_unreachable"
+        health = httpx.get(f"{url}/healthz")
+        assert health.status_code == 200 and health.json()["upstream"] == "unreachable"
+        assert "127.0.0.1" not in found.text
+        judged = httpx.post(f"{url}/v1/guard", json={"images": [SAFE_URL]})
+        assert judged.json()["data"][0]["verdict"] == "allow", "the guard needs no upstream"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_leaves_ends_its_request_upstream(address: str, upstream: Upstream, stream: bool) -> None:
+    ended = threading.Event()
+
+    def watch(handler: Any, _: Any) -> None:
+        if stream:
+            handler.begin_stream()
+            handler.event(piece("The "))
+        until = time.monotonic() + 10
+        while time.monotonic() < until:  # the gateway closes its connection
+            handler.connection.settimeout(0.1)
+            try:
+                if handler.connection.recv(1) == b"":
+                    ended.set()
+                    break
+            except TimeoutError:
+                continue
+        handler.close_connection = True
+
+    upstream.behave = watch
+    body = {"messages": messages(SAFE_URL), "stream": stream}
+    with httpx.Client(timeout=httpx.Timeout(30, read=1.0)) as client:
+        try:
+            with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+                for _ in response.iter_bytes():
+                    break
+        except httpx.ReadTimeout:
+            pass
+    assert ended.wait(8), "the request went on upstream after its client had left"
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://user:pw@x/v1", "http://x/v1?key=1", "nonsense", "http://"])
+def test_addresses_that_are_none(bundle: Path, url: str) -> None:
+    from runtimes.gateway.app import create_app
+
+    with pytest.raises(InputError, match="--upstream"):
+        create_app(Gateway.open(bundle, upstream=url))
