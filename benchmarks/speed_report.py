@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.gate_speed import GateSpeed
+from benchmarks.gateway_speed import GatewaySpeed
 from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, Row
 from benchmarks.quantize_cases import QuantizeSpeed
@@ -17,10 +18,13 @@ from models.commandline import printable
 from models.machine import core_count, machine_name, now
 from models.version import VERSION
 
-__all__ = ["gate_record", "guard_record", "guard_table", "quantize_record"]
+__all__ = ["gate_record", "gateway_record", "guard_record", "guard_table", "quantize_record"]
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy")
+PACKAGES = (
+    "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "llama_cpp_python",
+    "fastapi", "uvicorn",
+)  # fmt: skip
 MEBIBYTE = 2**20
 RANDOM_WEIGHTS = "random weights, guard head on the projector's output: a figure of speed, not a guard"
 HOW_MEASURED: Mapping[str, str] = {
@@ -47,6 +51,11 @@ HOW_GATED: Mapping[str, str] = {
     ),
     "course": "forced by limits of the policy (block at 0, never); guard and exact verdict are computed all the same",
     "passes": "counted with hooks in a run that is not timed",
+}
+HOW_SERVED: Mapping[str, str] = {
+    "requests": "from sending a chat completion with one image to its whole answer, in turns; upstream answers at once",
+    "blocks": "requests with an image that is blocked, a second; median of the rounds",
+    "first token": "from an opened picture to the first piece of text, a new picture each time; median",
 }
 HOW_QUANTIZED: Mapping[str, str] = {
     "seconds": "from opening the model on disk to the quantized one on disk, imports not counted; best of the rounds",
@@ -76,6 +85,17 @@ def gate_record(speed: GateSpeed, command: str) -> dict[str, Any]:
         "settings": asdict(speed.options),
         "how_measured": dict(HOW_GATED),
         "rows": [asdict(row) for row in speed.rows],
+    }
+
+
+def gateway_record(speed: GatewaySpeed, settings: Any, command: str) -> dict[str, Any]:
+    """Return the same of a gateway."""
+    return {
+        **_surroundings("gateway", command),
+        "settings": asdict(settings),
+        "how_measured": dict(HOW_SERVED),
+        **asdict(speed),
+        "overhead_ms": speed.overhead_ms,
     }
 
 

@@ -17,6 +17,9 @@ from runtimes.chat_endpoint import read_key
 from runtimes.policy import read_policy
 
 MEBIBYTE = 2**20
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx and openai: 5 s), so that none
+sends a request just when it is closed."""
 
 
 @click.command(name="gateway")
@@ -53,7 +56,7 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         import uvicorn
 
         from runtimes.gateway.app import create_app
-        from runtimes.gateway.serving import ACCESS
+        from runtimes.gateway.serving import ACCESS, listening
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("uvicorn", "fastapi", "httpx", "prometheus_client"):
             raise
@@ -63,18 +66,17 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     _log_to_stdout(ACCESS)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         server_header=False,
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=shutdown_timeout,
     )
     server = uvicorn.Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has ended in good order
         signal.signal(number, lambda *_: None)
-    bound = config.bind_socket()
+    bound = listening(host, port)
     click.echo(f"serving on http://{host}:{bound.getsockname()[1]}", err=True)
     try:
         server.run(sockets=[bound])

@@ -46,6 +46,8 @@ class Batching:
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(options.queue)
         self._thread = ThreadPoolExecutor(1, "gateway guard")
         self._task: asyncio.Task[None] | None = None
+        self.coming = 0
+        """Images that are being fetched or decoded: only while there are some is it worth to wait for more."""
 
     async def __aenter__(self) -> Batching:
         self._task = asyncio.create_task(self._work())
@@ -87,14 +89,14 @@ class Batching:
                     _settle(waiting.answer, row)
 
     async def _fill(self, batch: list[_Waiting]) -> None:
-        """Add what comes in within the time that is waited for more."""
+        """Add what is there, and what comes in within the time that is waited for images on their way."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self.options.batch_wait
         with contextlib.suppress(asyncio.QueueEmpty, asyncio.TimeoutError):
             while len(batch) < self.options.batch:
                 left = until - loop.time()
-                more = self._queue.get_nowait() if left <= 0 else await asyncio.wait_for(self._queue.get(), left)
-                batch.append(more)
+                waits = left > 0 and self.coming > 0 and self._queue.empty()
+                batch.append(await asyncio.wait_for(self._queue.get(), left) if waits else self._queue.get_nowait())
 
     def _judge(self, pictures: list[Pixels]) -> list[Row | Exception]:
         """Judge in one call; a batch that fails is judged one by one, so that one picture spoils no other."""

@@ -85,13 +85,16 @@ class Judging:
         return list(await asyncio.gather(*(loop.run_in_executor(self._threads, _png, each.picture) for each in judged)))
 
     async def _one(self, image: ImageReference) -> Judged:
-        content = image.content
-        if content is None:
-            assert image.url is not None
-            content = await fetch_image(image.url, image.where, self.options)
-        picture, pixels = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._decoded, content, image.where
-        )
+        self.batching.coming += 1
+        try:
+            content = image.content
+            if content is None:
+                assert image.url is not None
+                content = await fetch_image(image.url, image.where, self.options)
+            loop = asyncio.get_running_loop()
+            picture, pixels = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
+        finally:
+            self.batching.coming -= 1
         probs = await self.batching.judge(pixels)
         try:
             finding = find(probs, self.guard.classes, self.policy, "guard", self.guard.thresholds)

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
@@ -14,12 +15,13 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from models.errors import InputError
 from models.machine import now
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request, overloaded
 
-__all__ = ["ACCESS", "ClientGone", "Served", "check_key", "or_gone", "read_json"]
+__all__ = ["ACCESS", "ClientGone", "Served", "check_key", "listening", "or_gone", "read_json"]
 
 ACCESS = "safevlm.gateway.access"
 """The logger of access lines: JSON without images, prompts, answers, keys or addresses."""
@@ -28,6 +30,7 @@ NOTES = "safevlm"
 PATHS = frozenset(("/v1/chat/completions", "/v1/guard", "/v1/models", "/healthz", "/metrics"))
 UNCOUNTED = frozenset(("/healthz", "/metrics"))
 GONE = 499
+BACKLOG = 2048
 POLL_SECONDS = 0.25
 
 _access = logging.getLogger(ACCESS)
@@ -69,6 +72,7 @@ class Served:
         try:
             if counted and self._serving > self.options.max_concurrent:
                 refusal = overloaded(f"{self.options.max_concurrent} requests are being served; try again in a second.")
+                await _thrown_away(receive, self.options.max_body)
                 await _refused(refusal)(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
@@ -88,6 +92,39 @@ class Served:
                 **{key: value for key, value in notes.items() if key != "outcome"},
             }
             _access.info(json.dumps(line))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 is any that is free.
+
+    Its protocol is named, by which asyncio knows that it may turn Nagle's algorithm off; else the second packet of
+    every answer waits 40 ms for a delayed acknowledgement. Errors: InputError for an address that cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror or error}. Take another.") from error
+    return bound
+
+
+async def _thrown_away(receive: Any, most: int) -> None:
+    """Read a body without keeping it: an answer before its end would reset the connection, and not be read."""
+    size = 0
+    while size <= most:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
 
 
 def _outcome(status: int) -> str:

@@ -87,8 +87,9 @@ def test_images_that_are_none(address: str, upstream: Upstream, url: Any, word: 
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(address: str, upstream: Upstream) -> None:
+    asked = {"messages": messages(data_url(bomb()))}
     begun = time.monotonic()
-    refused(ask(address, {"messages": messages(data_url(bomb()))}), 400, "too large to be decoded")
+    refused(ask(address, asked), 400, "too large to be decoded")
     assert time.monotonic() - begun < 5 and not upstream.requests
 
 

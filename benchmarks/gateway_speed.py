@@ -1,0 +1,327 @@
+"""What a gateway costs: an allowed request beside asking the upstream itself, blocks a second, time to a first token.
+
+Upstream, gateway and clients are processes of their own. The upstream answers at once, so that what is measured is the
+gateway; allowed requests go to it directly and through the gateway in turns, so that a slow moment hits both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from models.errors import InputError, MissingExtraError, SafeVLMError
+from models.holisafe_mini.scene import draw
+from models.holisafe_mini.suite import build_suite
+
+__all__ = ["GatewayOptions", "GatewaySpeed", "gateway_table", "measure_gateway", "tiny_pair"]
+
+START_SECONDS = 60.0
+CLIENTS = 64
+QUESTION = "Where is the square?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayOptions:
+    """``requests`` of each kind in each of ``rounds``; ``clients`` ask at once where many do."""
+
+    rounds: int = 5
+    requests: int = 40
+    clients: int = CLIENTS
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "requests", "clients"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySpeed:
+    """Milliseconds and rates; ``first_token`` has the median milliseconds to a first piece of text by way."""
+
+    bundle: str
+    image: str
+    direct_ms: tuple[float, float]
+    """p50 and p95 of a request to the upstream itself."""
+    gateway_ms: tuple[float, float]
+    blocks_alone: float
+    """Blocked requests a second, one client."""
+    blocks_together: float
+    clients: int
+    first_token: dict[str, float]
+
+    @property
+    def overhead_ms(self) -> tuple[float, float]:
+        """What the gateway adds, at p50 and p95."""
+        return self.gateway_ms[0] - self.direct_ms[0], self.gateway_ms[1] - self.direct_ms[1]
+
+
+def measure_gateway(
+    bundle: Path,
+    gguf: Path | None,
+    options: GatewayOptions = GatewayOptions(),
+    *,
+    report: Callable[[str], None] = lambda _: None,
+) -> GatewaySpeed:
+    """Measure a gateway with the guard of ``bundle``, and the gated pair of it with the GGUF folder, if one is given.
+
+    Errors: InputError for a guard that does not tell the built-in suite's pictures apart; SafeVLMError when a process
+    does not start.
+    """
+    safe, unsafe = _pictures(bundle)
+    with ExitStack() as held:
+        upstream = held.enter_context(_process(["-m", "benchmarks.gateway_speed"], "upstream"))
+        command = ["-m", "runtimes.gateway", "--bundle", str(bundle), "--upstream", f"{upstream}/v1", "--port", "0"]
+        command += ["--queue", str(max(64, options.clients)), "--max-concurrent", str(2 * options.clients)]
+        gateway = held.enter_context(_process(command, "gateway"))
+        report("requests to the gateway")
+        measured = asyncio.run(_ask_all(upstream, gateway, safe, unsafe, options))
+    first = {} if gguf is None else _first_tokens(bundle, gguf, safe, options, report)
+    return GatewaySpeed(
+        bundle=bundle.name,
+        image=f"{safe.width}x{safe.height} PNG",
+        clients=options.clients,
+        first_token=first,
+        **measured,
+    )
+
+
+def gateway_table(speed: GatewaySpeed) -> list[str]:
+    """Return the lines of a table."""
+    lines = [
+        f"gateway with the guard of {speed.bundle}, {speed.image}",
+        f"  allowed request    p50 {speed.gateway_ms[0]:7.2f} ms   p95 {speed.gateway_ms[1]:7.2f} ms",
+        f"  upstream itself    p50 {speed.direct_ms[0]:7.2f} ms   p95 {speed.direct_ms[1]:7.2f} ms",
+        f"  added              p50 {speed.overhead_ms[0]:7.2f} ms   p95 {speed.overhead_ms[1]:7.2f} ms",
+        f"  blocks a second    {speed.blocks_alone:.1f} by 1 client, {speed.blocks_together:.1f} by {speed.clients}",
+    ]
+    if speed.first_token:
+        bare = next(iter(speed.first_token.values()))
+        lines.append("time to the first text of an answer, llama.cpp:")
+        lines += [f"  {way:32}{ms:8.1f} ms   x {ms / bare:.2f}" for way, ms in speed.first_token.items()]
+    return lines
+
+
+# -- requests -------------------------------------------------------------------------------------------
+
+
+async def _ask_all(
+    upstream: str, gateway: str, safe: Image.Image, unsafe: Image.Image, options: GatewayOptions
+) -> dict[str, Any]:
+    httpx = _httpx()
+    limits = httpx.Limits(max_connections=options.clients, max_keepalive_connections=options.clients)
+    allowed, blocked = _body(safe), _body(unsafe)
+    direct: list[float] = []
+    through: list[float] = []
+    alone: list[float] = []
+    together: list[float] = []
+    async with httpx.AsyncClient(timeout=60, limits=limits, trust_env=False) as client:
+
+        async def ask(base: str, body: bytes, ended: str) -> float:
+            begun = time.perf_counter()
+            response = await client.post(f"{base}/v1/chat/completions", content=body)
+            took = time.perf_counter() - begun
+            if response.status_code != 200 or response.json()["choices"][0]["finish_reason"] != ended:
+                raise SafeVLMError(f"{base} answered {response.status_code}: {response.text[:200]}")
+            return took
+
+        for base, body, ended in ((upstream, allowed, "stop"), (gateway, allowed, "stop"), (gateway, blocked, FILTER)):
+            await ask(base, body, ended)  # connections, first runs
+        for number in range(options.rounds):
+            turns = [(upstream, direct), (gateway, through)]
+            for _ in range(options.requests):
+                for base, times in turns if number % 2 == 0 else turns[::-1]:
+                    times.append(await ask(base, allowed, "stop"))
+            begun = time.perf_counter()
+            for _ in range(options.requests):
+                await ask(gateway, blocked, FILTER)
+            alone.append(options.requests / (time.perf_counter() - begun))
+            begun = time.perf_counter()
+            many = max(options.requests, 2 * options.clients)
+            await asyncio.gather(*(ask(gateway, blocked, FILTER) for _ in range(many)))
+            together.append(many / (time.perf_counter() - begun))
+    return {
+        "direct_ms": _percentiles(direct),
+        "gateway_ms": _percentiles(through),
+        "blocks_alone": float(np.median(alone)),
+        "blocks_together": float(np.median(together)),
+    }
+
+
+FILTER = "content_filter"
+
+
+def _percentiles(seconds: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(np.array(seconds) * 1000, [50, 95])
+    return float(low), float(high)
+
+
+def _body(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode()
+
+
+def _pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
+    """Return a picture that the guard allows and one that it blocks."""
+    from runtimes.judge import Guard
+
+    pictures = [draw(each.scene) for each in build_suite("test", pairs=100, questions=0).pictures]
+    with Guard.open(bundle) as guard:
+        verdicts = [each.verdict for each in guard.judge(pictures)]
+    if not {"allow", "block"} <= set(verdicts):
+        raise InputError(f"{bundle}: its guard does not tell drawn pictures apart; give one of a tiny checkpoint.")
+    return pictures[verdicts.index("allow")], pictures[verdicts.index("block")]
+
+
+# -- time to the first token ----------------------------------------------------------------------------
+
+
+def _first_tokens(
+    bundle: Path, gguf: Path, picture: Image.Image, options: GatewayOptions, report: Callable[[str], None]
+) -> dict[str, float]:
+    """Return the median milliseconds from an opened picture to the first piece of text, way by way, in turns."""
+    from runtimes.gate import Gate
+    from runtimes.gate_command import open_gate
+    from runtimes.llamacpp_language import LlamaCppLanguageRunner
+
+    report("llama.cpp, time to the first token")
+    ways: dict[str, Callable[[Image.Image], float]] = {}
+    with ExitStack() as held:
+        runner = held.enter_context(LlamaCppLanguageRunner(gguf))
+        size = runner.artifact.manifest.preprocessing
+
+        def bare(picture: Image.Image) -> float:
+            begun = time.perf_counter()
+            handle = runner.prefill(size.apply(picture), QUESTION).handle
+            next(runner.stream(handle, 8), "")
+            return time.perf_counter() - begun
+
+        def gated(gate: Gate) -> Callable[[Image.Image], float]:
+            def ask(picture: Image.Image) -> float:
+                first: list[float] = []
+                begun = time.perf_counter()
+                gate.ask(picture, QUESTION, max_new_tokens=2, on_text=lambda _: first.append(time.perf_counter()))
+                if not first:
+                    raise SafeVLMError("the gate blocked the picture that its guard allowed")
+                return first[0] - begun
+
+            return ask
+
+        ways["no gate"] = bare
+        ways["gate, guard on ONNX Runtime"] = gated(held.enter_context(open_gate(bundle, str(gguf))))
+        alone = open_gate(None, str(gguf))
+        if alone.guard is not None:
+            ways["gate, guard on llama.cpp"] = gated(held.enter_context(alone))
+        else:
+            ways["exact verdict alone"] = gated(held.enter_context(alone))
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for number in range(1 + options.rounds * 4):
+            for way in list(ways) if number % 2 else list(ways)[::-1]:
+                changed = picture.copy()
+                changed.putpixel((0, 0), (number % 256, 0, 0))  # another picture, so that no image is remembered
+                times[way].append(ways[way](changed))
+    return {way: float(np.median(taken[1:]) * 1000) for way, taken in times.items()}
+
+
+# -- processes ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _process(command: Sequence[str], what: str) -> Iterator[str]:
+    """Start a server, yield its base URL, end it."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        if not line.startswith("serving on "):
+            raise SafeVLMError(f"the {what} did not start: {line}{process.stderr.read()}")
+        url = line.removeprefix("serving on ").strip()
+        _wait(url, process, what)
+        yield url
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def _wait(url: str, process: subprocess.Popen[str], what: str) -> None:
+    httpx = _httpx()
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False)
+            return
+        time.sleep(0.05)
+    raise SafeVLMError(f"the {what} did not start within {START_SECONDS:g} s")
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ImportError as error:
+        raise MissingExtraError("httpx", "gateway", "asking a gateway") from error
+    return httpx
+
+
+def serve_upstream() -> None:
+    """Serve an upstream that answers at once: the command of the upstream's process."""
+    import uvicorn
+
+    from runtimes.gateway.serving import listening
+
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
+    body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        while (await receive()).get("more_body"):
+            pass
+        content = json.dumps(body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+    bound = listening("127.0.0.1", 0)
+    print(f"serving on http://127.0.0.1:{bound.getsockname()[1]}", file=sys.stderr, flush=True)  # noqa: T201
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+@contextmanager
+def tiny_pair(bundle: Path | None, gguf: Path | None, report: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
+    """Yield a bundle and a GGUF folder: those given, else tiny-safegem's, made for the purpose."""
+    from export.gguf.artifact import GgufOptions, export_gguf
+    from export.onnx import ExportOptions, export_guard
+    from models.checkpoint import open_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="safevlm-speed-") as scratch:
+        checkpoint = open_checkpoint("tiny-safegem")
+        if bundle is None:
+            bundle = Path(scratch) / "tiny-safegem"
+            report("exporting a guard")
+            export_guard(checkpoint, bundle, ExportOptions(embeddings=True))
+        if gguf is None:
+            gguf = Path(scratch) / "gguf"
+            export_gguf(checkpoint, gguf, GgufOptions(type="f16"), report)
+        yield bundle, gguf
+
+
+if __name__ == "__main__":
+    serve_upstream()
