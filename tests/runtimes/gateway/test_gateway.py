@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,20 @@ def test_models_health_and_numbers(client: openai.OpenAI, address: str, upstream
     assert httpx.get(f"{address}/docs").status_code == 404
 
 
+def access(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "safevlm.gateway.access"]
+
+
 def test_the_access_log_has_no_content_and_no_key(
     client: openai.OpenAI, upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
         client.chat.completions.create(model="fake", messages=messages(UNSAFE_URL, text="a private question"))  # type: ignore[arg-type]
         client.chat.completions.create(model="fake", messages=messages(SAFE_URL, text="a private question"))  # type: ignore[arg-type]
-    lines = [json.loads(each.message) for each in caplog.records if each.name == "safevlm.gateway.access"]
+        until = time.monotonic() + 5
+        while len(access(caplog)) < 2 and time.monotonic() < until:  # a line is written once its answer is sent
+            time.sleep(0.01)
+    lines = [json.loads(record.getMessage()) for record in access(caplog)]
     assert [line["outcome"] for line in lines] == ["blocked", "allowed"]
     assert lines[0]["label"] and lines[0]["images"] == 1 and lines[0]["status"] == 200
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
