@@ -1,17 +1,18 @@
 """Write a checkpoint of a real model's shape with random weights: ``python -m benchmarks.random_checkpoint``.
 
-For tests of size, speed and memory: SafeLLaVA-7B's takes 14 GB of disk and a few hundred megabytes of memory. Its
-tokenizer is the family's tiny checkpoint's; what the model says is noise.
+For tests of size, speed and memory: SafeLLaVA-7B's takes 14 GB of disk, with ``--sparse`` 1.2 GB, and a few hundred
+megabytes of memory. Its tokenizer is the family's tiny checkpoint's; what the model says is noise.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import click
 import torch
@@ -20,57 +21,143 @@ from torch import nn
 
 from benchmarks.random_vlm import config_and_class
 from benchmarks.shapes import VisionShape, find_shape, shape_names
-from models.checkpoint import open_checkpoint
+from models.checkpoint import RANDOM_KEY, open_checkpoint
 from models.commandline import run
 from models.errors import InputError
 from models.family import HEAD_PREFIX
 from models.filling import on_meta
 from models.guard_head import standard_classes
 from models.reference import GuardHead
+from models.tiny.blueprints import BLUEPRINTS
 from quantize.artifact import Piece, copy_light_files, stored_name, write_bytes, write_shards
 
-__all__ = ["write_random_checkpoint"]
+__all__ = ["Layout", "write_random_checkpoint"]
+
+Layout = Literal["published", "transformers"]
+SHARD_BYTES = 5 * 10**9
+"""As Hugging Face writes them."""
+MARGIN = 2**26
+CLIP_LAYERS = 24
+"""Of the tower that original LLaVA configs only name."""
 
 
-def write_random_checkpoint(shape: VisionShape, folder: Path, *, layers: int | None = None, seed: int = 0) -> int:
+def write_random_checkpoint(
+    shape: VisionShape,
+    folder: Path,
+    *,
+    layers: int | None = None,
+    seed: int = 0,
+    layout: Layout = "published",
+    sparse: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
     """Write ``folder``, which must not exist; return the bytes of its tensors, all float16.
 
-    ``layers`` cuts the language model. Matrices have variance 1 / inputs, norms are 1, biases 0.
+    ``layers`` cuts the language model. Matrices have variance 1 / inputs, norms are 1, biases 0. ``layout`` has the
+    tensor names and config that the six were published in, or transformers' own. With ``sparse`` the matrices of
+    decoder layers are holes in the file: they read as zeros, take memory and time as numbers do, and no disk.
+    ``config.json`` says that the weights are random.
 
-    Errors: InputError when ``folder`` exists.
+    Errors: InputError when ``folder`` exists or the disk cannot hold it.
     """
     if folder.exists():
         raise InputError(f"{folder} exists. Give --out a folder that does not, or remove this one.")
     config, model_class, tokenizer = config_and_class(shape, layers or int(shape.language["num_hidden_layers"]))
     model: Any = on_meta(lambda: model_class(config))
     head = on_meta(lambda: GuardHead(shape.head_widths))
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    name = stored_name if layout == "transformers" else BLUEPRINTS[tokenizer].stored_name
+    pieces = [
+        *_pieces(model, "", seed, tied, name, sparse=sparse),
+        *_pieces(head, HEAD_PREFIX, seed, set(), name, sparse=False),
+    ]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(pieces, folder, sparse)
     unfinished = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir()
     try:
         copy_light_files(open_checkpoint(tokenizer).folder, unfinished)
         (unfinished / "preprocessor_config.json").unlink(missing_ok=True)  # the real size is the family's default
-        stated = json.loads(config.to_json_string(use_diff=False))
-        stated |= {"architectures": [model_class.__name__], "safety_categories": list(standard_classes())}
+        stated = _config(config, model_class.__name__, tokenizer, layout)
         (unfinished / "config.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        pieces = [*_pieces(model, "", seed, tied), *_pieces(head, HEAD_PREFIX, seed, set())]
-        written = write_shards(pieces, unfinished)
+        written = write_shards(pieces, unfinished, shard_bytes=shard_bytes)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return written
 
 
-def _pieces(module: nn.Module, prefix: str, seed: int, left_out: set[str]) -> Iterator[Piece]:
+def _config(config: Any, architecture: str, tokenizer: str, layout: Layout) -> dict[str, Any]:
+    """Return config.json: what the published checkpoints state, at this shape, and that the weights are random."""
+    guard = {"safety_categories": list(standard_classes()), RANDOM_KEY: True}
+    if layout == "transformers":
+        return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [architecture], **guard}
+    published = json.loads(json.dumps(BLUEPRINTS[tokenizer].config))
+    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+    keep = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's, which is a tiny checkpoint's
+
+    def at_shape(stated: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        return {key: own[key] if key in own and key not in keep else value for key, value in stated.items()}
+
+    if "text_config" in published:
+        published["text_config"] = at_shape(published["text_config"], text)
+        published["mm_tokens_per_image"] = config.mm_tokens_per_image
+    else:
+        published = at_shape(published, {key: value for key, value in text.items() if key != "architectures"})
+    if "vision_config" in published:
+        published["vision_config"] = at_shape(published["vision_config"], vision)
+    else:
+        published["mm_hidden_size"] = vision["hidden_size"]
+        if vision["num_hidden_layers"] == CLIP_LAYERS:
+            published["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
+    if "rope_scaling" in published:
+        published["rope_scaling"] = {
+            "type": "mrope",
+            "mrope_section": config.text_config.rope_parameters["mrope_section"],
+        }
+    return {**published, **_class_keys(tokenizer), **guard}
+
+
+def _class_keys(tokenizer: str) -> dict[str, Any]:
+    """Return what the published checkpoints call their class."""
+    config = BLUEPRINTS[tokenizer].config
+    return {key: config[key] for key in ("architectures", "model_type")}
+
+
+def _check_disk(pieces: Sequence[Piece], folder: Path, sparse: bool) -> None:
+    needed = sum(piece.nbytes for piece in pieces if not (sparse and _is_hole(piece.name)))
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed + MARGIN:
+        hint = "" if sparse else " --sparse leaves holes for the decoder layers;"
+        raise InputError(
+            f"{folder.parent}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free.{hint} --layers "
+            "shortens the language model; or give --out another disk."
+        )
+
+
+def _is_hole(name: str) -> bool:
+    """Say whether a tensor is a matrix of a decoder layer, by its name in any layout."""
+    tower = "vision" in name or "visual" in name
+    return not tower and ".layers." in name and name.endswith("proj.weight")
+
+
+def _pieces(
+    module: nn.Module, prefix: str, seed: int, left_out: set[str], stored: Callable[[str], str], *, sparse: bool
+) -> Iterator[Piece]:
     for name, slot in module.named_parameters():
         if name in left_out:
             continue
+        nbytes, under = slot.numel() * 2, stored(prefix + name)
 
         def write(file: BinaryIO, name: str = name, slot: nn.Parameter = slot) -> None:
             write_bytes(file, _random(name, tuple(slot.shape), seed))
 
-        yield Piece(prefix + stored_name(name), "F16", tuple(slot.shape), slot.numel() * 2, write)
+        def skip(file: BinaryIO, nbytes: int = nbytes) -> None:
+            file.seek(nbytes - 1, os.SEEK_CUR)
+            file.write(b"\0")
+
+        yield Piece(under, "F16", tuple(slot.shape), nbytes, skip if sparse and _is_hole(under) else write)
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -86,12 +173,18 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 @click.option("--shape", required=True, help=f"One of {', '.join(shape_names())}.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
 @click.option("--layers", type=click.IntRange(min=1), help="So many decoder layers.  [default: all]")
+@click.option("--layout", type=click.Choice(["published", "transformers"]), default="published", show_default=True)
+@click.option("--sparse", is_flag=True, help="Holes in place of the decoder layers' matrices: hardly any disk.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(shape: str, out: Path, layers: int | None, seed: int) -> None:
-    """Write a checkpoint with random weights at a real model's shape."""
+def main(shape: str, out: Path, layers: int | None, layout: Layout, sparse: bool, seed: int) -> None:
+    """Write a checkpoint with random weights at a real model's shape, marked as such."""
     with Console(stderr=True).status(f"writing {out}"):
-        written = write_random_checkpoint(find_shape(shape), out, layers=layers, seed=seed)
-    click.echo(f"{out}: {written / 2**30:.1f} GiB of random weights at {shape}'s shape")
+        written = write_random_checkpoint(
+            find_shape(shape), out, layers=layers, seed=seed, layout=layout, sparse=sparse
+        )
+    disk = sum(path.stat().st_blocks * 512 for path in out.iterdir())
+    holes = f", {disk / 2**30:.1f} GiB on the disk" if sparse else ""
+    click.echo(f"{out}: {written / 2**30:.1f} GiB of random weights at {shape}'s shape{holes}")
 
 
 if __name__ == "__main__":

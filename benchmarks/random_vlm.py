@@ -89,10 +89,16 @@ def _qwen2_5_vl(shape: VisionShape, text: dict[str, Any]) -> Qwen2_5_VLConfig:
 def _gemma3(shape: VisionShape, text: dict[str, Any]) -> Gemma3Config:
     width: dict[str, Any] = {"head_dim": 128 if shape.hidden_size == 5376 else 256}
     return Gemma3Config(
-        text_config=Gemma3TextConfig(**text, **width, query_pre_attn_scalar=width["head_dim"], sliding_window=1024),
+        text_config=Gemma3TextConfig(**text, **width, query_pre_attn_scalar=_scalar(text, width), sliding_window=1024),
         vision_config=SiglipVisionConfig(**shape.config, num_hidden_layers=shape.layers),
         mm_tokens_per_image=256,
     )
+
+
+def _scalar(text: dict[str, Any], width: dict[str, Any]) -> int:
+    """Return what the 27B scales its attention by, 5376 / 32; cut to fewer layers it is what llama.cpp takes."""
+    whole = text["hidden_size"] == 5376 and text["num_hidden_layers"] == 62
+    return 168 if whole else int(width["head_dim"])
 
 
 _FAMILIES: dict[str, tuple[Callable[[VisionShape, dict[str, Any]], Any], Callable[[Any], Any], str, TapSource]] = {

@@ -29,9 +29,11 @@ from models.shards import Shards
 from models.tap import Tap, find_tap
 from models.tensors import TensorStore
 
-__all__ = ["Checkpoint", "HeadShape", "open_checkpoint", "standard_classes", "tell_family"]
+__all__ = ["RANDOM_KEY", "Checkpoint", "HeadShape", "open_checkpoint", "standard_classes", "tell_family"]
 
 OUTPUT_PREFIX = "lm_head."
+RANDOM_KEY = "safevlm_edge_random_weights"
+"""Set in the config of a stand-in (benchmarks.random_checkpoint), whose verdicts and answers are noise."""
 SHOWN_NAMES = 5
 
 
@@ -55,6 +57,11 @@ class Checkpoint:
     tensors: TensorStore
     """Those of a quantized language model stand for the numbers that were stored (see :mod:`models.quantized`)."""
     quantization: Quantization | None = None
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the config says that the weights are random: good for sizes and times alone."""
+        return self.config.get(RANDOM_KEY) is True
 
     @property
     def hidden_size(self) -> int:

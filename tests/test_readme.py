@@ -24,7 +24,7 @@ def _rounded(line: str) -> list[str]:
 def test_every_runnable_block_runs_in_order() -> None:
     shutil.rmtree(ROOT / "build" / "readme", ignore_errors=True)
     blocks = RUN.findall(README)
-    assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh", "sh"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh", "sh", "python", "sh"]
     said = []
     for language, text in blocks:
         lines = [text] if language == "python" else text.strip().splitlines()
@@ -37,7 +37,7 @@ def test_every_runnable_block_runs_in_order() -> None:
     assert "block" in said[2], "not one picture of violence was blocked"
     assert len(said[3].splitlines()) == 5
     promised = [line.split() for line in README.splitlines()]
-    *_, exported, thresholds, answered, blocked, gptq, int8, before, after, report = said
+    *_, exported, thresholds, answered, blocked, gptq, int8, gguf, chat, again, before, after, report = said
     assert "distilled head: same class as the exact guard on" in exported
     for text in (
         thresholds.splitlines()[0],
@@ -51,6 +51,9 @@ def test_every_runnable_block_runs_in_order() -> None:
     for line in gptq.splitlines()[:3]:
         assert _rounded(line) in rounded, "the README shows another output of quantize.gptq"
     assert "tiny-safellava at 8.00 bits a weight" in int8
+    for line in gguf.splitlines()[:5]:
+        assert line in README.splitlines(), "the README shows another output of export.gguf"
+    assert chat == again == f"{answered.splitlines()[-1]}\n", "llama.cpp says what torch says"
     assert "tiny-safellava on holisafe-mini, 3000 rows, 0 failed" in before
     assert "gptq on holisafe-mini, 3000 rows, 0 failed" in after
     assert report.startswith("PASS\n") and report.count("  PASS\n") == 9

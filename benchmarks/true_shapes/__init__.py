@@ -1,0 +1,1 @@
+"""The whole path for a checkpoint of a real shape, each step watched from outside."""
