@@ -106,7 +106,8 @@ def main(
 
 
 def _lines(manifest: GgufManifest, out: Path) -> list[str]:
-    lines = [f"{out}: {manifest.source.checkpoint} for llama.cpp"]
+    random = " (random weights)" if manifest.random_weights else ""
+    lines = [f"{out}: {manifest.source.checkpoint}{random} for llama.cpp"]
     lines += [f"  {file.path}  {shown_bytes(file.bytes)}" for file in manifest.files]
     if manifest.importance is not None:
         lines.append(

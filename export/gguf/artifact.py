@@ -152,6 +152,7 @@ class _Writing:
                 standalone=any(head.reads == "projector" for head in heads),
             ),
             language_sha256=checkpoint.tensors.sha256(checkpoint.language_names()),
+            random_weights=checkpoint.random_weights,
             source_quantization=None if checkpoint.quantization is None else checkpoint.quantization.method,
             tap=Tap(
                 source=tap.source, pooling=tap.pooling, tokens=tap.tokens, learned=tap.learned, evidence=tap.evidence
