@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from runtimes.chat_endpoint import read_key
 from runtimes.policy import read_policy
 
 MEBIBYTE = 2**20
+ENDING_SECONDS = 1.0
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than clients keep theirs (httpx and openai: 5 s), so that none
 sends a request just when it is closed."""
@@ -82,10 +85,20 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         server.run(sockets=[bound])
     finally:
         bound.close()
-    if gateway.gate.stuck:  # threads inside a library abort the interpreter's orderly end
+    if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(0 if server.started else 1)
     return 0 if server.started else 1
+
+
+def _threads_end() -> bool:
+    """Wait a little for the threads of gate and gateway, which were told to end; say whether they did."""
+    until = time.monotonic() + ENDING_SECONDS
+    ours = [each for each in threading.enumerate() if each.name.startswith("gate")]
+    for each in ours:
+        each.join(max(0.0, until - time.monotonic()))
+    return not any(each.is_alive() for each in ours)
 
 
 def _gateway(given: dict[str, Any]) -> Any:

@@ -8,15 +8,48 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi.responses import Response
+
 from runtimes.gateway.judging import Judged
 from runtimes.gateway.refusal import Refusal
 
-__all__ = ["DONE", "FIELD", "HEADER", "chunk", "completion", "error_event", "event", "refusal_text", "safe_vlm"]
+__all__ = [
+    "DONE",
+    "FIELD",
+    "HEADER",
+    "JsonResponse",
+    "chunk",
+    "completion",
+    "error_event",
+    "event",
+    "refusal_text",
+    "safe_vlm",
+    "strict_json",
+]
 
 FIELD = "safe_vlm"
 HEADER = "X-Safe-VLM"
 """Of streams, whose body is the upstream's: the same as :data:`FIELD`, as one line of JSON."""
 DONE = b"data: [DONE]\n\n"
+
+
+class JsonResponse(Response):
+    """JSON in ASCII: half a surrogate pair, which models and clients do send, has no UTF-8."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Return the body's bytes."""
+        return json.dumps(content, allow_nan=False).encode("ascii")
+
+
+def strict_json(content: bytes) -> Any:
+    """Return what JSON says. Errors: ValueError, for NaN and Infinity too, which are none; RecursionError."""
+    return json.loads(content, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[str, Any]:

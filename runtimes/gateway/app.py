@@ -9,49 +9,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from models.errors import InputError
 from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult
-from runtimes.gateway.answers import DONE, FIELD, HEADER, chunk, completion, error_event, refusal_text, safe_vlm
-from runtimes.gateway.embedded import Embedded
+from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, refusal_text, safe_vlm
+from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal, bad_request, guard_error, upstream_error
+from runtimes.gateway.refusal import Refusal
 from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
 from runtimes.gateway.serving import (
     NOTES,
     ClientGone,
     Served,
-    broken,
     check_key,
     gone,
     or_gone,
-    read_json,
+    read_body,
     refused,
+    unrouted,
 )
-from runtimes.gateway.upstream import HttpUpstream
+from runtimes.gateway.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.upstream import Events, HttpUpstream
 from runtimes.judge import Guard
 from runtimes.policy import Policy
 
 __all__ = ["Gateway", "create_app"]
 
-MAX_NEW_TOKENS, MOST_NEW_TOKENS = 256, 4096
-EVENTS = "text/event-stream"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,22 +128,26 @@ class _Running:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as held:
-            held.enter_context(self.gateway.gate)
-            await held.enter_async_context(self.judging)
-            if self.http is not None:
-                await held.enter_async_context(self.http)
-            else:
-                self.embedded = Embedded(self.gateway.gate, self.gateway.name, self.metrics)
-                held.callback(self.embedded.close)
-            yield
+        with ExitStack() as opened:
+            opened.enter_context(self.gateway.gate)
+            async with AsyncExitStack() as held:
+                await held.enter_async_context(self.judging)
+                if self.http is not None:
+                    await held.enter_async_context(self.http)
+                else:
+                    self.embedded = await held.enter_async_context(
+                        Embedded(self.gateway.gate, self.gateway.name, self.metrics)
+                    )
+                yield
+            if self.gateway.gate.stuck or self.judging.batching.busy or (self.embedded and self.embedded.busy):
+                _log.warning("calls of guard or language model are still running: what they use is left as it is")
+                opened.pop_all()  # freed under a running call, a runtime's library crashes
 
     # -- routes -----------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
-        body = await read_json(request, self.options)
-        parsed = parse_chat(body, self.options)
+        parsed = await read_body(request, self.options, parse_chat)
         notes = request.scope[NOTES]
         notes["images"] = len(parsed.images)
         question = parsed.question() if self.embedded is not None else ""
@@ -161,27 +165,27 @@ class _Running:
 
     async def guard_images(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
-        images = parse_guard(await read_json(request, self.options), self.options)
+        images = await read_body(request, self.options, parse_guard)
         judged = await or_gone(request, self.judging.judge(images))
         data = [
             {**each.stated(index), "probs": dict(zip(self.guard.classes, map(float, each.probs), strict=True))}
             for index, each in enumerate(judged)
         ]
-        return JSONResponse({"object": "list", "bundle": self.gateway.gate.digest, "data": data})
+        return JsonResponse({"object": "list", "bundle": self.gateway.gate.digest, "data": data})
 
     async def models(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
         if self.http is not None:
             passed = await self.http.models(self._headers(request))
-            return JSONResponse(passed.body, status_code=passed.status)
+            return JsonResponse(passed.body, status_code=passed.status, headers=passed.headers)
         model = {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JsonResponse({"object": "list", "data": [model]})
 
     async def health(self) -> Response:
-        stuck = self.judging.batching.lane.stuck + self.gateway.gate.stuck
+        stuck = not self.judging.batching.working or self.gateway.gate.stuck > 0
         upstream = "embedded" if self.http is None else "ok" if await self.http.reachable() else "unreachable"
         stated = {"status": "stuck" if stuck else "ok", "guard": "stuck" if stuck else "ready", "upstream": upstream}
-        return JSONResponse(stated, status_code=503 if stuck else 200)
+        return JsonResponse(stated, status_code=503 if stuck else 200)
 
     async def numbers(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -222,8 +226,8 @@ class _Running:
         self.metrics.blocks.labels(harm or "unknown", stage).inc()
         text = refusal_text(harm)
         if not parsed.stream:
-            return JSONResponse(completion(parsed.model, text, ended="content_filter", stated=stated))
-        return StreamingResponse(_refusal_events(parsed.model, text, stated), media_type=EVENTS)
+            return JsonResponse(completion(parsed.model, text, ended="content_filter", stated=stated))
+        return EventsResponse(refusal_events(parsed.model, text, stated))
 
     async def _passed_on(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
@@ -234,24 +238,24 @@ class _Running:
         headers = self._headers(request)
         if not parsed.stream:
             passed = await or_gone(request, upstream.complete(body, headers))
-            return JSONResponse({**passed.body, FIELD: stated}, status_code=passed.status)
+            return JsonResponse({**passed.body, FIELD: stated}, status_code=passed.status, headers=passed.headers)
         found = await or_gone(request, upstream.stream(body, headers))
-        if not isinstance(found, AsyncIterator):
-            return JSONResponse({**found.body, FIELD: stated}, status_code=found.status)
-        return StreamingResponse(found, media_type=EVENTS, headers={HEADER: json.dumps(stated)})
+        if not isinstance(found, Events):
+            return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)
+        return EventsResponse(found, found.aclose, {HEADER: json.dumps(stated)})
 
     async def _embedded(
         self, request: Request, parsed: ChatRequest, judged: Judged, question: str, embedded: Embedded
     ) -> Response:
-        told = embedded.answer(judged, question, _new_tokens(parsed))
+        told = embedded.answer(judged, question, parsed.new_tokens())
         pieces: list[str] = []
         try:
-            first = await or_gone(request, _next(told))
+            first = await or_gone(request, _first(told))
             if first.result is None and not parsed.stream:
                 pieces.append(first.piece or "")
-                first = await or_gone(request, _rest(told, pieces))
+                first = await or_gone(request, rest(told, pieces))
         except BaseException:
-            await told.aclose()  # type: ignore[attr-defined]
+            await told.aclose()
             raise
         result = first.result
         if result is not None and (result.verdict == "block" or result.error is not None):
@@ -260,14 +264,15 @@ class _Running:
         stated = safe_vlm([judged], self.gateway.gate.digest)
         if not parsed.stream:
             text = (result.answer or "") if result is not None else "".join(pieces)
-            return JSONResponse(completion(parsed.model, text, ended="stop", stated=stated))
-        events = _answer_events(parsed.model, first.piece, result, told, stated)
-        return StreamingResponse(events, media_type=EVENTS, headers={HEADER: json.dumps(stated)})
+            return JsonResponse(completion(parsed.model, text, ended="stop", stated=stated))
+        return EventsResponse(
+            answer_events(parsed.model, first, told, stated), told.aclose, {HEADER: json.dumps(stated)}
+        )
 
     def _not_answered(self, request: Request, parsed: ChatRequest, judged: Judged, result: GateResult) -> Response:
         """Answer what the gate blocked after the standalone guard let it pass: by the exact verdict, or an error."""
         if result.finding is None:
-            raise _failure(result)
+            raise failure(result)
         finding = result.finding
         harm = finding.harm or finding.label
         stated = safe_vlm(
@@ -296,7 +301,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     running = _Running(gateway, metrics)
     app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
-    for error, handler in ((Refusal, refused), (ClientGone, gone), (Exception, broken)):
+    for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):
         app.add_exception_handler(error, handler)
     app.add_api_route("/v1/chat/completions", running.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/guard", running.guard_images, methods=["POST"], response_model=None)
@@ -306,62 +311,5 @@ def create_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-# -- streams --------------------------------------------------------------------------------------------
-
-
-async def _next(told: AsyncIterator[Any]) -> Any:
+async def _first(told: AsyncIterator[Told]) -> Told:
     return await told.__anext__()
-
-
-async def _rest(told: AsyncIterator[Any], pieces: list[str]) -> Any:
-    """Collect the pieces that follow and return what ends them."""
-    async for each in told:
-        if each.result is not None:
-            return each
-        pieces.append(each.piece)
-    raise upstream_error("the answer had no end.")
-
-
-async def _refusal_events(model: str, text: str, stated: dict[str, Any]) -> AsyncIterator[bytes]:
-    name = f"chatcmpl-{uuid.uuid4().hex}"
-    yield chunk(name, model, {"role": "assistant", "content": text, "refusal": text}, stated=stated)
-    yield chunk(name, model, {}, ended="content_filter", stated=stated)
-    yield DONE
-
-
-async def _answer_events(
-    model: str, piece: str | None, result: GateResult | None, told: Any, stated: dict[str, Any]
-) -> AsyncIterator[bytes]:
-    name = f"chatcmpl-{uuid.uuid4().hex}"
-    try:
-        yield chunk(name, model, {"role": "assistant", "content": piece or ""}, stated=stated)
-        while result is None:
-            each = await told.__anext__()
-            result = each.result
-            if each.piece is not None:
-                yield chunk(name, model, {"content": each.piece})
-        if result.error is not None or result.verdict == "block":
-            yield error_event(_failure(result))
-            return
-        yield chunk(name, model, {}, ended="stop")
-        yield DONE
-    finally:
-        with contextlib.suppress(RuntimeError):  # it may be running still when the client leaves
-            await told.aclose()
-
-
-def _failure(result: GateResult) -> Refusal:
-    if result.error_in == "generate":
-        return upstream_error("the language model failed; the answer is not whole.")
-    return guard_error("the image could not be judged; nothing was answered.")
-
-
-def _new_tokens(parsed: ChatRequest) -> int:
-    for key in ("max_completion_tokens", "max_tokens"):
-        value = parsed.body.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_NEW_TOKENS:
-            raise bad_request(f"{key} must be a whole number from 1 to {MOST_NEW_TOKENS}.", param=key)
-        return value
-    return MAX_NEW_TOKENS

@@ -6,6 +6,7 @@ Shapes: N images, H × W pixels, C classes.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from runtimes.runner import GuardRunner
 __all__ = ["Batching"]
 
 _log = logging.getLogger(__name__)
+ENDING_SECONDS = 5.0
 Pixels = npt.NDArray[np.uint8]
 Row = npt.NDArray[np.float32]
 
@@ -45,6 +47,7 @@ class Batching:
         self.lane = Lane("guard")
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(options.queue)
         self._thread = ThreadPoolExecutor(1, "gateway guard")
+        self._running: concurrent.futures.Future[list[Row | Exception]] | None = None
         self._task: asyncio.Task[None] | None = None
         self.coming = 0
         """Images that are being fetched or decoded: only while there are some is it worth to wait for more."""
@@ -57,8 +60,21 @@ class Batching:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self.lane.close()
         self._thread.shutdown(wait=False)
+        if self._running is not None:
+            await asyncio.to_thread(concurrent.futures.wait, [self._running], ENDING_SECONDS)
+        if not self.busy:
+            self.lane.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the guard is being asked just now, or hangs."""
+        return self.lane.stuck > 0 or (self._running is not None and not self._running.done())
+
+    @property
+    def working(self) -> bool:
+        """Whether the guard can be asked: a worker that has ended would leave everybody waiting."""
+        return self._task is not None and not self._task.done() and not self.lane.stuck
 
     async def judge(self, pixels: Pixels) -> Row:
         """Return C probabilities of one picture at the contract's size.
@@ -77,14 +93,14 @@ class Batching:
             raise guard_error("the guard gave no verdict in time; nothing was answered.") from None
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             batch = [await self._queue.get()]
             await self._fill(batch)
             self.metrics.queue.set(self._queue.qsize())
             batch = [each for each in batch if not each.answer.done()]  # whose client gave up is not judged
             if batch:
-                found = await loop.run_in_executor(self._thread, self._judge, [each.pixels for each in batch])
+                self._running = self._thread.submit(self._judge, [each.pixels for each in batch])
+                found = await asyncio.wrap_future(self._running)
                 for waiting, row in zip(batch, found, strict=True):
                     _settle(waiting.answer, row)
 
@@ -104,6 +120,8 @@ class Batching:
         try:
             with self.metrics.guard.time(), self.lane.turn(self.options.guard_timeout) as left:
                 output = self.lane.run(lambda: self.runner.infer(np.stack(pictures)), left).get()
+            if len(output.probs) != len(pictures):
+                raise SafeVLMError(f"the guard gave {len(output.probs)} rows for {len(pictures)} pictures")
             return list(output.probs)
         except Exception as error:  # of any kind: it fails closed, and the server goes on
             if len(pictures) == 1 or self.lane.stuck:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import concurrent.futures
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ __all__ = ["Embedded", "Told"]
 
 WAITING = 32
 """Requests that may wait for the language model, which answers one at a time."""
+ENDING_SECONDS = 5.0
+"""What a call gets to notice that nobody waits for it any more."""
 
 
 class _Gone(Exception):  # noqa: N818  # control flow: nobody reads the answer any more
@@ -31,7 +34,7 @@ class Told:
 
 
 class Embedded:
-    """A gate whose language model answers here; the gate is entered already."""
+    """A gate whose language model answers here; an asynchronous context manager, the gate is entered already."""
 
     def __init__(self, gate: Gate, name: str, metrics: Metrics) -> None:
         assert gate.language is not None
@@ -39,12 +42,22 @@ class Embedded:
         self.settles = gate.language.classes is not None
         """Whether an exact verdict settles what the standalone guard is unsure of."""
         self._threads = ThreadPoolExecutor(WAITING, "gateway language model")
+        self._asking: set[concurrent.futures.Future[None]] = set()
 
-    def close(self) -> None:
-        """Let the waiting threads end."""
-        self._threads.shutdown(wait=False)
+    async def __aenter__(self) -> Embedded:
+        return self
 
-    async def answer(self, judged: Judged, question: str, max_new_tokens: int) -> AsyncIterator[Told]:
+    async def __aexit__(self, *_: object) -> None:
+        """Let the waiting threads end, and the call that runs, if it does so soon."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(concurrent.futures.wait, self._asking, ENDING_SECONDS)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the language model is still being asked."""
+        return any(not each.done() for each in tuple(self._asking))
+
+    async def answer(self, judged: Judged, question: str, max_new_tokens: int) -> AsyncGenerator[Told, None]:
         """Yield the answer's pieces and the result; closed early, the answer is no longer written."""
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told] = asyncio.Queue()
@@ -56,13 +69,17 @@ class Embedded:
             loop.call_soon_threadsafe(told.put_nowait, Told(piece=piece))
 
         def ask() -> None:
+            if gone:
+                return
             result = self.gate.ask(
                 judged.picture, question, max_new_tokens=max_new_tokens, on_text=on_text, probs=judged.probs
             )
             if not gone:
                 loop.call_soon_threadsafe(told.put_nowait, Told(result=result))
 
-        running = loop.run_in_executor(self._threads, ask)
+        running = self._threads.submit(ask)
+        self._asking.add(running)
+        running.add_done_callback(self._asking.discard)
         try:
             while True:
                 found = await told.get()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from models.machine import core_count
 from runtimes.gateway.batching import Batching
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import bad_request, guard_error
+from runtimes.gateway.refusal import bad_request, guard_error, overloaded
 from runtimes.gateway.remote import fetch_image
 from runtimes.gateway.requests import ImageReference
 from runtimes.judge import Guard
@@ -58,6 +60,8 @@ class Judging:
         self.guard, self.policy, self.options, self.metrics = guard, policy, options, metrics
         self.batching = Batching(guard.runner, options, metrics)
         self._threads = ThreadPoolExecutor(max(2, core_count()), "gateway image")
+        self._held = 0
+        self._freed: deque[int] = deque()
 
     async def __aenter__(self) -> Judging:
         await self.batching.__aenter__()
@@ -93,6 +97,7 @@ class Judging:
                 content = await fetch_image(image.url, image.where, self.options)
             loop = asyncio.get_running_loop()
             picture, pixels = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
+            self._hold(picture)
         finally:
             self.batching.coming -= 1
         probs = await self.batching.judge(pixels)
@@ -101,6 +106,16 @@ class Judging:
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
         return Judged(picture, probs, finding)
+
+    def _hold(self, picture: Image.Image) -> None:
+        """Count a decoded picture for as long as it lives: small files of large pictures must not fill the memory."""
+        while self._freed:
+            self._held -= self._freed.popleft()
+        size = picture.width * picture.height
+        if self._held + size > self.options.max_held:
+            raise overloaded(f"the pictures being judged have {self.options.max_held} pixels; try again in a second.")
+        self._held += size
+        weakref.finalize(picture, self._freed.append, size).atexit = False  # called in whichever thread lets go of it
 
     def _decoded(self, content: bytes, where: str) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
         try:

@@ -41,6 +41,11 @@ class GatewayOptions:
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
 
+    @property
+    def max_held(self) -> int:
+        """Pixels, of 3 bytes each, of all pictures that are held at once: those of every request being served."""
+        return 16 * self.max_pixels
+
     def __post_init__(self) -> None:
         for name in ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue"):
             if getattr(self, name) < 1:

@@ -16,9 +16,11 @@ import httpx
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request
 
-__all__ = ["fetch_image"]
+__all__ = ["fetch_image", "public"]
 
 PORTS = {"http": 80, "https": 443}
+TUNNELS = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16")))
+"""IPv6 addresses that stand for IPv4 ones (NAT64, Teredo, 6to4), inside ones among them."""
 
 
 async def fetch_image(url: str, where: str, options: GatewayOptions) -> bytes:
@@ -60,7 +62,7 @@ async def _fetch(url: httpx.URL, where: str, options: GatewayOptions) -> bytes:
         if response.status_code != httpx.codes.OK:
             raise httpx.HTTPError(f"HTTP {response.status_code}")
         content = bytearray()
-        async for chunk in response.aiter_bytes():
+        async for chunk in response.aiter_raw():  # as it is: what is packed is no image
             content += chunk
             if len(content) > options.max_image_bytes:
                 raise Refusal(
@@ -77,13 +79,22 @@ async def _address(host: str, port: int, where: str, options: GatewayOptions) ->
     """Return an address of the host; one that is not public refuses them all."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    mapped = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
-    if not mapped:
+    if not addresses:
         raise OSError("no address")
-    if not options.private_hosts and not all(address.is_global and not address.is_multicast for address in mapped):
+    if not options.private_hosts and not all(map(public, addresses)):
         raise bad_request(
             f"{where}: images are not fetched from there; send the image as a data URL.",
             code="url_not_allowed",
             param=where,
         )
     return str(addresses[0])
+
+
+def public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Say whether an address is out in the internet, not of this machine or its networks."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return public(address.ipv4_mapped)
+        if address.is_site_local or any(address in tunnel for tunnel in TUNNELS):
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved

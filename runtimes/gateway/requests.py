@@ -36,6 +36,16 @@ MESSAGE_KEYS = frozenset(
 MEDIA_KEY = re.compile(r"image|video|audio|media|multi_?modal|document|file|prompt_embeds", re.IGNORECASE)
 DATA_URL = re.compile(r"data:([a-z0-9.+-]+/[a-z0-9.+-]+)?(?:;[a-z0-9=-]+)*;base64,", re.IGNORECASE)
 SHOWN = 80
+MAX_NEW_TOKENS, MOST_NEW_TOKENS = 256, 4096
+PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("n", (1,)),
+    ("stop", ([], "")),
+    ("tools", ([],)),
+    ("functions", ([],)),
+    ("logprobs", (False,)),
+    ("response_format", ({"type": "text"},)),
+)
+"""Keys that change an answer's form, and the values that our own runners, which cannot do that, serve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +85,25 @@ class ChatRequest:
             body["messages"][message]["content"][part] = {"type": "image_url", "image_url": {"url": url, **kept}}
         return body
 
+    def new_tokens(self) -> int:
+        """Return how long an answer of our own models may be. Errors: Refusal for what is no such number."""
+        for key in ("max_completion_tokens", "max_tokens"):
+            value = self.body.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_NEW_TOKENS:
+                raise bad_request(f"{key} must be a whole number from 1 to {MOST_NEW_TOKENS}.", param=key)
+            return value
+        return MAX_NEW_TOKENS
+
     def question(self) -> str:
         """Return the text of a request of one user turn with one image, as our own models take it.
 
-        Errors: Refusal for anything else.
+        Errors: Refusal for anything else, and for keys that ask for what they cannot do.
         """
+        for key, served in PLAIN_KEYS:
+            if self.body.get(key) is not None and self.body[key] not in served:
+                raise bad_request(f"the model in this server gives one plain answer: leave out {key!r}.", param=key)
         messages = [message for message in self.body["messages"] if message.get("role") != "system"]
         system = [message for message in self.body["messages"] if message.get("role") == "system"]
         if len(messages) != 1 or messages[0].get("role") != "user" or any(_text(each) for each in system):
@@ -105,6 +129,8 @@ def parse_chat(body: Any, options: GatewayOptions) -> ChatRequest:
             raise bad_request(f"the key {key[:SHOWN]!r} is not taken: media goes into messages.", param=key[:SHOWN])
     if body.get("modalities", ["text"]) != ["text"]:
         raise bad_request("only text can be answered.", param="modalities")
+    if not isinstance(body.get("stream"), bool | None):
+        raise bad_request("'stream' must be true or false.", param="stream")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("'messages' must be a list of at least one message.", param="messages")

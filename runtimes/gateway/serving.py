@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from models.errors import InputError
 from models.machine import now
+from runtimes.gateway.answers import JsonResponse, strict_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request, overloaded
 
-__all__ = ["ACCESS", "ClientGone", "Served", "check_key", "listening", "or_gone", "read_json"]
+__all__ = [
+    "ACCESS",
+    "NOTES",
+    "ClientGone",
+    "Served",
+    "check_key",
+    "gone",
+    "listening",
+    "or_gone",
+    "read_body",
+    "refused",
+    "unrouted",
+]
 
 ACCESS = "safevlm.gateway.access"
 """The logger of access lines: JSON without images, prompts, answers, keys or addresses."""
@@ -31,6 +46,7 @@ PATHS = frozenset(("/v1/chat/completions", "/v1/guard", "/v1/models", "/healthz"
 UNCOUNTED = frozenset(("/healthz", "/metrics"))
 GONE = 499
 BACKLOG = 2048
+FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
 POLL_SECONDS = 0.25
 
 _access = logging.getLogger(ACCESS)
@@ -57,41 +73,60 @@ class Served:
             return
         notes: dict[str, Any] = {"id": uuid.uuid4().hex}
         scope[NOTES] = notes
-        status, begun = 500, time.perf_counter()
+        status, answering, begun = 500, False, time.perf_counter()
 
         async def sending(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, answering
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", notes["id"].encode())]
+                answering = True
             await send(message)
 
+        try:
+            await self._admitted(scope, receive, sending)
+        except Exception as error:  # a bug of ours: told here, as the server would log its message
+            _log_fault(notes["id"], error)
+            notes["outcome"] = "server_error"
+            if not answering:
+                await _refused(FAULT)(scope, receive, sending)
+        except asyncio.CancelledError:  # the time for shutting down is over
+            notes["outcome"] = "cut_off"
+            raise
+        finally:
+            self._note(scope, notes, status, (time.perf_counter() - begun) * 1000)
+
+    async def _admitted(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve, unless there is too much to do. What is turned away counts for nothing, however slow its body."""
         counted = scope["path"] not in UNCOUNTED
+        if counted and self._serving >= self.options.max_concurrent:
+            await _thrown_away(receive, self.options)
+            refusal = overloaded(f"{self.options.max_concurrent} requests are being served; try again in a second.")
+            scope[NOTES]["outcome"] = refusal.code
+            await _refused(refusal)(scope, receive, send)
+            return
         self._serving += counted
         self.metrics.in_flight.set(self._serving)
         try:
-            if counted and self._serving > self.options.max_concurrent:
-                refusal = overloaded(f"{self.options.max_concurrent} requests are being served; try again in a second.")
-                await _thrown_away(receive, self.options.max_body)
-                await _refused(refusal)(scope, receive, sending)
-            else:
-                await self.app(scope, receive, sending)
+            await self.app(scope, receive, send)
         finally:
             self._serving -= counted
             self.metrics.in_flight.set(self._serving)
-            path = scope["path"] if scope["path"] in PATHS else "other"
-            outcome = notes.get("outcome", _outcome(status))
-            self.metrics.requests.labels(path, outcome).inc()
-            line = {
-                "time": now(),
-                "method": scope["method"],
-                "path": path,
-                "status": status,
-                "outcome": outcome,
-                "ms": round((time.perf_counter() - begun) * 1000, 1),
-                **{key: value for key, value in notes.items() if key != "outcome"},
-            }
-            _access.info(json.dumps(line))
+
+    def _note(self, scope: Scope, notes: dict[str, Any], status: int, ms: float) -> None:
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        outcome = notes.get("outcome", _outcome(status))
+        self.metrics.requests.labels(path, outcome).inc()
+        line = {
+            "time": now(),
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "outcome": outcome,
+            "ms": round(ms, 1),
+            **{key: value for key, value in notes.items() if key != "outcome"},
+        }
+        _access.info(json.dumps(line))
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -117,40 +152,55 @@ def listening(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def _thrown_away(receive: Any, most: int) -> None:
+async def _thrown_away(receive: Any, options: GatewayOptions) -> None:
     """Read a body without keeping it: an answer before its end would reset the connection, and not be read."""
-    size = 0
-    while size <= most:
-        message = await receive()
-        size += len(message.get("body", b""))
-        if message["type"] != "http.request" or not message.get("more_body"):
-            return
+
+    async def read() -> None:
+        size = 0
+        while size <= options.max_body:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), options.body_timeout)
 
 
 def _outcome(status: int) -> str:
     return "ok" if status < 400 else "refused" if status < 500 else "failed"
 
 
-def _refused(refusal: Refusal) -> JSONResponse:
-    return JSONResponse(refusal.body(), status_code=refusal.status, headers=refusal.headers)
+def _refused(refusal: Refusal) -> JsonResponse:
+    return JsonResponse(refusal.body(), status_code=refusal.status, headers=refusal.headers)
 
 
-async def refused(request: Request, error: Exception) -> JSONResponse:
+async def refused(request: Request, error: Exception) -> JsonResponse:
     """Answer a Refusal: FastAPI's exception handler."""
     assert isinstance(error, Refusal)
     request.scope[NOTES]["outcome"] = error.code or error.kind
     return _refused(error)
 
 
-async def gone(_: Request, __: Exception) -> JSONResponse:
+async def gone(request: Request, _: Exception) -> JsonResponse:
     """End a request whose client has left."""
-    return JSONResponse({}, status_code=GONE)
+    request.scope[NOTES]["outcome"] = "client_gone"
+    return JsonResponse({}, status_code=GONE)
 
 
-async def broken(request: Request, error: Exception) -> JSONResponse:
-    """Answer a bug of ours: without the message, which may quote the request."""
-    logging.getLogger(__name__).error("%s: %s", request.scope[NOTES]["id"], type(error).__name__, exc_info=error)
-    return _refused(Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error"))
+async def unrouted(_: Request, error: Exception) -> JsonResponse:
+    """Answer a path or method that there is none of, in OpenAI's shape instead of FastAPI's."""
+    assert isinstance(error, HTTPException)
+    served = ", ".join(sorted(PATHS))
+    found = _refused(bad_request(f"{error.detail}: served are {served}.", code="not_found", status=error.status_code))
+    found.headers.update(error.headers or {})
+    return found
+
+
+def _log_fault(name: str, error: Exception) -> None:
+    """Log where a bug was raised, without its message, which may quote the request."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    logging.getLogger(__name__).error("request %s: %s\n%s", name, type(error).__name__, trace)
 
 
 def check_key(request: Request, key: str | None) -> None:
@@ -160,8 +210,11 @@ def check_key(request: Request, key: str | None) -> None:
         raise Refusal(401, "authentication_error", "the API key is missing or wrong.", code="invalid_api_key")
 
 
-async def read_json(request: Request, options: GatewayOptions) -> Any:
-    """Return a request's JSON body. Errors: Refusal for one that is too large, too slow or no JSON; ClientGone."""
+async def read_body(request: Request, options: GatewayOptions, parse: Callable[[Any, GatewayOptions], T]) -> T:
+    """Return what ``parse`` makes of a request's JSON body, in a thread: a large one would hold up all others.
+
+    Errors: Refusal for a body that is too large, too slow or no JSON, and those of ``parse``; ClientGone.
+    """
     stated = request.headers.get("content-length", "0")
     too_large = bad_request(
         f"the body has more than {options.max_body} bytes; that many are allowed.", code="body_too_large", status=413
@@ -172,10 +225,15 @@ async def read_json(request: Request, options: GatewayOptions) -> Any:
         content = await asyncio.wait_for(_read(request, options.max_body, too_large), options.body_timeout)
     except asyncio.TimeoutError:
         raise bad_request("the body did not come in time.", code="body_timeout", status=408) from None
-    try:
-        return await asyncio.to_thread(json.loads, content)
-    except (ValueError, RecursionError):
-        raise bad_request("the body is not JSON.") from None
+
+    def parsed() -> T:
+        try:
+            body = strict_json(content)
+        except (ValueError, RecursionError):
+            raise bad_request("the body is not JSON.") from None
+        return parse(body, options)
+
+    return await asyncio.to_thread(parsed)
 
 
 async def _read(request: Request, limit: int, too_large: Refusal) -> bytes:

@@ -6,33 +6,38 @@ stands nowhere else. An answer that is no chat completion, or a stream that ends
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from models.errors import InputError
-from runtimes.gateway.answers import DONE, error_event
+from runtimes.gateway.answers import DONE, error_event, strict_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, upstream_error
 
-__all__ = ["HttpUpstream", "Passed"]
+__all__ = ["Events", "HttpUpstream", "Passed"]
 
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
 CONNECT_SECONDS = 10.0
 MAX_LINE = 4 * 2**20
+FIELDS = (b"event:", b"id:", b"retry:")
+"""Of server-sent events, beside ``data``: nothing that a client of chat completions reads."""
+KEY_REFUSED = (401, 403)
 
 
 @dataclass(frozen=True)
 class Passed:
-    """An upstream's own answer: status and JSON body."""
+    """An upstream's own answer: status, JSON body, and the headers that go on."""
 
     status: int
     body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class HttpUpstream:
@@ -68,63 +73,64 @@ class HttpUpstream:
     async def reachable(self) -> bool:
         """Say whether the upstream answers at all."""
         try:
-            await self._open().get(f"{self.url}/models", timeout=2.0)
+            async with self._open().stream("GET", f"{self.url}/models", timeout=2.0):
+                return True
         except httpx.HTTPError:
             return False
-        return True
 
     async def models(self, headers: Mapping[str, str]) -> Passed:
         """Return what the upstream says of its models. Errors: Refusal."""
-        try:
-            response = await self._open().get(f"{self.url}/models", headers=self._headers(headers))
-        except httpx.HTTPError as error:
-            raise self._failed(error) from None
-        return Passed(response.status_code, self._object(response.content))
+        request = self._open().build_request("GET", f"{self.url}/models", headers=self._headers(headers))
+        async with _Sent(self, request) as response:
+            return await self._passed(response, headers)
 
     async def complete(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed:
         """Return the upstream's whole answer. Errors: Refusal for one that is none, and when it is down or slow."""
-        async with self._sent(body, headers) as response:
-            content = bytearray()
-            begun = time.monotonic()
-            try:
-                async for piece in response.aiter_bytes():
-                    content += piece
-                    self._check(len(content), begun)
-            except httpx.HTTPError as error:
-                raise self._failed(error) from None
-        found = self._object(bytes(content))
-        if response.status_code == httpx.codes.OK and not isinstance(found.get("choices"), list):
+        async with _Sent(self, await self._request(body, headers)) as response:
+            found = await self._passed(response, headers)
+        if found.status == httpx.codes.OK and not isinstance(found.body.get("choices"), list):
             raise self._broken("what the upstream answered is no chat completion")
-        if response.status_code != httpx.codes.OK and "error" not in found:
-            raise self._broken(f"the upstream answered with HTTP {response.status_code}")
-        return Passed(response.status_code, found)
+        return found
 
-    async def stream(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed | AsyncIterator[bytes]:
+    async def stream(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed | Events:
         """Return the upstream's events, or its refusal to begin. Errors: Refusal before anything was sent on."""
-        sent = self._sent(body, headers)
+        sent = _Sent(self, await self._request(body, headers))
         response = await sent.__aenter__()
         kind = response.headers.get("content-type", "")
         if response.status_code == httpx.codes.OK and kind.startswith("text/event-stream"):
-            return self._events(sent, response)
+            return Events(self._events(response), sent)
         try:
-            content = await response.aread()
-        except httpx.HTTPError as error:
-            raise self._failed(error) from None
+            found = await self._passed(response, headers)
         finally:
             await sent.__aexit__(None, None, None)
-        found = self._object(content[: self.options.max_reply])
-        if response.status_code == httpx.codes.OK or "error" not in found:
-            raise self._broken(f"the upstream answered a stream with HTTP {response.status_code} and no events")
-        return Passed(response.status_code, found)
+        if found.status == httpx.codes.OK:
+            raise self._broken("the upstream answered a stream with no events")
+        return found
 
-    async def _events(self, sent: _Sent, response: httpx.Response) -> AsyncIterator[bytes]:
-        """Pass on events that are whole; whatever ends them early ends in an event that says so."""
-        begun, size = time.monotonic(), 0
+    async def _passed(self, response: httpx.Response, headers: Mapping[str, str]) -> Passed:
+        """Read an answer to its end, and check that it is one; an error is passed on where it is the client's."""
+        content, begun = bytearray(), time.monotonic()
         try:
-            async for line in _lines(response):
-                size += len(line)
-                self._check(size, begun)
-                if not line or line.startswith(b":"):
+            async for piece in response.aiter_bytes():
+                content += piece
+                self._check(len(content), begun)
+        except httpx.HTTPError as error:
+            raise self._failed(error) from None
+        status = response.status_code
+        if status in KEY_REFUSED and "authorization" not in headers and self._key is not None:
+            raise self._broken("the upstream refuses this server's key")  # its words may quote the key
+        found = self._object(bytes(content))
+        if status != httpx.codes.OK and "error" not in found:
+            raise self._broken(f"the upstream answered with HTTP {status}")
+        again = response.headers.get("retry-after")
+        return Passed(status, found, {} if again is None else {"Retry-After": again})
+
+    async def _events(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """Pass on events that are whole; whatever ends them early ends in an event that says so."""
+        begun = time.monotonic()
+        try:
+            async for line in _lines(response, lambda size: self._check(size, begun)):
+                if not line or line.startswith(b":") or line.startswith(FIELDS):
                     continue
                 if not line.startswith(b"data:"):
                     raise self._broken("the upstream's stream holds something else than events")
@@ -139,8 +145,6 @@ class HttpUpstream:
             yield error_event(self._failed(error))
         except Refusal as refusal:
             yield error_event(refusal)
-        finally:
-            await sent.__aexit__(None, None, None)
 
     # -- parts ------------------------------------------------------------------------------------------
 
@@ -154,14 +158,10 @@ class HttpUpstream:
             kept["authorization"] = f"Bearer {self._key}"
         return {**kept, "content-type": "application/json", "accept-encoding": "identity"}
 
-    def _sent(self, body: dict[str, Any], headers: Mapping[str, str]) -> _Sent:
-        request = self._open().build_request(
-            "POST",
-            f"{self.url}/chat/completions",
-            content=json.dumps(body).encode("ascii"),
-            headers=self._headers(headers),
-        )
-        return _Sent(self, request)
+    async def _request(self, body: dict[str, Any], headers: Mapping[str, str]) -> httpx.Request:
+        content = await asyncio.to_thread(lambda: json.dumps(body).encode("ascii"))  # pictures are large
+        url = f"{self.url}/chat/completions"
+        return self._open().build_request("POST", url, content=content, headers=self._headers(headers))
 
     def _check(self, size: int, begun: float) -> None:
         if size > self.options.max_reply:
@@ -171,7 +171,7 @@ class HttpUpstream:
 
     def _object(self, content: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(content)
+            found = strict_json(content)
         except (ValueError, RecursionError):
             raise self._broken("what the upstream answered is not JSON") from None
         if not isinstance(found, dict):
@@ -194,6 +194,20 @@ class HttpUpstream:
             return upstream_error("the upstream cannot be reached.", code="upstream_unreachable")
         self.metrics.upstream.labels("died").inc()
         return upstream_error("the connection to the upstream broke.")
+
+
+class Events:
+    """The events of a stream; close it however it ends, even where none was read."""
+
+    def __init__(self, events: AsyncIterator[bytes], sent: _Sent) -> None:
+        self._events, self._sent = events, sent
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._events
+
+    async def aclose(self) -> None:
+        """End the request upstream."""
+        await self._sent.__aexit__(None, None, None)
 
 
 class _Sent:
@@ -219,10 +233,15 @@ class _Sent:
             await self._response.aclose()
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yield lines without their ends; one that is endless is cut, and then is no event."""
-    rest = b""
+async def _lines(response: httpx.Response, check: Callable[[int], None]) -> AsyncIterator[bytes]:
+    """Yield lines without their ends; one that is endless is cut, and then is no event.
+
+    ``check`` is told how many bytes came so far, with each piece: a line that drips in takes time, too.
+    """
+    rest, size = b"", 0
     async for piece in response.aiter_bytes():
+        size += len(piece)
+        check(size)
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             yield line.rstrip(b"\r")

@@ -25,9 +25,12 @@ ROOT = Path(__file__).parents[3]
 
 
 @contextmanager
-def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "runtimes.gateway", "--port", "0", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def gateway(
+    *arguments: str, program: tuple[str, ...] = ("-m", "runtimes.gateway")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, *program, "--port", "0", *arguments]
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=paths, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
@@ -97,6 +100,38 @@ def test_a_model_in_the_same_process_and_keys_from_the_environment(
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and "sk-clients" not in out + err
+
+
+HANGING = """
+import sys, time
+from models.commandline import run
+from runtimes.gateway.__main__ import main
+from runtimes.torch_language import TorchLanguageRunner
+
+def hang(self, handle, max_new_tokens):
+    yield "The "
+    time.sleep(120)
+
+TorchLanguageRunner._stream = hang
+run(main, sys.argv[1:])
+"""
+
+
+def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: Path) -> None:
+    script = tmp_path / "hanging.py"
+    script.write_text(HANGING)
+    more = ("--bundle", str(bundle), "--model", "tiny-safegem", "--shutdown-timeout", "1")
+    with gateway(*more, program=(str(script),)) as (process, url):
+        body = {"messages": messages(SAFE_URL), "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            assert "The " in next(lines)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert '"outcome": "cut_off"' in out and "still running" in err
 
 
 @pytest.mark.parametrize(

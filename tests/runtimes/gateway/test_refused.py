@@ -115,6 +115,7 @@ def test_fifty_images_are_too_many(address: str, upstream: Upstream) -> None:
         ({"messages": [{"role": "user", "content": [SAFE_URL]}]}, "is of type 'None'"),
         ({"messages": [{"role": "user", "content": "hi"}], "multi_modal_data": {"image": "x"}}, "multi_modal_data"),
         ({"messages": [{"role": "user", "content": "hi"}], "image_urls": ["x"]}, "image_urls"),
+        ({"messages": [{"role": "user", "content": "hi"}], "stream": 1}, "true or false"),
         ({"messages": [{"role": "user", "content": "hi"}], "modalities": ["text", "audio"]}, "only text"),
     ],
     ids=lambda value: str(value)[-40:],
@@ -125,7 +126,7 @@ def test_ways_past_the_guard_are_closed(address: str, upstream: Upstream, body: 
 
 
 def test_a_body_that_is_no_json(address: str) -> None:
-    for content in (b"{", b"\xff\xfe", b"[" * 100_000):
+    for content in (b"{", b"\xff\xfe", b"[" * 100_000, b'{"temperature": NaN}'):
         refused(httpx.post(f"{address}/v1/chat/completions", content=content), 400, "not JSON")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 import threading
 import time
@@ -62,11 +64,23 @@ def redirected(handler: Any, _: Any) -> None:
     handler.end_headers()
 
 
+def dripping(handler: Any, _: Any) -> None:
+    handler.begin_stream()
+    handler.event(piece("The "))
+    with contextlib.suppress(OSError):  # who is told nothing whole for too long hangs up
+        for _ in range(40):
+            handler.wfile.write(b"d")
+            handler.wfile.flush()
+            time.sleep(0.2)
+    handler.close_connection = True
+
+
 WHOLE = {
     "garbage": (lambda h, _: h.reply(b"<html>", kind="text/html"), 502, "not JSON"),
     "no completion": (lambda h, _: h.reply({"hello": 1}), 502, "no chat completion"),
     "a list": (lambda h, _: h.reply([1]), 502, "no JSON object"),
     "deep": (lambda h, _: h.reply(b"[" * 50_000), 502, "not JSON"),
+    "no number": (lambda h, _: h.reply(b'{"choices": [{"logprob": -Infinity}]}'), 502, "not JSON"),
     "huge": (lambda h, _: h.reply(b" " * 300_000), 502, "more than 100000 bytes"),
     "500 without an error": (lambda h, _: h.reply({}, status=500), 502, "HTTP 500"),
     "redirects": (redirected, 502, "redirects"),
@@ -117,6 +131,7 @@ STREAMS = {
     "garbage": (events(piece("The "), b"<html>"), "not JSON"),
     "no events": (events(piece("The "), end=b"what is this\n\n"), "something else than events"),
     "stalls": (events(piece("The "), lambda: time.sleep(1.5)), "in time"),
+    "drips": (dripping, "in time"),
     "never ends": (events(piece("The "), *[piece("x" * 5000)] * 40), "more than 100000 bytes"),
 }
 
@@ -124,11 +139,63 @@ STREAMS = {
 @pytest.mark.parametrize("fault", STREAMS)
 def test_a_stream_that_fails_says_so(client: openai.OpenAI, upstream: Upstream, fault: str) -> None:
     upstream.behave, word = STREAMS[fault]
-    said = ""
+    said, begun = "", time.monotonic()
     with pytest.raises(openai.APIError, match=word), ask(client, stream=True) as stream:
         for each in stream:
             said += each.choices[0].delta.content or ""
     assert said.startswith("The "), "what came before was passed on"
+    assert time.monotonic() - begun < 5, "a drip keeps no request beyond its total time"
+
+
+def test_other_fields_of_events_are_no_garbage(client: openai.OpenAI, upstream: Upstream) -> None:
+    def behave(handler: Any, _: Any) -> None:
+        handler.begin_stream()
+        handler.wfile.write(b"event: message\nid: 3\nretry: 10\n")
+        handler.event(piece("The ", "stop"))
+        handler.event(b"[DONE]")
+        handler.close_connection = True
+
+    upstream.behave = behave
+    with ask(client, stream=True) as stream:
+        assert [each.choices[0].delta.content for each in stream] == ["The "]
+
+
+def test_half_a_surrogate_pair_goes_through(client: openai.OpenAI, upstream: Upstream) -> None:
+    broken = {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "a \ud83d"}, "finish_reason": "stop"}]
+    }
+    upstream.behave = lambda handler, _: handler.reply(json.dumps(broken).encode())
+    assert ask(client).choices[0].message.content == "a \ud83d"
+
+
+def test_when_to_come_again_is_passed_on(impatient: str, upstream: Upstream) -> None:
+    def busy(handler: Any, _: Any) -> None:
+        content = b'{"error": {"message": "too many"}}'
+        handler.send_response(429)
+        handler.send_header("retry-after", "7")
+        handler.send_header("set-cookie", "a=b")
+        handler.send_header("content-length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    upstream.behave = busy
+    for stream in (False, True):
+        body = {"messages": messages(SAFE_URL), "stream": stream}
+        found = httpx.post(f"{impatient}/v1/chat/completions", json=body)
+        assert (found.status_code, found.headers["retry-after"]) == (429, "7") and "set-cookie" not in found.headers
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_upstream_that_quotes_this_servers_key(bundle: Path, upstream: Upstream, stream: bool) -> None:
+    """A client may see what is said of its own key, and nothing of ours."""
+    error = {"error": {"message": "no such key: sk-of-the-server", "type": "invalid_request_error"}}
+    upstream.behave = lambda handler, _: handler.reply(error, status=401)
+    body = {"messages": messages(SAFE_URL), "stream": stream}
+    with serving(Gateway.open(bundle, upstream=upstream.url, key="sk-of-the-server")) as url:
+        found = httpx.post(f"{url}/v1/chat/completions", json=body)
+        own = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": "Bearer mine"})
+    assert found.status_code == 502 and "sk-of" not in found.text and "server's key" in found.text
+    assert own.status_code == 401 and upstream.headers_seen[-1]["authorization"] == "Bearer mine"
 
 
 def test_an_upstream_that_is_down(bundle: Path) -> None:
