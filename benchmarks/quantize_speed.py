@@ -108,7 +108,7 @@ def _best(rows: list[QuantizeRow]) -> QuantizeRow:
 
 def _write_subject(case: Case, folder: Path) -> Tensor:
     """Write the same language model twice, and token ids; return those that are held out."""
-    write_random_checkpoint(case.shape(), folder / "checkpoint", layers=case.layers)
+    write_random_checkpoint(case.shape(), folder / "checkpoint", layers=case.layers, layout="transformers")
     stored = load_file(folder / "checkpoint" / "model.safetensors")
     prefix = "model.language_model."
     llama = {f"model.{name.removeprefix(prefix)}": value for name, value in stored.items() if name.startswith(prefix)}
