@@ -7,6 +7,7 @@ what a device would need. Shapes: N images, H × W pixels, C classes.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,11 +26,26 @@ from runtimes.runner import GuardRunner
 
 __all__ = ["Device", "Peer", "Runtime", "Subject", "measure", "random_images"]
 
-Runtime = Literal["torch", "onnxruntime", "tensorrt"]
+Runtime = Literal["torch", "compile", "onnxruntime", "openvino", "tensorrt"]
 Device = Literal["cpu", "gpu"]
 Work = Literal["guard", "shared", "vision"]
 CUDA_DRIVER = "libcuda.so.1"
-NAMES: Mapping[Runtime, str] = {"torch": "torch eager", "onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+NAMES: Mapping[Runtime, str] = {
+    "torch": "torch eager",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+}
+PACKAGES: Mapping[Runtime, tuple[str, ...]] = {
+    "torch": ("torch", "transformers"),
+    "compile": ("torch", "transformers"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino", "nncf"),
+    "tensorrt": ("tensorrt",),
+}
+PLAIN = "plain"
+"""Folder, in the scratch bundle, of what peers run: the same guard in standard operators, and what they make of it."""
 WORK: Mapping[Work, str] = {"guard": "", "shared": ", guard with embeddings", "vision": ", vision tower alone"}
 
 
@@ -53,6 +69,8 @@ class Peer:
     """One way to run the guard. ``path`` is its file in the folder ``bundle``, ``given`` when the caller named that.
 
     ``work`` is what it computes: a guard's probabilities, these and the image embeddings, or embeddings alone.
+    ``ours`` is what this project makes for that runtime; the others are what people use today. ``python`` is the
+    interpreter of another environment.
     """
 
     runtime: Runtime
@@ -62,11 +80,17 @@ class Peer:
     given: bool = False
     path: str | None = None
     work: Work = "guard"
+    ours: bool = False
+    python: str | None = None
 
     @property
     def title(self) -> str:
         """The runtime's name, with the bundle's where the caller gave one, and its work where it is not the guard's."""
         name = NAMES[self.runtime] + WORK[self.work]
+        if self.path is not None and self.path.endswith(".xml"):
+            name += ", NNCF"
+        elif self.bundle is not None and not self.ours and not self.given:
+            name += ", plain graph"
         return f"{name} ({self.bundle})" if self.given else name
 
 
@@ -111,7 +135,19 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             peak = peak_rss()
             an_image = (peak - loaded) // batch
             highest = max(peak, while_loading)
-            yield {"batch": batch, "times_ms": times, "peak_rss_bytes": highest, "probs": probs}
+            yield {
+                "batch": batch,
+                "times_ms": times,
+                "peak_rss_bytes": highest,
+                "probs": probs,
+                "version": _versions(peer.runtime),
+            }
+
+
+def _versions(runtime: Runtime) -> str:
+    """Return what runs here, with versions: ``torch 2.13.0, transformers 5.17.0``."""
+    found = {each.name: each.version for each in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {found[name]}" for name in PACKAGES[runtime] if name in found)
 
 
 def _lacking_memory(needed: int) -> str | None:
@@ -143,20 +179,25 @@ def _times_ms(
 
 def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
     """Return a peer's runner, not yet active; an InputError says why it cannot be had here."""
-    if peer.runtime == "torch":
-        return _torch_runner(subject, peer.device, threads)
+    if peer.runtime in ("torch", "compile"):
+        return _torch_runner(subject, peer, threads)
     assert peer.bundle is not None
     bundle = open_bundle(peer.bundle, verify=False)
-    if peer.runtime == "onnxruntime":
-        kind = VisionTower if peer.work == "vision" else OnnxRuntimeRunner
+    if peer.runtime in ("onnxruntime", "openvino"):
         file = next(file for file in bundle.manifest.files if file.path == peer.path)
+        if peer.runtime == "openvino":
+            from runtimes.openvino_runner import OpenVinoRunner
+
+            return OpenVinoRunner(bundle, file, threads)
+        kind = VisionTower if peer.work == "vision" else OnnxRuntimeRunner
         return kind(bundle, file, threads, providers=["CPUExecutionProvider"])
     from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
 
     return TensorRTRunner(bundle, usable_engine(bundle, peer.precision))
 
 
-def _torch_runner(subject: Subject, device: Device, threads: int) -> GuardRunner:
+def _torch_runner(subject: Subject, peer: Peer, threads: int) -> GuardRunner:
+    device = peer.device
     if device == "gpu":
         try:
             ctypes.CDLL(CUDA_DRIVER)
@@ -169,4 +210,4 @@ def _torch_runner(subject: Subject, device: Device, threads: int) -> GuardRunner
     if device == "gpu" and not torch.cuda.is_available():
         raise InputError(f"torch {torch.__version__} finds no CUDA GPU here.")
     torch.set_num_threads(threads)
-    return ReferenceRunner(subject, "cuda" if device == "gpu" else "cpu")
+    return ReferenceRunner(subject, "cuda" if device == "gpu" else "cpu", compiled=peer.runtime == "compile")

@@ -6,7 +6,7 @@ Shapes: N images, H × W pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.guard_peers import Subject, Work, random_images
+from benchmarks.guard_peers import PLAIN, Subject, Work, random_images
 from benchmarks.random_guard import build_random_guard
 from benchmarks.shapes import find_shape
 from export.bundle import write_manifest
 from export.graph import PRECISIONS, GuardGraph, Precision, VisionGraph, build_graph, build_vision_graph
+from export.int8 import FLAVOURS, quantize
 from export.parts import write_onnx
+from export.rewrites.standard_operators import to_standard
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
 from models.manifest import GuardFile, Head, Manifest, Source, Tap
@@ -32,6 +34,8 @@ __all__ = ["ReferenceRunner", "prepare", "write_scratch_bundle"]
 
 UNHASHED = "0" * 64
 """The scratch bundle is opened, without its hashes being checked, by the command that has just written it."""
+INT8_CALIBRATION = 2
+"""Images of noise that set static scales: figures of speed need no more."""
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
@@ -52,13 +56,18 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         "stored_bytes": stored,
         "stored_as": counted,
     }
+    folder, precisions = Path(request["folder"]), request["precisions"]
     write_scratch_bundle(
         guard,
         request["subject"]["name"],
-        request["precisions"],
-        Path(request["folder"]),
+        [precision for precision in precisions if precision in PRECISIONS],
+        folder,
         works=("guard", "shared", "vision") if request["embeddings"] else ("guard",),
     )
+    if "int8" in precisions:
+        add_int8_files(folder, random_images(size, INT8_CALIBRATION, seed=1))
+    if request.get("plain"):
+        write_plain_bundle(folder, folder / PLAIN)
     yield answer
 
 
@@ -113,22 +122,7 @@ def write_scratch_bundle(
         write_onnx(graph, example, path)
         written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
         files += [
-            GuardFile.model_validate(
-                {
-                    "path": file.name,
-                    "sha256": UNHASHED,
-                    "bytes": file.stat().st_size,
-                    "kind": kind,
-                    "precision": precision,
-                    "role": "vision" if work == "vision" else "guard",
-                    "outputs": [
-                        {"name": output, "shape": ("N",), "dtype": "float32"}
-                        for output in (graph.outputs if kind == "onnx" else ())
-                    ],
-                }
-            )
-            for file, kind in written
-            if file.is_file()
+            _entry(file, kind, precision, work, graph.outputs) for file, kind in written if file.is_file()
         ]
     manifest = Manifest(
         created="",
@@ -144,6 +138,50 @@ def write_scratch_bundle(
     write_manifest(folder, manifest)
 
 
+def _entry(path: Path, kind: str, precision: str, work: Work, outputs: Sequence[str]) -> GuardFile:
+    """Return the manifest's entry of a file, unhashed."""
+    return GuardFile.model_validate(
+        {
+            "path": path.name,
+            "sha256": UNHASHED,
+            "bytes": path.stat().st_size,
+            "kind": kind,
+            "precision": precision,
+            "role": "vision" if work == "vision" else "guard",
+            "outputs": [
+                {"name": output, "shape": ("N",), "dtype": "float32"} for output in (outputs if kind == "onnx" else ())
+            ],
+        }
+    )
+
+
+def add_int8_files(folder: Path, calibration: NDArray[np.uint8]) -> None:
+    """Write both INT8 flavours of the scratch bundle's float32 guard, every product but the head's quantized.
+
+    They are for timing alone: an export judges them on pictures and takes back what hurts.
+    """
+    manifest = Manifest.read(folder)
+    head_layers = len(manifest.head.widths) - 1
+    files = list(manifest.files)
+    for flavour in FLAVOURS:
+        path = folder / f"guard.{flavour}.onnx"
+        quantize(folder / "guard.fp32.onnx", path, flavour, calibration, head_layers=head_layers)
+        files.append(_entry(path, "onnx", flavour, "guard", ("probs", "logits")))
+        data = path.with_name(path.name + ".data")
+        files += [_entry(data, "onnx_data", flavour, "guard", ())] if data.exists() else []
+    write_manifest(folder, manifest.model_copy(update={"files": tuple(files)}))
+
+
+def write_plain_bundle(folder: Path, plain: Path) -> None:
+    """Write the float32 guard of a scratch bundle in standard operators, as an exporter writes it by itself."""
+    plain.mkdir()
+    path = plain / "guard.fp32.onnx"
+    to_standard(folder / path.name, path)
+    manifest = Manifest.read(folder)
+    files = (_entry(path, "onnx", "fp32", "guard", ("probs", "logits")),)
+    write_manifest(plain, manifest.model_copy(update={"files": files, "default_file": path.name}))
+
+
 def _graph(guard: GuardModel, precision: Precision, work: Work) -> GuardGraph | VisionGraph:
     if work == "vision":
         return build_vision_graph(guard.vision, guard.family.key, precision)
@@ -151,20 +189,25 @@ def _graph(guard: GuardModel, precision: Precision, work: Work) -> GuardGraph | 
 
 
 class ReferenceRunner(GuardRunner):
-    """The untouched torch path, float32, on a CPU or a CUDA GPU; copies to and from the GPU are timed."""
+    """The untouched torch path, float32, on a CPU or a CUDA GPU; copies to and from the GPU are timed.
+
+    ``compiled`` runs it through ``torch.compile``.
+    """
 
     runtime = "torch"
 
-    def __init__(self, subject: Subject, device: str) -> None:
+    def __init__(self, subject: Subject, device: str, *, compiled: bool = False) -> None:
         super().__init__()
         self.subject = subject
         self.device = device
-        self._guard: GuardModel | None = None
+        self.compiled = compiled
+        self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def _activate(self) -> None:
         guard, *_ = _build(self.subject)
         self.preprocessing = guard.preprocessing
-        self._guard = guard.eval().to(self.device)
+        guard = guard.eval().to(self.device)
+        self._guard = torch.compile(guard, dynamic=False) if self.compiled else guard
 
     def _deactivate(self) -> None:
         self._guard = None

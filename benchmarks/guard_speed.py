@@ -19,18 +19,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.guard_peers import Device, Peer, Runtime, Subject, Work
-from benchmarks.isolation import Outcome, run_isolated
+from benchmarks.guard_lineup import Measured, line_up
+from benchmarks.guard_peers import PLAIN, Device, Subject, Work
+from benchmarks.isolation import run_isolated
 from models.errors import EngineUnavailableError, InputError, SafeVLMError
 from models.machine import core_count
-from models.manifest import GuardFile
 from runtimes.bundle import Bundle, open_bundle
 
 __all__ = ["GuardSpeed", "Latency", "Row", "SpeedOptions", "Status", "measure_guard"]
 
 Report = Callable[[float, str], None]
 Status = Literal["measured", "unavailable", "failed"]
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 UNAVAILABLE = (InputError.exit_code, EngineUnavailableError.exit_code)
 """With these a peer says that the machine lacks something."""
 
@@ -52,6 +52,8 @@ class SpeedOptions:
     seed: int = 0
     embeddings: bool = False
     """Measure, too, the guard that gives image embeddings and the vision tower without a guard."""
+    peers: str | None = None
+    """The interpreter of an environment with OpenVINO and NNCF: what people use on CPUs is measured beside ours."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "repeats", "threads"):
@@ -61,7 +63,11 @@ class SpeedOptions:
             asked = ", ".join(map(str, self.batches)) or "none"
             raise InputError(f"--batch {asked}: batch sizes of at least 1, each once, are allowed, such as 1 and 8.")
         if not self.precisions or not set(self.precisions) <= set(PRECISIONS):
-            raise InputError(f"--precision {','.join(self.precisions)}: one or both of {', '.join(PRECISIONS)}.")
+            raise InputError(f"--precision {','.join(self.precisions)}: one or several of {', '.join(PRECISIONS)}.")
+        if ("int8" in self.precisions or self.peers is not None) and "fp32" not in self.precisions:
+            raise InputError(
+                f"--precision {','.join(self.precisions)}: INT8 files and peers are made from fp32; ask for it, too."
+            )
         if not 0 < self.seconds < float("inf"):
             raise InputError(f"--seconds {self.seconds}: a time above 0 is needed.")
 
@@ -94,6 +100,8 @@ class Row:
     batch: int
     work: Work
     """``guard``; ``shared``: with image embeddings; ``vision``: embeddings alone."""
+    ours: bool
+    """Made by this project, not a peer's."""
     weights: Literal["random", "checkpoint"]
     status: Status
     reason: str | None = None
@@ -104,6 +112,8 @@ class Row:
     """Largest difference of a probability from torch eager's on the CPU, same images; None for another guard's file."""
     peak_rss_bytes: int | None = None
     size_bytes: int | None = None
+    version: str | None = None
+    """Of what ran it, such as ``onnxruntime 1.32.0``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,27 +124,6 @@ class GuardSpeed:
     options: SpeedOptions
     guard: Mapping[str, Any]
     rows: tuple[Row, ...]
-
-
-@dataclass
-class _Measured:
-    """What the rounds gave of one peer so far; a peer that ended early is not started again."""
-
-    peer: Peer
-    size_bytes: int | None
-    answers: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
-    skipped: dict[int, str] = field(default_factory=dict)
-    problem: str | None = None
-    exit_code: int = 0
-
-    def add(self, outcome: Outcome) -> None:
-        """Keep a round's answers, by batch size, and why there are no more."""
-        for answer in outcome.answers:
-            if "skipped" in answer:
-                self.skipped[answer["batch"]] = answer["skipped"]
-            else:
-                self.answers.setdefault(answer["batch"], []).append(answer)
-        self.problem, self.exit_code = outcome.problem, outcome.exit_code
 
 
 def measure_guard(
@@ -157,8 +146,18 @@ def measure_guard(
         report(0.0, "exporting")
         guard = _prepare(subject, options, given, scratch)
         report(0.0, "building a TensorRT engine")
-        engines = _build_engines(options, scratch)
-        peers = _peers(guard, open_bundle(scratch, verify=False), given, engines)
+        request = {"folder": scratch, "precisions": options.precisions, "max_batch": max(options.batches)}
+        engines = run_isolated("benchmarks.guard_engine:build", request, threads=options.threads)
+        others = None
+        if options.peers is not None:
+            report(0.0, "NNCF")
+            others = run_isolated(
+                "benchmarks.openvino_peer:quantize",
+                {"folder": str(Path(scratch, PLAIN)), "seed": options.seed},
+                threads=options.threads,
+                python=options.peers,
+            )
+        peers = line_up(guard, open_bundle(scratch, verify=False), given, engines, python=options.peers, nncf=others)
         _run_rounds(subject, options, peers, report)
     baselines = {measured.peer.device: measured for measured in peers if measured.peer.runtime == "torch"}
     rows = [
@@ -176,6 +175,7 @@ def _prepare(subject: Subject, options: SpeedOptions, given: Bundle | None, scra
         "bundle": None if given is None else str(given.folder),
         "folder": scratch,
         "embeddings": options.embeddings,
+        "plain": options.peers is not None,
     }
     outcome = run_isolated("benchmarks.guard_source:prepare", request, threads=options.threads)
     if outcome.problem is not None:
@@ -184,54 +184,7 @@ def _prepare(subject: Subject, options: SpeedOptions, given: Bundle | None, scra
     return outcome.answers[0]
 
 
-def _build_engines(options: SpeedOptions, scratch: str) -> Outcome:
-    request = {"folder": scratch, "precisions": options.precisions, "max_batch": max(options.batches)}
-    return run_isolated("benchmarks.guard_engine:build", request, threads=options.threads)
-
-
-def _peers(guard: Mapping[str, Any], scratch: Bundle, given: Bundle | None, engines: Outcome) -> list[_Measured]:
-    """Return the peers in the order of the table: the reference first, then each file of the bundles.
-
-    ``engines`` says why the scratch bundle lacks an engine, if it does.
-    """
-    stored = int(guard["stored_bytes"])
-    devices: tuple[Device, ...] = ("cpu", "gpu")
-    peers = [_Measured(Peer(runtime="torch", precision="fp32", device=device), stored) for device in devices]
-    for bundle in (scratch, given):
-        if bundle is not None:
-            files = (*bundle.files("onnx"), *bundle.files("engine"))
-            peers += [_file_peer(bundle, file, bundle is given) for file in files]
-    built = {file.precision for file in scratch.files("engine")}
-    for file in scratch.files("onnx"):
-        if file.precision not in built and _work(file) == "guard":
-            missing = Peer(runtime="tensorrt", precision=file.precision, device="gpu", bundle=str(scratch.folder))
-            problem = engines.problem or "this TensorRT builds it from the fp32 file: add fp32 to --precision"
-            peers.append(_Measured(missing, None, problem=problem, exit_code=engines.exit_code or 2))
-    return peers
-
-
-def _file_peer(bundle: Bundle, file: GuardFile, given: bool) -> _Measured:
-    runtime: Runtime = "tensorrt" if file.kind == "engine" else "onnxruntime"
-    beside = [data.bytes for data in bundle.files("onnx_data") if data.path == file.path + ".data"]
-    peer = Peer(
-        runtime=runtime,
-        precision=file.precision,
-        device="gpu" if runtime == "tensorrt" else "cpu",
-        bundle=str(bundle.folder),
-        given=given,
-        path=file.path,
-        work=_work(file),
-    )
-    return _Measured(peer, file.bytes + sum(beside))
-
-
-def _work(file: GuardFile) -> Work:
-    if file.role == "vision":
-        return "vision"
-    return "shared" if any(output.name == "embeddings" for output in file.outputs) else "guard"
-
-
-def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[_Measured], report: Report) -> None:
+def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[Measured], report: Report) -> None:
     for number in range(options.rounds):
         turn = peers if number % 2 == 0 else peers[::-1]
         for place, measured in enumerate(turn):
@@ -247,13 +200,14 @@ def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[_Measured],
                     "threads": options.threads,
                     "seed": options.seed,
                 }
-                measured.add(run_isolated("benchmarks.guard_peers:measure", request, threads=options.threads))
+                there = {} if measured.peer.python is None else {"python": measured.peer.python}
+                measured.add(run_isolated("benchmarks.guard_peers:measure", request, threads=options.threads, **there))
 
 
 # -- rows -----------------------------------------------------------------------------------------------
 
 
-def _row(subject: Subject, measured: _Measured, batch: int, baselines: Mapping[Device, _Measured], rounds: int) -> Row:
+def _row(subject: Subject, measured: Measured, batch: int, baselines: Mapping[Device, Measured], rounds: int) -> Row:
     """Sum up one peer at one batch size; ``baselines`` are the torch peers by device."""
     answers = measured.answers.get(batch, [])
     peer = measured.peer
@@ -265,6 +219,7 @@ def _row(subject: Subject, measured: _Measured, batch: int, baselines: Mapping[D
         device=peer.device,
         batch=batch,
         work=peer.work,
+        ours=peer.ours,
         weights="random" if subject.random else "checkpoint",
         status="unavailable" if unavailable else "failed",
         reason=measured.skipped.get(batch, measured.problem),
@@ -284,6 +239,7 @@ def _row(subject: Subject, measured: _Measured, batch: int, baselines: Mapping[D
         ratio_to_torch_eager=_latency(baseline, batch).median_ms / latency.median_ms if baseline else None,
         max_abs_prob_delta=_delta(reference[0], answers[0]) if reference and same_weights else None,
         peak_rss_bytes=max(answer["peak_rss_bytes"] for answer in answers),
+        version=answers[0].get("version"),
     )
 
 

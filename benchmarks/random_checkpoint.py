@@ -37,6 +37,8 @@ Layout = Literal["published", "transformers"]
 SHARD_BYTES = 5 * 10**9
 """As Hugging Face writes them."""
 MARGIN = 2**26
+DRAWN = 2**24
+"""Values at once."""
 CLIP_LAYERS = 24
 """Of the tower that original LLaVA configs only name."""
 
@@ -151,7 +153,8 @@ def _pieces(
         nbytes, under = slot.numel() * 2, stored(prefix + name)
 
         def write(file: BinaryIO, name: str = name, slot: nn.Parameter = slot) -> None:
-            write_bytes(file, _random(name, tuple(slot.shape), seed))
+            for rows in _random(name, tuple(slot.shape), seed):
+                write_bytes(file, rows)
 
         def skip(file: BinaryIO, nbytes: int = nbytes) -> None:
             file.seek(nbytes - 1, os.SEEK_CUR)
@@ -160,13 +163,17 @@ def _pieces(
         yield Piece(under, "F16", tuple(slot.shape), nbytes, skip if sparse and _is_hole(under) else write)
 
 
-def _random(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Return the tensor of a name: the same in every process."""
+def _random(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
+    """Yield the tensor of a name, a few million values at a time: the same in every process."""
     if len(shape) < 2:
-        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.float16)
+        yield torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.float16)
+        return
     own = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
+    generator = torch.Generator().manual_seed(own)
     spread = torch.Size(shape[1:]).numel() ** -0.5
-    return torch.empty(shape).normal_(0, spread, generator=torch.Generator().manual_seed(own)).to(torch.float16)
+    values = torch.Size(shape).numel()
+    for start in range(0, values, DRAWN):
+        yield torch.empty(min(DRAWN, values - start)).normal_(0, spread, generator=generator).to(torch.float16)
 
 
 @click.command()

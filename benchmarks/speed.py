@@ -17,7 +17,7 @@ from benchmarks.guard_speed import GuardSpeed, SpeedOptions, measure_guard
 from benchmarks.quantize_cases import CASES, quantize_table
 from benchmarks.shapes import find_shape, shape_names
 from benchmarks.speed_report import gate_record, gateway_record, guard_record, guard_table, quantize_record
-from models.commandline import run
+from models.commandline import printable, run
 from models.errors import InputError
 from models.family import TapSource
 from models.machine import core_count
@@ -39,9 +39,17 @@ def main() -> None:
 @click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
 @click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure the files of this guard bundle, too.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the exported file: fp32, fp16 or fp32,fp16.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the exported files: fp32, fp16, int8; fp32,int8.")
 @click.option("--batch", "batches", type=int, multiple=True, default=SpeedOptions.batches, show_default=True)
 @click.option("--embeddings", is_flag=True, help="Measure a shared vision tower, too, and the tower without a guard.")
+@click.option("--peers", is_flag=True, help="Measure torch.compile, plain ONNX Runtime, OpenVINO and NNCF, too.")
+@click.option(
+    "--peers-python",
+    type=click.Path(path_type=Path),
+    default=Path(".venv-openvino/bin/python"),
+    show_default=True,
+    help="Python of OpenVINO's environment (make peers).",
+)
 @click.option("--rounds", type=int, default=SpeedOptions.rounds, show_default=True, help="Turns of each peer.")
 @click.option("--repeats", type=int, default=SpeedOptions.repeats, show_default=True, help="Most runs a round.")
 @click.option("--seconds", type=float, default=SpeedOptions.seconds, show_default=True, help="No run begins after.")
@@ -59,6 +67,8 @@ def guard(
     precision: str,
     batches: tuple[int, ...],
     embeddings: bool,
+    peers: bool,
+    peers_python: Path,
     rounds: int,
     repeats: int,
     seconds: float,
@@ -77,6 +87,7 @@ def guard(
         batches=batches,
         precisions=tuple(precision.split(",")),
         embeddings=embeddings,
+        peers=str(_interpreter(peers_python)) if peers else None,
         rounds=rounds,
         repeats=repeats,
         seconds=seconds,
@@ -223,6 +234,16 @@ def quantize(
     return int(any(row.problem is not None for speed in found for row in speed.rows))
 
 
+@main.command()
+@click.argument("records", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for speed.html and speed.json.")
+def page(records: tuple[Path, ...], out: Path) -> None:
+    """Show RECORDS that these commands (or benchmarks.true_shapes) wrote as one page, without network."""
+    from benchmarks.speed_page import write_speed_page
+
+    click.echo(f"page: {printable(str(write_speed_page(records, out)))}")
+
+
 def _subject(
     model: str | None,
     shape: str | None,
@@ -246,6 +267,13 @@ def _subject(
         raise InputError("--tap and --revision say how a checkpoint is opened: they go with --model, not with --shape.")
     find_shape(shape).shortened(layers)
     return Subject(name=shape, random=True, layers=layers, seed=seed)
+
+
+def _interpreter(path: Path) -> Path:
+    """Return the absolute path of a peers' Python, links kept: an environment is found by them."""
+    if not path.is_file():
+        raise InputError(f"--peers-python {path}: there is no such file. make peers makes the environment.")
+    return path.absolute()
 
 
 def _check_out(out: Path | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.rewrites.linear_after_mean import fold_linear
+from export.rewrites.transposed_weights import turn_weights_round
 from export.rewrites.unread_layers import layers_read
 from models.fixed_windows import FixedWindowTower
 from models.pooling import Pooling, pool
@@ -214,7 +215,7 @@ _TRUNKS: dict[str, Callable[[VisionPath], Trunk]] = {
 
 
 def build_graph(guard: GuardModel, precision: Precision = "fp32", *, embeddings: bool = False) -> GuardGraph:
-    """Return the export graph of a guard on the projector; in fp32 it shares the guard's weights.
+    """Return the export graph of a guard on the projector, made of the guard's own weights, which it rearranges.
 
     In fp16 the trunk's weights and activations are half precision; layer norms and RMS norms keep their
     float32 accumulation.
@@ -243,6 +244,7 @@ def build_head_graph(head: GuardHead) -> HeadGraph:
 def _in_precision(trunk: Trunk, precision: Precision, *, keep_last: bool = True) -> Trunk:
     if not keep_last:
         del trunk.last
+    turn_weights_round(trunk)
     return _HalfTrunk(trunk) if precision == "fp16" else trunk
 
 

@@ -25,12 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fidelity import auroc
+from export.parts import data_beside
+from export.rewrites.int8_weights import store_weights_in_int8
 from models.errors import ParityError
 from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity
 from runtimes.bundle import sha256_of
 
-__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8"]
+__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8", "quantize"]
 
 Flavour = Literal["int8", "int8-dynamic"]
 FLAVOURS: tuple[Flavour, ...] = ("int8", "int8-dynamic")
@@ -95,7 +97,7 @@ def add_int8(
 ) -> list[GuardFile]:
     """Write ``guard.<flavour>.onnx`` into ``folder`` from its float32 file; return the manifest's entries.
 
-    ``safe`` is the index of the class safe, ``head_layers`` how many Linears the head has: they stay in float32.
+    ``safe`` is the index of the class safe, ``head_layers`` how many Linears the head has: they compute in float32.
 
     Errors: ParityError when the limits are not met even with all but one product in float32.
     """
@@ -155,23 +157,7 @@ def add_int8(
             },
         }
     )
-    return [entry, *_beside(path, entry)]
-
-
-def _beside(path: Path, entry: GuardFile) -> list[GuardFile]:
-    data = path.with_name(path.name + ".data")
-    if not data.exists():
-        return []
-    return [
-        GuardFile(
-            path=data.name,
-            sha256=sha256_of(data),
-            bytes=data.stat().st_size,
-            kind="onnx_data",
-            role=entry.role,
-            precision=entry.precision,
-        )
-    ]
+    return [entry, *data_beside(path, entry)]
 
 
 def faster_than_float(file: GuardFile) -> bool:
@@ -187,49 +173,68 @@ class _Maker:
     """Quantizes one float32 graph again and again, with other products left out."""
 
     def __init__(self, source: Path, flavour: Flavour, calibration: Bytes, head_layers: int) -> None:
-        import onnx
-
         self.source, self.flavour, self.calibration = source, flavour, calibration
-        graph = onnx.load(str(source), load_external_data=False).graph
-        constants = {tensor.name for tensor in graph.initializer}
-        static = PRODUCTS if flavour == "int8" else PRODUCTS[:2]
-        weighted = [node for node in graph.node if len(node.input) > 1 and node.input[1] in constants]
-        products = [node.name for node in weighted if node.op_type in static]
-        self.products = products[:-head_layers]  # the head is small, and the verdict hangs on it
-        self.large = source.with_name(source.name + ".data").exists()
+        products = _products(source, flavour)
+        self.products, self.head = products[:-head_layers], products[-head_layers:]
 
     def write(self, path: Path, left_out: Sequence[str], only: str | None = None) -> None:
         """Write the quantized graph; ``only`` quantizes that one product."""
-        from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-
         chosen = [only] if only is not None else [name for name in self.products if name not in left_out]
-        path.with_name(path.name + ".data").unlink(missing_ok=True)
-        common: dict[str, Any] = {
-            "op_types_to_quantize": list(PRODUCTS),
-            "nodes_to_quantize": chosen,
-            "per_channel": True,
-            "weight_type": QuantType.QInt8,
-            "use_external_data_format": self.large,
-        }
-        with _quiet():
-            if self.flavour == "int8-dynamic":
-                quantize_dynamic(str(self.source), str(path), extra_options={"MatMulConstBOnly": True}, **common)
-                return
-            quantize_static(
-                str(self.source),
-                str(path),
-                _Reader(self.calibration),
-                quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QInt8,
-                extra_options={
-                    "ActivationSymmetric": True,
-                    "WeightSymmetric": True,
-                    "MatMulConstBOnly": True,
-                    "QuantizeBias": False,  # accelerators take biases in float
-                    "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
-                },
-                **common,
-            )
+        _quantize(self.source, path, self.flavour, self.calibration, chosen, self.head)
+
+
+def quantize(source: Path, path: Path, flavour: Flavour, calibration: Bytes, *, head_layers: int) -> None:
+    """Write the float32 file ``source`` in INT8, all products but the head's, unjudged."""
+    products = _products(source, flavour)
+    _quantize(source, path, flavour, calibration, products[:-head_layers], products[-head_layers:])
+
+
+def _products(source: Path, flavour: Flavour) -> list[str]:
+    """Return the names of the products with constant weights that a flavour can quantize, in their order."""
+    import onnx
+
+    graph = onnx.load(str(source), load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    kinds = PRODUCTS if flavour == "int8" else PRODUCTS[:2]
+    weighted = [node for node in graph.node if len(node.input) > 1 and node.input[1] in constants]
+    return [node.name for node in weighted if node.op_type in kinds]
+
+
+def _quantize(
+    source: Path, path: Path, flavour: Flavour, calibration: Bytes, chosen: Sequence[str], head: Sequence[str]
+) -> None:
+    """Quantize the products ``chosen``; of the ``head`` the weights alone, since the verdict hangs on its arithmetic."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    common: dict[str, Any] = {
+        "op_types_to_quantize": list(PRODUCTS),
+        "nodes_to_quantize": list(chosen),
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": source.with_name(source.name + ".data").exists(),
+    }
+    with _quiet():
+        if flavour == "int8-dynamic":
+            quantize_dynamic(str(source), str(path), extra_options={"MatMulConstBOnly": True}, **common)
+            store_weights_in_int8(path, head)
+            return
+        quantize_static(
+            str(source),
+            str(path),
+            _Reader(calibration),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QInt8,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+                "QuantizeBias": False,  # accelerators take biases in float
+                "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+            },
+            **common,
+        )
+    store_weights_in_int8(path, head)
 
 
 class _Reader:

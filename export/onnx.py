@@ -7,7 +7,8 @@ exact parts, which gate after the image prefill.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from export.heads import HeadRequest, find_head
 from export.images import int8_images, parity_images
 from export.int8 import FLAVOURS, Int8Limits, add_int8, faster_than_float
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
-from export.parts import Part, batches, export_part
+from export.parts import Part, batches, describe_part, write_part
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, run
 from models.distilled_head import DistilledHead
 from models.errors import InputError
 from models.family import TapSource
-from models.machine import now
+from models.machine import now, return_freed_memory
 from models.manifest import GuardFile, Head, Manifest, Source, Tap
 from models.preprocessing import Preprocessing
 from models.reference import build_head, build_reference_guard, build_vision, guard_sha256
@@ -97,15 +98,14 @@ def export_guard(
             f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
             "model. Give --images or --guard for a standalone guard, or leave int8 out."
         )
-    if not standalone:
-        preprocessing, parts = _exact_parts(checkpoint, options, report)
-    else:
-        preprocessing, parts = _guard_parts(checkpoint, options, report)
     with bundle_draft(out) as draft:
+        write = _write_guard if standalone else _write_exact_parts
+        preprocessing, parts = write(checkpoint, options, draft, report)
+        gc.collect()  # torch's weights, which exported programs hold in circles, go before ONNX Runtime's come
         files: list[GuardFile] = []
         for part in parts:
-            report(f"{part.name}: exporting to ONNX, checking parity and timing")
-            files += export_part(part, draft)
+            report(f"{part.name}: checking parity and timing")
+            files += describe_part(part, draft)
         if options.int8:
             files += _int8_files(checkpoint, preprocessing, files[0], draft, options, report)
         manifest = _manifest(checkpoint, preprocessing, files, options.distilled)
@@ -113,34 +113,37 @@ def export_guard(
     return manifest
 
 
-def _guard_parts(
-    checkpoint: Checkpoint, options: ExportOptions, report: Report
-) -> tuple[Preprocessing, Iterator[Part]]:
-    """Return the contract and the guard's file of each precision; one at a time, since fp16 halves in place."""
+def _write_guard(
+    checkpoint: Checkpoint, options: ExportOptions, draft: Path, report: Report
+) -> tuple[Preprocessing, list[Part]]:
+    """Write the guard's file of each precision; return the contract and the files, to be checked."""
     guard = build_reference_guard(checkpoint, grid=options.grid, distilled=options.distilled)
     images = parity_images(guard.preprocessing, options.parity_images, options.images)
     report(f"running the torch path on {len(images)} images")
     reference = {"probs": _answers(lambda rgb: guard(rgb)[0], images)}
     if options.embeddings:
         reference["embeddings"] = _answers(guard.features, images)
-    parts = (
-        Part(
+    parts = []
+    for precision in _in_order(options.precisions):
+        graph = build_graph(guard, precision, embeddings=options.embeddings)
+        part = Part(
             role="guard",
             precision=precision,
-            graph=build_graph(guard, precision, embeddings=options.embeddings),
+            outputs=graph.outputs,
             input_name="rgb",
             inputs=images,
             reference=reference,
         )
-        for precision in sorted(options.precisions, key=PRECISIONS.index)
-    )
+        report(f"{part.name}: exporting to ONNX")
+        write_part(part, graph, draft)
+        parts.append(part)
     return guard.preprocessing, parts
 
 
-def _exact_parts(
-    checkpoint: Checkpoint, options: ExportOptions, report: Report
-) -> tuple[Preprocessing, Iterator[Part]]:
-    """Return the contract, the checkpoint's own head and the vision path of each precision.
+def _write_exact_parts(
+    checkpoint: Checkpoint, options: ExportOptions, draft: Path, report: Report
+) -> tuple[Preprocessing, list[Part]]:
+    """Write the checkpoint's own head and the vision path of each precision.
 
     The head is checked on image embeddings: they have the shape of the hidden states that it will read.
     """
@@ -149,27 +152,38 @@ def _exact_parts(
     report(f"running the torch path on {len(images)} images")
     embeddings = _answers(vision, images)
     probs = _answers(lambda hidden: torch.softmax(head(hidden.mean(dim=1)), dim=-1), embeddings)
-
-    def parts() -> Iterator[Part]:
-        yield Part(
+    judge = build_head_graph(head)
+    parts = [
+        Part(
             role="head",
             precision="fp32",
-            graph=build_head_graph(head),
+            outputs=judge.outputs,
             input_name="hidden",
             inputs=embeddings,
             reference={"probs": probs},
         )
-        for precision in sorted(options.precisions, key=PRECISIONS.index):
-            yield Part(
-                role="vision",
-                precision=precision,
-                graph=build_vision_graph(vision, checkpoint.family.key, precision),
-                input_name="rgb",
-                inputs=images,
-                reference={"embeddings": embeddings},
-            )
+    ]
+    report(f"{parts[0].name}: exporting to ONNX")
+    write_part(parts[0], judge, draft)
+    for precision in _in_order(options.precisions):
+        graph = build_vision_graph(vision, checkpoint.family.key, precision)
+        part = Part(
+            role="vision",
+            precision=precision,
+            outputs=graph.outputs,
+            input_name="rgb",
+            inputs=images,
+            reference={"embeddings": embeddings},
+        )
+        report(f"{part.name}: exporting to ONNX")
+        write_part(part, graph, draft)
+        parts.append(part)
+    return vision.preprocessing, parts
 
-    return vision.preprocessing, parts()
+
+def _in_order(precisions: Sequence[Precision]) -> list[Precision]:
+    """Return precisions in the order that they can be made in: fp16 last, since it halves the weights in their place."""
+    return sorted(precisions, key=PRECISIONS.index)
 
 
 def _int8_files(
@@ -268,6 +282,7 @@ def export_with_progress(
 
     ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8)  # refuses before hours of distillation
     check_destination(out)
+    return_freed_memory()
     with Console(stderr=True).status("opening") as status:
         options = ExportOptions(
             precisions=precisions,

@@ -20,32 +20,36 @@ from numpy.typing import NDArray
 
 from export.graph import GuardGraph, HeadGraph, Precision, VisionGraph
 from export.parity import TOLERANCES, check_embeddings, check_parity
+from export.rewrites.attention import add_attention_function, attention_translations
 from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity, TensorSpec
 from runtimes.bundle import sha256_of
 
-__all__ = ["BATCH", "Part", "batches", "export_part", "write_onnx"]
+__all__ = ["Part", "batches", "data_beside", "describe_part", "write_onnx", "write_part"]
 
 OPSET = 20
-INSIDE = 2**30
-"""Weights up to this many bytes stay inside the ONNX file; larger ones go into one ``.data`` file beside it."""
+INSIDE = 2**26
+"""Weights up to this many bytes stay inside the ONNX file; larger ones go into one ``.data`` file beside it, which is
+written and read without a copy in memory."""
 REFERENCE = "transformers' own forward pass in float32"
 BATCH = 8
+BATCH_PIXELS = 2**20
+"""At most so many pixels are run at once, since activations grow with them."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """A file to be written: its graph, what it is fed with, and what the torch path answers to that.
+    """A file of a bundle: what it is fed with, and what the torch path answers to that.
 
     ``inputs`` is n × H × W × 3 uint8 (``rgb``) or n × T × D float32 (``hidden``); ``reference`` maps the outputs
-    ``probs`` and ``embeddings``, as far as the graph gives them, to the torch path's.
+    ``probs`` and ``embeddings``, as far as the file gives them, to the torch path's.
     """
 
     role: Literal["guard", "vision", "head"]
     precision: Precision
-    graph: GuardGraph | VisionGraph | HeadGraph
+    outputs: tuple[str, ...]
     input_name: Literal["rgb", "hidden"]
     inputs: Array
     reference: Mapping[str, NDArray[np.float32]]
@@ -56,19 +60,24 @@ class Part:
         return f"{self.role}.{self.precision}.onnx"
 
 
-def batches(images: Array) -> Iterator[Array]:
-    """Yield pieces of at most :data:`BATCH` images."""
-    for start in range(0, len(images), BATCH):
-        yield images[start : start + BATCH]
+def batches(inputs: Array) -> Iterator[Array]:
+    """Yield pieces of at most :data:`BATCH` images and :data:`BATCH_PIXELS`."""
+    size = BATCH if inputs.ndim != 4 else max(1, min(BATCH, BATCH_PIXELS // (inputs.shape[1] * inputs.shape[2])))
+    for start in range(0, len(inputs), size):
+        yield inputs[start : start + size]
 
 
-def export_part(part: Part, folder: Path) -> list[GuardFile]:
-    """Write a part into ``folder``, check and time it; return its entries in the manifest.
+def write_part(part: Part, graph: GuardGraph | VisionGraph | HeadGraph, folder: Path) -> None:
+    """Write a part's graph into ``folder``."""
+    write_onnx(graph, part.inputs[:2], folder / part.name, input_name=part.input_name)
+
+
+def describe_part(part: Part, folder: Path) -> list[GuardFile]:
+    """Check and time the written part; return its entries in the manifest.
 
     Errors: ParityError when it does not answer as the torch path does.
     """
     path = folder / part.name
-    write_onnx(part.graph, part.inputs[:2], path, input_name=part.input_name)
     found, latency = _run(part, path)
     main_file = GuardFile(
         path=path.name,
@@ -79,23 +88,29 @@ def export_part(part: Part, folder: Path) -> list[GuardFile]:
         precision=part.precision,
         inputs=(TensorSpec(name=part.input_name, shape=("N", *part.inputs.shape[1:]), dtype=str(part.inputs.dtype)),),
         outputs=tuple(
-            TensorSpec(name=name, shape=("N", *found[name].shape[1:]), dtype="float32") for name in part.graph.outputs
+            TensorSpec(name=name, shape=("N", *found[name].shape[1:]), dtype="float32") for name in part.outputs
         ),
         parity=_parity(part, found),
         latency=latency,
     )
+    return [main_file, *data_beside(path, main_file)]
+
+
+def data_beside(path: Path, file: GuardFile) -> list[GuardFile]:
+    """Return the entry of the weights beside an ONNX file, if it has any."""
     data = path.with_name(path.name + ".data")
     if not data.exists():
-        return [main_file]
-    beside = GuardFile(
-        path=data.name,
-        sha256=sha256_of(data),
-        bytes=data.stat().st_size,
-        kind="onnx_data",
-        role=part.role,
-        precision=part.precision,
-    )
-    return [main_file, beside]
+        return []
+    return [
+        GuardFile(
+            path=data.name,
+            sha256=sha256_of(data),
+            bytes=data.stat().st_size,
+            kind="onnx_data",
+            role=file.role,
+            precision=file.precision,
+        )
+    ]
 
 
 def _parity(part: Part, found: Mapping[str, NDArray[np.float32]]) -> Parity:
@@ -127,11 +142,15 @@ def write_onnx(
             input_names=[input_name],
             output_names=list(graph.outputs),
             dynamic_shapes=({0: torch.export.Dim("N")},),
+            custom_translation_table=attention_translations(),
             verbose=False,
         )
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)
+    add_attention_function(program.model, OPSET)
     program.save(str(path), external_data=weights > INSIDE)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # the exporter keeps its last graph: not the weights with it
 
 
 @contextmanager
@@ -153,13 +172,13 @@ def _run(part: Part, path: Path) -> tuple[dict[str, NDArray[np.float32]], Latenc
     """Run a file in ONNX Runtime: all outputs for all images, latency for single ones."""
     import onnxruntime
 
-    names = list(part.graph.outputs)
+    names = list(part.outputs)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     runs = [session.run(names, {part.input_name: piece}) for piece in batches(part.inputs)]
     found = {name: np.concatenate([run[i] for run in runs]) for i, name in enumerate(names)}
     times: list[float] = []
     started = time.perf_counter()
-    while len(times) < 3 or (len(times) < 30 and time.perf_counter() - started < 5):
+    while not times or (len(times) < 30 and time.perf_counter() - started < 5):  # the runs above were the warm-up
         begin = time.perf_counter()
         session.run(names, {part.input_name: part.inputs[:1]})
         times.append((time.perf_counter() - begin) * 1000)

@@ -240,7 +240,7 @@ def build_vision(
     geometry_of(config).check_size(preprocessing.height, preprocessing.width)
     core = _lay_out_core(config)
     leave_out_unread(core, checkpoint.tensors)
-    fill(core, checkpoint.tensors, prefix=MODEL_PREFIX, dtype=dtype)
+    fill(core, checkpoint.tensors, prefix=MODEL_PREFIX, dtype=dtype, own=True)
     return VisionPath(core, config, preprocessing)
 
 

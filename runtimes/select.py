@@ -11,7 +11,7 @@ from runtimes.runner import GuardRunner
 
 __all__ = ["RUNTIMES", "Runtime", "select_runner"]
 
-Runtime = Literal["auto", "onnxruntime", "tensorrt", "torch"]
+Runtime = Literal["auto", "onnxruntime", "openvino", "tensorrt", "torch"]
 RUNTIMES: tuple[str, ...] = get_args(Runtime)
 
 _log = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ def select_runner(
         return _auto(bundle, precision, threads)
     if runtime == "onnxruntime":
         return _onnxruntime(bundle, precision, threads)
+    if runtime == "openvino":
+        from runtimes.openvino_runner import OpenVinoRunner
+
+        return OpenVinoRunner(bundle, None if precision is None else bundle.file(precision), threads)
     if runtime == "tensorrt":
         from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
 

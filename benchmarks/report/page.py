@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +17,10 @@ from benchmarks.report.forest import HEIGHT, WIDTH, Bar, Scale, scale_of
 from benchmarks.report.pictures import read_pictures
 from benchmarks.report.plots import draw_plots
 from benchmarks.report.provenance import artifact_of, provenance_of, suites_of
-from models.errors import MissingExtraError
+from benchmarks.report.template import asset, render
 
 __all__ = ["page"]
 
-TEMPLATES = "templates"
 MARGINS = {
     "masr": "mASR",
     "rr": "RR",
@@ -61,30 +58,7 @@ def page(findings: Findings, *, images: Path | None = None) -> str:
 
     Errors: MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the pictures.
     """
-    try:
-        from jinja2 import Environment, FunctionLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report", "the report") from error
-    environment = Environment(
-        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(_FILTERS)
-    return environment.get_template("report.html.j2").render(_context(findings, images))
-
-
-_FILTERS = {
-    "change": text.change_of,
-    "count": text.count,
-    "interval": text.interval_of,
-    "json": lambda value: text.visible(json.dumps(value, indent=1, ensure_ascii=False, default=str)),
-    "margin": text.margin_of,
-    "p": text.p_value,
-    "moment": text.moment,
-    "plain": text.plain,
-    "value": text.value_of,
-    "visible": text.visible,
-    "whole": text.whole,
-}
+    return render("report.html.j2", _context(findings, images))
 
 
 def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
@@ -93,7 +67,7 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
     samples = changed_samples(findings.flips)
     pictures = read_pictures(images, [flip.image for flip, _ in samples if flip.image]) if images is not None else {}
     groups, unshown = group_samples(samples, pictures)
-    script = _asset("script.js")
+    script = asset("script.js")
     verdicts = Counter(line.verdict for line in deciding)
     judges = {line.judge for line in findings.lines if line.judge is not None}
     return {
@@ -118,14 +92,10 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
         "corrected": [(judge.name, _corrected(judge)) for judge in findings.judges if judge.corrected],
         "parts": provenance_of(findings),
         "margins": _margins(findings.margins),
-        "css": _asset("style.css"),
+        "css": asset("style.css"),
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     }
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__ or "").joinpath(TEMPLATES, name).read_text(encoding="utf-8")
 
 
 def _rows(lines: Sequence[Line], scale: Scale) -> list[Row]:

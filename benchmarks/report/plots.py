@@ -1,76 +1,18 @@
-"""The report's figures, drawn by matplotlib as SVG that lives inside the page.
-
-Colours are drawn as the page's CSS variables, so that a figure follows light and dark; type is the page's own. The same
-findings give the same bytes. No figure is told by colour alone: before is hollow or dashed, after filled or solid.
-"""
+"""The report's figures. No figure is told by colour alone: before is hollow or dashed, after filled or solid."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.findings import Findings, GuardCurves, Line
+from benchmarks.report.drawing import AFTER, BEFORE, BETTER, GRID, MUTED, SURFACE, WORSE, Plot, svg
 from benchmarks.report.text import change_of, title_of, value_of, visible
-from models.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Plot", "draw_plots"]
-
-INK, MUTED, GRID, BEFORE, AFTER, WORSE, BETTER, SURFACE = (f"#{n:02x}{n + 1:02x}{n + 2:02x}" for n in range(1, 9))
-VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "rule",
-    BEFORE: "before",
-    AFTER: "after",
-    WORSE: "worse",
-    BETTER: "better",
-    SURFACE: "surface",
-}
-"""Colours that no plot would choose, and the page's variable that each stands for."""
-
-WIDTH = 4.3
-"""Inches of 72 units: with type of 10.5 units legible on a phone, where a figure is about as wide."""
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "figure.facecolor": "none",
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "lines.solid_capstyle": "round",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A figure: ``svg`` is markup that can be trusted, ``told`` says in words what it shows."""
-
-    name: str
-    title: str
-    caption: str
-    told: str
-    svg: str
+__all__ = ["draw_plots"]
 
 
 def draw_plots(findings: Findings) -> tuple[Plot, ...]:
@@ -126,7 +68,7 @@ def _before_after(lines: Sequence[Line]) -> Plot:
             f"change {change_of(line.change, 'share')}"
             for line in lines
         ),
-        svg=_svg("before-after", draw, height=0.85 + 0.36 * len(lines)),
+        svg=svg("before-after", draw, height=0.85 + 0.36 * len(lines)),
     )
 
 
@@ -157,7 +99,7 @@ def _flips(lines: Sequence[Line]) -> Plot:
             f"{title_of(line)}: {lost:,} worse, {gained:,} better"
             for line, lost, gained in zip(lines, worse, better, strict=True)
         ),
-        svg=_svg("flips", draw, height=0.62 + 0.36 * len(lines)),
+        svg=svg("flips", draw, height=0.62 + 0.36 * len(lines)),
     )
 
 
@@ -174,7 +116,7 @@ def _roc(before: GuardCurves, after: GuardCurves) -> Plot:
         title="Guard: what blocking costs",
         caption="ROC over all thresholds. Nearer to the upper left corner is better.",
         told=f"ROC. {_roc_told('before', before)}; {_roc_told('after', after)}",
-        svg=_svg("roc", draw, height=3.7),
+        svg=svg("roc", draw, height=3.7),
     )
 
 
@@ -195,7 +137,7 @@ def _reliability(before: GuardCurves, after: GuardCurves) -> Plot:
         title="Guard: are its probabilities honest?",
         caption="On the diagonal they are. Larger dots stand for more images.",
         told=f"Reliability. {_bins_told('before', before)}; {_bins_told('after', after)}",
-        svg=_svg("reliability", draw, height=3.7),
+        svg=svg("reliability", draw, height=3.7),
     )
 
 
@@ -243,36 +185,3 @@ def _legend(ax: Axes, *, reverse: bool = False) -> None:
         columnspacing=1.4,
         reverse=reverse,
     )
-
-
-def _svg(name: str, draw: Callable[[Axes], None], *, height: float) -> str:
-    """Return a figure as an ``svg`` element for the page: no fonts, colours, ids or dates of its own."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "the report") from error
-    with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # Names in other scripts: matplotlib measures them roughly, the reader's browser has the letters.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure.add_subplot())
-        stream = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
-    return _housed(name, stream.getvalue())
-
-
-def _housed(name: str, drawing: str) -> str:
-    """Make matplotlib's file a part of the page."""
-    size = re.search(r'viewBox="([^"]+)"', drawing)
-    assert size is not None
-    body = drawing[drawing.index("<defs>") :]
-    body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)  # it is about the page's every element
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = body.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
-    body = body.replace("; font-family: 'DejaVu Sans'", "")
-    for colour, variable in VARIABLES.items():
-        body = body.replace(colour, f"var(--{variable})")
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    return f'<svg viewBox="{size[1]}" role="img" aria-labelledby="{name}-title" aria-describedby="{name}-told">{body}'

@@ -1,0 +1,51 @@
+"""OpenVINO's INT8 of a guard, made by NNCF as its documentation tells, in the peers' own environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.guard_peers import random_images
+from models.errors import MissingExtraError
+from models.manifest import GuardFile, Manifest
+
+__all__ = ["quantize"]
+
+CALIBRATION = 2
+"""Images of noise: figures of speed need no more, and ours are given as many."""
+
+
+def quantize(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Write ``guard.int8.xml`` beside the float32 file of the bundle ``folder``, and its entry in the manifest.
+
+    Errors: MissingExtraError where the environment lacks OpenVINO or NNCF.
+    """
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("nncf", "openvino", "OpenVINO's INT8 (make peers)") from error
+    folder = Path(request["folder"])
+    manifest = Manifest.read(folder)
+    size = manifest.preprocessing
+    model = openvino.Core().read_model(str(folder / manifest.files[0].path))
+    model.reshape({0: [1, size.height, size.width, 3]})
+    images = random_images(size, CALIBRATION, seed=1 + int(request["seed"]))
+    dataset = nncf.Dataset([image[None] for image in images])
+    quantized = nncf.quantize(model, dataset, subset_size=CALIBRATION, model_type=nncf.ModelType.TRANSFORMER)
+    path = folder / "guard.int8.xml"
+    openvino.save_model(quantized, str(path), compress_to_fp16=False)
+    weights = path.with_suffix(".bin")
+    entries = [
+        manifest.files[0].model_copy(update={"path": path.name, "precision": "int8", "bytes": path.stat().st_size}),
+        GuardFile(
+            path=weights.name,
+            sha256=manifest.files[0].sha256,
+            bytes=weights.stat().st_size,
+            kind="onnx_data",
+            precision="int8",
+        ),
+    ]
+    manifest.model_copy(update={"files": (*manifest.files, *entries)}).write(folder)
+    yield {"path": path.name}
