@@ -20,4 +20,4 @@ else
     # First and by its exact version, so that no other requirement chooses another build of it.
     "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' constraints.txt)"
 fi
-"$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" --editable '.[torch,cpu,report,gguf,gateway,dev]'
+"$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" --editable '.[torch,cpu,openvino,report,gguf,gateway,dev]'

@@ -19,7 +19,7 @@ from benchmarks.random_guard import build_random_guard
 from benchmarks.shapes import find_shape
 from export.bundle import write_manifest
 from export.graph import PRECISIONS, GuardGraph, Precision, VisionGraph, build_graph, build_vision_graph
-from export.int8 import FLAVOURS, quantize
+from export.int8_file import FLAVOURS, quantize
 from export.parts import write_onnx
 from export.rewrites.standard_operators import to_standard
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -121,9 +121,7 @@ def write_scratch_bundle(
         graph = _graph(guard, precision, work)
         write_onnx(graph, example, path)
         written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
-        files += [
-            _entry(file, kind, precision, work, graph.outputs) for file, kind in written if file.is_file()
-        ]
+        files += [_entry(file, kind, precision, work, graph.outputs) for file, kind in written if file.is_file()]
     manifest = Manifest(
         created="",
         tool_version=VERSION,
@@ -178,8 +176,10 @@ def write_plain_bundle(folder: Path, plain: Path) -> None:
     path = plain / "guard.fp32.onnx"
     to_standard(folder / path.name, path)
     manifest = Manifest.read(folder)
-    files = (_entry(path, "onnx", "fp32", "guard", ("probs", "logits")),)
-    write_manifest(plain, manifest.model_copy(update={"files": files, "default_file": path.name}))
+    files = [_entry(path, "onnx", "fp32", "guard", ("probs", "logits"))]
+    data = path.with_name(path.name + ".data")
+    files += [_entry(data, "onnx_data", "fp32", "guard", ())] if data.exists() else []
+    write_manifest(plain, manifest.model_copy(update={"files": tuple(files), "default_file": path.name}))
 
 
 def _graph(guard: GuardModel, precision: Precision, work: Work) -> GuardGraph | VisionGraph:

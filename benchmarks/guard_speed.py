@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,8 +201,9 @@ def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[Measured], 
                     "threads": options.threads,
                     "seed": options.seed,
                 }
-                there = {} if measured.peer.python is None else {"python": measured.peer.python}
-                measured.add(run_isolated("benchmarks.guard_peers:measure", request, threads=options.threads, **there))
+                there = measured.peer.python
+                start = run_isolated if there is None else partial(run_isolated, python=there)
+                measured.add(start("benchmarks.guard_peers:measure", request, threads=options.threads))
 
 
 # -- rows -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ What the run record and the stored scores of a judge have in common.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import IO, TypeVar
@@ -13,8 +12,9 @@ from typing import IO, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from models.errors import InputError
+from models.json_file import first_problem
 
-__all__ = ["append", "first_problem", "read_lines", "replace"]
+__all__ = ["append", "first_problem", "read_lines"]
 
 
 Line = TypeVar("Line", bound=BaseModel)
@@ -51,18 +51,3 @@ def append(stream: IO[bytes], line: bytes) -> None:
     stream.write(line)
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Give a file another content, all of it or none. Errors: OSError."""
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("wb") as stream:
-        append(stream, content)
-    unfinished.replace(path)
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong with what was read, with its field and what was given."""
-    found = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, found["loc"])) or "the whole"
-    return f"{field}: {found['msg']} (given: {json.dumps(found['input'], default=str)[:80]})"

@@ -97,6 +97,8 @@ def _incomplete(run: Run, side: str) -> list[str]:
         told.append(f"the {side} has {len(run.rows)} of {run.record.suite.rows} rows and {how}")
     if run.record.artifact.leaked:
         told.append(f"the {side} ({run.record.artifact.name}) was calibrated on samples of an evaluation suite")
+    if run.record.artifact.random_weights:
+        told.append(f"the {side} ({run.record.artifact.name}) has random weights: what it answers means nothing")
     return told
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.journal import append, first_problem, read_lines, replace
+from benchmarks.journal import append, read_lines
 from models.errors import InputError
+from models.json_file import first_problem, replace_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,6 +97,8 @@ class Artifact(_Frozen):
     bytes: Count | None = None
     leaked: bool = False
     """Whether it was calibrated on samples of an evaluation suite (``--allow-leakage``)."""
+    random_weights: bool = False
+    """Whether answers and verdicts are noise: those of a stand-in (benchmarks.random_checkpoint)."""
     compression: Mapping[str, Any] | None = None
     """What compression.json says in short: method, recipe, bits, calibration set."""
 
@@ -200,7 +203,7 @@ class RunWriter:
             )
         try:
             folder.mkdir(parents=True)
-            replace(folder / RECORD_NAME, _document(record))
+            replace_file(folder / RECORD_NAME, _document(record))
             return cls(folder, record, frozenset(), 0)
         except OSError as error:
             raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
@@ -224,7 +227,7 @@ class RunWriter:
         if len(kept) < len(rows):
             data = b"".join(_line(row) for row in kept)
             try:
-                replace(path, data)
+                replace_file(path, data)
             except OSError as error:
                 raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
             end = len(data)
@@ -252,7 +255,7 @@ class RunWriter:
         """Say in ``run.json`` that all rows are there. Errors: InputError for a disk that is full."""
         self.record = self.record.model_copy(update={"finished": when})
         try:
-            replace(self.folder / RECORD_NAME, _document(self.record))
+            replace_file(self.folder / RECORD_NAME, _document(self.record))
         except OSError as error:
             raise InputError(
                 f"{self.folder / RECORD_NAME} cannot be written: {error.strerror or error}. All rows are kept; make "

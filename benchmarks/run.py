@@ -145,7 +145,9 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Length of answers.  [default: the suite's]")
 @click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
 @click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
-@click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
+@click.option(
+    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
+)
 @click.option("--precision", help="File of --bundle by precision.  [default: the bundle's own]")
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
@@ -183,8 +185,11 @@ def _print(record: RunRecord, out: Path, as_json: bool) -> None:
         stated = record.model_dump(mode="json", exclude_none=True)
         click.echo(json.dumps({**stated, "counts": {"rows": len(rows), "failed": len(failed)}}, indent=1))
         return
+    random = " (random weights)" if record.artifact.random_weights else ""
     click.echo(
-        printable(f"{out}: {record.artifact.name} on {record.suite.name}, {len(rows)} rows, {len(failed)} failed")
+        printable(
+            f"{out}: {record.artifact.name}{random} on {record.suite.name}, {len(rows)} rows, {len(failed)} failed"
+        )
     )
     if failed:
         click.echo(printable(f"first failure: {failed[0].id}: {failed[0].error}"))

@@ -39,7 +39,9 @@ def main() -> None:
 @click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
 @click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure the files of this guard bundle, too.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the exported files: fp32, fp16, int8; fp32,int8.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Of the exported files: fp32, fp16, int8; fp32,int8."
+)
 @click.option("--batch", "batches", type=int, multiple=True, default=SpeedOptions.batches, show_default=True)
 @click.option("--embeddings", is_flag=True, help="Measure a shared vision tower, too, and the tower without a guard.")
 @click.option("--peers", is_flag=True, help="Measure torch.compile, plain ONNX Runtime, OpenVINO and NNCF, too.")

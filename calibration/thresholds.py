@@ -72,14 +72,19 @@ def fit_bundle(
     Files that are not fitted, such as engines that do not run here, keep the thresholds that they have. Every
     file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
 
-    Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for too few or
-    unreadable images. The manifest is then as it was.
+    Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
+    for too few or unreadable images. The manifest is then as it was.
     """
     if not bundle.manifest.source.standalone:
         raise BundleError(
             f"{bundle.folder} holds the exact parts of a guard (standalone: false), which judge around a language "
             f"model. Make it standalone first: python -m export.onnx {bundle.manifest.source.model_option} "
             f"--out {bundle.folder} --images DIR"
+        )
+    if bundle.manifest.source.random_weights:
+        raise InputError(
+            f"{bundle.folder} was made from random weights: its verdicts are noise, and thresholds on them promise "
+            "nothing. Export a bundle of the real checkpoint and fit that one's."
         )
     classes = bundle.manifest.classes
     fitted: list[Thresholds] = []

@@ -7,11 +7,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.errors import InputError
-from models.manifest import MANIFEST_NAME, Manifest
+from models.manifest import MANIFEST_NAME, GuardFile, Manifest, Source, Tap
+from runtimes.bundle import sha256_of
 
-__all__ = ["PARTIAL", "bundle_draft", "check_destination", "remove_abandoned", "write_manifest"]
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
+
+__all__ = [
+    "PARTIAL",
+    "bundle_draft",
+    "check_destination",
+    "data_beside",
+    "origin_of",
+    "remove_abandoned",
+    "write_manifest",
+]
 
 PARTIAL = ".partial-"
 """Stands before the process number in the name of what is unfinished."""
@@ -52,9 +65,44 @@ def bundle_draft(out: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def origin_of(checkpoint: Checkpoint, *, standalone: bool) -> tuple[Source, Tap]:
+    """Return what a manifest says of the checkpoint that it was made from; vision tower and guard are hashed."""
+    from models.reference import guard_sha256  # torch, which a device has not
+
+    tap = checkpoint.tap
+    source = Source(
+        checkpoint=checkpoint.name,
+        revision=checkpoint.revision,
+        sha256=guard_sha256(checkpoint),
+        family=checkpoint.family.key,
+        standalone=standalone,
+        random_weights=checkpoint.random_weights,
+    )
+    return source, Tap(
+        source=tap.source, pooling=tap.pooling, tokens=tap.tokens, learned=tap.learned, evidence=tap.evidence
+    )
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, replacing an older one in a single step."""
     manifest.write(folder)
+
+
+def data_beside(path: Path, file: GuardFile) -> list[GuardFile]:
+    """Return the entry of the weights beside an ONNX file, if it has any."""
+    data = path.with_name(path.name + ".data")
+    if not data.exists():
+        return []
+    return [
+        GuardFile(
+            path=data.name,
+            sha256=sha256_of(data),
+            bytes=data.stat().st_size,
+            kind="onnx_data",
+            role=file.role,
+            precision=file.precision,
+        )
+    ]
 
 
 def _put_in_place(draft: Path, out: Path) -> None:

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from export.bundle import PARTIAL, remove_abandoned, write_manifest
 from export.parity import TOLERANCES, Tolerance, check_embeddings, check_parity
 from export.tensorrt_builder import EngineOptions, Report, build_engine, builder_api
-from models.errors import BundleError
+from models.errors import BundleError, EngineUnavailableError
 from models.machine import machine_name
 from models.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
 from runtimes.bundle import Bundle, sha256_of
 from runtimes.cuda import Gpu
 from runtimes.runner import GuardOutput, GuardRunner
+from runtimes.tensorrt_runner import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE
 
 __all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "require_precisions"]
 
@@ -37,15 +38,20 @@ ENGINE_TOLERANCES: Mapping[str, Tolerance] = {
     "fp32": Tolerance(probability=1e-4, labels_may_change=False, embedding=1e-3),
     "fp16": TOLERANCES["fp16"],
 }
+ACTIVATION_BYTES = 32
 WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
 
 
 @dataclass(frozen=True)
 class Device:
-    """What an engine is built for: the ``tensorrt`` module and the GPU, as they are here."""
+    """What an engine is built for: the ``tensorrt`` module and the GPU, as they are here.
+
+    ``free_bytes`` of the GPU's memory are free; None where that is not known.
+    """
 
     trt: Any
     gpu: Gpu
+    free_bytes: int | None = None
 
     @property
     def version(self) -> str:
@@ -63,6 +69,30 @@ def require_precisions(bundle: Bundle, precisions: set[str]) -> None:
             f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
             f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
             "--precision fp32,fp16"
+        )
+
+
+def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_bytes: int | None) -> None:
+    """Refuse what cannot fit before the long work begins.
+
+    The disk must hold the engine, which is about as large as its weights. The GPU must hold the weights twice, as
+    built and as tried, and :data:`ACTIVATION_BYTES` for each grey level of ``max_batch`` pictures, which is less than
+    a build takes: what is refused would fail. Errors: EngineUnavailableError with the numbers and a way out.
+    """
+    stored = source.bytes + sum(file.bytes for file in bundle.files("onnx_data") if file.path == f"{source.path}.data")
+    weights = stored // 2 if options.precision == "fp16" and source.precision == "fp32" else stored
+    disk = shutil.disk_usage(bundle.folder).free
+    if disk < weights:
+        raise EngineUnavailableError(
+            f"{bundle.folder}: an engine of about {weights / 2**20:.0f} MiB does not fit on this disk, which has "
+            f"{disk / 2**20:.0f} MiB free. Make room, or copy the bundle to another disk."
+        )
+    size = bundle.manifest.preprocessing
+    needed = 2 * weights + options.max_batch * size.height * size.width * 3 * ACTIVATION_BYTES
+    if free_bytes is not None and free_bytes < needed:
+        raise EngineUnavailableError(
+            f"the build needs {needed / 2**20:.0f} MiB of GPU memory or more at --max-batch {options.max_batch}, and "
+            f"{free_bytes / 2**20:.0f} MiB are free. Close what else uses the GPU, or try a smaller --max-batch."
         )
 
 
@@ -92,6 +122,7 @@ def add_engine(
     """
     info = _info(bundle, options, device)
     size = bundle.manifest.preprocessing
+    check_room(bundle, _source(bundle, options, device), options, device.free_bytes)
     with _scratch(bundle.folder) as scratch:
         plan = scratch / "guard.plan"
         source = bundle.path(_source(bundle, options, device))
@@ -148,6 +179,8 @@ def _info(bundle: Bundle, options: EngineOptions, device: Device) -> EngineInfo:
         "builder_flags": " ".join(api.fp16_flags) if options.precision == "fp16" else "",
         "tf32": False,
         "workspace_mib": options.workspace_mib,
+        HARDWARE_COMPATIBLE: options.hardware_compatible,
+        VERSION_COMPATIBLE: options.version_compatible,
     }
     return EngineInfo(
         tensorrt_version=device.version,

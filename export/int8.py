@@ -12,35 +12,30 @@ Shapes: n images, H × W pixels, C classes.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fidelity import auroc
-from export.parts import data_beside
-from export.rewrites.int8_weights import store_weights_in_int8
+from export.bundle import data_beside
+from export.int8_file import FLAVOURS, Flavour, quantizable, quantize_products
 from models.errors import ParityError
 from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity
 from runtimes.bundle import sha256_of
 
-__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8", "quantize"]
+__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8"]
 
-Flavour = Literal["int8", "int8-dynamic"]
-FLAVOURS: tuple[Flavour, ...] = ("int8", "int8-dynamic")
 TARGETS = {
     "int8": "TensorRT 10 and 11 and other accelerators: explicit static Q/DQ",
     "int8-dynamic": "CPUs: dynamic, one activation scale for each product and image",
 }
-PRODUCTS = ("MatMul", "Gemm", "Conv")
 RANKED_ON = 32
 """Images on which each product's own harm is found."""
 BATCH = 8
@@ -174,84 +169,13 @@ class _Maker:
 
     def __init__(self, source: Path, flavour: Flavour, calibration: Bytes, head_layers: int) -> None:
         self.source, self.flavour, self.calibration = source, flavour, calibration
-        products = _products(source, flavour)
+        products = quantizable(source, flavour)
         self.products, self.head = products[:-head_layers], products[-head_layers:]
 
     def write(self, path: Path, left_out: Sequence[str], only: str | None = None) -> None:
         """Write the quantized graph; ``only`` quantizes that one product."""
         chosen = [only] if only is not None else [name for name in self.products if name not in left_out]
-        _quantize(self.source, path, self.flavour, self.calibration, chosen, self.head)
-
-
-def quantize(source: Path, path: Path, flavour: Flavour, calibration: Bytes, *, head_layers: int) -> None:
-    """Write the float32 file ``source`` in INT8, all products but the head's, unjudged."""
-    products = _products(source, flavour)
-    _quantize(source, path, flavour, calibration, products[:-head_layers], products[-head_layers:])
-
-
-def _products(source: Path, flavour: Flavour) -> list[str]:
-    """Return the names of the products with constant weights that a flavour can quantize, in their order."""
-    import onnx
-
-    graph = onnx.load(str(source), load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    kinds = PRODUCTS if flavour == "int8" else PRODUCTS[:2]
-    weighted = [node for node in graph.node if len(node.input) > 1 and node.input[1] in constants]
-    return [node.name for node in weighted if node.op_type in kinds]
-
-
-def _quantize(
-    source: Path, path: Path, flavour: Flavour, calibration: Bytes, chosen: Sequence[str], head: Sequence[str]
-) -> None:
-    """Quantize the products ``chosen``; of the ``head`` the weights alone, since the verdict hangs on its arithmetic."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
-    common: dict[str, Any] = {
-        "op_types_to_quantize": list(PRODUCTS),
-        "nodes_to_quantize": list(chosen),
-        "per_channel": True,
-        "weight_type": QuantType.QInt8,
-        "use_external_data_format": source.with_name(source.name + ".data").exists(),
-    }
-    with _quiet():
-        if flavour == "int8-dynamic":
-            quantize_dynamic(str(source), str(path), extra_options={"MatMulConstBOnly": True}, **common)
-            store_weights_in_int8(path, head)
-            return
-        quantize_static(
-            str(source),
-            str(path),
-            _Reader(calibration),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QInt8,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
-                "QuantizeBias": False,  # accelerators take biases in float
-                "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
-            },
-            **common,
-        )
-    store_weights_in_int8(path, head)
-
-
-class _Reader:
-    """Gives calibration images to ONNX Runtime's quantizer, one at a time."""
-
-    def __init__(self, images: Bytes) -> None:
-        self._images = iter(images)
-
-    def get_next(self) -> dict[str, Bytes] | None:
-        image = next(self._images, None)
-        return None if image is None else {"rgb": image[np.newaxis]}
-
-    def __iter__(self) -> Iterator[dict[str, Bytes]]:
-        return iter(self.__next__, None)
-
-    def __next__(self) -> dict[str, Bytes] | None:
-        return self.get_next()
+        quantize_products(self.source, path, self.flavour, self.calibration, chosen, self.head)
 
 
 def _by_harm(maker: _Maker, images: Bytes, flavour: Flavour, report: Report) -> list[str]:
@@ -266,18 +190,6 @@ def _by_harm(maker: _Maker, images: Bytes, flavour: Flavour, report: Report) -> 
             found = _run(path, "logits", images, _batch(flavour))
             harm[name] = float(np.square(found - reference).mean())
     return sorted(harm, key=lambda name: -harm[name])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the quantizer's advice about preprocessing, which our exported graphs do not need."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 # -- judging ----------------------------------------------------------------------------------------------

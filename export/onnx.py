@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import bundle_draft, check_destination, write_manifest
+from export.bundle import bundle_draft, check_destination, origin_of, write_manifest
 from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
 from export.heads import HeadRequest, find_head
 from export.images import int8_images, parity_images
@@ -30,9 +30,9 @@ from models.distilled_head import DistilledHead
 from models.errors import InputError
 from models.family import TapSource
 from models.machine import now, return_freed_memory
-from models.manifest import GuardFile, Head, Manifest, Source, Tap
+from models.manifest import GuardFile, Head, Manifest
 from models.preprocessing import Preprocessing
-from models.reference import build_head, build_reference_guard, build_vision, guard_sha256
+from models.reference import build_head, build_reference_guard, build_vision
 from models.version import VERSION
 
 __all__ = ["ExportOptions", "export_guard"]
@@ -182,7 +182,7 @@ def _write_exact_parts(
 
 
 def _in_order(precisions: Sequence[Precision]) -> list[Precision]:
-    """Return precisions in the order that they can be made in: fp16 last, since it halves the weights in their place."""
+    """Return precisions in the order that they can be made in: fp16 last: it halves the weights in their place."""
     return sorted(precisions, key=PRECISIONS.index)
 
 
@@ -239,17 +239,12 @@ def _manifest(
             widths=distilled.widths,
             sha256=distilled.sha256 or None,
         )
+    source, stated_tap = origin_of(checkpoint, standalone=head.reads == "projector")
     return Manifest(
         created=now(),
         tool_version=VERSION,
-        source=Source(
-            checkpoint=checkpoint.name,
-            revision=checkpoint.revision,
-            sha256=guard_sha256(checkpoint),
-            family=checkpoint.family.key,
-            standalone=head.reads == "projector",
-        ),
-        tap=Tap(source=tap.source, pooling=tap.pooling, tokens=tap.tokens, learned=tap.learned, evidence=tap.evidence),
+        source=source,
+        tap=stated_tap,
         head=head,
         classes=checkpoint.classes,
         preprocessing=preprocessing,

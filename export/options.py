@@ -66,6 +66,8 @@ def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as
         click.echo(json.dumps({"bundle": str(out), "manifest": manifest.model_dump(mode="json")}, indent=2))
         return
     click.echo(f"{out}: guard of {manifest.source.checkpoint}, tap {manifest.tap.source} ({manifest.tap.learned})")
+    if manifest.source.random_weights:
+        click.echo("  random weights: its verdicts mean nothing, its sizes and times do")
     for file in manifest.files:
         line = f"  {file.path}  {file.bytes / 2**20:.1f} MiB"
         if file.parity is not None:

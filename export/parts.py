@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.bundle import data_beside
 from export.graph import GuardGraph, HeadGraph, Precision, VisionGraph
 from export.parity import TOLERANCES, check_embeddings, check_parity
 from export.rewrites.attention import add_attention_function, attention_translations
@@ -25,7 +26,7 @@ from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity, TensorSpec
 from runtimes.bundle import sha256_of
 
-__all__ = ["Part", "batches", "data_beside", "describe_part", "write_onnx", "write_part"]
+__all__ = ["Part", "batches", "describe_part", "write_onnx", "write_part"]
 
 OPSET = 20
 INSIDE = 2**26
@@ -96,23 +97,6 @@ def describe_part(part: Part, folder: Path) -> list[GuardFile]:
     return [main_file, *data_beside(path, main_file)]
 
 
-def data_beside(path: Path, file: GuardFile) -> list[GuardFile]:
-    """Return the entry of the weights beside an ONNX file, if it has any."""
-    data = path.with_name(path.name + ".data")
-    if not data.exists():
-        return []
-    return [
-        GuardFile(
-            path=data.name,
-            sha256=sha256_of(data),
-            bytes=data.stat().st_size,
-            kind="onnx_data",
-            role=file.role,
-            precision=file.precision,
-        )
-    ]
-
-
 def _parity(part: Part, found: Mapping[str, NDArray[np.float32]]) -> Parity:
     parity = Parity(images=len(part.inputs), reference=REFERENCE)
     tolerance = TOLERANCES[part.precision]
@@ -147,7 +131,8 @@ def write_onnx(
         )
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)
-    add_attention_function(program.model, OPSET)
+    half = any(parameter.dtype == torch.float16 for parameter in graph.parameters())
+    add_attention_function(program.model, OPSET, half=half)
     program.save(str(path), external_data=weights > INSIDE)
     for value in program.model.graph.initializers.values():
         value.const_value = None  # the exporter keeps its last graph: not the weights with it

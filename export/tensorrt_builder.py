@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.rewrites.opset17 import FLOAT32, lower_to_opset17
+from export.rewrites.standard_operators import to_standard
 from models.errors import EngineUnavailableError, InputError, SafeVLMError
 
 __all__ = [
@@ -44,12 +45,16 @@ class EngineOptions:
     """What an engine is built with; its batch goes from 1 to ``max_batch`` and is fastest at ``opt_batch``.
 
     ``workspace_mib`` bounds the GPU memory that a layer may use for scratch; TensorRT's own bound is all of it.
+    ``hardware_compatible`` engines run on every GPU from compute capability 8.0 up, ``version_compatible`` ones with
+    newer releases of the same major TensorRT; both cost speed.
     """
 
     precision: EnginePrecision = "fp16"
     max_batch: int = 8
     opt_batch: int = 1
     workspace_mib: int | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp16", "fp32"):
@@ -122,12 +127,15 @@ def build_engine(
 ) -> None:
     """Build an engine for pictures of ``size`` (height, width) and write it to ``plan``.
 
-    A rewritten graph, where one is needed, is left beside ``plan``: its folder should be a temporary one.
+    Rewritten graphs are left beside ``plan``: its folder should be a temporary one.
 
     Errors: EngineUnavailableError when this TensorRT cannot read the graph or memory does not suffice,
     MissingExtraError, SafeVLMError for any other failure, with what TensorRT said.
     """
     api = builder_api(str(trt.__version__))
+    standard = plan.with_name(f"standard.{onnx_file.name}")
+    to_standard(onnx_file, standard)
+    onnx_file = standard
     if api.lowered:
         lowered = plan.with_name(f"opset17.{onnx_file.name}")
         lower_to_opset17(onnx_file, lowered)
@@ -162,6 +170,10 @@ def _configure(
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.precision == "fp16":
         for name in api.fp16_flags:
             config.set_flag(getattr(trt.BuilderFlag, name))

@@ -29,7 +29,7 @@ from models.commandline import grid_option, run
 from models.errors import EngineUnavailableError, InputError, MissingExtraError
 from models.manifest import Manifest
 from runtimes.bundle import Bundle, open_bundle
-from runtimes.cuda import current_gpu, load_cuda
+from runtimes.cuda import current_gpu, free_memory, load_cuda
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import GuardOutput
 from runtimes.tensorrt_runner import TensorRTRunner, import_tensorrt
@@ -62,7 +62,7 @@ class EngineRequest:
 
 def find_device() -> Device:
     """Return TensorRT and the GPU here; EngineUnavailableError names everything that is missing."""
-    missing, trt, gpu = [], None, None
+    missing, trt, gpu, free = [], None, None, None
     try:
         trt = import_tensorrt()
         builder_api(str(trt.__version__))
@@ -71,14 +71,15 @@ def find_device() -> Device:
     except EngineUnavailableError as error:
         missing.append(str(error).rstrip("."))
     try:
-        gpu = current_gpu(load_cuda(PURPOSE))
+        cuda = load_cuda(PURPOSE)
+        gpu, free = current_gpu(cuda), free_memory(cuda)
     except MissingExtraError:
         missing.append("the package 'cuda-python' is not installed (pip install 'safevlm-edge[trt]')")
     except InputError as error:
         missing.append(f"there is no usable NVIDIA GPU ({_reason(error)})")
     if missing or gpu is None:
         raise EngineUnavailableError(f"no engine was built here: {'; '.join(missing)}.")
-    return Device(trt, gpu)
+    return Device(trt, gpu, free)
 
 
 def build_into(
@@ -127,6 +128,8 @@ def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = Fals
     words += ["--max-batch", options.max_batch]
     words += ["--opt-batch", options.opt_batch] if options.opt_batch != plain.opt_batch else []
     words += ["--workspace-mib", options.workspace_mib] if options.workspace_mib is not None else []
+    words += ["--hardware-compatible"] if options.hardware_compatible else []
+    words += ["--version-compatible"] if options.version_compatible else []
     words += ["--timing-cache", request.timing_cache] if request.timing_cache is not None else []
     words += ["--rebuild"] if request.rebuild else []
     words += ["--images", request.images] if request.images is not None else []
@@ -177,6 +180,8 @@ def _reason(error: InputError) -> str:
     "--opt-batch", type=int, default=EngineOptions.opt_batch, show_default=True, help="Batch to be fastest at."
 )
 @click.option("--workspace-mib", type=int, help="Bound on a layer's scratch memory.  [default: the GPU's memory]")
+@click.option("--hardware-compatible", is_flag=True, help="Run on every GPU from compute capability 8.0 up; slower.")
+@click.option("--version-compatible", is_flag=True, help="Run with newer releases of this major TensorRT; slower.")
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -192,6 +197,8 @@ def main(
     max_batch: int,
     opt_batch: int,
     workspace_mib: int | None,
+    hardware_compatible: bool,
+    version_compatible: bool,
     timing_cache: Path | None,
     rebuild: bool,
     revision: str | None,
@@ -213,7 +220,12 @@ def main(
     head = HeadRequest(guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=grid_option(grid))
     request = EngineRequest(
         options=EngineOptions(
-            precision=precision, max_batch=max_batch, opt_batch=opt_batch, workspace_mib=workspace_mib
+            precision=precision,
+            max_batch=max_batch,
+            opt_batch=opt_batch,
+            workspace_mib=workspace_mib,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
         ),
         rebuild=rebuild,
         timing_cache=timing_cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,7 +11,7 @@ import click
 
 from models.errors import InputError, SafeVLMError
 
-__all__ = ["INTERRUPTED", "USAGE", "grid_option", "printable", "run"]
+__all__ = ["INTERRUPTED", "USAGE", "grid_option", "leave", "printable", "run"]
 
 USAGE = 2
 INTERRUPTED = 130
@@ -35,6 +36,13 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: threads inside a library would abort the interpreter's orderly end, or hold it up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def grid_option(text: str | None) -> tuple[int, int] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from safetensors.torch import save
 
 from models.errors import GuardHeadError, InputError
 from models.family import HEAD_PREFIX
+from models.json_file import replace_file
 from models.pooling import POOLINGS, Pooling, pooled_width
 from models.reference import GuardHead
 
@@ -70,14 +70,9 @@ class DistilledHead:
             "fidelity": self.fidelity,
         }
         content = save(tensors, metadata={METADATA: json.dumps(stated, sort_keys=True)})
-        unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                unfinished.write_bytes(content)
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            replace_file(path, content)
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that can be written to."

@@ -6,7 +6,6 @@ relative to the folder; hashes are SHA-256.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.errors import BundleError
 from models.family import PromptFormat
-from models.json_file import read_json_object
+from models.json_file import first_problem, read_json_object, replace_file
 from models.manifest import BundlePath, Count, Parity, Positive, Sha256, Source, Tap
 from models.preprocessing import Preprocessing
 
-__all__ = ["GGUF_MANIFEST_NAME", "GgufFile", "GgufHead", "GgufManifest", "Importance", "Prompt"]
+__all__ = ["COPY_AGAIN", "GGUF_MANIFEST_NAME", "GgufFile", "GgufHead", "GgufManifest", "Importance", "Prompt"]
 
 GGUF_MANIFEST_NAME = "gguf.json"
-_AGAIN = "Copy the folder again, or write it anew with python -m export.gguf."
+COPY_AGAIN = "Copy the folder again, or write it anew with python -m export.gguf."
 
 
 class _Frozen(BaseModel):
@@ -91,7 +90,6 @@ class GgufManifest(_Frozen):
     """Of the language model's tensors as the checkpoint stores them."""
     source_quantization: str | None = None
     """How the checkpoint was quantized before; its numbers were dequantized."""
-    random_weights: bool = False
     tap: Tap
     classes: tuple[str, ...] = Field(min_length=2)
     preprocessing: Preprocessing
@@ -127,6 +125,11 @@ class GgufManifest(_Frozen):
             raise ValueError("one exact head is needed")
         return self
 
+    @property
+    def random_weights(self) -> bool:
+        """Whether the checkpoint's weights are random: good for sizes and times alone."""
+        return self.source.random_weights
+
     def file(self, role: Literal["model", "mmproj"]) -> GgufFile:
         """Return the file of a role that there is one of."""
         return next(file for file in self.files if file.role == role)
@@ -147,18 +150,15 @@ class GgufManifest(_Frozen):
         stated = read_json_object(path, needed_for="what GGUF files hold")
         if stated.get("schema_version") != 1:
             raise BundleError(
-                f"{path}: schema_version {stated.get('schema_version')!r} is unknown; 1 is read. {_AGAIN}"
+                f"{path}: schema_version {stated.get('schema_version')!r} is unknown; 1 is read. {COPY_AGAIN}"
             )
+        if "random_weights" in stated and isinstance(stated.get("source"), dict):  # it stood beside the source once
+            stated["source"].setdefault("random_weights", stated.pop("random_weights"))
         try:
             return cls.model_validate(stated)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the manifest as a whole"
-            reason = str(first["msg"]).removeprefix("Value error, ")
-            raise BundleError(f"{path}: {place}: {reason}. {_AGAIN}") from error
+            raise BundleError(f"{path}: {first_problem(error)}. {COPY_AGAIN}") from error
 
     def write(self, folder: Path) -> None:
         """Write ``gguf.json`` into ``folder`` in one step."""
-        unfinished = folder / f".{GGUF_MANIFEST_NAME}.partial-{os.getpid()}"
-        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / GGUF_MANIFEST_NAME)
+        replace_file(folder / GGUF_MANIFEST_NAME, (self.model_dump_json(indent=2) + "\n").encode())

@@ -1,14 +1,19 @@
-"""Read a small JSON object of a checkpoint folder, refusing anything else with a message that says where."""
+"""Small files: read a JSON object, say what is wrong with one, and write a file in one step."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import CheckpointError
 
-__all__ = ["MAX_JSON_BYTES", "read_json_object"]
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = ["MAX_JSON_BYTES", "first_problem", "read_json_object", "replace_file"]
 
 MAX_JSON_BYTES = 100_000_000
 """More than any index or config of a real checkpoint (the largest, a 62-layer index, is under 1 MB)."""
@@ -47,3 +52,27 @@ def read_json_object(path: Path, *, needed_for: str) -> dict[str, Any]:
             f"{path}: holds a JSON {type(value).__name__}, but {needed_for} is a JSON object. Fetch it again."
         )
     return value
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with what was read: its field, what was given, how many more follow."""
+    found = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, found["loc"])) or "the whole"
+    reason = str(found["msg"]).removeprefix("Value error, ")
+    if not isinstance(found["input"], Mapping):  # of a missing field it is what the field is missing in
+        reason += f" (given: {json.dumps(found['input'], default=str)[:80]})"
+    more = error.error_count() - 1
+    return f"{field}: {reason} ({more} more problems follow)" if more else f"{field}: {reason}"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file another content, all of it or none; it is on disk when this returns. Errors: OSError."""
+    unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

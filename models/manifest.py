@@ -8,7 +8,6 @@ hashes are SHA-256 in 64 lower-case hexadecimal digits; probabilities are 0..1; 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from models.errors import BundleError
 from models.family import TapSource
+from models.json_file import first_problem, replace_file
 from models.preprocessing import Preprocessing
 
 __all__ = [
@@ -160,6 +160,8 @@ class Source(_Frozen):
     sha256: Sha256
     family: str
     standalone: bool = True
+    random_weights: bool = False
+    """Whether they are random: verdicts mean nothing then, sizes and times what they mean else."""
 
     @property
     def model_option(self) -> str:
@@ -293,7 +295,7 @@ class Manifest(_Frozen):
         try:
             return cls.model_validate(stated)
         except ValidationError as error:
-            raise BundleError(_first_problem(error, where)) from error
+            raise BundleError(f"{where}: {first_problem(error)}. Copy the bundle again, or export it anew.") from error
 
     def thresholds_of(self, path: str) -> Thresholds | None:
         """Return the thresholds fitted on the file at ``path``, if any were."""
@@ -301,9 +303,7 @@ class Manifest(_Frozen):
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder``, replacing an older one in a single step."""
-        unfinished = folder / f".{MANIFEST_NAME}.partial-{os.getpid()}"
-        unfinished.write_text(self.to_json(), encoding="utf-8")
-        unfinished.replace(folder / MANIFEST_NAME)
+        replace_file(folder / MANIFEST_NAME, self.to_json().encode())
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``: indented, with a newline at its end."""
@@ -334,12 +334,3 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise BundleError(f"{where} holds {type(stated).__name__}, not a JSON object. Export the bundle anew.")
     return stated
-
-
-def _first_problem(error: ValidationError, where: str) -> str:
-    """Return one sentence on the first of the problems that pydantic found."""
-    first, count = error.errors(include_url=False)[0], error.error_count()
-    place = ".".join(str(part) for part in first["loc"]) or "the manifest as a whole"
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    more = f" ({count - 1} more problems follow)" if count > 1 else ""
-    return f"{where}: {place}: {reason}{more}. Copy the bundle again, or export it anew."

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from models.errors import InputError
 from models.families import FAMILIES
+from models.json_file import first_problem
 from models.preprocessing import PIL_FILTERS, Filter, Preprocessing
 
 __all__ = ["DEFAULT_GRID", "read_processor"]
@@ -133,9 +134,7 @@ def read_processor(processor: _Settings, *, family: str, grid: tuple[int, int] |
             rescale=settings.get("rescale_factor", 1 / 255),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the settings as a whole"
-        raise InputError(f"image processor settings ({kind}) are not usable: {where}: {first['msg']}") from error
+        raise InputError(f"image processor settings ({kind}) are not usable: {first_problem(error)}") from error
 
 
 def _kind(processor: _Settings, family: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from models.checkpoint import OUTPUT_PREFIX, Checkpoint
+from models.checkpoint import OUTPUT_PREFIX, RANDOM_KEY, Checkpoint
 from models.family import HEAD_PREFIX
 from models.hub import LIGHT_PATTERNS
 from models.safe_vlm import model_class_of
@@ -75,6 +75,7 @@ def artifact_config(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> 
         "safety_categories": list(checkpoint.classes),
         "num_safety_categories": len(checkpoint.classes),
         CONFIG_KEY: tap,
+        **({RANDOM_KEY: True} if checkpoint.random_weights else {}),
         "quantization_config": dict(quantization),
     }
 

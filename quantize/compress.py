@@ -105,6 +105,7 @@ def compress(
             "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
             "leakage": chosen.leakage.record(),
             "anomalous": not chosen.leakage.clean,
+            "random_weights": checkpoint.random_weights,
             "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
             "consumers": list(run.plan.consumers),
             "answers": outcome.answers | {"are": _whose(answers)},

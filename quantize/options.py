@@ -139,6 +139,8 @@ def describe(found: Compressed, command: str) -> list[str]:
     lines += [f"note: {line}" for line in record["consumers"]]
     if record["anomalous"]:
         lines.append("ANOMALOUS: calibration samples belong to an evaluation suite; see compression.json")
+    if record["random_weights"]:
+        lines.append("RANDOM WEIGHTS: what it answers means nothing, only sizes and times do")
     lines.append(
         f"{shown_seconds(measured['seconds'])}, at most {shown_bytes(measured['peak_memory_bytes'])} of memory; "
         f"next: {command}"

@@ -10,29 +10,18 @@ The answer is written as it comes; an image that is blocked gets a refusal that 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import click
 
 from models.commandline import printable, run
-from runtimes.gate_command import BLOCKED, open_gate
-from runtimes.gate_result import GateResult
-from runtimes.policy import read_policy
+from runtimes.gate_command import ended, open_gate, open_told
 
-__all__ = ["open_chat", "refusal_text"]
+__all__ = ["open_chat"]
 
 open_chat = open_gate
 """A gate around a guard and what answers; see :func:`runtimes.gate_command.open_gate`."""
-
-
-def refusal_text(result: GateResult) -> str:
-    """Return what is shown in place of an answer: one sentence, with the class where there is one."""
-    if result.stage == "error" or result.finding is None:
-        return f"I can't answer about this image: {result.reason}."
-    harm = (result.finding.harm or result.finding.label).replace("_", " ")
-    return f"I can't help with this image: it is classified as {harm}."
 
 
 @click.command(name="chat")
@@ -66,15 +55,7 @@ def main(
 
     Exits with 0 when it was answered and 10 when it was refused; 2 when bundle, model or policy cannot be used.
     """
-    gate = open_chat(
-        bundle,
-        model,
-        policy=None if policy is None else read_policy(policy),
-        threads=threads,
-        timeout=timeout,
-        context=context,
-        gpu_layers=gpu_layers,
-    )
+    gate = open_told(bundle, model, policy, threads=threads, timeout=timeout, context=context, gpu_layers=gpu_layers)
     with gate:
         result = gate.ask(image, question, max_new_tokens=max_new_tokens, on_text=None if as_json else _show)
     if as_json:
@@ -82,13 +63,8 @@ def main(
     elif result.answer is not None:
         click.echo("")
     else:
-        click.echo(printable(refusal_text(result)))
-    code = 0 if result.verdict == "allow" else BLOCKED
-    if gate.stuck:
-        # Threads inside a library abort the interpreter's orderly end: leave without one.
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+        click.echo(printable(result.refusal()))
+    return ended(gate, result)
 
 
 def _show(piece: str) -> None:

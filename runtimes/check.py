@@ -36,7 +36,7 @@ PROGRESS_FROM = 16
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of a table.")
 @click.option(
     "--runtime",
-    type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]),
+    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
     default="auto",
     show_default=True,
     help="auto: an engine that runs on this GPU, else ONNX Runtime.",
@@ -57,9 +57,12 @@ def main(
     and none is blocked.
     """
     from runtimes.judge import Guard
+    from runtimes.random_weights import warn_of_random_weights
 
     files = list(_expand(images))
-    with Guard.open(bundle, runtime, precision=precision, threads=threads) as guard:
+    opened = Guard.open(bundle, runtime, precision=precision, threads=threads)
+    warn_of_random_weights(bundle)
+    with opened as guard:
         judgements = list(_with_progress(guard.stream(files), len(files)))
     for judgement in judgements:
         if judgement.error is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from models.errors import InputError, MissingExtraError, SafeVLMError
 
-__all__ = ["CudaRuntime", "DeviceBuffer", "Gpu", "current_gpu", "load_cuda"]
+__all__ = ["CudaRuntime", "DeviceBuffer", "Gpu", "current_gpu", "free_memory", "load_cuda"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def load_cuda(purpose: str) -> CudaRuntime:
 
 
 def current_gpu(cuda: CudaRuntime) -> Gpu:
-    """Return the GPU that CUDA would use now; InputError where there is none, or no driver."""
+    """Return the GPU that CUDA would use now; InputError where there is none, no driver, or one that is too old."""
     try:
+        _check_driver(cuda)
         if cuda.call("cudaGetDeviceCount") == 0:
             raise SafeVLMError("CUDA counts no device")
         properties = cuda.call("cudaGetDeviceProperties", cuda.call("cudaGetDevice"))
@@ -87,6 +88,27 @@ def current_gpu(cuda: CudaRuntime) -> Gpu:
             "elsewhere use --runtime onnxruntime."
         ) from error
     return Gpu(_text(properties.name), f"{properties.major}.{properties.minor}")
+
+
+def free_memory(cuda: CudaRuntime) -> int:
+    """Return how many bytes of the GPU's memory are free."""
+    free, _total = cuda.call("cudaMemGetInfo")
+    return int(free)
+
+
+def _check_driver(cuda: CudaRuntime) -> None:
+    """Raise SafeVLMError when the driver is of an older major CUDA than the libraries ("CUDA Compatibility")."""
+    driver, runtime = int(cuda.call("cudaDriverGetVersion")), int(cuda.call("cudaRuntimeGetVersion"))
+    if driver > 0 and driver // 1000 < runtime // 1000:
+        raise SafeVLMError(
+            f"the driver is too old: it brings CUDA {_version(driver)}, the installed libraries need "
+            f"{runtime // 1000}.0 or newer: update the driver, or install cuda-python and TensorRT for CUDA "
+            f"{driver // 1000}"
+        )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _text(value: bytes | str) -> str:

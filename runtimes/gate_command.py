@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from models.commandline import printable
+from models.commandline import leave, printable
 from models.errors import InputError
 from models.family import TapSource
 from runtimes.gate_result import GateResult
 from runtimes.policy import Policy, read_policy
+from runtimes.random_weights import warn_of_random_weights
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from runtimes.language import LanguageRunner
     from runtimes.torch_language import Dtype
 
-__all__ = ["BLOCKED", "main", "open_gate"]
+__all__ = ["BLOCKED", "ended", "main", "open_gate", "open_told"]
 
 BLOCKED = 10
 
@@ -129,6 +128,24 @@ def _gguf_alone(
     return Gate(guard, language, policy, timeout, digest=artifact.digest)
 
 
+def open_told(bundle: Path | None, model: str | None, policy: Path | None, **options: Any) -> Gate:
+    """Open a gate as a command does, the policy from its file, with a line on standard error for random weights.
+
+    ``options`` and errors are those of :func:`open_gate`, and of :func:`runtimes.policy.read_policy`.
+    """
+    gate = open_gate(bundle, model, policy=None if policy is None else read_policy(policy), **options)
+    warn_of_random_weights(bundle, gate.language)
+    return gate
+
+
+def ended(gate: Gate, result: GateResult) -> int:
+    """Return a command's exit code; where a call of guard or language model still runs, leave the process with it."""
+    code = 0 if result.verdict == "allow" else BLOCKED
+    if gate.stuck:
+        leave(code)
+    return code
+
+
 @click.command(name="gate")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
@@ -139,7 +156,9 @@ def _gguf_alone(
 @click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
 @click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
-@click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
+@click.option(
+    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
+)
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--device", default="cpu", show_default=True, help="Of the language model: cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
@@ -175,10 +194,10 @@ def main(
     """
     if log is not None:
         _append(log, "")  # a log that cannot be written is told before anything is judged
-    gate = open_gate(
+    gate = open_told(
         bundle,
         model,
-        policy=None if policy is None else read_policy(policy),
+        policy,
         runtime=runtime,
         precision=precision,
         device=device,
@@ -193,13 +212,7 @@ def main(
     if log is not None:  # before the answer: what cannot be logged is not answered
         _append(log, result.to_json_line(text=log_text) + "\n")
     click.echo(result.to_json_line(text=True) if as_json else "\n".join(_lines(result)))
-    code = 0 if result.verdict == "allow" else BLOCKED
-    if gate.stuck:
-        # Threads inside a library abort the interpreter's orderly end: leave without one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return ended(gate, result)
 
 
 def _append(path: Path, text: str) -> None:

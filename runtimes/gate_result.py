@@ -46,6 +46,12 @@ class GateResult:
     """SHA-256 of the bundle's manifest, None without a bundle."""
     ms: Mapping[str, float] = field(default_factory=dict)
 
+    def refusal(self) -> str:
+        """Return what is shown in place of an answer: one sentence, with the class where there is one."""
+        if self.stage == "error" or self.finding is None:
+            return f"I can't answer about this image: {self.reason}."
+        return refusal_text(self.finding.harm or self.finding.label)
+
     def to_json(self, *, text: bool = False) -> dict[str, Any]:
         """Return what is logged; with ``text`` question, answer and whatever may quote them, too."""
         finding = self.finding
@@ -76,6 +82,13 @@ class GateResult:
     def to_json_line(self, *, text: bool = False) -> str:
         """Return :meth:`to_json` as one line of ASCII JSON, without a line end."""
         return json.dumps(self.to_json(text=text), allow_nan=False)
+
+
+def refusal_text(harm: str | None) -> str:
+    """Return what is said in place of an answer about an image that shows ``harm``."""
+    if harm is None:
+        return "I can't help with this image."
+    return f"I can't help with this image: it is classified as {harm.replace('_', ' ')}."
 
 
 def _rounded(probs: Mapping[str, float] | None) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from models.errors import BundleError
 from models.family import HEAD_PREFIX
-from models.gguf_manifest import GGUF_MANIFEST_NAME, GgufFile, GgufHead, GgufManifest
+from models.gguf_manifest import COPY_AGAIN, GGUF_MANIFEST_NAME, GgufFile, GgufHead, GgufManifest
 from models.shards import read_header
 from runtimes.bundle import sha256_of
 
@@ -52,7 +52,7 @@ class GgufArtifact:
                 entry = entries.get(name)
                 if entry is None or entry.shape != shape or entry.dtype != "F32":
                     found = "missing" if entry is None else f"{entry.dtype} {entry.shape}"
-                    raise BundleError(f"{path}: '{name}' is {found}; F32 {shape} is needed. {_AGAIN}")
+                    raise BundleError(f"{path}: '{name}' is {found}; F32 {shape} is needed. {COPY_AGAIN}")
                 pair.append(np.frombuffer(content[entry.start : entry.end], "<f4").reshape(shape))
             layers.append((pair[0], pair[1]))
         return HeadWeights(layers=tuple(layers))
@@ -89,7 +89,7 @@ def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
 def _check(artifact: GgufArtifact, file: GgufFile, *, verify: bool) -> None:
     path = artifact.path(file)
     if not path.is_file():
-        raise BundleError(f"{path} is listed in {GGUF_MANIFEST_NAME} but missing. {_AGAIN}")
+        raise BundleError(f"{path} is listed in {GGUF_MANIFEST_NAME} but missing. {COPY_AGAIN}")
     size = path.stat().st_size
     found = f"{size} bytes" if size != file.bytes else None
     if found is None and verify:
@@ -100,8 +100,5 @@ def _check(artifact: GgufArtifact, file: GgufFile, *, verify: bool) -> None:
         what = {"model": "language model", "mmproj": "projector", "head": "guard head"}[file.role]
         raise BundleError(
             f"{path} is not the {what} that belongs here: it has {found}, the manifest says {wanted}. One of another "
-            f"model gives noise. {_AGAIN}"
+            f"model gives noise. {COPY_AGAIN}"
         )
-
-
-_AGAIN = "Copy the folder again, or write it anew with python -m export.gguf."

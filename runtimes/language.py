@@ -50,6 +50,8 @@ class LanguageRunner(Activated):
     """Of the exact verdict, in order; None when the runtime cannot give one."""
     takes_embeddings: bool = False
     """Whether the projector's output can stand in for the picture, so that it is not encoded twice."""
+    random_weights: bool = False
+    """Whether the model is known to be a stand-in, whose answers and verdicts are noise."""
 
     def prefill(
         self,

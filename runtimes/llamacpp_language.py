@@ -73,6 +73,7 @@ class LlamaCppLanguageRunner(LanguageRunner):
         self.session = session or open_session(self.artifact, context=context, threads=threads, gpu_layers=gpu_layers)
         self.preprocessing = manifest.preprocessing
         self.classes = manifest.classes
+        self.random_weights = manifest.random_weights
         exact = manifest.head("exact")
         assert exact is not None  # the manifest's own check
         self._exact = exact

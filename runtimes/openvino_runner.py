@@ -1,4 +1,4 @@
-"""The guard on OpenVINO: the fastest way on x86 processors, where it multiplies in int8 and, with the hardware, bfloat16."""
+"""The guard on OpenVINO, which on x86 processors multiplies in int8 and, where the hardware can, in bfloat16."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,19 @@ from runtimes.bundle import Bundle
 from runtimes.cuda import CudaRuntime, DeviceBuffer, Gpu, current_gpu, load_cuda
 from runtimes.runner import GuardOutput, GuardRunner
 
-__all__ = ["TensorRTRunner", "engine_mismatch", "import_tensorrt", "usable_engine"]
+__all__ = [
+    "HARDWARE_COMPATIBLE",
+    "VERSION_COMPATIBLE",
+    "TensorRTRunner",
+    "engine_mismatch",
+    "import_tensorrt",
+    "usable_engine",
+]
 
 PURPOSE = "judging with TensorRT"
+AMPERE = (8, 0)
+HARDWARE_COMPATIBLE, VERSION_COMPATIBLE = "hardware_compatible", "version_compatible"
+"""Options of an engine that runs elsewhere, too (EngineInfo.options)."""
 INPUT, OUTPUTS, EMBEDDINGS = "rgb", ("probs", "logits"), "embeddings"
 
 
@@ -35,16 +44,32 @@ def import_tensorrt() -> Any:
 
 
 def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:
-    """Say why an engine cannot run with this TensorRT on this GPU; None when it can."""
-    if info.tensorrt_version != version:
+    """Say why an engine cannot run with this TensorRT on this GPU; None when it can.
+
+    A version compatible engine runs with newer releases of its major version, a hardware compatible one on every GPU
+    from compute capability 8.0 up ("Version Compatibility" and "Hardware Compatibility" in TensorRT's documentation).
+    """
+    newer = bool(info.options.get(VERSION_COMPATIBLE)) and _newer(info.tensorrt_version, version)
+    if info.tensorrt_version != version and not newer:
         return f"it was built with TensorRT {info.tensorrt_version}, here is {version}"
     built_for = Gpu(info.gpu_name, info.compute_capability)
-    if built_for != gpu:
+    portable = bool(info.options.get(HARDWARE_COMPATIBLE)) and min(_number(built_for), _number(gpu)) >= AMPERE
+    if built_for != gpu and not portable:
         return (
             f"it was built on {built_for.name} (compute capability {built_for.compute_capability}), "
             f"here is {gpu.name} ({gpu.compute_capability})"
         )
     return None
+
+
+def _newer(built: str, here: str) -> bool:
+    """Say whether ``here`` is of the same major version as ``built``, and not older."""
+    one, other = (tuple(int(part) for part in version.split(".") if part.isdigit()) for version in (built, here))
+    return one[:1] == other[:1] and one <= other
+
+
+def _number(gpu: Gpu) -> tuple[int, ...]:
+    return tuple(int(part) for part in gpu.compute_capability.split("."))
 
 
 def usable_engine(bundle: Bundle, precision: str | None = None) -> GuardFile:
@@ -99,7 +124,7 @@ class TensorRTRunner(GuardRunner):
         reason = _mismatch(self.file, str(trt.__version__), gpu)
         if reason is not None:
             raise _not_for_here(self.bundle, f"{self.file.path}: {reason}")
-        self._engine = _deserialize(trt, self.bundle, self.bundle.path(self.file))
+        self._engine = _deserialize(trt, self.bundle, self.file)
         self._check_tensors(trt)
         least, _, most = self._engine.get_tensor_profile_shape(INPUT, 0)
         self._least, self._most = int(least[0]), int(most[0])
@@ -192,10 +217,13 @@ class TensorRTRunner(GuardRunner):
         return pointer
 
 
-def _deserialize(trt: Any, bundle: Bundle, path: Path) -> Any:
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+def _deserialize(trt: Any, bundle: Bundle, file: GuardFile) -> Any:
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    if file.engine is not None and file.engine.options.get(VERSION_COMPATIBLE):
+        runtime.engine_host_code_allowed = True  # such an engine carries a small runtime; its hash was checked
+    engine = runtime.deserialize_cuda_engine(bundle.path(file).read_bytes())
     if engine is None:
-        raise _not_for_here(bundle, f"{path.name}: TensorRT {trt.__version__} could not read it")
+        raise _not_for_here(bundle, f"{file.path}: TensorRT {trt.__version__} could not read it")
     return engine
 
 

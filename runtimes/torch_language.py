@@ -44,6 +44,7 @@ class TorchLanguageRunner(LanguageRunner):
         if dtype not in get_args(Dtype):
             raise InputError(f"unknown dtype {dtype!r}; allowed: {', '.join(get_args(Dtype))}")
         self.model = model
+        self.random_weights = bool(getattr(model, "random_weights", False))  # a loaded model does not say
         self.device = device
         self.dtype = dtype
         self.grid = grid

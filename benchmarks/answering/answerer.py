@@ -121,6 +121,7 @@ def checkpoint_artifact(checkpoint: Checkpoint) -> Artifact:
         revision=checkpoint.revision,
         bytes=sum(path.stat().st_size for path in weights),
         leaked=bool(record.get("anomalous", False)),
+        random_weights=checkpoint.random_weights,
         compression=_shortened(record) if record else None,
     )
 

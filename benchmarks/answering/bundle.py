@@ -43,6 +43,7 @@ def bundle_artifact(bundle: Path | str) -> Artifact:
         kind="bundle",
         sha256=opened.digest,
         bytes=sum((opened.folder / file.path).stat().st_size for file in opened.manifest.files),
+        random_weights=opened.manifest.source.random_weights,
     )
 
 
@@ -148,6 +149,7 @@ class GatedAnswerer:
                     "kind": "gated",
                     "sha256": f"{bundle.sha256}+{model.sha256}",
                     "bytes": (bundle.bytes or 0) + (model.bytes or 0),
+                    "random_weights": bundle.random_weights or model.random_weights,
                 }
             ),
             runtime=answers.runtime.model_copy(

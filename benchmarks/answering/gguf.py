@@ -34,6 +34,7 @@ def gguf_artifact(artifact: GgufArtifact) -> Artifact:
         revision=manifest.source.revision,
         bytes=sum(file.bytes for file in manifest.files),
         leaked=importance is not None and importance.leaked,
+        random_weights=manifest.random_weights,
         compression={
             "source": manifest.source.checkpoint,
             "method": {

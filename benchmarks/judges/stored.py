@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
-from benchmarks.journal import append, first_problem, read_lines, replace
+from benchmarks.journal import append, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
 from models.errors import InputError
+from models.json_file import first_problem, replace_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -173,7 +174,7 @@ class ScoreWriter:
             raise InputError(f"{there[0]} exists. Give another --name, or --resume to go on with the scores in it.")
         if there:
             self._take_up()
-        replace(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+        replace_file(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
 
     def _take_up(self) -> None:
         """Keep what is there and still holds; rewrite the file, all at once, when anything else is in it."""
@@ -189,7 +190,7 @@ class ScoreWriter:
         fitting = [line for line in lines if line.ok is not None and line.id in rows]
         self.kept = {line.id: line for line in fitting if line.fits(rows[line.id])}
         if not whole or len(self.kept) < len(lines):
-            replace(self.path, b"".join(map(_dump, self.kept.values())))
+            replace_file(self.path, b"".join(map(_dump, self.kept.values())))
         self._done = set(self.kept)
 
     def _unwritable(self, error: OSError) -> InputError:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from calibration.samples import CalibrationOptions
+from export.bundle import origin_of
 from export.gguf.importance import Measured, measure_importance
 from export.gguf.language import ARCHITECTURES, language_keys, language_tensors, stored_type
 from export.gguf.quantizing import PLAIN_TYPES, check_widths, file_type, needs_importance, quantize_file, type_of
@@ -26,7 +27,7 @@ from models.errors import InputError, ParityError
 from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
 from models.machine import now
-from models.manifest import Parity, Source, Tap
+from models.manifest import Parity
 from models.preprocessing import Preprocessing
 from models.reference import GuardHead, build_head, build_vision, guard_sha256
 from models.transformers_config import build_config
@@ -135,28 +136,20 @@ class _Writing:
         self.text: Any = build_config(checkpoint).text_config
 
     def all(self) -> GgufManifest:
-        checkpoint, tap = self.checkpoint, self.checkpoint.tap
+        checkpoint = self.checkpoint
         self._check_disk()
         measured = self._importance()
         model = self._language(None if measured is None else measured.matrix)
         heads, head_files = self._heads()
         mmproj, last, probe, tokens = self._projector(model)
+        source, tap = origin_of(checkpoint, standalone=any(head.reads == "projector" for head in heads))
         return GgufManifest(
             created=now(),
             tool_version=VERSION,
-            source=Source(
-                checkpoint=checkpoint.name,
-                revision=checkpoint.revision,
-                sha256=guard_sha256(checkpoint),
-                family=checkpoint.family.key,
-                standalone=any(head.reads == "projector" for head in heads),
-            ),
+            source=source,
             language_sha256=checkpoint.tensors.sha256(checkpoint.language_names()),
-            random_weights=checkpoint.random_weights,
             source_quantization=None if checkpoint.quantization is None else checkpoint.quantization.method,
-            tap=Tap(
-                source=tap.source, pooling=tap.pooling, tokens=tap.tokens, learned=tap.learned, evidence=tap.evidence
-            ),
+            tap=tap,
             classes=checkpoint.classes,
             preprocessing=self.preprocessing,
             image_tokens=tokens,

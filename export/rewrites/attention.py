@@ -11,7 +11,7 @@ Source: ONNX Runtime ``docs/ContribOperators.md``, com.microsoft.MultiHeadAttent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -20,22 +20,22 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, defs, he
 from onnxscript import values
 from onnxscript.onnx_opset import opset20 as op
 
-__all__ = ["DOMAIN", "FUSED", "add_attention_function", "attention_translations"]
+from export.rewrites import DOMAIN, FUSED
 
-DOMAIN = "com.microsoft"
-FUSED = "MultiHeadAttention"
+__all__ = ["add_attention_function", "attention_translations"]
+
 TENSORS = ["tensor(float)", "tensor(float16)"]
 
 
-def attention_translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+def attention_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what ``torch.onnx.export`` takes as ``custom_translation_table``."""
     return {torch.ops.aten.scaled_dot_product_attention.default: _attention}
 
 
-def add_attention_function(model: ir.Model, opset: int) -> None:
-    """Give ``model`` the function of its attention nodes, if it has any."""
+def add_attention_function(model: ir.Model, opset: int, *, half: bool) -> None:
+    """Give ``model`` the function of its attention nodes, if it has any; with ``half`` they are of float16."""
     if any(node.domain == DOMAIN and node.op_type == FUSED for node in model.graph):
-        function = ir.from_proto(_function(opset))
+        function = ir.serde.deserialize_function(_function(opset, TensorProto.FLOAT16 if half else TensorProto.FLOAT))
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
 
@@ -53,16 +53,17 @@ def _attention(
     """Say ``aten.scaled_dot_product_attention`` in ONNX; its result is N × h × T × d."""
     assert attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa, "a vision tower has none of these"
     heads, width = int(query_NhTd.shape[1]), int(query_NhTd.shape[3])
+    together: Any = op.Constant(value_ints=[0, 0, -1])
+    by_head: Any = op.Constant(value_ints=[0, 0, heads, width])
     queries, keys, values_ = (
-        op.Reshape(op.Transpose(each, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
-        for each in (query_NhTd, key_NhTd, value_NhTd)
+        op.Reshape(op.Transpose(each, perm=[0, 2, 1, 3]), together) for each in (query_NhTd, key_NhTd, value_NhTd)
     )
     mixed = _fused(queries, keys, values_, num_heads=heads, scale=width**-0.5 if scale is None else scale)
-    split = op.Reshape(mixed, op.Constant(value_ints=[0, 0, heads, width]))
+    split = op.Reshape(mixed, by_head)
     return op.Transpose(split, perm=[0, 2, 1, 3])
 
 
-def _function(opset: int) -> FunctionProto:
+def _function(opset: int, dtype: int) -> FunctionProto:
     """Return the node's meaning in standard operators: query, key, value N × T × E to N × T × E."""
     split, scaled = [], []
     for name, order in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3])):
@@ -79,7 +80,7 @@ def _function(opset: int) -> FunctionProto:
         helper.make_node("Concat", ["as_they_are", "rest"], ["together"], axis=0),
         *split,
         *scaled,
-        helper.make_node("CastLike", ["scale", "query"], ["scale_of_type"]),
+        helper.make_node("Cast", ["scale"], ["scale_of_type"], to=dtype),
         helper.make_node("Mul", ["query_heads", "scale_of_type"], ["query_scaled"]),
         helper.make_node("MatMul", ["query_scaled", "key_heads"], ["scores"]),
         helper.make_node("Softmax", ["scores"], ["weights"], axis=-1),

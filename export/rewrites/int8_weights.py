@@ -40,6 +40,7 @@ def store_weights_in_int8(path: Path, names: Collection[str]) -> None:
         parts = {
             f"{name}_int8": np.clip(np.rint(values / scale), -127, 127).astype(np.int8),
             f"{name}_scale": scale.ravel().astype(np.float32),
+            f"{name}_zero": np.zeros(scale.size, np.int8),
         }
         model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in parts.items())
         unpacking.append(helper.make_node("DequantizeLinear", list(parts), [f"{name}_float"], axis=axis))

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 __all__ = ["to_standard"]
 
@@ -30,14 +34,28 @@ def to_standard(source: Path, target: Path) -> None:
     standard = [opset for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
     del model.opset_import[:]
     model.opset_import.extend(standard)
+    for node in model.graph.node:
+        _as_tensor(node)
     data = source.with_name(source.name + ".data")
     if data.exists():
         _give(data.resolve(), target.with_name(data.name))
     onnx.save(model, str(target))
 
 
+def _as_tensor(node: NodeProto) -> None:
+    """Write the number of a Constant as a tensor, the form that every parser reads."""
+    from onnx import TensorProto, helper
+
+    kinds = {"value_int": TensorProto.INT64, "value_float": TensorProto.FLOAT}
+    for attribute in [each for each in node.attribute if node.op_type == "Constant" and each.name in kinds]:
+        number = attribute.i if attribute.name == "value_int" else attribute.f
+        tensor = helper.make_tensor(node.output[0], kinds[attribute.name], [], [number])
+        node.attribute.remove(attribute)
+        node.attribute.append(helper.make_attribute("value", tensor))
+
+
 def _give(data: Path, there: Path) -> None:
-    """Put a file under a second name: as the same file where the disk can, since readers refuse links that lead away."""
+    """Put a file under a second name, the same file where the disk can: readers refuse links that lead away."""
     try:
         os.link(data, there)
     except OSError:  # another file system, or one without such links

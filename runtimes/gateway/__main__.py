@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -13,10 +12,11 @@ from typing import Any
 
 import click
 
-from models.commandline import run
+from models.commandline import leave, run
 from models.errors import InputError, MissingExtraError
 from runtimes.chat_endpoint import read_key
 from runtimes.policy import read_policy
+from runtimes.random_weights import warn_of_random_weights
 
 MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
@@ -30,7 +30,9 @@ sends a request just when it is closed."""
 @click.option("--upstream", metavar="URL", help="OpenAI-compatible server to put the guard in front of.")
 @click.option("--model", help="Checkpoint or GGUF folder to answer here.  [default: what the bundle was made from]")
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
-@click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
+@click.option(
+    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
+)
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of guard and language model.")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -65,6 +67,7 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
             raise
         raise MissingExtraError(str(error.name), "gateway", "the gateway") from error
     gateway = _gateway(given)
+    warn_of_random_weights(given["bundle"], gateway.gate.language)
     app = create_app(gateway)
     _log_to_stdout(ACCESS)
     config = uvicorn.Config(
@@ -86,9 +89,7 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     finally:
         bound.close()
     if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0 if server.started else 1)
+        leave(0 if server.started else 1)
     return 0 if server.started else 1
 
 

@@ -22,7 +22,6 @@ __all__ = [
     "completion",
     "error_event",
     "event",
-    "refusal_text",
     "safe_vlm",
     "strict_json",
 ]
@@ -56,13 +55,6 @@ def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[
     """Return our field: ``verdict``, each image's finding, the bundle's hash; ``more`` on a block."""
     images = [each.stated(index) for index, each in enumerate(judged)]
     return {"verdict": "allow", "images": images, "bundle": digest, **more}
-
-
-def refusal_text(harm: str | None) -> str:
-    """Return what is said in place of an answer."""
-    if harm is None:
-        return "I can't help with this image."
-    return f"I can't help with this image: it is classified as {harm.replace('_', ' ')}."
 
 
 def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from starlette.exceptions import HTTPException
 from models.errors import InputError
 from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
-from runtimes.gate_result import GateResult
-from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, refusal_text, safe_vlm
+from runtimes.gate_result import GateResult, refusal_text
+from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics

@@ -80,6 +80,15 @@ def test_a_leaked_calibration_set_and_a_suite_on_one_side_are_anomalies(tmp_path
         pair_runs([one], [])
 
 
+def test_random_weights_on_either_side_are_anomalies(tmp_path: Path) -> None:
+    one, other = runs(tmp_path)
+    artifact = other.record.artifact.model_copy(update={"random_weights": True})
+    noise = Run(folder=other.folder, record=other.record.model_copy(update={"artifact": artifact}), rows=other.rows)
+    told = "(model-b) has random weights: what it answers means nothing"
+    assert pair_runs([one], [noise]).anomalies == (f"holisafe: the candidate {told}",)
+    assert pair_runs([noise], [one]).anomalies == (f"holisafe: the baseline {told}",)
+
+
 def test_what_changed_is_named(tmp_path: Path) -> None:
     one, other = (run.record for run in runs(tmp_path))
     engine = one.model_copy(update={"runtime": one.runtime.model_copy(update={"name": "llama.cpp"})})

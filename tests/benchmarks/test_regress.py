@@ -32,13 +32,17 @@ def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path) -> None:
     stored(tmp_path / "worse", worse, record_of(worse, name="b"))
     stored(tmp_path / "other", rows, record_of(rows).model_copy(update={"prompt": "{question}"}))
     stored(tmp_path / "few", few)
+    noise = record_of(rows, name="b")
+    artifact = noise.artifact.model_copy(update={"random_weights": True})
+    stored(tmp_path / "noise", rows, noise.model_copy(update={"artifact": artifact}))
     for name, against, code, verdict in [
         ("base", "same", 0, "PASS"),
         ("base", "worse", 3, "REGRESSION"),
         ("few", "few", 4, "INCONCLUSIVE"),
         ("base", "other", 5, "ANOMALOUS"),
+        ("base", "noise", 5, "ANOMALOUS"),
     ]:
-        out = tmp_path / f"report-{verdict}"
+        out = tmp_path / f"report-{against}"
         done = regress("--baseline", tmp_path / name, "--candidate", tmp_path / against, "--out", out)
         assert done.returncode == code, done.stderr
         assert done.stdout.splitlines()[0] == verdict
@@ -47,6 +51,7 @@ def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path) -> None:
         assert verdict in (out / "report.md").read_text() and verdict in (out / "report.html").read_text()
         failing = ElementTree.parse(out / "junit.xml").getroot().iter()
         assert any(each.tag in ("failure", "error") for each in failing) == (verdict != "PASS")
+        assert ("random weights" in done.stdout) == (against == "noise")
 
 
 def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path) -> None:

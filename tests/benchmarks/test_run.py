@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +30,7 @@ from models.checkpoint import open_checkpoint
 from models.errors import ImageFileError, InputError
 from models.guard_head import standard_classes
 from models.holisafe_mini.questions import is_refusal
+from tests.models.random_checkpoints import stand_in
 from tests.runtimes.bundles import write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +184,39 @@ def test_a_gated_pair_refuses_what_the_guard_blocks(guard_bundle: Path, tmp_path
     assert all((row.blocked is not None) == (row.label != 0) for row in rows)
     assert all((row.answer is None) == (row.blocked is not None) for row in rows)
     assert record.artifact.kind == "gated" and record.artifact.name.startswith("guard + ")
+
+
+def test_random_weights_are_recorded_whatever_runs_them(
+    guard_bundle: Path, gguf_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = stand_in(open_checkpoint("tiny-safegem").folder, tmp_path / "checkpoint")
+    marked = stand_in_manifest(guard_bundle, tmp_path / "bundle", "manifest.json")
+    gguf = stand_in_manifest(gguf_folder("tiny-safegem"), tmp_path / "gguf", "gguf.json")
+    pairs, guard = ("--suite", "holisafe-mini", "--limit", "5"), ("--suite", "guard-mini", "--limit", "5")
+    for number, (random, arguments) in enumerate(
+        [
+            (True, ("--model", str(noise), *pairs)),
+            (False, ("--model", "tiny-safegem", *pairs)),
+            (True, ("--model", str(gguf), *pairs)),
+            (True, ("--bundle", str(marked), *guard)),
+            (False, ("--bundle", str(guard_bundle), *guard)),
+            (True, ("--bundle", str(marked), "--model", "tiny-safegem", *pairs)),
+            (True, ("--bundle", str(guard_bundle), "--model", str(noise), *pairs)),
+        ]
+    ):
+        out = tmp_path / f"run-{number}"
+        main.main([*arguments, "--out", str(out)], standalone_mode=False)
+        assert read_run(out).record.artifact.random_weights == random, arguments
+        assert ("(random weights)" in capsys.readouterr().out) == random, arguments
+
+
+def stand_in_manifest(folder: Path, copy: Path, name: str) -> Path:
+    """Copy a bundle or GGUF folder as one that was made from random weights."""
+    shutil.copytree(folder, copy)
+    stated = json.loads((copy / name).read_text())
+    stated["source"]["random_weights"] = True
+    (copy / name).write_text(json.dumps(stated))
+    return copy
 
 
 def test_what_cannot_be_run_is_told(tmp_path: Path, suite: Suite) -> None:

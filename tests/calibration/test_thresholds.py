@@ -176,6 +176,16 @@ def test_a_bundle_that_does_not_stand_alone_is_refused(bundle: Path, labels: Pat
         fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES))
 
 
+def test_random_weights_get_no_thresholds(bundle: Path, labels: Path) -> None:
+    stated = json.loads((bundle / "manifest.json").read_text())
+    stated["source"]["random_weights"] = True
+    (bundle / "manifest.json").write_text(json.dumps(stated))
+    before = (bundle / "manifest.json").read_bytes()
+    done = CliRunner().invoke(main, ["--bundle", str(bundle), "--labels", str(labels), "--alpha", "0.1"])
+    assert isinstance(done.exception, InputError) and "random weights" in str(done.exception)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
 def test_unreadable_images_above_one_in_a_hundred_are_fatal(bundle: Path, labels: Path) -> None:
     (labels.parent / "7.png").write_bytes(b"not a picture")
     read = read_labels(labels, CLASSES)

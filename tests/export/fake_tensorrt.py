@@ -21,9 +21,23 @@ CREATION_FLAGS = {
     11: {"STRONGLY_TYPED": 1, "PREFER_AOT_PYTHON_PLUGINS": 2},
 }
 BUILDER_FLAGS = {
-    8: {"FP16": 0, "INT8": 1, "TF32": 7, "OBEY_PRECISION_CONSTRAINTS": 10, "PREFER_PRECISION_CONSTRAINTS": 11},
-    10: {"FP16": 0, "INT8": 1, "TF32": 7, "OBEY_PRECISION_CONSTRAINTS": 10, "PREFER_PRECISION_CONSTRAINTS": 11},
-    11: {"TF32": 7, "REFIT": 4},
+    8: {
+        "FP16": 0,
+        "INT8": 1,
+        "TF32": 7,
+        "VERSION_COMPATIBLE": 13,
+        "OBEY_PRECISION_CONSTRAINTS": 10,
+        "PREFER_PRECISION_CONSTRAINTS": 11,
+    },
+    10: {
+        "FP16": 0,
+        "INT8": 1,
+        "TF32": 7,
+        "VERSION_COMPATIBLE": 13,
+        "OBEY_PRECISION_CONSTRAINTS": 10,
+        "PREFER_PRECISION_CONSTRAINTS": 11,
+    },
+    11: {"TF32": 7, "REFIT": 4, "VERSION_COMPATIBLE": 13},
 }
 NEWEST_OPSET = {8: 17, 10: 20, 11: 25}
 UNKNOWN = {8: {"Gelu"}, 10: set(), 11: set()}
@@ -103,6 +117,7 @@ def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | Non
     trt.__version__, trt.calls, trt.float32 = version, calls, "float32"
     trt.NetworkDefinitionCreationFlag = _enumeration("NetworkDefinitionCreationFlag", CREATION_FLAGS[major])
     trt.BuilderFlag = _enumeration("BuilderFlag", BUILDER_FLAGS[major])
+    trt.HardwareCompatibilityLevel = _enumeration("HardwareCompatibilityLevel", {"NONE": 0, "AMPERE_PLUS": 1})
     trt.MemoryPoolType = _enumeration("MemoryPoolType", {"WORKSPACE": 0})
 
     class ILogger:
@@ -138,6 +153,7 @@ def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | Non
     class Config:
         def __init__(self) -> None:
             self._cache: TimingCache | None = None
+            self.hardware_compatibility_level = "NONE"
 
         def set_flag(self, flag: Any) -> None:
             calls.set_flags.append(flag.name)
@@ -183,6 +199,7 @@ def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | Non
             return Profile()
 
         def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
+            calls.level = config.hardware_compatibility_level
             if fail is not None:
                 self._logger.log(ILogger.ERROR, fail)
                 return None

@@ -12,6 +12,7 @@ from export import int8 as int8_module
 from export.images import int8_images
 from export.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_float
 from export.onnx import ExportOptions, export_guard
+from export.rewrites.standard_operators import to_standard
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, ParityError
 from models.manifest import GuardFile, Manifest
@@ -89,7 +90,11 @@ def test_image_embeddings_drift_is_stated(images: Int8Images, tmp_path: Path) ->
 
 
 def test_static_int8_is_what_accelerators_build_from(bundle: Path) -> None:
-    graph = onnx.load(str(bundle / "guard.int8.onnx"))
+    written = onnx.load(str(bundle / "guard.int8.onnx"))
+    onnx.checker.check_model(written)
+    assert {function.name for function in written.functions} == {"MultiHeadAttention"}
+    to_standard(bundle / "guard.int8.onnx", bundle / "standard.onnx")
+    graph = onnx.load(str(bundle / "standard.onnx"))
     onnx.checker.check_model(graph)
     assert {node.domain for node in graph.graph.node} == {""}, "no operator of one runtime alone"
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}

@@ -20,6 +20,7 @@ from export import onnx as onnx_export
 from export import parts
 from export.bundle import bundle_draft
 from export.onnx import ExportOptions, export_guard
+from export.options import print_manifest
 from export.parity import TOLERANCES, check_parity
 from models.checkpoint import open_checkpoint
 from models.commandline import grid_option
@@ -27,7 +28,7 @@ from models.errors import CheckpointError, ImageFileError, InputError, ParityErr
 from models.manifest import Manifest
 from runtimes.bundle import open_bundle
 from runtimes.judge import Guard
-from tests.models.random_checkpoints import SIZE, Written, write_checkpoint
+from tests.models.random_checkpoints import SIZE, Written, stand_in, write_checkpoint
 
 QUICK = ExportOptions(parity_images=4)
 
@@ -229,6 +230,18 @@ def test_the_command_writes_and_describes_a_bundle(written: Written, tmp_path: P
     said = json.loads(done.stdout)
     assert said["bundle"] == str(out)
     assert said["manifest"] == json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+
+
+def test_random_weights_are_marked_and_told(
+    bundle: Path, written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stand_in(written.folder, tmp_path / "checkpoint")
+    export_guard(open_checkpoint(str(folder)), tmp_path / "guard", QUICK)
+    for place, marked in ((tmp_path / "guard", True), (bundle, False)):
+        manifest = Manifest.read(place)
+        assert manifest.source.random_weights == marked
+        print_manifest(manifest, place, [], as_json=False)
+        assert ("random weights: its verdicts mean nothing" in capsys.readouterr().out) == marked
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
-from export.graph import build_graph
+from export.graph import build_graph, build_vision_graph
+from export.parts import write_onnx
+from export.rewrites.int8_weights import store_weights_in_int8
 from export.rewrites.linear_after_mean import fold_linear
+from export.rewrites.standard_operators import to_standard
+from export.rewrites.transposed_weights import turn_weights_round
 from export.rewrites.unread_layers import layers_read
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError
@@ -90,3 +97,101 @@ def test_the_graph_drops_what_the_tap_does_not_read(tmp_path: Path) -> None:
     names = {name for name, _ in build_graph(guard).named_parameters()}
     assert not any(part in name for name in names for part in ("layers.2.", "post_layernorm", "linear_2"))
     assert any("layers.1." in name for name in names)
+
+
+# -- attention as one node ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A family's vision path as ONNX with its weights beside it, and pictures."""
+    folder = tmp_path_factory.mktemp(request.param)
+    vision = build_vision(open_checkpoint(str(write_checkpoint(request.param, "hf", folder / "model").folder)))
+    size = vision.preprocessing
+    rgb = np.random.default_rng(0).integers(0, 256, (3, size.height, size.width, 3), dtype=np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.parts.INSIDE", 0)
+        write_onnx(build_vision_graph(vision, request.param), rgb[:2], folder / "vision.onnx")
+    return folder / "vision.onnx", rgb
+
+
+def embeddings_of(path: Path, rgb: Any, name: str = "embeddings") -> Any:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run([name], {"rgb": rgb})[0]
+
+
+def test_attention_is_one_node_for_those_who_know_it_and_standard_for_all_others(written: tuple[Path, Any]) -> None:
+    path, rgb = written
+    model = onnx.load(str(path), load_external_data=False)
+    fused = [node for node in model.graph.node if node.op_type == "MultiHeadAttention"]
+    assert fused and not any(node.op_type == "Softmax" for node in model.graph.node)
+    folder = path.parent / "standard"
+    folder.mkdir()
+    to_standard(path, folder / path.name)
+    standard = onnx.load(str(folder / path.name), load_external_data=False)
+    assert not standard.functions and {node.domain for node in standard.graph.node} == {""}
+    assert sum(node.op_type == "Softmax" for node in standard.graph.node) == len(fused)
+    assert not any(each.name.startswith("value_") for node in standard.graph.node for each in node.attribute)
+    data = f"{path.name}.data"
+    assert (folder / data).samefile(path.with_name(data)), "the weights are not copied"
+    one, other = embeddings_of(path, rgb), embeddings_of(folder / path.name, rgb)
+    assert np.abs(one).max() > 0 and np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+
+
+def test_a_graph_without_functions_becomes_itself(tmp_path: Path) -> None:
+    path = tmp_path / "sum.onnx"
+    tensor = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    node = onnx.helper.make_node("Add", ["x", "x"], ["y"])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [tensor], [result])), str(path))
+    to_standard(path, tmp_path / "same.onnx")
+    assert onnx.load(str(tmp_path / "same.onnx")).graph == onnx.load(str(path)).graph
+
+
+# -- weights --------------------------------------------------------------------------------------------
+
+
+def test_turned_weights_give_the_same_and_take_no_copy() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Sequential(nn.Linear(16, 8, bias=False)))
+    first = module[0]
+    x = torch.randn(3, 5, 24)
+    before = module(x)
+    turn_weights_round(module)
+    torch.testing.assert_close(module(x), before, atol=1e-6, rtol=0)
+    assert not any(isinstance(each, nn.Linear) for each in module.modules())
+    shapes = [tuple(each.shape) for each in module.parameters()]
+    assert shapes == [(24, 16), (16,), (16, 8)] and module[0].bias is first.bias
+
+
+def test_int8_weights_are_near_and_small(tmp_path: Path) -> None:
+    """A Gemm as it is and a MatMul as ONNX Runtime's quantizer names it; another product stays as it is."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(size=(96, 64)).astype(np.float32) for name in ("gemm", "left", "other")}
+    weights["left"] = weights["left"].T.copy()
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "gemm"], ["a"], name="one", transB=1),
+        onnx.helper.make_node("MatMul", ["a", "other"], ["b"], name="two"),
+        onnx.helper.make_node("MatMul", ["b", "left"], ["y"], name="three_MatMul"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 64])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 96])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    path = tmp_path / "g.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), str(path))
+    x, size = rng.normal(size=(5, 64)).astype(np.float32), path.stat().st_size
+
+    def run() -> Any:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+    before = run()
+    store_weights_in_int8(path, ["one", "three"])
+    stored = {tensor.name: tensor for tensor in onnx.load(str(path)).graph.initializer}
+    assert stored["gemm_int8"].data_type == stored["left_int8"].data_type == onnx.TensorProto.INT8
+    assert stored["other"].data_type == onnx.TensorProto.FLOAT and not {"gemm", "left"} & set(stored)
+    assert path.stat().st_size < 0.55 * size
+    assert 0 < np.abs(run() - before).max() < 0.02 * np.abs(before).max()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,9 +171,9 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("version", "network_flags", "builder_flags", "parsed"),
     [
-        ("8.6.2", 1 << 0, ["FP16", "PREFER_PRECISION_CONSTRAINTS"], "opset17.guard.fp32.onnx"),
-        ("10.13.3.9", 1 << 1, [], "guard.fp16.onnx"),
-        ("11.4.0.106", 0, [], "guard.fp16.onnx"),
+        ("8.6.2", 1 << 0, ["FP16", "PREFER_PRECISION_CONSTRAINTS"], "opset17.standard.guard.fp32.onnx"),
+        ("10.13.3.9", 1 << 1, [], "standard.guard.fp16.onnx"),
+        ("11.4.0.106", 0, [], "standard.guard.fp16.onnx"),
     ],
 )
 def test_each_version_is_told_fp16_in_its_own_way(
@@ -186,6 +187,30 @@ def test_each_version_is_told_fp16_in_its_own_way(
     assert trt.calls.cleared_flags == ["TF32"]
     assert trt.calls.pools == {"WORKSPACE": 512 * 2**20}
     assert trt.calls.profiles == [("rgb", (1, SIDE, SIDE, 3), (4, SIDE, SIDE, 3), (16, SIDE, SIDE, 3))]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: str) -> None:
+    trt = make_tensorrt(version)
+    built = build(bundle, trt, request(precision="fp32", hardware_compatible=True, version_compatible=True))
+    assert trt.calls.set_flags == ["VERSION_COMPATIBLE"] and trt.calls.level.name == "AMPERE_PLUS"
+    (engine,) = built.files("engine")
+    assert engine.engine is not None
+    assert engine.engine.options["hardware_compatible"] is engine.engine.options["version_compatible"] is True
+    build(bundle, plain := make_tensorrt(version), request(precision="fp32"))
+    assert plain.calls.set_flags == [] and plain.calls.level == "NONE"
+
+
+def test_what_cannot_fit_is_refused_before_the_build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(bundle.folder)
+    trt = make_tensorrt("10.3.0")
+    with pytest.raises(EngineUnavailableError, match=r"needs \d+ MiB of GPU memory .* --max-batch 512, and 1 MiB"):
+        build_into(bundle, request(max_batch=512), Device(trt, ORIN, 2**20), make_runner=EngineRunner)
+    full = SimpleNamespace(total=0, used=0, free=10)
+    monkeypatch.setattr("export.engine.shutil.disk_usage", lambda _: full)
+    with pytest.raises(EngineUnavailableError, match=r"does not fit on this disk, which has 0 MiB free"):
+        build_into(bundle, request(), Device(trt, ORIN), make_runner=EngineRunner)
+    assert trt.calls.parsed is None and content(bundle.folder) == before
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -601,7 +626,14 @@ def test_the_printed_command_asks_for_the_same_engine(tmp_path: Path, monkeypatc
     monkeypatch.setattr(command, "open_bundle", lambda folder: folder)
     monkeypatch.setattr(command, "_build_and_print", lambda bundle, wanted, again, as_json: asked.append(wanted))
     wanted = EngineRequest(
-        options=EngineOptions(precision="fp32", max_batch=5, opt_batch=3, workspace_mib=7),
+        options=EngineOptions(
+            precision="fp32",
+            max_batch=5,
+            opt_batch=3,
+            workspace_mib=7,
+            hardware_compatible=True,
+            version_compatible=True,
+        ),
         rebuild=True,
         timing_cache=tmp_path / "a cache",
         images=tmp_path,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,14 @@ class Written:
                 **self.pixels(images),
                 **extra,
             )
+
+
+def stand_in(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint, its config marked as benchmarks.random_checkpoint marks random weights."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "safevlm_edge_random_weights": True}))
+    return folder
 
 
 def write_checkpoint(family: str, layout: str, folder: Path, seed: int = 0) -> Written:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import click
 import pytest
 
@@ -55,6 +59,21 @@ def test_a_returned_number_is_the_exit_code() -> None:
     assert ended(click.Command("demo", callback=lambda: 10)) == 10
     assert ended(click.Command("demo", callback=lambda: None)) == 0
     assert ended(click.Command("demo", callback=lambda: click.get_current_context().exit(3))) == 3
+
+
+HANGING = """
+import threading, time
+from models.commandline import leave
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("said")
+leave(10)
+"""
+
+
+def test_a_process_is_left_at_once_and_what_was_said_is_kept() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", HANGING], cwd=root, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (10, "said\n", "")
 
 
 def test_a_bug_keeps_its_traceback() -> None:

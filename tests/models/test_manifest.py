@@ -37,6 +37,14 @@ def test_a_manifest_survives_its_own_text(manifest: Manifest, tmp_path: Path) ->
     assert manifest.to_json().endswith("}\n") and stated(manifest)["schema_version"] == 1
 
 
+def test_a_manifest_from_before_random_weights_were_marked_is_read(manifest: Manifest) -> None:
+    old = stated(manifest)
+    assert old["source"].pop("random_weights") is False
+    assert Manifest.from_bytes(json.dumps(old).encode(), where="manifest.json") == manifest
+    marked = json.dumps({**old, "source": {**old["source"], "random_weights": True}}).encode()
+    assert Manifest.from_bytes(marked, where="manifest.json").source.random_weights
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from calibration.mix import Mix
 from calibration.samples import Calibration, CalibrationOptions, calibrate_on
-from models.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint import RANDOM_KEY, Checkpoint, open_checkpoint
 from models.errors import InputError
 from models.family import HEAD_PREFIX
 from models.hub import TINY_FOLDER
@@ -35,7 +35,9 @@ from quantize.gptq import gptq_plan
 from quantize.grid import Scheme
 from quantize.int8 import int8_plan
 from quantize.layers import linear_names
+from quantize.options import describe
 from quantize.settings import Plan, Progress, RunOptions
+from tests.models.random_checkpoints import stand_in
 
 ROOT = Path(__file__).parents[2]
 FEW = CalibrationOptions(mix=Mix(samples=12), max_new_tokens=8)
@@ -240,6 +242,18 @@ def test_a_full_disk_keeps_finished_layers_and_leaves_nothing_half(
     assert len(list((tmp_path / ".out.unfinished").glob("layer-*.safetensors"))) == 2
     assert not list((tmp_path / ".out.unfinished").glob("*.part"))
     assert run(tmp_path / "out").out is not None
+
+
+def test_random_weights_stay_marked(tmp_path: Path) -> None:
+    folder = stand_in(open_checkpoint("tiny-safegem").folder, tmp_path / "checkpoint")
+    for name, source, marked in (("stand-in", str(folder), True), ("real", "tiny-safegem", False)):
+        options = RunOptions(guard_images=0)
+        plan, chosen = int8_plan(), built_in("tiny-safegem")
+        found = compress(open_checkpoint(source), tmp_path / name, plan, FEW, options, Progress(), chosen)
+        assert open_checkpoint(str(found.out)).random_weights == marked
+        assert (RANDOM_KEY in json.loads((tmp_path / name / "config.json").read_text())) == marked
+        assert json.loads((tmp_path / name / "compression.json").read_text())["random_weights"] == marked
+        assert any(line.startswith("RANDOM WEIGHTS") for line in describe(found, "next")) == marked
 
 
 def test_planted_test_pictures_stop_the_run_or_mark_the_artifact(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from models.commandline import run
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
-from runtimes.chat import main, open_chat, refusal_text
+from runtimes.chat import main, open_chat
 
 Folder = Callable[[str], Path]
 SUITE = build_suite("test", pairs=100, questions=0)
@@ -92,5 +92,5 @@ def test_text_that_raises_ends_the_answer(gguf_folder: Folder, pictures: tuple[P
     with open_chat(None, str(gguf_folder("tiny-safegem"))) as chat:
         result = chat.ask(pictures[0], "Where is the square?", on_text=full)
         assert result.verdict == "block" and result.error_in == "generate"
-        assert refusal_text(result) == "I can't answer about this image: the generation failed (OSError)."
+        assert result.refusal() == "I can't answer about this image: the generation failed (OSError)."
         assert chat.ask(pictures[0], "Where is the square?").verdict == "allow"

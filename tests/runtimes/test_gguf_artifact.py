@@ -41,6 +41,17 @@ def test_a_folder_or_its_model_opens(folder: Path) -> None:
         open_gguf(folder / "mmproj.f16.gguf")
 
 
+def test_random_weights_are_read_where_older_folders_state_them(folder: Path) -> None:
+    assert not open_gguf(folder).manifest.random_weights
+
+    def older(stated: dict[str, Any]) -> None:
+        del stated["source"]["random_weights"]
+        stated["random_weights"] = True
+
+    change(folder, older)
+    assert open_gguf(folder).manifest.random_weights
+
+
 def test_what_is_missing_or_altered_is_named(folder: Path) -> None:
     (folder / "guard.exact.safetensors").rename(folder / "elsewhere")
     with pytest.raises(BundleError, match=r"guard\.exact\.safetensors is listed in gguf\.json but missing"):

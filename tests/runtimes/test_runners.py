@@ -14,6 +14,7 @@ from models.errors import BundleError, InputError, MissingExtraError, SafeVLMErr
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.fake_runner import FakeRunner
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.openvino_runner import OpenVinoRunner
 from runtimes.runner import GuardOutput, GuardRunner
 from runtimes.select import select_runner
 from runtimes.torch_runner import TorchRunner
@@ -39,6 +40,26 @@ def test_onnx_runtime_equals_numpy_at_every_batch(bundle: Bundle, count: int) ->
         output = runner.infer(RGB[:count])
     assert np.abs(output.probs - expected(RGB[:count])).max() < 1e-5
     assert output.logits.shape == output.probs.shape == (count, len(CLASSES))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_openvino_equals_numpy_at_every_batch(bundle: Bundle, count: int) -> None:
+    with OpenVinoRunner(bundle, threads=1) as runner:
+        output = runner.infer(RGB[:count])
+        again = runner.infer(RGB[:1])
+    assert np.abs(output.probs - expected(RGB[:count])).max() < 1e-5, "an earlier answer is not overwritten"
+    assert np.array_equal(again.probs, output.probs[:1])
+    assert output.logits.shape == output.probs.shape == (count, len(CLASSES))
+
+
+def test_openvino_says_what_is_missing_or_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = bundle.file()
+    (bundle.folder / file.path).write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx: OpenVINO .* cannot load it: .*Export the bundle again"):
+        OpenVinoRunner(bundle).activate()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"safevlm-edge\[openvino\]"):
+        OpenVinoRunner(bundle).activate()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +236,7 @@ def test_runners_are_chosen_by_name(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     assert isinstance(select_runner(bundle), OnnxRuntimeRunner)
     chosen = select_runner(bundle, "onnxruntime", precision="fp32", threads=3)
     assert isinstance(chosen, OnnxRuntimeRunner) and chosen.threads == 3
-    with pytest.raises(InputError, match="unknown runtime 'vulkan'; allowed: auto, onnxruntime, tensorrt, torch"):
+    with pytest.raises(InputError, match="unknown runtime 'vulkan'; allowed: auto, onnxruntime, openvino, ten"):
         select_runner(bundle, "vulkan")
     with pytest.raises(InputError, match="threads must be at least 1"):
         select_runner(bundle, threads=0)

@@ -23,7 +23,7 @@ def test_onnx_runtime_is_chosen_where_there_is_no_engine(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("runtime", "options", "said"),
     [
-        ("cuda", {}, "unknown runtime 'cuda'; allowed: auto, onnxruntime, tensorrt, torch"),
+        ("cuda", {}, "unknown runtime 'cuda'; allowed: auto, onnxruntime, openvino, tensorrt, torch"),
         ("auto", {"threads": 0}, "threads must be at least 1"),
         ("torch", {"precision": "fp16"}, "leave --precision out"),
     ],

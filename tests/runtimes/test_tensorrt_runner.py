@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from models.errors import BundleError, InputError, MissingExtraError, SafeVLMError
+from models.manifest import EngineInfo
 from runtimes.bundle import Bundle, open_bundle
-from runtimes.cuda import CudaRuntime, Gpu, current_gpu, load_cuda
+from runtimes.cuda import CudaRuntime, Gpu, current_gpu, free_memory, load_cuda
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.select import select_runner
-from runtimes.tensorrt_runner import TensorRTRunner, usable_engine
+from runtimes.tensorrt_runner import TensorRTRunner, engine_mismatch, usable_engine
 from tests.runtimes.bundles import SIZE, engine_file, write_bundle
 
 EMBEDDING = (6, 2)
@@ -33,6 +34,7 @@ class FakeCuda(ModuleType):
         self.cudaError_t = SimpleNamespace(cudaSuccess=0)
         self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
         self.devices = 1
+        self.driver = 12020
         self.failing = ""
         self.held: dict[int, Any] = {}
 
@@ -42,6 +44,15 @@ class FakeCuda(ModuleType):
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
         return 0, b"out of memory"
+
+    def cudaDriverGetVersion(self) -> tuple[int, int]:
+        return 0, self.driver
+
+    def cudaRuntimeGetVersion(self) -> tuple[int, int]:
+        return 0, 12090
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, 3 * 2**30, 8 * 2**30
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return 0, self.devices
@@ -330,11 +341,54 @@ def test_the_older_module_of_cuda_python_serves_too(cuda: FakeCuda, monkeypatch:
     assert current_gpu(load_cuda("a test")) == Gpu("Orin", "8.7")
 
 
+def test_a_driver_of_an_older_cuda_is_told_with_both_versions(cuda: FakeCuda) -> None:
+    cuda.driver = 11080
+    with pytest.raises(InputError, match=r"driver is too old: it brings CUDA 11\.8, .* need 12\.0 or newer: update"):
+        current_gpu(CudaRuntime(cuda))
+    cuda.driver = 13000
+    assert current_gpu(CudaRuntime(cuda)) == Gpu("Orin", "8.7")
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "capability", "runs"),
+    [
+        ({}, "10.3.0", "8.6", True),
+        ({}, "10.3.1", "8.6", False),
+        ({}, "10.3.0", "8.9", False),
+        ({"version_compatible": True}, "10.13.0", "8.6", True),
+        ({"version_compatible": True}, "10.2.9", "8.6", False),
+        ({"version_compatible": True}, "11.0.0", "8.6", False),
+        ({"version_compatible": True}, "10.13.0", "8.9", False),
+        ({"hardware_compatible": True}, "10.3.0", "9.0", True),
+        ({"hardware_compatible": True}, "10.3.0", "7.5", False),
+        ({"hardware_compatible": True, "version_compatible": True}, "10.9.0", "12.0", True),
+    ],
+)
+def test_compatible_engines_run_where_nvidia_says(
+    options: dict[str, bool], version: str, capability: str, runs: bool
+) -> None:
+    info = EngineInfo(
+        tensorrt_version="10.3.0",
+        gpu_name="A10",
+        compute_capability="8.6",
+        min_batch=1,
+        opt_batch=1,
+        max_batch=1,
+        options=options,
+    )
+    here = Gpu("A10" if capability == "8.6" else "another", capability)
+    assert (engine_mismatch(info, version, here) is None) == runs
+
+
+def test_free_memory_is_read(cuda: FakeCuda) -> None:
+    assert free_memory(CudaRuntime(cuda)) == 3 * 2**30
+
+
 def test_a_missing_driver_is_no_gpu() -> None:
     def unloaded() -> None:
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
-    module = SimpleNamespace(cudaError_t=SimpleNamespace(cudaSuccess=0), cudaGetDeviceCount=unloaded)
+    module = SimpleNamespace(cudaError_t=SimpleNamespace(cudaSuccess=0), cudaDriverGetVersion=unloaded)
     with pytest.raises(InputError, match=r"no NVIDIA GPU can be used here \(Failed to dlopen"):
         current_gpu(CudaRuntime(module))
 

@@ -30,6 +30,7 @@ from models.reference import GuardHead, guard_sha256
 from models.safe_vlm import load_safe_vlm
 from runtimes.gguf_artifact import open_gguf
 from runtimes.llamacpp_language import LlamaCppLanguageRunner
+from tests.models.random_checkpoints import stand_in
 
 SUITE = build_suite("test", pairs=100, questions=20)
 SCENES = {picture.path: picture.scene for picture in SUITE.pictures}
@@ -76,6 +77,13 @@ def test_the_manifest_says_what_was_written(gguf_folder: Callable[[str], Path]) 
     assert manifest.prompt.format() == checkpoint.family.prompt
     assert manifest.parity is not None and manifest.parity.images == 2
     assert manifest.image_tokens == 36 and manifest.importance is None
+
+
+def test_random_weights_are_marked_once(tmp_path: Path) -> None:
+    folder = stand_in(open_checkpoint("tiny-safegem").folder, tmp_path / "checkpoint")
+    manifest = export_gguf(open_checkpoint(folder), tmp_path / "out", GgufOptions(type="f16", parity_images=0))
+    assert manifest.random_weights and GgufManifest.read(tmp_path / "out") == manifest
+    assert (tmp_path / "out" / "gguf.json").read_text().count("random_weights") == 1
 
 
 def test_llava_is_written_for_the_llama_cpp_that_is_here(gguf_folder: Callable[[str], Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,13 +27,14 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def gateway(
-    *arguments: str, program: tuple[str, ...] = ("-m", "runtimes.gateway")
+    *arguments: str, program: tuple[str, ...] = ("-m", "runtimes.gateway"), first: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, *program, "--port", "0", *arguments]
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=paths, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
+        assert not first or process.stderr.readline() == first
         line = process.stderr.readline()
         assert line.startswith("serving on "), line + process.stderr.read()
         url = line.removeprefix("serving on ").strip()
@@ -100,6 +102,18 @@ def test_a_model_in_the_same_process_and_keys_from_the_environment(
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and "sk-clients" not in out + err
+
+
+def test_random_weights_are_told_before_anything_is_served(bundle: Path, upstream: Upstream, tmp_path: Path) -> None:
+    copy = tmp_path / "guard"
+    shutil.copytree(bundle, copy)
+    stated = json.loads((copy / "manifest.json").read_text())
+    stated["source"]["random_weights"] = True
+    (copy / "manifest.json").write_text(json.dumps(stated))
+    said = f"warning: the guard in {copy} has random weights: its verdicts mean nothing\n"
+    with gateway("--bundle", str(copy), "--upstream", upstream.url, first=said) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 HANGING = """
