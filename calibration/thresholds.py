@@ -65,12 +65,14 @@ def fit_bundle(
     *,
     per_class: bool = True,
     precisions: Collection[str] | None = None,
+    runtime: str = "onnxruntime",
     watch: Watch = lambda images, _: iter(images),
 ) -> Fitted:
     """Fit thresholds for each file of a bundle that runs here, or of ``precisions``, and write its manifest.
 
     Files that are not fitted, such as engines that do not run here, keep the thresholds that they have. Every
     file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
+    ONNX files are asked on ``runtime``, ``onnxruntime`` or ``openvino``: the one that will run them.
 
     Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
     for too few or unreadable images. The manifest is then as it was.
@@ -92,7 +94,7 @@ def fit_bundle(
     by_class: dict[str, dict[str, dict[str, float]]] = {}
     unreadable: dict[str, None] = {}
     for file in _chosen(bundle, precisions):
-        runner = _runner(bundle, file)
+        runner = _runner(bundle, file, runtime)
         try:
             runner.activate()
         except InputError as error:
@@ -165,11 +167,15 @@ def _check_readable(unreadable: Sequence[str], n: int) -> None:
         )
 
 
-def _runner(bundle: Bundle, file: GuardFile) -> GuardRunner:
+def _runner(bundle: Bundle, file: GuardFile, runtime: str) -> GuardRunner:
     if file.kind == "engine":
         from runtimes.tensorrt_runner import TensorRTRunner
 
         return TensorRTRunner(bundle, file)
+    if runtime == "openvino":
+        from runtimes.openvino_runner import OpenVinoRunner
+
+        return OpenVinoRunner(bundle, file)
     return OnnxRuntimeRunner(bundle, file)
 
 
@@ -244,6 +250,13 @@ def _by_class(
 @click.option("--delta", type=float, default=Promise.delta, show_default=True, help="For learn_then_test.")
 @click.option("--per-class/--pooled", default=True, show_default=True, help="A band for each class with enough images.")
 @click.option("--precision", default="all", show_default=True, help="Fit these alone, such as fp32,fp16.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "openvino"]),
+    default="onnxruntime",
+    show_default=True,
+    help="That will run the ONNX files.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the thresholds as JSON.")
 def main(
     bundle: Path,
@@ -255,6 +268,7 @@ def main(
     delta: float,
     per_class: bool,
     precision: str,
+    runtime: str,
     as_json: bool,
 ) -> None:
     """Fit block and allow thresholds for every file of BUNDLE on labelled images, with a stated promise."""
@@ -262,7 +276,9 @@ def main(
     opened = open_bundle(bundle)
     read = read_labels(labels, opened.manifest.classes, images)
     precisions = None if precision == "all" else precision.split(",")
-    fitted = fit_bundle(opened, read, promise, per_class=per_class, precisions=precisions, watch=_watch)
+    fitted = fit_bundle(
+        opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, watch=_watch
+    )
     for line in _notes(read, fitted, bundle):
         click.echo(line, err=True)
     if as_json:

@@ -20,6 +20,7 @@ from models.manifest import Manifest
 from runtimes.bundle import open_bundle
 from runtimes.judge import Guard
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.openvino_runner import OpenVinoRunner
 from runtimes.runner import GuardOutput
 from tests.runtimes.bundles import CLASSES, WEIGHTS, engine_file, fitted, onnx_file, write_bundle
 
@@ -57,6 +58,27 @@ def test_each_file_gets_its_own_and_keeps_its_promise_on_what_it_saw(bundle: Pat
     for entry in (fp32, fp16):
         assert entry.n == 120 and entry.n_unsafe == 80
         assert entry.miss_rate <= 0.1 and entry.fpr <= 0.1
+
+
+def test_files_are_asked_on_the_runtime_that_will_run_them(
+    bundle: Path, labels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    infer = OpenVinoRunner.infer
+
+    def counted(self: OpenVinoRunner, rgb: NDArray[np.uint8], **options: bool) -> GuardOutput:
+        asked.append(self.file.path)
+        return infer(self, rgb, **options)
+
+    monkeypatch.setattr(OpenVinoRunner, "infer", counted)
+    promise = Promise(alpha=0.1, max_fpr=0.1)
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), promise, precisions=["fp32"], runtime="openvino")
+    assert set(asked) == {"guard.fp32.onnx"}
+    on_openvino = open_bundle(bundle).manifest.thresholds_of("guard.fp32.onnx")
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), promise, precisions=["fp32"])
+    on_onnxruntime = open_bundle(bundle).manifest.thresholds_of("guard.fp32.onnx")
+    assert on_openvino is not None and on_onnxruntime is not None
+    assert on_openvino.pooled.block == pytest.approx(on_onnxruntime.pooled.block, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
