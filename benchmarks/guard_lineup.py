@@ -73,7 +73,7 @@ def line_up(
 
 
 def _others(stored: int, scratch: Bundle, python: str, nncf: Outcome) -> list[Measured]:
-    """Return what people use on a CPU today, on the same guard written in standard operators."""
+    """Return what people use on a CPU today, on the same guard as PyTorch's exporter writes it."""
     plain = open_bundle(scratch.folder / PLAIN, verify=False)
     peers = [Measured(Peer(runtime="compile", precision="fp32"), stored)]
     for file in plain.files("onnx"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from benchmarks.guard_peers import PLAIN, Subject, Work, random_images
 from benchmarks.random_guard import build_random_guard
@@ -20,11 +21,11 @@ from benchmarks.shapes import find_shape
 from export.bundle import write_manifest
 from export.graph import PRECISIONS, GuardGraph, Precision, VisionGraph, build_graph, build_vision_graph
 from export.int8_file import FLAVOURS, quantize
-from export.parts import write_onnx
-from export.rewrites.standard_operators import to_standard
+from export.parts import OPSET, quiet_exporter, write_onnx
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
 from models.manifest import GuardFile, Head, Manifest, Source, Tap
+from models.pooling import pool
 from models.preprocessing import Preprocessing
 from models.reference import GuardModel, build_reference_guard
 from models.version import VERSION
@@ -32,6 +33,7 @@ from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["ReferenceRunner", "prepare", "write_scratch_bundle"]
 
+OUTPUTS = ("probs", "logits")
 UNHASHED = "0" * 64
 """The scratch bundle is opened, without its hashes being checked, by the command that has just written it."""
 INT8_CALIBRATION = 2
@@ -57,6 +59,8 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         "stored_as": counted,
     }
     folder, precisions = Path(request["folder"]), request["precisions"]
+    if request.get("plain"):
+        write_plain_bundle(guard, request["subject"]["name"], folder / PLAIN)
     write_scratch_bundle(
         guard,
         request["subject"]["name"],
@@ -66,8 +70,6 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     )
     if "int8" in precisions:
         add_int8_files(folder, random_images(size, INT8_CALIBRATION, seed=1))
-    if request.get("plain"):
-        write_plain_bundle(folder, folder / PLAIN)
     yield answer
 
 
@@ -120,9 +122,12 @@ def write_scratch_bundle(
         path = folder / f"{work}.{precision}.onnx"
         graph = _graph(guard, precision, work)
         write_onnx(graph, example, path)
-        written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
-        files += [_entry(file, kind, precision, work, graph.outputs) for file, kind in written if file.is_file()]
-    manifest = Manifest(
+        files += _entries(path, precision, work, graph.outputs)
+    write_manifest(folder, _manifest(guard, name, files))
+
+
+def _manifest(guard: GuardModel, name: str, files: Sequence[GuardFile]) -> Manifest:
+    return Manifest(
         created="",
         tool_version=VERSION,
         source=Source(checkpoint=name, sha256=UNHASHED, family=guard.family.key),
@@ -133,7 +138,12 @@ def write_scratch_bundle(
         files=tuple(files),
         default_file=files[0].path,
     )
-    write_manifest(folder, manifest)
+
+
+def _entries(path: Path, precision: str, work: Work, outputs: Sequence[str]) -> list[GuardFile]:
+    """Return the manifest's entries of a graph and, where there is one, of the weights beside it."""
+    written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
+    return [_entry(file, kind, precision, work, outputs) for file, kind in written if file.is_file()]
 
 
 def _entry(path: Path, kind: str, precision: str, work: Work, outputs: Sequence[str]) -> GuardFile:
@@ -164,22 +174,49 @@ def add_int8_files(folder: Path, calibration: NDArray[np.uint8]) -> None:
     for flavour in FLAVOURS:
         path = folder / f"guard.{flavour}.onnx"
         quantize(folder / "guard.fp32.onnx", path, flavour, calibration, head_layers=head_layers)
-        files.append(_entry(path, "onnx", flavour, "guard", ("probs", "logits")))
-        data = path.with_name(path.name + ".data")
-        files += [_entry(data, "onnx_data", flavour, "guard", ())] if data.exists() else []
+        files += _entries(path, flavour, "guard", OUTPUTS)
     write_manifest(folder, manifest.model_copy(update={"files": tuple(files)}))
 
 
-def write_plain_bundle(folder: Path, plain: Path) -> None:
-    """Write the float32 guard of a scratch bundle in standard operators, as an exporter writes it by itself."""
-    plain.mkdir()
+def write_plain_bundle(guard: GuardModel, name: str, plain: Path) -> None:
+    """Write the float32 guard as PyTorch's exporter writes it by itself: its own steps, in standard operators."""
+    plain.mkdir(parents=True)
     path = plain / "guard.fp32.onnx"
-    to_standard(folder / path.name, path)
-    manifest = Manifest.read(folder)
-    files = [_entry(path, "onnx", "fp32", "guard", ("probs", "logits"))]
-    data = path.with_name(path.name + ".data")
-    files += [_entry(data, "onnx_data", "fp32", "guard", ())] if data.exists() else []
-    write_manifest(plain, manifest.model_copy(update={"files": tuple(files), "default_file": path.name}))
+    example = torch.from_numpy(random_images(guard.preprocessing, 2, seed=0))
+    with quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            StepByStep(guard).eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["rgb"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
+    assert program is not None
+    program.save(str(path), external_data=True)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # the exporter keeps its last graph: not the weights with it
+    write_manifest(plain, _manifest(guard, name, _entries(path, "fp32", "guard", OUTPUTS)))
+
+
+class StepByStep(nn.Module):
+    """A guard without what this project does to its graph: the projector for each token, then the mean, then the head.
+
+    (A checkpoint's own modules cannot be exported for every batch size, Qwen2.5-VL's not at all: the vision path is
+    the one of a shared tower's file.)
+    """
+
+    def __init__(self, guard: GuardModel) -> None:
+        super().__init__()
+        self.vision = build_vision_graph(guard.vision, guard.family.key)
+        self.head, self.pooling = guard.head, guard.pooling
+
+    def forward(self, rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return N × C probabilities and logits of N × H × W × 3 uint8."""
+        logits = self.head(pool(self.vision(rgb), self.pooling))
+        return torch.softmax(logits, dim=-1), logits
 
 
 def _graph(guard: GuardModel, precision: Precision, work: Work) -> GuardGraph | VisionGraph:

@@ -26,7 +26,7 @@ from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity, TensorSpec
 from runtimes.bundle import sha256_of
 
-__all__ = ["Part", "batches", "describe_part", "write_onnx", "write_part"]
+__all__ = ["OPSET", "Part", "batches", "describe_part", "quiet_exporter", "write_onnx", "write_part"]
 
 OPSET = 20
 INSIDE = 2**26
@@ -111,13 +111,13 @@ def _parity(part: Part, found: Mapping[str, NDArray[np.float32]]) -> Parity:
 def write_onnx(
     graph: GuardGraph | VisionGraph | HeadGraph, example: Array, path: Path, *, input_name: str = "rgb"
 ) -> None:
-    """Export a graph with a free batch size, weights inside, or beside it when they exceed 1 GiB."""
+    """Export a graph with a free batch size, weights inside, or beside it when they exceed :data:`INSIDE`."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     weights = sum(p.numel() * p.element_size() for p in graph.parameters())
     if len(example) == 1:  # torch.export takes a batch of one for a constant
         example = np.concatenate([example, example])
-    with _quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             (torch.from_numpy(example),),
@@ -139,7 +139,7 @@ def write_onnx(
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silence what the exporter says about itself: torchvision is not needed, copyreg's use is its own."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level

@@ -30,7 +30,8 @@ class FixedWindowTower(nn.Module):
     reading_order: Tensor
     """T: where each token, in reading order, stands; puts the merger's output back in order."""
     cos: Tensor
-    sin: Tensor
+    signed_sin: Tensor
+    """Each S × 1 × d; the first half of the sines is negative, so that no pass over queries and keys turns signs."""
 
     def __init__(self, tower: Any, height: int, width: int) -> None:
         super().__init__()
@@ -48,9 +49,10 @@ class FixedWindowTower(nn.Module):
         self.register_buffer("reading_order", torch.argsort(windows), persistent=False)
         in_blocks = get_vision_position_ids(grid, merge)
         cos, sin = tower.rotary_pos_emb(self.kernel, in_blocks)
-        by_token = [angle.unflatten(0, (-1, merge**2))[windows].flatten(0, 1) for angle in (cos, sin)]
-        self.register_buffer("cos", by_token[0][:, None].float(), persistent=False)
-        self.register_buffer("sin", by_token[1][:, None].float(), persistent=False)
+        cos, sin = (angle.unflatten(0, (-1, merge**2))[windows].flatten(0, 1)[:, None].float() for angle in (cos, sin))
+        first, second = sin.chunk(2, dim=-1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("signed_sin", torch.cat((-first, second), dim=-1), persistent=False)
 
     def forward(self, pixels_NCHW: Tensor, kernel: Tensor | None = None) -> Tensor:
         """Return N × S × E hidden states, window by window, the m² patches of a token side by side.
@@ -82,7 +84,7 @@ class FixedWindowTower(nn.Module):
     def _rotate(self, x_NShd: Tensor) -> Tensor:
         x = x_NShd.float()
         first, second = x.chunk(2, dim=-1)
-        return (x * self.cos + torch.cat((-second, first), dim=-1) * self.sin).to(x_NShd.dtype)
+        return (x * self.cos + torch.cat((second, first), dim=-1) * self.signed_sin).to(x_NShd.dtype)
 
 
 def _patches_by_token(rows: int, columns: int, merge: int) -> Tensor:

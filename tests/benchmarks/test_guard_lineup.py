@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
+from benchmarks.guard_peers import PLAIN, Subject, random_images
+from benchmarks.guard_source import prepare
+from export.rewrites import FUSED
+from models.checkpoint import open_checkpoint
+from models.preprocessing import Preprocessing
 from tests.models.random_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,3 +68,26 @@ def test_peers_run_the_same_guard_in_standard_operators(record: dict[str, Any]) 
         assert nncf["max_abs_prob_delta"] > 1e-7, "another file than the float32 one"
     else:
         assert nncf["status"] == "unavailable" and "nncf" in nncf["reason"]
+
+
+def test_the_plain_graph_has_none_of_our_rewrites(tmp_path: Path) -> None:
+    model = write_checkpoint("gemma3", "hf", tmp_path / "model").folder
+    size = Preprocessing.from_processor(open_checkpoint(str(model)).processor, family="gemma3")
+    rgb = random_images(size, 2, seed=3)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    request = {"subject": asdict(Subject(name=str(model), random=False)), "bundle": None, "folder": str(folder)}
+    list(prepare({**request, "precisions": ["fp32"], "embeddings": False, "plain": True}))
+    ours, plain = (onnx.load(str(each / "guard.fp32.onnx")) for each in (folder, folder / PLAIN))
+    assert FUSED in {node.op_type for node in ours.graph.node}
+    assert {node.domain for node in plain.graph.node} == {""} and len(plain.functions) == 0
+    matrices, others = (
+        len([tensor for tensor in model.graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 1])
+        for model in (ours, plain)
+    )
+    assert others == matrices + 1, "the projector's last map stands alone there, and is folded into the head here"
+    found = [
+        onnxruntime.InferenceSession(str(each / "guard.fp32.onnx")).run(["logits"], {"rgb": rgb})[0]
+        for each in (folder, folder / PLAIN)
+    ]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
