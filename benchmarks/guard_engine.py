@@ -28,7 +28,8 @@ def build(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     folder, device = Path(request["folder"]), find_device()
     api = builder_api(device.version)
     exported = {file.precision for file in Manifest.read(folder).files if file.kind == "onnx"}
-    for precision in request["precisions"]:
+    possible = [each for each in request["precisions"] if each != "int8" or api.strongly_typed]
+    for precision in possible:
         if api.source_precision(precision) in exported:  # TensorRT 8.6 makes fp16 engines of the fp32 file
             entry = _engine(folder, device, precision, request["max_batch"])
             manifest = Manifest.read(folder)

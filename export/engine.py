@@ -28,7 +28,7 @@ from runtimes.cuda import Gpu
 from runtimes.runner import GuardOutput, GuardRunner
 from runtimes.tensorrt_runner import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE
 
-__all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "require_precisions"]
+__all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "judge_of", "require_precisions"]
 
 Bytes = NDArray[np.uint8]
 MakeRunner = Callable[[Bundle, GuardFile], GuardRunner]
@@ -37,6 +37,8 @@ ENGINE_TOLERANCES: Mapping[str, Tolerance] = {
     # Another machine sums in another order; the export itself, on one machine, is held to 1e-5.
     "fp32": Tolerance(probability=1e-4, labels_may_change=False, embedding=1e-3),
     "fp16": TOLERANCES["fp16"],
+    # Compared with the INT8 file, which was judged when it was made: a last bit moves a value to the next step.
+    "int8": Tolerance(probability=5e-2, labels_may_change=True, embedding=5e-2),
 }
 ACTIVATION_BYTES = 32
 WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
@@ -68,7 +70,7 @@ def require_precisions(bundle: Bundle, precisions: set[str]) -> None:
             f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (there is: "
             f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
             f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
-            "--precision fp32,fp16"
+            f"--precision fp32,fp16{',int8' if 'int8' in precisions else ''}"
         )
 
 
@@ -96,6 +98,11 @@ def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_b
         )
 
 
+def judge_of(precision: str) -> str:
+    """Return the precision of the ONNX file that an engine is compared with."""
+    return precision if precision == "int8" else "fp32"
+
+
 def current_engine(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile | None:
     """Return the engine that a build now would make again: same graph, options, TensorRT and GPU."""
     wanted = _info(bundle, options, device)
@@ -116,9 +123,11 @@ def add_engine(
 ) -> Manifest:
     """Build an engine, compare it with ``reference``, time it and enter it into the bundle.
 
-    ``images`` (n × H × W × 3) and ``reference`` are pictures and what ONNX Runtime says of them in float32, with
-    image embeddings where the bundle's guard gives them. The engine of the same precision, GPU and TensorRT is
-    replaced. Until the last step the bundle is as it was. Errors: those of :func:`build_engine`; ParityError.
+    ``images`` (n × H × W × 3) and ``reference`` are pictures and what ONNX Runtime says of them with the file of the
+    precision :func:`judge_of`, with image embeddings where the bundle's guard gives them. The engine of the same
+    precision, GPU and TensorRT is replaced. Until the last step the bundle is as it was.
+
+    Errors: those of :func:`build_engine`; ParityError.
     """
     info = _info(bundle, options, device)
     size = bundle.manifest.preprocessing
@@ -154,7 +163,7 @@ def _check(runner: GuardRunner, images: Bytes, reference: GuardOutput, precision
         found.probs,
         tolerance,
         what=what,
-        reference="ONNX Runtime on the CPU with this bundle's fp32 file",
+        reference=f"ONNX Runtime on the CPU with this bundle's {judge_of(precision)} file",
         advice="Try --precision fp32, and please report this with the TensorRT version and the GPU.",
     )
     if reference.embeddings is None or found.embeddings is None:

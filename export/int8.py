@@ -1,4 +1,4 @@
-"""A guard's INT8 files: made by ONNX Runtime's quantizer, with whatever hurts left in float32.
+"""A guard's INT8 files, with whatever hurts left in float32.
 
 Two flavours. ``int8`` has explicit static Q/DQ with symmetric int8 on both sides, which TensorRT 10 and 11 and other
 accelerators build from. ``int8-dynamic`` finds activation scales as it runs, one for each matrix product, which CPUs
@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fidelity import auroc
+from export.batches import BATCH, batch_size
 from export.bundle import data_beside
-from export.int8_file import FLAVOURS, Flavour, quantizable, quantize_products
+from export.int8_file import FLAVOURS, Flavour, Pictures, activation_ranges, quantizable, write_int8
 from models.errors import ParityError
 from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity
@@ -38,7 +39,6 @@ TARGETS = {
 }
 RANKED_ON = 32
 """Images on which each product's own harm is found."""
-BATCH = 8
 ROUNDS = 5
 FASTER = 0.95
 """Of float32's time, that an INT8 file must need at most to be called faster: less is noise."""
@@ -63,8 +63,8 @@ class Int8Images:
     ``unsafe`` are the held-out images' true labels; without them those of the float32 file stand in.
     """
 
-    calibration: Bytes
-    held_out: Bytes
+    calibration: Pictures
+    held_out: Pictures
     unsafe: NDArray[np.bool_] | None = None
 
 
@@ -105,7 +105,7 @@ def add_int8(
         count = len(maker.products) - len(kept)
         report(f"{path.name}: quantizing {count} of {len(maker.products)} products, judging {len(reference)} images")
         maker.write(path, kept)
-        judged = _judge(reference, _probs(path, images.held_out, _batch(flavour)), images.unsafe, safe)
+        judged = _judge(reference, _probs(path, images.held_out, _most(flavour)), images.unsafe, safe)
         if judged.within(limits, len(reference)):
             break
         if count <= 1:
@@ -165,20 +165,21 @@ def faster_than_float(file: GuardFile) -> bool:
 
 
 class _Maker:
-    """Quantizes one float32 graph again and again, with other products left out."""
+    """Quantizes one float32 graph again and again, with other products left out; its scales are found once."""
 
-    def __init__(self, source: Path, flavour: Flavour, calibration: Bytes, head_layers: int) -> None:
-        self.source, self.flavour, self.calibration = source, flavour, calibration
+    def __init__(self, source: Path, flavour: Flavour, calibration: Pictures, head_layers: int) -> None:
+        self.source, self.flavour = source, flavour
+        self.ranges = activation_ranges(source, calibration) if flavour == "int8" else {}
         products = quantizable(source, flavour)
         self.products, self.head = products[:-head_layers], products[-head_layers:]
 
     def write(self, path: Path, left_out: Sequence[str], only: str | None = None) -> None:
         """Write the quantized graph; ``only`` quantizes that one product."""
         chosen = [only] if only is not None else [name for name in self.products if name not in left_out]
-        quantize_products(self.source, path, self.flavour, self.calibration, chosen, self.head)
+        write_int8(self.source, path, self.flavour, self.ranges, chosen, self.head)
 
 
-def _by_harm(maker: _Maker, images: Bytes, flavour: Flavour, report: Report) -> list[str]:
+def _by_harm(maker: _Maker, images: Pictures, flavour: Flavour, report: Report) -> list[str]:
     """Return products by the harm that each does alone to the logits, worst first."""
     reference = _run(maker.source, "logits", images, BATCH)
     harm = {}
@@ -187,7 +188,7 @@ def _by_harm(maker: _Maker, images: Bytes, flavour: Flavour, report: Report) -> 
             report(f"sensitivity of product {number} of {len(maker.products)}")
             path = Path(folder) / "one.onnx"
             maker.write(path, (), only=name)
-            found = _run(path, "logits", images, _batch(flavour))
+            found = _run(path, "logits", images, _most(flavour))
             harm[name] = float(np.square(found - reference).mean())
     return sorted(harm, key=lambda name: -harm[name])
 
@@ -195,7 +196,7 @@ def _by_harm(maker: _Maker, images: Bytes, flavour: Flavour, report: Report) -> 
 # -- judging ----------------------------------------------------------------------------------------------
 
 
-def _batch(flavour: Flavour) -> int:
+def _most(flavour: Flavour) -> int:
     return 1 if flavour == "int8-dynamic" else BATCH
 
 
@@ -207,14 +208,16 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _run(path: Path, output: str, images: Bytes, batch: int) -> Floats:
+def _run(path: Path, output: str, images: Pictures, most: int) -> Floats:
+    """Run ``most`` images at once, or fewer where they are large."""
     session = _session(path)
+    batch = min(most, batch_size(*images[:1].shape[1:3]))
     pieces = (images[start : start + batch] for start in range(0, len(images), batch))
     return np.concatenate([session.run([output], {"rgb": piece})[0] for piece in pieces])
 
 
-def _probs(path: Path, images: Bytes, batch: int) -> Floats:
-    return _run(path, "probs", images, batch)
+def _probs(path: Path, images: Pictures, most: int) -> Floats:
+    return _run(path, "probs", images, most)
 
 
 def _judge(reference: Floats, found: Floats, unsafe: NDArray[np.bool_] | None, safe: int) -> _Judged:
@@ -230,12 +233,12 @@ def _judge(reference: Floats, found: Floats, unsafe: NDArray[np.bool_] | None, s
     )
 
 
-def _embedding_delta(path: Path, floats: Path, source: GuardFile, images: Bytes, flavour: Flavour) -> float | None:
+def _embedding_delta(path: Path, floats: Path, source: GuardFile, images: Pictures, flavour: Flavour) -> float | None:
     """Return the largest difference of image embeddings, the language model's input, over their largest value."""
     if not any(output.name == "embeddings" for output in source.outputs):
         return None
     few = images[:RANKED_ON]
-    reference, found = _run(floats, "embeddings", few, BATCH), _run(path, "embeddings", few, _batch(flavour))
+    reference, found = _run(floats, "embeddings", few, BATCH), _run(path, "embeddings", few, _most(flavour))
     return float(np.abs(found - reference).max() / np.abs(reference).max())
 
 

@@ -1,45 +1,58 @@
-"""Write a guard's float32 file in INT8 with ONNX Runtime's quantizer, unjudged: what :mod:`export.int8` tries.
+"""Write a guard's float32 file in INT8, unjudged: what :mod:`export.int8` tries.
 
-Shapes: n images, H × W pixels.
+Symmetric int8 on both sides: weights have a scale for each output, activations one for each tensor. Weights are read
+and written one at a time, so that memory does not grow with the guard. Source: ONNX operator specifications
+QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear and MatMulInteger.
+
+Shapes: n images, H × W pixels, I inputs and O outputs of a product.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.rewrites import FUSED
-from export.rewrites.int8_weights import store_weights_in_int8
+from export.rewrites.streamed_weights import WeightWriter, read_weight
 
-__all__ = ["FLAVOURS", "Flavour", "quantizable", "quantize", "quantize_products"]
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
+
+__all__ = ["FLAVOURS", "Flavour", "Pictures", "activation_ranges", "quantizable", "quantize", "write_int8"]
 
 Flavour = Literal["int8", "int8-dynamic"]
 FLAVOURS: tuple[Flavour, ...] = ("int8", "int8-dynamic")
 PRODUCTS = ("MatMul", "Gemm", "Conv")
+LARGEST = 127
+WORTH = 2**12
+"""Weights of the head with fewer values stay as they are."""
 
-Bytes = NDArray[np.uint8]
+
+class Pictures(Protocol):
+    """Pictures in an array, uint8 n × H × W × 3, or made when a slice of them is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: slice, /) -> NDArray[np.uint8]: ...
 
 
-def quantize(source: Path, path: Path, flavour: Flavour, calibration: Bytes, *, head_layers: int) -> None:
+def quantize(source: Path, path: Path, flavour: Flavour, calibration: Pictures, *, head_layers: int) -> None:
     """Write the float32 file ``source`` in INT8, all products but the head's, unjudged."""
     products = quantizable(source, flavour)
-    quantize_products(source, path, flavour, calibration, products[:-head_layers], products[-head_layers:])
+    ranges = activation_ranges(source, calibration) if flavour == "int8" else {}
+    write_int8(source, path, flavour, ranges, products[:-head_layers], products[-head_layers:])
 
 
 def quantizable(source: Path, flavour: Flavour) -> list[str]:
-    """Return the names of what a flavour can quantize, in their order.
+    """Return the names of what a flavour can quantize, and of the head's maps behind them, in their order.
 
     Products with constant weights and, in the static flavour, the product of queries and keys in attention.
     """
-    import onnx
-
-    graph = onnx.load(str(source), load_external_data=False).graph
+    graph = _graph(source)
     constants = {tensor.name for tensor in graph.initializer}
     kinds = PRODUCTS if flavour == "int8" else PRODUCTS[:2]
     fused = (FUSED,) if flavour == "int8" else ()
@@ -50,85 +63,173 @@ def quantizable(source: Path, flavour: Flavour) -> list[str]:
     ]
 
 
-def quantize_products(
-    source: Path, path: Path, flavour: Flavour, calibration: Bytes, chosen: Sequence[str], head: Sequence[str]
+def activation_ranges(source: Path, calibration: Pictures) -> dict[str, float]:
+    """Return the largest absolute value that each input of a product took on ``calibration``."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    model = onnx.load(str(source), load_external_data=False)
+    wanted = set(quantizable(source, "int8"))
+    names = sorted({name for node in model.graph.node if node.name in wanted for name in _activations(node)})
+    watched = []
+    for number, name in enumerate(names):
+        for kind in ("ReduceMin", "ReduceMax"):
+            output = f"range_{number}_{kind}"
+            model.graph.node.append(helper.make_node(kind, [name], [output], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+            watched.append(output)
+    path = source.with_name(f".{source.name}.ranges.onnx")  # weights beside a graph are looked for in its folder
+    try:
+        onnx.save(model, str(path))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        runs = [session.run(watched, {"rgb": calibration[i : i + 1]}) for i in range(len(calibration))]
+    finally:
+        path.unlink(missing_ok=True)
+    largest = np.abs(np.array(runs, np.float32)).max(axis=0).reshape(-1, 2).max(axis=1)
+    return {name: float(value) for name, value in zip(names, largest, strict=True)}
+
+
+def write_int8(
+    source: Path,
+    path: Path,
+    flavour: Flavour,
+    ranges: Mapping[str, float],
+    chosen: Collection[str],
+    head: Collection[str],
 ) -> None:
-    """Quantize the products ``chosen``; of the ``head`` the weights alone: the verdict hangs on its arithmetic."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    """Quantize the products ``chosen``; of the ``head`` the weights alone: the verdict hangs on its arithmetic.
 
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
-    common: dict[str, Any] = {
-        "op_types_to_quantize": [*PRODUCTS, FUSED],
-        "nodes_to_quantize": list(chosen),
-        "per_channel": True,
-        "weight_type": QuantType.QInt8,
-        "use_external_data_format": source.with_name(source.name + ".data").exists(),
-    }
-    with _quiet():
-        if flavour == "int8-dynamic":
-            quantize_dynamic(str(source), str(path), extra_options={"MatMulConstBOnly": True}, **common)
-            store_weights_in_int8(path, head)
-            return
-        quantize_static(
-            str(source),
-            str(path),
-            _Reader(calibration),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QInt8,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
-                "QuantizeBias": False,  # accelerators take biases in float
-                "OpTypesToExcludeOutputQuantization": [*PRODUCTS, FUSED],
-            },
-            **common,
-        )
-    _leave_values_in_float(path)
-    store_weights_in_int8(path, head)
-
-
-def _leave_values_in_float(path: Path) -> None:
-    """Take back what the quantizer did to attention's values: what multiplies them, a softmax, has no fixed scale."""
+    ``ranges`` are those of :func:`activation_ranges`; the dynamic flavour needs none.
+    """
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    for node in model.graph.node:
-        source = made_by.get(node.input[2]) if node.op_type == FUSED else None
-        if source is not None and source.op_type == "DequantizeLinear":
-            node.input[2] = made_by[source.input[0]].input[0]
-    for _ in ("dequantizers", "the quantizers before them"):
-        read = {name for node in model.graph.node for name in node.input} | {each.name for each in model.graph.output}
-        for node in [node for node in model.graph.node if not read & set(node.output)]:
-            model.graph.node.remove(node)
+    model = onnx.load(str(source), load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    with WeightWriter(path, beside=source.with_name(source.name + ".data").exists()) as writer:
+        change = _Change(stored, source.parent, writer, ranges, dynamic=flavour == "int8-dynamic")
+        nodes = [each for node in model.graph.node for each in change.nodes(node, chosen, head)]
+        read = {name for node in nodes for name in node.input}
+        kept = [
+            writer.write(name, read_weight(tensor, source.parent)) for name, tensor in stored.items() if name in read
+        ]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend([*change.made, *kept])
     onnx.save(model, str(path))
 
 
-class _Reader:
-    """Gives calibration images to ONNX Runtime's quantizer, one at a time."""
+class _Change:
+    """Makes the INT8 nodes of products, and the tensors that they read: ``made``."""
 
-    def __init__(self, images: Bytes) -> None:
-        self._images = iter(images)
+    def __init__(
+        self,
+        stored: Mapping[str, TensorProto],
+        folder: Path,
+        writer: WeightWriter,
+        ranges: Mapping[str, float],
+        *,
+        dynamic: bool,
+    ) -> None:
+        self.stored, self.folder, self.writer, self.ranges, self.dynamic = stored, folder, writer, ranges, dynamic
+        self.made: list[TensorProto] = []
+        self._quantized: set[str] = set()
 
-    def get_next(self) -> dict[str, Bytes] | None:
-        image = next(self._images, None)
-        return None if image is None else {"rgb": image[np.newaxis]}
+    def nodes(self, node: NodeProto, chosen: Collection[str], head: Collection[str]) -> Iterator[NodeProto]:
+        """Yield what stands for ``node``, in order."""
+        if node.name in chosen and self.dynamic and node.op_type == "MatMul":
+            yield from self._integer_product(node)
+            return
+        if node.name in chosen and not self.dynamic:
+            for index, name in enumerate(_activations(node)):
+                yield from self._through_int8(name)
+                node.input[index] = f"{name}_dequantized"
+        if node.op_type != FUSED and (node.name in chosen or (node.name in head and self._worth(node.input[1]))):
+            yield from self._weight(node)
+        yield node
 
-    def __iter__(self) -> Iterator[dict[str, Bytes]]:
-        return iter(self.__next__, None)
+    def _worth(self, name: str) -> bool:
+        return bool(np.prod(self.stored[name].dims) >= WORTH)
 
-    def __next__(self) -> dict[str, Bytes] | None:
-        return self.get_next()
+    def _through_int8(self, name: str) -> Iterable[NodeProto]:
+        """Quantize and dequantize an activation, once for all products that read it."""
+        from onnx import helper
+
+        if name in self._quantized:
+            return []
+        self._quantized.add(name)
+        largest = self.ranges[name]
+        scale = np.float32(largest / LARGEST if largest > 0 else 1)
+        self._add(f"{name}_scale", np.array(scale))
+        self._add(f"{name}_zero", np.array(0, np.int8))
+        rest = [f"{name}_scale", f"{name}_zero"]
+        return [
+            helper.make_node("QuantizeLinear", [name, *rest], [f"{name}_quantized"], f"{name}_quantize"),
+            helper.make_node(
+                "DequantizeLinear", [f"{name}_quantized", *rest], [f"{name}_dequantized"], f"{name}_dequantize"
+            ),
+        ]
+
+    def _weight(self, node: NodeProto) -> Iterable[NodeProto]:
+        """Store a product's weight in INT8 and let ``node`` read it dequantized."""
+        from onnx import helper
+
+        name, axis = node.input[1], _output_axis(node)
+        node.input[1] = f"{name}_dequantized"
+        if name in self._quantized:
+            return []
+        parts = self._int8(name, axis)
+        return [helper.make_node("DequantizeLinear", parts, [node.input[1]], f"{name}_dequantize", axis=axis)]
+
+    def _int8(self, name: str, axis: int) -> list[str]:
+        """Store a weight in INT8 with a scale for each index of ``axis``; return names of values, scale and zero."""
+        parts = [f"{name}_int8", f"{name}_scale", f"{name}_zero"]
+        if name in self._quantized:
+            return parts
+        self._quantized.add(name)
+        values = read_weight(self.stored[name], self.folder)
+        others = tuple(each for each in range(values.ndim) if each != axis)
+        scale = np.abs(values).max(axis=others, keepdims=True) / np.float32(LARGEST)
+        scale[scale == 0] = 1
+        codes = np.rint(values / scale).astype(np.int8)
+        for part, stored in zip(parts, (codes, scale.ravel(), np.zeros(scale.size, np.int8)), strict=True):
+            self._add(part, stored)
+        return parts
+
+    def _integer_product(self, node: NodeProto) -> Iterator[NodeProto]:
+        """Yield a MatMul in integers whose activation scale is found as it runs, as ONNX Runtime fuses it."""
+        from onnx import TensorProto, helper
+
+        x, output = node.input[0], node.output[0]
+        found = [f"{x}_quantized", f"{x}_found_scale", f"{x}_found_zero"]
+        if x not in self._quantized:
+            self._quantized.add(x)
+            yield helper.make_node("DynamicQuantizeLinear", [x], found, f"{x}_quantize")
+        weight, scale, zero = self._int8(node.input[1], _output_axis(node))
+        steps = (
+            ("MatMulInteger", [found[0], weight, found[2], zero], "integers", {}),
+            ("Cast", [f"{output}_integers"], "floats", {"to": TensorProto.FLOAT}),
+            ("Mul", [found[1], scale], "scale", {}),
+        )
+        for kind, inputs, what, attributes in steps:
+            yield helper.make_node(kind, inputs, [f"{output}_{what}"], f"{node.name}_{what}", **attributes)
+        yield helper.make_node("Mul", [f"{output}_floats", f"{output}_scale"], [output], node.name)
+
+    def _add(self, name: str, values: NDArray[Any]) -> None:
+        self.made.append(self.writer.write(name, values))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the quantizer's advice about preprocessing, which our exported graphs do not need."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+def _activations(node: NodeProto) -> Sequence[str]:
+    """Return what a product reads quantized: not attention's values, whose weights, a softmax, have no fixed scale."""
+    return list(node.input[:2]) if node.op_type == FUSED else [node.input[0]]
+
+
+def _output_axis(node: NodeProto) -> int:
+    turned = any(each.name == "transB" and each.i for each in node.attribute)
+    return 0 if node.op_type == "Conv" or turned else 1
+
+
+def _graph(source: Path) -> Any:
+    import onnx
+
+    return onnx.load(str(source), load_external_data=False).graph

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from export.bundle import bundle_draft, check_destination, origin_of, write_manifest
 from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
 from export.heads import HeadRequest, find_head
-from export.images import int8_images, parity_images
+from export.images import FEWEST_HELD_OUT, MOST_HELD_OUT, parity_images
+from export.images import int8_images as pictures_for_int8
 from export.int8 import FLAVOURS, Int8Limits, add_int8, faster_than_float
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.parts import Part, batches, describe_part, write_part
@@ -64,6 +65,8 @@ class ExportOptions:
     int8: bool = False
     """Write INT8 files of the float32 one, too: one for accelerators, one for CPUs."""
     int8_limits: Int8Limits = field(default_factory=Int8Limits)
+    int8_images: int = MOST_HELD_OUT
+    """Held-out pictures that judge INT8, at most; fewer than 200 for random weights alone."""
 
     def __post_init__(self) -> None:
         unknown = [precision for precision in self.precisions if precision not in PRECISIONS]
@@ -75,8 +78,8 @@ class ExportOptions:
             )
         if self.int8 and "fp32" not in self.precisions:
             raise InputError("precision int8 is made from and judged by fp32: ask for fp32,int8.")
-        if self.parity_images < 1:
-            raise InputError(f"{self.parity_images} parity images: at least 1 is needed.")
+        if self.parity_images < 1 or self.int8_images < 1:
+            raise InputError(f"{min(self.parity_images, self.int8_images)} pictures to judge on: at least 1 is needed.")
 
 
 def export_guard(
@@ -97,6 +100,11 @@ def export_guard(
         raise InputError(
             f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
             "model. Give --images or --guard for a standalone guard, or leave int8 out."
+        )
+    if options.int8 and options.int8_images < FEWEST_HELD_OUT and not checkpoint.random_weights:
+        raise InputError(
+            f"{options.int8_images} pictures cannot show that INT8 changed one label in a thousand: {FEWEST_HELD_OUT} "
+            "or more judge it. (Random weights, which have no verdicts to lose, may be judged on fewer.)"
         )
     with bundle_draft(out) as draft:
         write = _write_guard if standalone else _write_exact_parts
@@ -194,8 +202,10 @@ def _int8_files(
     options: ExportOptions,
     report: Report,
 ) -> list[GuardFile]:
-    """Write both INT8 flavours of the float32 file."""
-    images = int8_images(preprocessing, INT8_CALIBRATION, options.images)
+    """Write both INT8 flavours of the float32 file. Random weights have no verdicts to lose: nothing is put back."""
+    limits = Int8Limits(flips=1, auroc=1) if checkpoint.random_weights else options.int8_limits
+    scales_from = min(INT8_CALIBRATION, options.int8_images)
+    images = pictures_for_int8(preprocessing, scales_from, options.images, held_out=options.int8_images)
     widths = checkpoint.head.widths if options.distilled is None else options.distilled.widths
     safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
     files = []
@@ -205,7 +215,7 @@ def _int8_files(
             source,
             flavour,
             images,
-            options.int8_limits,
+            limits,
             safe=safe,
             head_layers=len(widths) - 1,
             report=report,
@@ -271,11 +281,13 @@ def export_with_progress(
     parity_images: int,
     embeddings: bool = False,
     int8: bool = False,
+    int8_images: int = MOST_HELD_OUT,
 ) -> Manifest:
     """Find or distil the head that is asked for, and export, with a line of progress on standard error."""
     from rich.console import Console
 
-    ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8)  # refuses before hours of distillation
+    # refuses before hours of distillation
+    ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8, int8_images=int8_images)
     check_destination(out)
     return_freed_memory()
     with Console(stderr=True).status("opening") as status:
@@ -287,6 +299,7 @@ def export_with_progress(
             distilled=find_head(checkpoint, request, report=status.update),
             embeddings=embeddings,
             int8=int8,
+            int8_images=int8_images,
         )
         return export_guard(checkpoint, out, options, report=status.update)
 
@@ -295,6 +308,13 @@ def export_with_progress(
 @model_options(required=True)
 @click.option("--precision", default="fp32", show_default=True, help="Of fp32, fp16, int8: fp32,fp16,int8.")
 @checkpoint_options
+@click.option(
+    "--int8-images",
+    type=click.IntRange(1),
+    default=MOST_HELD_OUT,
+    show_default=True,
+    help="Held-out pictures that judge int8, at most; fewer than 200 for random weights alone.",
+)
 def main(
     model: str,
     out: Path | None,
@@ -308,6 +328,7 @@ def main(
     min_agreement: float,
     embeddings: bool,
     parity_images: int,
+    int8_images: int,
     as_json: bool,
 ) -> None:
     """Split the guard off MODEL into a standalone ONNX bundle, checked against the torch path."""
@@ -325,6 +346,7 @@ def main(
         parity_images=parity_images,
         embeddings=embeddings,
         int8=INT8 in asked,
+        int8_images=int8_images,
     )
     print_manifest(manifest, out, source_options(model, revision=revision, tap=tap, grid=grid), as_json=as_json)
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.batches import BATCH, batch_size
 from export.bundle import data_beside
 from export.graph import GuardGraph, HeadGraph, Precision, VisionGraph
 from export.parity import TOLERANCES, check_embeddings, check_parity
@@ -33,9 +34,6 @@ INSIDE = 2**26
 """Weights up to this many bytes stay inside the ONNX file; larger ones go into one ``.data`` file beside it, which is
 written and read without a copy in memory."""
 REFERENCE = "transformers' own forward pass in float32"
-BATCH = 8
-BATCH_PIXELS = 2**20
-"""At most so many pixels are run at once, since activations grow with them."""
 
 Array = NDArray[Any]
 
@@ -62,8 +60,8 @@ class Part:
 
 
 def batches(inputs: Array) -> Iterator[Array]:
-    """Yield pieces of at most :data:`BATCH` images and :data:`BATCH_PIXELS`."""
-    size = BATCH if inputs.ndim != 4 else max(1, min(BATCH, BATCH_PIXELS // (inputs.shape[1] * inputs.shape[2])))
+    """Yield pieces of as many images as :mod:`export.batches` allows, or of that many hidden states."""
+    size = BATCH if inputs.ndim != 4 else batch_size(*inputs.shape[1:3])
     for start in range(0, len(inputs), size):
         yield inputs[start : start + size]
 

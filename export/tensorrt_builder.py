@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from export.rewrites.opset17 import FLOAT32, lower_to_opset17
 from export.rewrites.standard_operators import to_standard
@@ -30,7 +30,7 @@ __all__ = [
     "build_engine",
 ]
 
-EnginePrecision = Literal["fp16", "fp32"]
+EnginePrecision = Literal["fp16", "fp32", "int8"]
 Report = Callable[[str], None]
 INPUT = "rgb"
 OLDEST = (8, 6)
@@ -57,8 +57,10 @@ class EngineOptions:
     version_compatible: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp16", "fp32"):
-            raise InputError(f"engine precision {self.precision!r}: fp16 or fp32 is allowed.")
+        if self.precision not in get_args(EnginePrecision):
+            raise InputError(
+                f"engine precision {self.precision!r}: {', '.join(get_args(EnginePrecision))} are allowed."
+            )
         if not 1 <= self.opt_batch <= self.max_batch:
             raise InputError(
                 f"--opt-batch {self.opt_batch} with --max-batch {self.max_batch}: "
@@ -88,7 +90,14 @@ class BuilderApi:
         return not self.fp16_flags
 
     def source_precision(self, precision: EnginePrecision) -> str:
-        """Return the precision of the ONNX file that an engine is built from."""
+        """Return the precision of the ONNX file that an engine is built from.
+
+        Errors: EngineUnavailableError for int8 where weights stored as int8 cannot be read.
+        """
+        if precision == "int8" and not self.strongly_typed:
+            raise EngineUnavailableError(
+                "int8 engines need TensorRT 10 or newer (JetPack 6.1 and later have it): ask for --precision fp16."
+            )
         return precision if self.strongly_typed else "fp32"
 
 

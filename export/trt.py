@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
-from export.engine import Device, MakeRunner, add_engine, current_engine, require_precisions
+from export.batches import batch_size
+from export.engine import Device, MakeRunner, add_engine, current_engine, judge_of, require_precisions
 from export.heads import HeadRequest
 from export.images import parity_images
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
@@ -42,7 +43,6 @@ __all__ = ["EngineRequest", "build_into", "default_timing_cache", "device_comman
 
 PURPOSE = "building a TensorRT engine"
 STAGES = 5
-_BATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,8 @@ def build_into(
     and those of :func:`export.engine.add_engine`.
     """
     options = request.options
-    require_precisions(bundle, {"fp32", builder_api(device.version).source_precision(options.precision)})
+    source = builder_api(device.version).source_precision(options.precision)
+    require_precisions(bundle, {judge_of(options.precision), source})
     if not request.rebuild and current_engine(bundle, options, device) is not None:
         return bundle.manifest, False
     images = parity_images(bundle.manifest.preprocessing, request.parity_images, request.images)
@@ -106,7 +107,7 @@ def build_into(
         options,
         device,
         images,
-        _reference(bundle, images),
+        _reference(bundle, images, judge_of(options.precision)),
         make_runner,
         timing_cache=request.timing_cache or default_timing_cache(device),
         report=report,
@@ -138,14 +139,12 @@ def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = Fals
     return shlex.join(str(word) for word in words)
 
 
-def _reference(bundle: Bundle, images: NDArray[np.uint8]) -> GuardOutput:
-    """Return all that the fp32 file gives, on the CPU: a GPU might use TensorFloat-32."""
-    file = bundle.file("fp32")
+def _reference(bundle: Bundle, images: NDArray[np.uint8], precision: str) -> GuardOutput:
+    """Return all that the file of a precision gives, on the CPU: a GPU might use TensorFloat-32."""
+    file, size = bundle.file(precision), batch_size(*images.shape[1:3])
     with OnnxRuntimeRunner(bundle, file, providers=["CPUExecutionProvider"]) as runner:
         shared = runner.gives_embeddings
-        parts = [
-            runner.infer(images[start : start + _BATCH], embeddings=shared) for start in range(0, len(images), _BATCH)
-        ]
+        parts = [runner.infer(images[start : start + size], embeddings=shared) for start in range(0, len(images), size)]
     return GuardOutput(
         probs=np.concatenate([part.probs for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),
@@ -168,10 +167,10 @@ def _reason(error: InputError) -> str:
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that is there already, instead of --model.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp16", "fp32"]),
+    type=click.Choice(get_args(EnginePrecision)),
     default=EngineOptions.precision,
     show_default=True,
-    help="Of the engine; the bundle holds ONNX files of both.",
+    help="Of the engine; int8 is built of a bundle's int8 file, with TensorRT 10 or newer.",
 )
 @click.option(
     "--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Most pictures at once."
@@ -268,6 +267,7 @@ def _export(
         precisions=("fp32", "fp16"),
         parity_images=request.parity_images,
         embeddings=embeddings,
+        int8=request.options.precision == "int8",
     )
     return open_bundle(out, verify=False)
 
@@ -298,7 +298,7 @@ def _device(bundle: Bundle, request: EngineRequest, as_json: bool) -> Device:
     try:
         return find_device()
     except EngineUnavailableError as error:
-        require_precisions(bundle, {"fp32", request.options.precision})
+        require_precisions(bundle, {judge_of(request.options.precision), request.options.precision})
         raise EngineUnavailableError(
             f"{error} The bundle in {bundle.folder} is complete: copy it to the device and run there, with the "
             f"folder's name there,\n  {device_command(bundle.folder, request, as_json=as_json)}"

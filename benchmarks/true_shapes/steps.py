@@ -11,7 +11,7 @@ from benchmarks.shapes import VisionShape
 __all__ = ["STEPS", "Step", "steps_of"]
 
 GIBIBYTE = 2**30
-STEPS = ("write", "guard", "check", "gate", "gptq", "int8", "gguf", "chat")
+STEPS = ("write", "guard", "guard-int8", "check", "gate", "gptq", "int8", "gguf", "chat")
 QUESTION = "What is in the picture?"
 
 
@@ -31,9 +31,8 @@ class Step:
 
 def steps_of(shape: VisionShape, work: Path, *, layers: int | None, sparse: bool) -> Mapping[str, Step]:
     """Return the steps for a shape, in order; ``layers`` of the language model are written, None for all of them."""
-    model, guard = work / "model", work / "guard"
+    model, guard, small = work / "model", work / "guard", work / "guard-int8"
     pictures, image = work.parent / "pictures", str(work.parent / "picture.png")
-    standalone = shape.family == "gemma3"
     calibration = ["--calibration", str(pictures / "holisafe_bench.json"), "--samples", "8", "--answers", "none"]
     calibration += ["--mix", "unsafe=0.5,safe=0.5,text=0", "--guard-images", "0", "--max-memory", "9"]
     shortened = [] if layers is None else ["--layers", str(layers)]
@@ -51,7 +50,13 @@ def steps_of(shape: VisionShape, work: Path, *, layers: int | None, sparse: bool
             most_bytes=4 * GIBIBYTE,
             makes=guard,
         ),
-        Step(name="check", arguments=_run("runtimes.check", guard, image), codes=frozenset({0, 10})),
+        Step(
+            name="guard-int8",
+            arguments=_run("export.onnx", "--model", model, "--out", small, "--precision", "fp32,int8", *_ON_PROJECTOR),
+            most_bytes=4 * GIBIBYTE,
+            makes=small,
+        ),
+        Step(name="check", arguments=_run("runtimes.check", small, image), codes=frozenset({0, 10})),
         Step(
             name="gate",
             arguments=_run("runtimes.gate", image, "--bundle", guard, "--model", model, *asked),
@@ -83,11 +88,12 @@ def steps_of(shape: VisionShape, work: Path, *, layers: int | None, sparse: bool
             codes=frozenset({0, 10}),
         ),
     ]  # fmt: skip
-    # a guard behind the language model is exported as its exact parts: without pictures nothing judges by itself
-    return {step.name: step for step in steps if standalone or step.name != "check"}
+    return {step.name: step for step in steps}
 
 
 _PARITY = ("--parity-images", "2")
+_ON_PROJECTOR = ("--tap", "projector", "--parity-images", "1", "--int8-images", "2")
+"""A guard that judges by itself, which INT8 is for: random weights do not say where they tap."""
 
 
 def _run(module: str, *arguments: object) -> tuple[str, ...]:

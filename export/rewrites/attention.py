@@ -66,11 +66,9 @@ def _attention(
 def _function(opset: int, dtype: int) -> FunctionProto:
     """Return the node's meaning in standard operators: query, key, value N × T × E to N × T × E."""
     split, scaled = [], []
-    for name in ("query", "key", "value"):
+    for name, order in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3])):
         split.append(helper.make_node("Reshape", [name, "by_head"], [f"{name}_NThd"]))
-        scaled.append(helper.make_node("Transpose", [f"{name}_NThd"], [f"{name}_heads"], perm=[0, 2, 1, 3]))
-    # a step of its own, which readers take into the product: half the time of [0, 2, 3, 1] in OpenVINO's int8
-    scaled.append(helper.make_node("Transpose", ["key_heads"], ["key_turned"], perm=[0, 1, 3, 2]))
+        scaled.append(helper.make_node("Transpose", [f"{name}_NThd"], [f"{name}_heads"], perm=order))
     nodes = [
         _of_attribute("num_heads", "value_int", AttributeProto.INT),
         _of_attribute("scale", "value_float", AttributeProto.FLOAT),
@@ -84,7 +82,7 @@ def _function(opset: int, dtype: int) -> FunctionProto:
         *scaled,
         helper.make_node("Cast", ["scale"], ["scale_of_type"], to=dtype),
         helper.make_node("Mul", ["query_heads", "scale_of_type"], ["query_scaled"]),
-        helper.make_node("MatMul", ["query_scaled", "key_turned"], ["scores"]),
+        helper.make_node("MatMul", ["query_scaled", "key_heads"], ["scores"]),
         helper.make_node("Softmax", ["scores"], ["weights"], axis=-1),
         helper.make_node("MatMul", ["weights", "value_heads"], ["mixed_heads"]),
         helper.make_node("Transpose", ["mixed_heads"], ["mixed_NThd"], perm=[0, 2, 1, 3]),

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from export import int8 as int8_module
-from export.images import int8_images
+from export.images import PicturesOnDemand, int8_images
 from export.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_float
 from export.onnx import ExportOptions, export_guard
 from export.rewrites.standard_operators import to_standard
-from models.checkpoint import open_checkpoint
-from models.errors import InputError, ParityError
+from models.checkpoint import RANDOM_KEY, open_checkpoint
+from models.errors import ImageFileError, InputError, ParityError
 from models.manifest import GuardFile, Manifest
 from models.preprocessing import Preprocessing
 from runtimes.bundle import open_bundle
 from runtimes.judge import Guard
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from tests.models.random_checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,44 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
         ExportOptions(precisions=("fp16",), int8=True)
     with pytest.raises(InputError, match="none before its language model"):
         export_guard(open_checkpoint("tiny-safellava"), tmp_path / "out", ExportOptions(int8=True))
+    with pytest.raises(InputError, match="200 or more judge it"):
+        export_guard(open_checkpoint("tiny-safegem"), tmp_path / "out", ExportOptions(int8=True, int8_images=199))
+    with pytest.raises(InputError, match="at least 1 is needed"):
+        ExportOptions(int8=True, int8_images=0)
     (tmp_path / "few").mkdir()
     with pytest.raises(InputError, match="at least 200 more to be judged on"):
         int8_images(preprocessing(), 8, tmp_path / "few")
+
+
+def test_random_weights_may_be_judged_on_few_pictures_and_lose_nothing(tmp_path: Path) -> None:
+    folder = write_checkpoint("gemma3", "hf", tmp_path / "model").folder
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, RANDOM_KEY: True}))
+    options = ExportOptions(int8=True, int8_images=3, parity_images=1)
+    manifest = export_guard(open_checkpoint(str(folder), tap="projector"), tmp_path / "out", options)
+    for flavour in FLAVOURS:
+        stated = files_of(manifest)[flavour].quantization
+        assert stated is not None and stated["held_out_images"] == 3 and stated["left_in_float32"] == []
+
+
+def test_pictures_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(number: int) -> Image.Image:
+        made.append(number)
+        return Image.new("RGB", (30, 20), (number, 0, 0))
+
+    size = preprocessing()
+    pictures = PicturesOnDemand([partial(make, number) for number in range(9)], size)
+    assert len(pictures) == 9 and made == []
+    found = pictures[6:8]
+    assert found.shape == (2, size.height, size.width, 3) and found.dtype == np.uint8 and made == [6, 7]
+    assert found[:, 0, 0, 0].tolist() == [6, 7]
+
+
+def test_an_unreadable_picture_is_told_at_once(tmp_path: Path) -> None:
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ImageFileError, match=r"3\.png"):
+        int8_images(preprocessing(), 2, tmp_path, held_out=4)

@@ -14,7 +14,6 @@ from torch import nn
 
 from export.graph import build_graph, build_vision_graph
 from export.parts import write_onnx
-from export.rewrites.int8_weights import store_weights_in_int8
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.standard_operators import to_standard
 from export.rewrites.transposed_weights import turn_weights_round
@@ -162,36 +161,3 @@ def test_turned_weights_give_the_same_and_take_no_copy() -> None:
     assert not any(isinstance(each, nn.Linear) for each in module.modules())
     shapes = [tuple(each.shape) for each in module.parameters()]
     assert shapes == [(24, 16), (16,), (16, 8)] and module[0].bias is first.bias
-
-
-def test_int8_weights_are_near_and_small(tmp_path: Path) -> None:
-    """A Gemm as it is and a MatMul as ONNX Runtime's quantizer names it; another product stays as it is."""
-    rng = np.random.default_rng(0)
-    weights = {name: rng.normal(size=(96, 64)).astype(np.float32) for name in ("gemm", "left", "other")}
-    weights["left"] = weights["left"].T.copy()
-    nodes = [
-        onnx.helper.make_node("Gemm", ["x", "gemm"], ["a"], name="one", transB=1),
-        onnx.helper.make_node("MatMul", ["a", "other"], ["b"], name="two"),
-        onnx.helper.make_node("MatMul", ["b", "left"], ["y"], name="three_MatMul"),
-    ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "g",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 64])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 96])],
-        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    path = tmp_path / "g.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), str(path))
-    x, size = rng.normal(size=(5, 64)).astype(np.float32), path.stat().st_size
-
-    def run() -> Any:
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-
-    before = run()
-    store_weights_in_int8(path, ["one", "three"])
-    stored = {tensor.name: tensor for tensor in onnx.load(str(path)).graph.initializer}
-    assert stored["gemm_int8"].data_type == stored["left_int8"].data_type == onnx.TensorProto.INT8
-    assert stored["other"].data_type == onnx.TensorProto.FLOAT and not {"gemm", "left"} & set(stored)
-    assert path.stat().st_size < 0.55 * size
-    assert 0 < np.abs(run() - before).max() < 0.02 * np.abs(before).max()

@@ -223,6 +223,24 @@ def test_an_fp32_engine_comes_from_the_fp32_graph_without_half_precision(bundle:
     assert all(layer.precision is None for layer in trt.calls.networks[0].layers)
 
 
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_an_int8_engine_comes_from_the_int8_graph_and_is_judged_by_it(tmp_path: Path, version: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle", ("fp32", "fp16", "int8"))
+    trt = make_tensorrt(version)
+    built = build(bundle, trt, request(precision="int8"))
+    assert trt.calls.parsed == "standard.guard.int8.onnx" and trt.calls.set_flags == []
+    (engine,) = built.files("engine")
+    assert engine.path == f"engines/int8-sm87-trt{version}.plan" and engine.parity is not None
+    assert engine.parity.reference == "ONNX Runtime on the CPU with this bundle's int8 file"
+    assert built.file("int8").kind == "onnx", "the engine does not stand in its own source's place"
+
+
+def test_8_6_has_no_int8_engine_and_says_what_has(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", ("fp32", "fp16", "int8"))
+    with pytest.raises(EngineUnavailableError, match="int8 engines need TensorRT 10 or newer"):
+        build(bundle, make_tensorrt("8.6.2"), request(precision="int8"))
+
+
 def test_8_6_keeps_squares_and_means_in_float32(bundle: Bundle) -> None:
     trt = make_tensorrt("8.6.2")
     build(bundle, trt)
@@ -258,7 +276,7 @@ def test_every_version_from_8_6_on_has_its_api(version: str, index: int) -> None
         ({"max_batch": 2, "opt_batch": 4}, "1 <= opt-batch <= max-batch is allowed"),
         ({"max_batch": 0}, "1 <= opt-batch <= max-batch is allowed"),
         ({"workspace_mib": 0}, "--workspace-mib 0: at least 1 is allowed"),
-        ({"precision": "int8"}, "'int8': fp16 or fp32 is allowed"),
+        ({"precision": "int4"}, "'int4': fp16, fp32, int8 are allowed"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
@@ -518,6 +536,11 @@ def test_any_other_failure_repeats_what_tensorrt_said(bundle: Bundle) -> None:
     with pytest.raises(SafeVLMError, match=r"built no engine: Error Code 10: CHECK\(0\) failed") as raised:
         build(bundle, make_tensorrt("11.4.0.106", fail="Error Code 10:\n CHECK(0) failed"))
     assert raised.value.exit_code == 1
+
+
+def test_a_bundle_without_int8_gets_the_command_that_makes_it(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"no ONNX file of precision int8 .* --precision fp32,fp16,int8"):
+        build(bundle, make_tensorrt("10.3.0"), request(precision="int8"))
 
 
 @pytest.mark.parametrize(("there", "missing"), [(("fp16",), "fp32"), (("fp32",), "fp16")])
