@@ -206,14 +206,11 @@ class _Change:
             self._quantized.add(x)
             yield helper.make_node("DynamicQuantizeLinear", [x], found, f"{x}_quantize")
         weight, scale, zero = self._int8(node.input[1], _output_axis(node))
-        steps = (
-            ("MatMulInteger", [found[0], weight, found[2], zero], "integers", {}),
-            ("Cast", [f"{output}_integers"], "floats", {"to": TensorProto.FLOAT}),
-            ("Mul", [found[1], scale], "scale", {}),
-        )
-        for kind, inputs, what, attributes in steps:
-            yield helper.make_node(kind, inputs, [f"{output}_{what}"], f"{node.name}_{what}", **attributes)
-        yield helper.make_node("Mul", [f"{output}_floats", f"{output}_scale"], [output], node.name)
+        integers, floats, factor = (f"{output}_{what}" for what in ("integers", "floats", "scale"))
+        yield helper.make_node("MatMulInteger", [found[0], weight, found[2], zero], [integers], integers)
+        yield helper.make_node("Cast", [integers], [floats], floats, to=TensorProto.FLOAT)
+        yield helper.make_node("Mul", [found[1], scale], [factor], factor)
+        yield helper.make_node("Mul", [floats, factor], [output], node.name)
 
     def _add(self, name: str, values: NDArray[Any]) -> None:
         self.made.append(self.writer.write(name, values))
