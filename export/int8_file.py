@@ -71,23 +71,29 @@ def activation_ranges(source: Path, calibration: Pictures) -> dict[str, float]:
 
     model = onnx.load(str(source), load_external_data=False)
     wanted = set(quantizable(source, "int8"))
-    names = sorted({name for node in model.graph.node if node.name in wanted for name in _activations(node)})
-    watched = []
-    for number, name in enumerate(names):
-        for kind in ("ReduceMin", "ReduceMax"):
-            output = f"range_{number}_{kind}"
-            model.graph.node.append(helper.make_node(kind, [name], [output], keepdims=0))
-            model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-            watched.append(output)
+    names = {name for node in model.graph.node if node.name in wanted for name in _activations(node)}
+    watched, nodes = [], []
+    for node in model.graph.node:
+        nodes.append(node)
+        for name in [name for name in node.output if name in names]:
+            for kind in ("ReduceMin", "ReduceMax"):  # at once, while the activation is there
+                watched.append(f"{name}_{kind}")
+                nodes.append(helper.make_node(kind, [name], watched[-1:], keepdims=0))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in watched)
     path = source.with_name(f".{source.name}.ranges.onnx")  # weights beside a graph are looked for in its folder
     try:
         onnx.save(model, str(path))
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # else every reduction comes last, and holds its activation until then
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         runs = [session.run(watched, {"rgb": calibration[i : i + 1]}) for i in range(len(calibration))]
     finally:
         path.unlink(missing_ok=True)
     largest = np.abs(np.array(runs, np.float32)).max(axis=0).reshape(-1, 2).max(axis=1)
-    return {name: float(value) for name, value in zip(names, largest, strict=True)}
+    return {name.rpartition("_")[0]: float(value) for name, value in zip(watched[::2], largest, strict=True)}
 
 
 def write_int8(
