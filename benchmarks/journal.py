@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from models.errors import InputError
 from models.json_file import first_problem
 
-__all__ = ["append", "first_problem", "read_lines"]
+__all__ = ["append", "read_lines"]
 
 
 Line = TypeVar("Line", bound=BaseModel)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks.speed_report import gate_record, gateway_record, guard_record, g
 from models.commandline import printable, run
 from models.errors import InputError
 from models.family import TapSource
+from models.json_file import replace_file
 from models.machine import core_count
 
 __all__ = ["gate_record", "guard_record", "guard_table", "main"]
@@ -101,7 +101,7 @@ def guard(
     record = guard_record(speed, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if out is not None:
-        _write(out, text)
+        replace_file(out, text.encode())
     click.echo(text.rstrip() if as_json else "\n".join(guard_table(speed)))
     return int(any(row.status == "failed" for row in speed.rows))
 
@@ -149,7 +149,7 @@ def gate(
     record = gate_record(speed, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if out is not None:
-        _write(out, text)
+        replace_file(out, text.encode())
     click.echo(text.rstrip() if as_json else "\n".join(gate_table(speed)))
 
 
@@ -180,7 +180,7 @@ def gateway(
     record = gateway_record(speed, options, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if out is not None:
-        _write(out, text)
+        replace_file(out, text.encode())
     click.echo(text.rstrip() if as_json else "\n".join(gateway_table(speed)))
 
 
@@ -229,7 +229,7 @@ def quantize(
     record = quantize_record(found, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if out is not None:
-        _write(out, text)
+        replace_file(out, text.encode())
     click.echo(
         text.rstrip() if as_json else "\n".join(line for speed in found for line in [*quantize_table(speed), ""])
     )
@@ -283,12 +283,6 @@ def _check_out(out: Path | None) -> None:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         problem = "is a folder" if out.is_dir() else f"cannot be written: there is no folder {out.parent}"
         raise InputError(f"--out {out} {problem}. Give the name of a JSON file in a folder that exists.")
-
-
-def _write(out: Path, text: str) -> None:
-    unfinished = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(out)
 
 
 def _with_progress(subject: Subject, options: SpeedOptions, bundle: Path | None) -> GuardSpeed:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.journal import first_problem
 from benchmarks.report.files import not_numbers
 from models.errors import InputError
+from models.json_file import first_problem
 
 __all__ = [
     "CaseRow",

@@ -21,6 +21,7 @@ from calibration.refusals import is_refusal
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, run
 from models.errors import InputError
+from models.json_file import replace_file
 from models.prompt_tokens import answer_ids
 from models.safe_vlm import SafeVLM, load_safe_vlm
 
@@ -136,9 +137,7 @@ def main(
         image = {} if sample.image is None else {"image": sample.name}
         rows.append({"query": sample.question, **image, "answer": answer.text, "kind": sample.kind})
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished = out.with_name(f".{out.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(out)
+    replace_file(out, text.encode())
     refused = sum(is_refusal(answer.text) for answer in answers)
     click.echo(
         f"{out}: {len(rows)} answers, {refused} of them refusals; images are still named relative to {file.parent}"

@@ -31,7 +31,7 @@ from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity
 from runtimes.bundle import sha256_of
 
-__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8"]
+__all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8", "default_file", "faster_than_float"]
 
 TARGETS = {
     "int8": "TensorRT 10 and 11 and other accelerators: explicit static Q/DQ",
@@ -160,6 +160,14 @@ def faster_than_float(file: GuardFile) -> bool:
     """Say whether an INT8 file was faster than its float32 one where it was made."""
     stated = file.quantization or {}
     return file.latency is not None and file.latency.median_ms <= FASTER * float(stated.get("float32_median_ms", 0.0))
+
+
+def default_file(files: Sequence[GuardFile]) -> str:
+    """Return the path of the INT8 file that was fastest, if it was faster than float32; else of the first file."""
+    quick = [file for file in files if file.quantization is not None and faster_than_float(file)]
+    if not quick:
+        return files[0].path
+    return min(quick, key=lambda file: file.latency.median_ms if file.latency else float("inf")).path
 
 
 # -- making -----------------------------------------------------------------------------------------------

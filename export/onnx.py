@@ -22,7 +22,7 @@ from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, b
 from export.heads import HeadRequest, find_head
 from export.images import FEWEST_HELD_OUT, MOST_HELD_OUT, parity_images
 from export.images import int8_images as pictures_for_int8
-from export.int8 import FLAVOURS, Int8Limits, add_int8, faster_than_float
+from export.int8 import FLAVOURS, Int8Limits, add_int8, default_file
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.parts import Part, batches, describe_part, write_part
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -223,14 +223,6 @@ def _int8_files(
     return files
 
 
-def _default_file(files: Sequence[GuardFile]) -> str:
-    """Return the INT8 file that was fastest, if it was faster than float32; else the first file."""
-    quick = [file for file in files if file.quantization is not None and faster_than_float(file)]
-    if not quick:
-        return files[0].path
-    return min(quick, key=lambda file: file.latency.median_ms if file.latency else float("inf")).path
-
-
 def _answers(path: Callable[[torch.Tensor], torch.Tensor], inputs: NDArray[np.generic]) -> NDArray[np.float32]:
     with torch.inference_mode():
         return np.concatenate([path(torch.from_numpy(piece)).float().numpy() for piece in batches(inputs)])
@@ -259,7 +251,7 @@ def _manifest(
         classes=checkpoint.classes,
         preprocessing=preprocessing,
         files=tuple(files),
-        default_file=_default_file(files),
+        default_file=default_file(files),
         fidelity=None if distilled is None else distilled.fidelity,
     )
 

@@ -9,7 +9,6 @@ TensorRT 10.x to 11.x". ``tensorrt`` has no types: its objects are ``Any`` here 
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, Literal, get_args
 from export.rewrites.opset17 import FLOAT32, lower_to_opset17
 from export.rewrites.standard_operators import to_standard
 from models.errors import EngineUnavailableError, InputError, SafeVLMError
+from models.json_file import replace_file
 
 __all__ = [
     "BUILDER_APIS",
@@ -295,13 +295,8 @@ def _save_timing_cache(config: Any, file: Path | None, report: Report) -> None:
     cache = None if file is None else config.get_timing_cache()
     if file is None or cache is None:
         return
-    unfinished = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(cache.serialize())
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        replace_file(file, cache.serialize())
     except OSError as error:
         report(f"timing cache {file} is not saved: {error.strerror or error}")

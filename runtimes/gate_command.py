@@ -11,6 +11,7 @@ import click
 from models.commandline import leave, printable
 from models.errors import InputError
 from models.family import TapSource
+from runtimes.check import BLOCKED
 from runtimes.gate_result import GateResult
 from runtimes.policy import Policy, read_policy
 from runtimes.random_weights import warn_of_random_weights
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
     from runtimes.language import LanguageRunner
     from runtimes.torch_language import Dtype
 
-__all__ = ["BLOCKED", "ended", "main", "open_gate", "open_told"]
-
-BLOCKED = 10
+__all__ = ["ended", "main", "open_gate", "open_told"]
 
 
 def open_gate(
