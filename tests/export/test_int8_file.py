@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.isolation import peak_rss, restart_peak
 from export.int8_file import FLAVOURS, Flavour, activation_ranges, quantizable, write_int8
 from export.rewrites.streamed_weights import ALIGNMENT, WeightWriter, read_weight
 
@@ -197,3 +198,34 @@ def test_streamed_weights_come_back(tmp_path: Path) -> None:
         place = {entry.key: entry.value for entry in tensors[name].external_data}
         assert (name == "number") == (not place)
         assert int(place.get("offset", 0)) % ALIGNMENT == 0
+
+
+def test_ranges_hold_one_activation_at_a_time(tmp_path: Path) -> None:
+    """Forty products of 11 MB each, which took 440 MB while every range waited for the end."""
+    side, products = 960, 40
+    identity = numpy_helper.from_array(np.eye(WIDTH, dtype=np.float32), "identity")
+    rows = numpy_helper.from_array(np.array([0, -1, WIDTH]), "rows")
+    nodes = [
+        helper.make_node("Cast", ["rgb"], ["grey"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["grey", "rows"], ["x0"]),
+        *(
+            helper.make_node("MatMul", [f"x{number}", "identity"], [f"x{number + 1}"], f"product_{number}")
+            for number in range(products)
+        ),
+        helper.make_node("ReduceMean", [f"x{products}"], ["probs"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("rgb", TensorProto.UINT8, ["N", side, side, 3])],
+        [helper.make_tensor_value_info("probs", TensorProto.FLOAT, None)],
+        [identity, rows],
+    )
+    path = tmp_path / "guard.fp32.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    rgb = np.full((1, side, side, 3), 7, np.uint8)
+    restart_peak()
+    before = peak_rss()
+    ranges = activation_ranges(path, rgb)
+    assert set(ranges.values()) == {7.0} and len(ranges) == products
+    assert peak_rss() - before < 200 * 2**20
