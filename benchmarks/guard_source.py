@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from benchmarks.guard_peers import PLAIN, Subject, Work, random_images
 from benchmarks.random_guard import build_random_guard
 from benchmarks.shapes import find_shape
 from export.bundle import write_manifest
-from export.graph import PRECISIONS, GuardGraph, Precision, VisionGraph, build_graph, build_vision_graph
+from export.graph import PRECISIONS, Graph, Precision, build_graph, build_vision_graph
 from export.int8_file import FLAVOURS, quantize
-from export.parts import OPSET, quiet_exporter, write_onnx
+from export.parts import write_onnx
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
 from models.manifest import GuardFile, Head, Manifest, Source, Tap
@@ -182,31 +181,18 @@ def write_plain_bundle(guard: GuardModel, name: str, plain: Path) -> None:
     """Write the float32 guard as PyTorch's exporter writes it by itself: its own steps, in standard operators."""
     plain.mkdir(parents=True)
     path = plain / "guard.fp32.onnx"
-    example = torch.from_numpy(random_images(guard.preprocessing, 2, seed=0))
-    with quiet_exporter(), torch.no_grad():
-        program = torch.onnx.export(
-            StepByStep(guard).eval(),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["rgb"],
-            output_names=list(OUTPUTS),
-            dynamic_shapes=({0: torch.export.Dim("N")},),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(str(path), external_data=True)
-    for value in program.model.graph.initializers.values():
-        value.const_value = None  # the exporter keeps its last graph: not the weights with it
+    write_onnx(StepByStep(guard).eval(), random_images(guard.preprocessing, 2, seed=0), path, fused_attention=False)
     write_manifest(plain, _manifest(guard, name, _entries(path, "fp32", "guard", OUTPUTS)))
 
 
-class StepByStep(nn.Module):
+class StepByStep(Graph):
     """A guard without what this project does to its graph: the projector for each token, then the mean, then the head.
 
     (A checkpoint's own modules cannot be exported for every batch size, Qwen2.5-VL's not at all: the vision path is
     the one of a shared tower's file.)
     """
+
+    outputs = OUTPUTS
 
     def __init__(self, guard: GuardModel) -> None:
         super().__init__()
@@ -219,7 +205,7 @@ class StepByStep(nn.Module):
         return torch.softmax(logits, dim=-1), logits
 
 
-def _graph(guard: GuardModel, precision: Precision, work: Work) -> GuardGraph | VisionGraph:
+def _graph(guard: GuardModel, precision: Precision, work: Work) -> Graph:
     if work == "vision":
         return build_vision_graph(guard.vision, guard.family.key, precision)
     return build_graph(guard, precision, embeddings=work == "shared")

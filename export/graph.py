@@ -21,6 +21,7 @@ from models.reference import GuardHead, GuardModel, VisionPath
 
 __all__ = [
     "PRECISIONS",
+    "Graph",
     "GuardGraph",
     "HeadGraph",
     "Precision",
@@ -34,7 +35,16 @@ Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 
-class GuardGraph(nn.Module):
+class Graph(nn.Module):
+    """What can be written as ONNX: a module that names what it returns."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in their order."""
+        raise NotImplementedError
+
+
+class GuardGraph(Graph):
     """uint8 N × H × W × 3 to probabilities and logits, float32 N × C, and image embeddings, if asked for.
 
     ``trunk`` gives the N × T × M tokens before the projector's last linear map, ``last``. For mean pooling that
@@ -73,7 +83,7 @@ class GuardGraph(nn.Module):
         return (*answer, features.to(torch.float32)) if self.embeddings else answer
 
 
-class VisionGraph(nn.Module):
+class VisionGraph(Graph):
     """uint8 N × H × W × 3 to image embeddings alone: float32 N × T × D, as the language model takes them."""
 
     outputs = ("embeddings",)
@@ -89,7 +99,7 @@ class VisionGraph(nn.Module):
         return embeddings
 
 
-class HeadGraph(nn.Module):
+class HeadGraph(Graph):
     """The language model's last hidden states over the image tokens, float32 N × T × D, to probs and logits."""
 
     outputs = ("probs", "logits")

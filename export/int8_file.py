@@ -20,7 +20,7 @@ from export.rewrites import FUSED
 from export.rewrites.streamed_weights import WeightWriter, read_weight
 
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto
+    from onnx import GraphProto, NodeProto, TensorProto
 
 __all__ = ["FLAVOURS", "Flavour", "Pictures", "activation_ranges", "quantizable", "quantize", "write_int8"]
 
@@ -52,7 +52,12 @@ def quantizable(source: Path, flavour: Flavour) -> list[str]:
 
     Products with constant weights and, in the static flavour, the product of queries and keys in attention.
     """
-    graph = _graph(source)
+    import onnx
+
+    return _quantizable(onnx.load(str(source), load_external_data=False).graph, flavour)
+
+
+def _quantizable(graph: GraphProto, flavour: Flavour) -> list[str]:
     constants = {tensor.name for tensor in graph.initializer}
     kinds = PRODUCTS if flavour == "int8" else PRODUCTS[:2]
     fused = (FUSED,) if flavour == "int8" else ()
@@ -70,7 +75,7 @@ def activation_ranges(source: Path, calibration: Pictures) -> dict[str, float]:
     from onnx import TensorProto, helper
 
     model = onnx.load(str(source), load_external_data=False)
-    wanted = set(quantizable(source, "int8"))
+    wanted = set(_quantizable(model.graph, "int8"))
     names = {name for node in model.graph.node if node.name in wanted for name in _activations(node)}
     watched, nodes = [], []
     for node in model.graph.node:
@@ -139,7 +144,7 @@ class _Change:
     ) -> None:
         self.stored, self.folder, self.writer, self.ranges, self.dynamic = stored, folder, writer, ranges, dynamic
         self.made: list[TensorProto] = []
-        self._quantized: set[str] = set()
+        self._known: set[str] = set()
 
     def nodes(self, node: NodeProto, chosen: Collection[str], head: Collection[str]) -> Iterator[NodeProto]:
         """Yield what stands for ``node``, in order."""
@@ -161,9 +166,8 @@ class _Change:
         """Quantize and dequantize an activation, once for all products that read it."""
         from onnx import helper
 
-        if name in self._quantized:
+        if not self._new(f"{name}_dequantized"):
             return []
-        self._quantized.add(name)
         largest = self.ranges[name]
         scale = np.float32(largest / LARGEST if largest > 0 else 1)
         self._add(f"{name}_scale", np.array(scale))
@@ -182,7 +186,7 @@ class _Change:
 
         name, axis = node.input[1], _output_axis(node)
         node.input[1] = f"{name}_dequantized"
-        if name in self._quantized:
+        if not self._new(node.input[1]):
             return []
         parts = self._int8(name, axis)
         return [helper.make_node("DequantizeLinear", parts, [node.input[1]], f"{name}_dequantize", axis=axis)]
@@ -190,9 +194,8 @@ class _Change:
     def _int8(self, name: str, axis: int) -> list[str]:
         """Store a weight in INT8 with a scale for each index of ``axis``; return names of values, scale and zero."""
         parts = [f"{name}_int8", f"{name}_scale", f"{name}_zero"]
-        if name in self._quantized:
+        if not self._new(parts[0]):
             return parts
-        self._quantized.add(name)
         values = read_weight(self.stored[name], self.folder)
         others = tuple(each for each in range(values.ndim) if each != axis)
         scale = np.abs(values).max(axis=others, keepdims=True) / np.float32(LARGEST)
@@ -208,8 +211,7 @@ class _Change:
 
         x, output = node.input[0], node.output[0]
         found = [f"{x}_quantized", f"{x}_found_scale", f"{x}_found_zero"]
-        if x not in self._quantized:
-            self._quantized.add(x)
+        if self._new(found[0]):
             yield helper.make_node("DynamicQuantizeLinear", [x], found, f"{x}_quantize")
         weight, scale, zero = self._int8(node.input[1], _output_axis(node))
         integers, floats, factor = (f"{output}_{what}" for what in ("integers", "floats", "scale"))
@@ -217,6 +219,12 @@ class _Change:
         yield helper.make_node("Cast", [integers], [floats], floats, to=TensorProto.FLOAT)
         yield helper.make_node("Mul", [found[1], scale], [factor], factor)
         yield helper.make_node("Mul", [floats, factor], [output], node.name)
+
+    def _new(self, name: str) -> bool:
+        """Say whether a name is asked for the first time, and so is to be made."""
+        new = name not in self._known
+        self._known.add(name)
+        return new
 
     def _add(self, name: str, values: NDArray[Any]) -> None:
         self.made.append(self.writer.write(name, values))
@@ -230,9 +238,3 @@ def _activations(node: NodeProto) -> Sequence[str]:
 def _output_axis(node: NodeProto) -> int:
     turned = any(each.name == "transB" and each.i for each in node.attribute)
     return 0 if node.op_type == "Conv" or turned else 1
-
-
-def _graph(source: Path) -> Any:
-    import onnx
-
-    return onnx.load(str(source), load_external_data=False).graph

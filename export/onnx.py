@@ -101,11 +101,7 @@ def export_guard(
             f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
             "model. Give --images or --guard for a standalone guard, or leave int8 out."
         )
-    if options.int8 and options.int8_images < FEWEST_HELD_OUT and not checkpoint.random_weights:
-        raise InputError(
-            f"{options.int8_images} pictures cannot show that INT8 changed one label in a thousand: {FEWEST_HELD_OUT} "
-            "or more judge it. (Random weights, which have no verdicts to lose, may be judged on fewer.)"
-        )
+    _check_judges(checkpoint, options)
     with bundle_draft(out) as draft:
         write = _write_guard if standalone else _write_exact_parts
         preprocessing, parts = write(checkpoint, options, draft, report)
@@ -119,6 +115,15 @@ def export_guard(
         manifest = _manifest(checkpoint, preprocessing, files, options.distilled)
         write_manifest(draft, manifest)
     return manifest
+
+
+def _check_judges(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Raise InputError when too few pictures would judge INT8."""
+    if options.int8 and options.int8_images < FEWEST_HELD_OUT and not checkpoint.random_weights:
+        raise InputError(
+            f"{options.int8_images} pictures cannot show that INT8 changed one label in a thousand: {FEWEST_HELD_OUT} "
+            "or more judge it. (Random weights, which have no verdicts to lose, may be judged on fewer.)"
+        )
 
 
 def _write_guard(
@@ -279,7 +284,8 @@ def export_with_progress(
     from rich.console import Console
 
     # refuses before hours of distillation
-    ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8, int8_images=int8_images)
+    asked = ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8, int8_images=int8_images)
+    _check_judges(checkpoint, asked)
     check_destination(out)
     return_freed_memory()
     with Console(stderr=True).status("opening") as status:

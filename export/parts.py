@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from export.batches import BATCH, batch_size
 from export.bundle import data_beside
-from export.graph import GuardGraph, HeadGraph, Precision, VisionGraph
+from export.graph import Graph, Precision
 from export.parity import TOLERANCES, check_embeddings, check_parity
 from export.rewrites.attention import add_attention_function, attention_translations
 from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity, TensorSpec
 from runtimes.bundle import sha256_of
 
-__all__ = ["OPSET", "Part", "batches", "describe_part", "quiet_exporter", "write_onnx", "write_part"]
+__all__ = ["Part", "batches", "describe_part", "write_onnx", "write_part"]
 
 OPSET = 20
 INSIDE = 2**26
@@ -66,7 +66,7 @@ def batches(inputs: Array) -> Iterator[Array]:
         yield inputs[start : start + size]
 
 
-def write_part(part: Part, graph: GuardGraph | VisionGraph | HeadGraph, folder: Path) -> None:
+def write_part(part: Part, graph: Graph, folder: Path) -> None:
     """Write a part's graph into ``folder``."""
     write_onnx(graph, part.inputs[:2], folder / part.name, input_name=part.input_name)
 
@@ -107,15 +107,18 @@ def _parity(part: Part, found: Mapping[str, NDArray[np.float32]]) -> Parity:
 
 
 def write_onnx(
-    graph: GuardGraph | VisionGraph | HeadGraph, example: Array, path: Path, *, input_name: str = "rgb"
+    graph: Graph, example: Array, path: Path, *, input_name: str = "rgb", fused_attention: bool = True
 ) -> None:
-    """Export a graph with a free batch size, weights inside, or beside it when they exceed :data:`INSIDE`."""
+    """Export a graph with a free batch size, weights inside, or beside it when they exceed :data:`INSIDE`.
+
+    Without ``fused_attention`` the exporter writes attention in standard operators, as it does by itself.
+    """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     weights = sum(p.numel() * p.element_size() for p in graph.parameters())
     if len(example) == 1:  # torch.export takes a batch of one for a constant
         example = np.concatenate([example, example])
-    with quiet_exporter(), torch.no_grad():
+    with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             (torch.from_numpy(example),),
@@ -124,7 +127,7 @@ def write_onnx(
             input_names=[input_name],
             output_names=list(graph.outputs),
             dynamic_shapes=({0: torch.export.Dim("N")},),
-            custom_translation_table=attention_translations(),
+            custom_translation_table=attention_translations() if fused_attention else None,
             verbose=False,
         )
     assert program is not None
@@ -137,7 +140,7 @@ def write_onnx(
 
 
 @contextmanager
-def quiet_exporter() -> Iterator[None]:
+def _quiet_exporter() -> Iterator[None]:
     """Silence what the exporter says about itself: torchvision is not needed, copyreg's use is its own."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level

@@ -27,13 +27,9 @@ def read_weight(tensor: TensorProto, folder: Path) -> NDArray[Any]:
     """Return the values of a tensor that stands in a graph or in a file beside it in ``folder``."""
     from onnx import TensorProto, numpy_helper
 
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = np.dtype(_numpy_type(tensor.data_type))
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    values = np.fromfile(folder / place["location"], dtype, count, offset=int(place.get("offset", 0)))
-    return values.reshape(tuple(tensor.dims))
+    own = TensorProto()  # what is read stays in the message that it is read into
+    own.CopyFrom(tensor)
+    return numpy_helper.to_array(own, str(folder))
 
 
 class WeightWriter:
@@ -70,9 +66,3 @@ class WeightWriter:
             tensor.external_data.add(key=key, value=str(value))
         np.ascontiguousarray(values).tofile(self._file)
         return tensor
-
-
-def _numpy_type(data_type: int) -> Any:
-    from onnx import helper
-
-    return helper.tensor_dtype_to_np_dtype(data_type)
