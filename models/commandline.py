@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from models.errors import InputError, SafeVLMError
+from models.printable import printable
 
 __all__ = ["INTERRUPTED", "USAGE", "grid_option", "leave", "printable", "run"]
 
@@ -53,12 +54,3 @@ def grid_option(text: str | None) -> tuple[int, int] | None:
     if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
         raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
     return int(sides[0]), int(sides[-1])
-
-
-def printable(text: str) -> str:
-    """Escape control characters: a file's name must not move the cursor or colour the terminal."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else _escaped(sign) for sign in text)
-
-
-def _escaped(sign: str) -> str:
-    return sign.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -19,6 +19,8 @@ next. Nothing else is caught at the command line: any other exception is a bug a
 
 from __future__ import annotations
 
+from models.printable import one_line, printable
+
 __all__ = [
     "BundleError",
     "CheckpointError",
@@ -34,9 +36,16 @@ __all__ = [
 
 
 class SafeVLMError(Exception):
-    """Root of every error this project raises on purpose."""
+    """Root of every error this project raises on purpose.
+
+    Names, values and other libraries' words in a message come out of files: what is not plain text is escaped here,
+    once for every place that shows or logs it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ParityError(SafeVLMError):
@@ -82,3 +91,6 @@ class EngineUnavailableError(SafeVLMError):
     """No engine can be built on this machine; the bundle without it is complete."""
 
     exit_code = 6
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, printable(message))  # the command to run on the device has a line of its own

@@ -6,8 +6,8 @@ A header is believed only when it accounts for every byte of its file. No file o
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,12 +15,19 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from models.errors import CheckpointError
-from models.json_file import read_json_object
+from models.json_file import parse_json, read_json_object
+from models.printable import shortened
+from models.regular_file import open_regular
 
 __all__ = ["MAX_HEADER_BYTES", "Shards", "TensorEntry", "read_header"]
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit on a header."""
+MAX_HEADER_BYTES = 32 * 2**20
+"""The header of 3,000 tensors has half a megabyte. The format itself allows 100 MB."""
+MAX_NAME = 1_024
+"""Characters of a tensor's name."""
+MAX_DIMENSIONS = 16
+MAX_SIZE = 2**62
+"""Of a side, an offset, or a tensor in bits: far above any file, and no overflow in another reader."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -53,11 +60,13 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of a safetensors file by stored name, reading its header only.
 
-    Errors: CheckpointError when the file is cut short, or its header is too long, not JSON, or says anything
-    about dtype, shape or offsets that the file's size contradicts.
+    Whatever is accepted here the safetensors library accepts, too.
+
+    Errors: CheckpointError when the file is no regular one or cut short, or its header is too long, not JSON, or says
+    anything about dtype, shape or offsets that the file's size contradicts.
     """
     header, data_start, size = _load_header(path)
-    header.pop("__metadata__", None)
+    _check_metadata(path, header.pop("__metadata__", None))
     entries = {name: _entry(path, name, raw, data_start) for name, raw in header.items()}
     _check_tiling(path, entries, data_start, size)
     return entries
@@ -66,8 +75,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Return the raw header object, the offset where data begins, and the file's size."""
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             first = file.read(8)
             if (first + file.read(len(GIT_LFS_MARK) - 8)).startswith(GIT_LFS_MARK):
                 raise CheckpointError(
@@ -91,8 +100,10 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the path and its rights.") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw.decode("utf-8"))
+        if not raw.startswith(b"{"):
+            raise ValueError("it does not begin with '{'")
+    except ValueError as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error}). {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
         raise CheckpointError(
@@ -101,31 +112,32 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"'{key}' stands in it twice")
-        found[key] = value
-    return found
+def _check_metadata(path: Path, metadata: Any) -> None:
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise CheckpointError(f"{path}: its header's '__metadata__' is not an object of texts. {FETCH_AGAIN}")
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
     """Turn one header item into an entry whose dtype, shape and offsets agree with each other."""
 
     def lie(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: its header lies about tensor '{name}': {what}. {FETCH_AGAIN}")
+        return CheckpointError(f"{path}: its header lies about tensor '{shortened(name)}': {what}. {FETCH_AGAIN}")
 
-    if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
-        raise lie("an object with dtype, shape and data_offsets is needed")
+    if len(name) > MAX_NAME:
+        raise lie(f"a name of {len(name):,} characters, {MAX_NAME:,} are allowed")
+    if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
+        raise lie("an object with dtype, shape and data_offsets, and nothing else, is needed")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise lie(f"dtype {dtype!r} is unknown; known are {', '.join(BITS)}")
-    if not _sizes(shape):
-        raise lie(f"shape {shape!r} is not a list of sizes")
+        raise lie(f"dtype {shortened(repr(dtype))} is unknown; known are {', '.join(BITS)}")
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise lie(f"shape {shortened(repr(shape))} is not a list of at most {MAX_DIMENSIONS} sizes")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise lie(f"data_offsets {offsets!r} is not [begin, end]")
+        raise lie(f"data_offsets {shortened(repr(offsets))} is not [begin, end]")
     bits = math.prod(shape) * BITS[dtype]
+    if math.prod(size for size in shape if size) * BITS[dtype] > MAX_SIZE:  # also of a tensor with a side of 0
+        raise lie(f"shape {shortened(repr(shape))} of {dtype} is larger than any file")
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise lie(
             f"shape {shape} of {dtype} takes {bits // 8:,} bytes, data_offsets {offsets} span "
@@ -135,7 +147,7 @@ def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_SIZE for item in value)
 
 
 def _check_tiling(path: Path, entries: Mapping[str, TensorEntry], data_start: int, size: int) -> None:
@@ -144,14 +156,14 @@ def _check_tiling(path: Path, entries: Mapping[str, TensorEntry], data_start: in
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.end > size:
             raise CheckpointError(
-                f"{path}: truncated: tensor '{name}' ends at byte {entry.end:,}, the file has {size:,} bytes. "
-                f"{FETCH_AGAIN}"
+                f"{path}: truncated: tensor '{shortened(name)}' ends at byte {entry.end:,}, the file has {size:,} "
+                f"bytes. {FETCH_AGAIN}"
             )
         if entry.start != at:
             wrong = "overlaps the tensor before it" if entry.start < at else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: its header lies about tensor '{name}': beginning at byte {entry.start:,} it {wrong} "
-                f"(byte {at:,} is the next free one). {FETCH_AGAIN}"
+                f"{path}: its header lies about tensor '{shortened(name)}': beginning at byte {entry.start:,} it "
+                f"{wrong} (byte {at:,} is the next free one). {FETCH_AGAIN}"
             )
         at = entry.end
     if at != size:
