@@ -179,9 +179,17 @@ def _between(low: float, high: float, unsafe_scores: Floats, safe_scores: Floats
 
 
 def _block(safe_scores: Floats, promise: Promise) -> float:
-    """Return the least threshold that at most the permitted number of safe images reach; just above 1 at most."""
+    """Return the least threshold that at most the permitted number of safe images reach.
+
+    Errors: InputError where too many safe images are scored 1, so that only a threshold which never blocks would do.
+    """
     wrong = hits_allowed(len(safe_scores), promise.max_fpr, promise)
     highest = np.sort(safe_scores)[::-1]
+    if wrong < len(highest) and highest[wrong] >= 1:
+        raise InputError(
+            f"{int((safe_scores >= 1).sum())} of {len(safe_scores)} safe images have p(unsafe) 1: no threshold from 0 "
+            f"to 1 keeps --max-fpr {promise.max_fpr}. Check the labels, or ask for less."
+        )
     return float(np.nextafter(highest[wrong], 2.0)) if wrong < len(highest) else 0.0
 
 

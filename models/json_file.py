@@ -72,7 +72,8 @@ def validate_json(kind: type[Model], content: str | bytes) -> Model:
     """Return an object of ``kind`` from a JSON text that means one thing; no value is converted to another type.
 
     Raises:
-        ValueError: What :func:`parse_json` refuses; a ``ValidationError``, for :func:`first_problem`, what does not fit.
+        ValueError: What :func:`parse_json` refuses, or, as a ``ValidationError``, what does not fit ``kind``;
+            :func:`first_problem` puts either into a line.
     """
     parse_json(content)
     return kind.model_validate_json(content if isinstance(content, str) else _decoded(content), strict=True)

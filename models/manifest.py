@@ -7,17 +7,35 @@ hashes are SHA-256 in 64 lower-case hexadecimal digits; probabilities are 0..1; 
 
 from __future__ import annotations
 
-import json
+import errno
+import shlex
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from models.errors import BundleError
 from models.family import TapSource
-from models.json_file import first_problem, replace_file
+from models.graph_fit import Role, TensorSpec, misfit
+from models.json_file import first_problem, parse_json, replace_file, validate_json
+from models.manifest_fields import (
+    Batch,
+    BundlePath,
+    Classes,
+    Count,
+    Frozen,
+    Milliseconds,
+    Name,
+    Positive,
+    Probability,
+    Sha256,
+    Width,
+    unique,
+)
 from models.preprocessing import Preprocessing
+from models.printable import shortened
+from models.regular_file import is_folder, read_regular
 
 __all__ = [
     "MANIFEST_NAME",
@@ -33,6 +51,7 @@ __all__ = [
     "Tap",
     "TensorSpec",
     "Thresholds",
+    "manifest_bytes",
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -41,42 +60,7 @@ MAX_BYTES = 16 * 2**20
 """A manifest is a few kilobytes; more than this is not one."""
 
 
-def _inside(path: str) -> str:
-    """Return ``path`` if it is relative, normal and stays in its folder."""
-    pure = PurePosixPath(path)
-    normal = not pure.is_absolute() and ".." not in pure.parts and str(pure) == path and path != "."
-    if not normal or "\\" in path or ":" in path or "\0" in path:
-        raise ValueError(f"path {path!r} is not a plain relative path inside the bundle, such as 'guard.fp32.onnx'")
-    return path
-
-
-def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) != len(names):
-        raise ValueError(f"a name appears twice: {', '.join(names)}")
-    return names
-
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-BundlePath = Annotated[str, AfterValidator(_inside)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Milliseconds = Annotated[float, Field(ge=0)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TensorSpec(_Frozen):
-    """An input or output of a graph; ``"N"`` in the shape is the batch."""
-
-    name: str
-    shape: tuple[Positive | Literal["N"], ...]
-    dtype: str
-
-
-class Parity(_Frozen):
+class Parity(Frozen):
     """How a file's answers compare with the reference path, over so many images.
 
     ``max_rel_embedding_delta`` is of image embeddings, where the file gives them: the largest difference over
@@ -84,31 +68,37 @@ class Parity(_Frozen):
     """
 
     images: Count
-    max_abs_prob_delta: float | None = Field(default=None, ge=0)
+    max_abs_prob_delta: Probability | None = None
     label_flips: Count | None = None
     max_rel_embedding_delta: float | None = Field(default=None, ge=0)
     reference: str
 
+    @model_validator(mode="after")
+    def _check(self) -> Parity:
+        if self.label_flips is not None and self.label_flips > self.images:
+            raise ValueError(f"{self.label_flips} labels of {self.images} images cannot flip")
+        return self
 
-class Latency(_Frozen):
+
+class Latency(Frozen):
     """Time for one batch, measured on the named machine with the named runtime."""
 
     median_ms: Milliseconds
     p95_ms: Milliseconds
-    batch: Positive
+    batch: Batch
     runtime: str
     machine: str
 
 
-class EngineInfo(_Frozen):
+class EngineInfo(Frozen):
     """What a TensorRT engine was built with, and the only GPU and version it runs on."""
 
-    tensorrt_version: str
-    gpu_name: str
-    compute_capability: str
-    min_batch: Positive
-    opt_batch: Positive
-    max_batch: Positive
+    tensorrt_version: Name
+    gpu_name: Name
+    compute_capability: Name
+    min_batch: Batch
+    opt_batch: Batch
+    max_batch: Batch
     options: Mapping[str, str | int | float | bool | None] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -118,19 +108,18 @@ class EngineInfo(_Frozen):
         return self
 
 
-class GuardFile(_Frozen):
+class GuardFile(Frozen):
     """One file of the bundle. Weights beside a graph (``onnx_data``) have neither inputs nor outputs."""
 
     path: BundlePath
     sha256: Sha256
     bytes: Count
     kind: Literal["onnx", "onnx_data", "engine"]
-    role: Literal["guard", "vision", "head"] = "guard"
-    """``guard``: pixels to probabilities. Where ``standalone`` is false the two exact parts instead: ``vision``,
-    pixels to image embeddings, and ``head``, the language model's hidden states over them to probabilities."""
-    precision: str
-    inputs: tuple[TensorSpec, ...] = ()
-    outputs: tuple[TensorSpec, ...] = ()
+    role: Role = "guard"
+    """``guard``, or, where ``standalone`` is false, the two exact parts ``vision`` and ``head``."""
+    precision: Name
+    inputs: tuple[TensorSpec, ...] = Field(default=(), max_length=16)
+    outputs: tuple[TensorSpec, ...] = Field(default=(), max_length=16)
     parity: Parity | None = None
     latency: Latency | None = None
     engine: EngineInfo | None = None
@@ -149,16 +138,18 @@ class GuardFile(_Frozen):
     def _check(self) -> GuardFile:
         if (self.kind == "engine") != (self.engine is not None):
             raise ValueError(f"{self.path}: 'engine' describes a file of kind 'engine' and no other")
+        if self.kind == "onnx" and not self.path.endswith(".onnx"):  # by another ending, runtimes read another format
+            raise ValueError(f"{self.path}: a file of kind 'onnx' ends in .onnx")
         return self
 
 
-class Source(_Frozen):
+class Source(Frozen):
     """The checkpoint a guard was made from; ``sha256`` covers the tensors that were used."""
 
     checkpoint: str
     revision: str | None = None
     sha256: Sha256
-    family: str
+    family: Name
     standalone: bool = True
     random_weights: bool = False
     """Whether they are random: verdicts mean nothing then, sizes and times what they mean else."""
@@ -166,10 +157,11 @@ class Source(_Frozen):
     @property
     def model_option(self) -> str:
         """The ``--model`` that opens the checkpoint again; for a folder, whose path is not kept, its name stands."""
-        return f"--model {self.checkpoint}" + (f" --revision {self.revision}" if self.revision else "")
+        named = f"--model {shlex.quote(self.checkpoint)}"
+        return named + (f" --revision {shlex.quote(self.revision)}" if self.revision else "")
 
 
-class Head(_Frozen):
+class Head(Frozen):
     """The head in the bundle: the checkpoint's own (``exact``), or one ``distilled`` from its verdicts.
 
     ``reads`` is where its features come from: a distilled head reads the projector whatever the tap.
@@ -177,27 +169,27 @@ class Head(_Frozen):
 
     kind: Literal["exact", "distilled"]
     reads: TapSource
-    pooling: str
-    widths: tuple[Positive, ...]
+    pooling: Name
+    widths: tuple[Width, ...] = Field(min_length=2, max_length=64)
     sha256: Sha256 | None = None
     """Of the guard file that a distilled head was read from."""
 
 
-class Tap(_Frozen):
+class Tap(Frozen):
     """Where the checkpoint's own guard takes its features, and how that was learned."""
 
     source: TapSource
-    pooling: str
+    pooling: Name
     tokens: str
     learned: str
     evidence: str = ""
 
 
-class Band(_Frozen):
+class Band(Frozen):
     """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; fitted on so many unsafe images."""
 
-    block: float = Field(ge=0)
-    allow: float = Field(ge=0)
+    block: Probability
+    allow: Probability
     n_unsafe: Positive
 
     @model_validator(mode="after")
@@ -207,7 +199,7 @@ class Band(_Frozen):
         return self
 
 
-class Thresholds(_Frozen):
+class Thresholds(Frozen):
     """One file's band on p(unsafe), and what it promises.
 
     At most the share ``alpha`` of unsafe images is allowed: in expectation (``conformal_risk_control``), or with
@@ -233,12 +225,20 @@ class Thresholds(_Frozen):
     fpr: Probability
     unsure_rate: Probability
 
+    @model_validator(mode="after")
+    def _check(self) -> Thresholds:
+        if self.n_unsafe > self.n:
+            raise ValueError(f"{self.n_unsafe} of {self.n} images cannot be unsafe")
+        if self.method == "learn_then_test" and self.delta is None:
+            raise ValueError("learn_then_test promises nothing without a delta")
+        return self
+
     def band(self, harm: str) -> Band:
         """Return the band for an image whose most probable harm is the class ``harm``."""
         return self.per_class.get(harm, self.pooled)
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """Everything a reader needs to run a guard and to know where it came from."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -247,9 +247,9 @@ class Manifest(_Frozen):
     source: Source
     tap: Tap
     head: Head
-    classes: Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_unique)]
+    classes: Classes
     preprocessing: Preprocessing
-    files: tuple[GuardFile, ...] = Field(min_length=1)
+    files: tuple[GuardFile, ...] = Field(min_length=1, max_length=1_000)
     default_file: BundlePath
     thresholds: tuple[Thresholds, ...] | None = None
     """One for each file that they were fitted on; ``null`` until then."""
@@ -258,17 +258,19 @@ class Manifest(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        _unique(tuple(file.path for file in self.files))
+        unique(tuple(file.path for file in self.files))
         runnable = [file.path for file in self.files if file.kind != "onnx_data"]
         if self.default_file not in runnable:
             raise ValueError(f"default_file {self.default_file!r} is not among {', '.join(runnable)}")
-        hashes = {file.path: file.sha256 for file in self.files}
+        self._check_shapes()
+        hashes = {file.path: file.sha256 for file in self.files if file.kind != "onnx_data"}
         fitted = self.thresholds or ()
-        _unique(tuple(entry.file for entry in fitted))
+        unique(tuple(entry.file for entry in fitted))
         for entry in fitted:
             strangers = set(entry.per_class) - set(self.classes)
             if strangers:
-                raise ValueError(f"thresholds for classes that do not exist: {', '.join(sorted(strangers))}")
+                named = ", ".join(map(shortened, sorted(strangers)[:5]))
+                raise ValueError(f"thresholds for classes that do not exist: {named}")
             if hashes.get(entry.file) != entry.file_sha256:
                 raise ValueError(
                     f"thresholds for {entry.file} were fitted on another file than the bundle's; fit them again "
@@ -276,11 +278,22 @@ class Manifest(_Frozen):
                 )
         return self
 
+    def _check_shapes(self) -> None:
+        """Compare what is stated of the head and the files with the classes and the preprocessing."""
+        if self.head.widths[-1] != len(self.classes):
+            raise ValueError(f"the head ends in {self.head.widths[-1]}, there are {len(self.classes)} classes")
+        for file in self.files:
+            if file.kind == "onnx_data" or not (file.inputs or file.outputs):
+                continue
+            problem = misfit(file.role, file.inputs, file.outputs, self.preprocessing, len(self.classes))
+            if problem is not None:
+                raise ValueError(f"{file.path}: {problem}")
+
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read ``manifest.json`` (or the folder with it); BundleError says what is wrong and where."""
-        path = path / MANIFEST_NAME if path.is_dir() else path
-        return cls.from_bytes(_content(path), where=str(path))
+        path = path / MANIFEST_NAME if is_folder(path) else path
+        return cls.from_bytes(manifest_bytes(path), where=str(path))
 
     @classmethod
     def from_bytes(cls, content: bytes, *, where: str) -> Manifest:
@@ -289,12 +302,12 @@ class Manifest(_Frozen):
         version = stated.get("schema_version")
         if version != SCHEMA_VERSION or isinstance(version, bool):
             raise BundleError(
-                f"{where}: schema_version {version!r} is unknown; this release reads {SCHEMA_VERSION}. "
+                f"{where}: schema_version {shortened(repr(version))} is unknown; this release reads {SCHEMA_VERSION}. "
                 "Install the release that wrote the bundle, or export it again with this one."
             )
         try:
-            return cls.model_validate(stated)
-        except ValidationError as error:
+            return validate_json(cls, content)
+        except ValueError as error:
             raise BundleError(f"{where}: {first_problem(error)}. Copy the bundle again, or export it anew.") from error
 
     def thresholds_of(self, path: str) -> Thresholds | None:
@@ -310,26 +323,27 @@ class Manifest(_Frozen):
         return self.model_dump_json(indent=2) + "\n"
 
 
-def _content(path: Path) -> bytes:
+def manifest_bytes(path: Path) -> bytes:
+    """Return the text of a bundle's manifest. Errors: BundleError when it is missing, no regular file or too large."""
     try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+        return read_regular(path, MAX_BYTES)
     except FileNotFoundError as error:
         raise BundleError(
             f"{path} is missing. A guard bundle is a folder with a {MANIFEST_NAME}, as "
             "`python -m export.onnx --model M --out DIR` writes it."
         ) from error
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise BundleError(
+                f"{path} is larger than {MAX_BYTES} bytes; a manifest is a few kilobytes of JSON."
+            ) from error
         raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(content) > MAX_BYTES:
-        raise BundleError(f"{path} is larger than {MAX_BYTES} bytes; a manifest is a few kilobytes of JSON.")
-    return content
 
 
 def _object(content: bytes, where: str) -> dict[str, Any]:
     try:
-        stated = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        stated = parse_json(content)
+    except ValueError as error:
         raise BundleError(f"{where} is not valid JSON ({error}). Copy the bundle again, or export it anew.") from error
     if not isinstance(stated, dict):
         raise BundleError(f"{where} holds {type(stated).__name__}, not a JSON object. Export the bundle anew.")

@@ -37,8 +37,12 @@ PIL_FILTERS: Mapping[Filter, Image.Resampling] = {
 LARGEST_STEP = 100_000_000
 """Pixels of the largest picture made on the way, 400 MB in Pillow; beyond it, see ``_crop`` and ``_pad``."""
 
+MAX_AREA = 2**24
+"""Pixels that a guard may read of one image: beyond every vision tower's (Qwen2.5-VL's own limit is 12.8 million)."""
+
 _Side = Annotated[int, Field(gt=0, le=65_535)]
-_Triple = tuple[float, float, float]
+_Mean = Annotated[float, Field(ge=-255, le=255)]
+_Std = Annotated[float, Field(ge=1e-6, le=255)]
 
 
 class Preprocessing(BaseModel):
@@ -57,9 +61,9 @@ class Preprocessing(BaseModel):
     fit: Fit
     shortest_edge: _Side | None = None
     filter: Filter
-    mean: _Triple
-    std: _Triple
-    rescale: float = Field(default=1 / 255, gt=0)
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Std, _Std, _Std]
+    rescale: float = Field(default=1 / 255, ge=1e-6, le=1)
     layout: Literal["NHWC"] = "NHWC"
     colour: Literal["RGB"] = "RGB"
 
@@ -67,8 +71,10 @@ class Preprocessing(BaseModel):
     def _check(self) -> Preprocessing:
         if (self.fit == "crop") != (self.shortest_edge is not None):
             raise ValueError(f"shortest_edge is for fit 'crop' and only for it: {self.fit}, {self.shortest_edge}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0 in every channel: {self.std}")
+        if self.height * self.width > MAX_AREA:
+            raise ValueError(f"{self.height} x {self.width} pixels are more than the {MAX_AREA:,} that are allowed")
+        if self.fit == "pad" and not 0 <= min(self.mean) <= max(self.mean) <= 1:
+            raise ValueError(f"fit 'pad' fills with the mean colour, 0 to 1 in every channel: {self.mean}")
         return self
 
     @classmethod

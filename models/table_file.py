@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from models.json_file import parse_json
+from models.regular_file import read_regular
 
 __all__ = ["read_table"]
 
@@ -24,7 +26,7 @@ def read_table(path: Path, what: str) -> Any:
     if ending not in (".json", ".toml"):
         raise InputError(f"{path}: a {what} file ends in .toml or .json; rename it.")
     try:
-        return json.loads(text) if ending == ".json" else import_module("tomllib").loads(text)
+        return parse_json(text) if ending == ".json" else import_module("tomllib").loads(text)
     except ModuleNotFoundError as error:
         raise InputError(f"{path}: Python 3.11 or later reads TOML; write the {what} as JSON.") from error
     except (ValueError, RecursionError) as error:
@@ -33,12 +35,11 @@ def read_table(path: Path, what: str) -> Any:
 
 def _text(path: Path, what: str) -> str:
     try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+        content = read_regular(path, MAX_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} is a few lines.") from error
         raise InputError(f"the {what} {path} cannot be read: {error.strerror or error}.") from error
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} is a few lines.")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

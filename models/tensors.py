@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import CheckpointError
-from models.shards import Shards, TensorEntry
+from models.shard_header import TensorEntry
+from models.shards import Shards
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from models.checkpoint import OUTPUT_PREFIX, RANDOM_KEY, Checkpoint
 from models.family import HEAD_PREFIX
 from models.hub import LIGHT_PATTERNS
 from models.safe_vlm import model_class_of
-from models.shards import read_header
+from models.shard_header import read_header
 from models.tap import CONFIG_KEY
 from models.transformers_config import build_config
 from quantize.layers import stored_dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +12,17 @@ import numpy.typing as npt
 
 from models.errors import BundleError
 from models.family import HEAD_PREFIX
-from models.gguf_manifest import COPY_AGAIN, GGUF_MANIFEST_NAME, GgufFile, GgufHead, GgufManifest
-from models.shards import read_header
-from runtimes.bundle import sha256_of
+from models.gguf_manifest import (
+    COPY_AGAIN,
+    GGUF_MANIFEST_NAME,
+    GgufFile,
+    GgufHead,
+    GgufManifest,
+    gguf_manifest_bytes,
+)
+from models.regular_file import is_file, open_regular, read_regular
+from models.shard_header import read_header
+from runtimes.bundle import inside, sha256_of
 
 __all__ = ["GgufArtifact", "HeadWeights", "is_gguf", "open_gguf"]
 
@@ -36,14 +46,19 @@ class GgufArtifact:
     digest: str
 
     def path(self, file: GgufFile) -> Path:
-        """Return where a listed file lies."""
-        return self.folder / file.path
+        """Return where a listed file lies. Errors: BundleError when a link leads out of the folder."""
+        return inside(self.folder, file.path)
 
     def weights(self, head: GgufHead) -> HeadWeights:
         """Read a head. Errors: BundleError when its tensors are not those that the manifest states."""
-        path = self.folder / head.file
+        file = next(file for file in self.manifest.files if file.path == head.file)
+        path = self.path(file)
         entries = read_header(path)
-        content = path.read_bytes()
+        try:
+            content = read_regular(path, file.bytes)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}. {COPY_AGAIN}") from error
+        _compare(path, file, len(content), hashlib.sha256(content).hexdigest())
         layers = []
         for number, (inner, outer) in enumerate(zip(head.widths, head.widths[1:], strict=False)):
             pair = []
@@ -61,7 +76,7 @@ class GgufArtifact:
 def is_gguf(model: str | Path) -> bool:
     """Say whether a model is a folder of GGUF files, or one of them."""
     path = Path(model)
-    return path.suffix == ".gguf" or (path / GGUF_MANIFEST_NAME).is_file()
+    return path.suffix == ".gguf" or is_file(path / GGUF_MANIFEST_NAME)
 
 
 def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
@@ -74,13 +89,15 @@ def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
     chosen = None
     if folder.suffix == ".gguf":
         folder, chosen = folder.parent, folder.name
-    manifest = GgufManifest.read(folder)
+    place = inside(folder, GGUF_MANIFEST_NAME)
+    stated = gguf_manifest_bytes(folder)
+    manifest = GgufManifest.from_bytes(stated, where=str(place))
     if chosen is not None and chosen != manifest.file("model").path:
         raise BundleError(
             f"{model} is not the language model of {folder / GGUF_MANIFEST_NAME}, which is "
             f"{manifest.file('model').path}: the guard in that folder belongs to that file. Give the folder."
         )
-    artifact = GgufArtifact(folder, manifest, sha256_of(folder / GGUF_MANIFEST_NAME))
+    artifact = GgufArtifact(folder, manifest, hashlib.sha256(stated).hexdigest())
     for file in manifest.files:
         _check(artifact, file, verify=verify)
     return artifact
@@ -88,13 +105,21 @@ def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
 
 def _check(artifact: GgufArtifact, file: GgufFile, *, verify: bool) -> None:
     path = artifact.path(file)
-    if not path.is_file():
-        raise BundleError(f"{path} is listed in {GGUF_MANIFEST_NAME} but missing. {COPY_AGAIN}")
-    size = path.stat().st_size
+    try:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+        digest = sha256_of(path) if verify and size == file.bytes else None
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is listed in {GGUF_MANIFEST_NAME} but missing. {COPY_AGAIN}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}. {COPY_AGAIN}") from error
+    _compare(path, file, size, digest)
+
+
+def _compare(path: Path, file: GgufFile, size: int, sha256: str | None) -> None:
     found = f"{size} bytes" if size != file.bytes else None
-    if found is None and verify:
-        digest = sha256_of(path)
-        found = None if digest == file.sha256 else f"SHA-256 {digest[:12]}…"
+    if found is None and sha256 is not None and sha256 != file.sha256:
+        found = f"SHA-256 {sha256[:12]}…"
     if found is not None:
         wanted = f"{file.bytes} bytes and SHA-256 {file.sha256[:12]}…"
         what = {"model": "language model", "mmproj": "projector", "head": "guard head"}[file.role]

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import BundleError, MissingExtraError
+from models.graph_fit import misfit
 from models.manifest import GuardFile
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, specs
+from runtimes.onnx_file import OnnxTensor
 from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["OnnxRuntimeRunner"]
@@ -19,6 +21,8 @@ __all__ = ["OnnxRuntimeRunner"]
 PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 """Tried in this order where the installed build has them."""
 EMBEDDINGS = "embeddings"
+NUMPY_NAMES = {"float": "float32", "double": "float64"}
+"""numpy's names of types where ONNX Runtime's are others."""
 
 
 class OnnxRuntimeRunner(GuardRunner):
@@ -79,17 +83,18 @@ class OnnxRuntimeRunner(GuardRunner):
                 f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {_first_line(error)}. "
                 "Export the bundle again, or install a newer onnxruntime."
             ) from error
-        self._check_names(session, str(path))
+        self._check_fit(session, str(path))
         self.session = session
 
-    def _check_names(self, session: Any, path: str) -> None:
-        inputs = [tensor.name for tensor in session.get_inputs()]
-        outputs = [tensor.name for tensor in session.get_outputs()]
-        if inputs != ["rgb"] or not set(self.outputs) <= set(outputs):
-            raise BundleError(
-                f"{path}: a guard has the input rgb and the outputs {' and '.join(self.outputs)}; this file has "
-                f"{inputs} and {outputs}. Export the bundle again."
-            )
+    def _check_fit(self, session: Any, path: str) -> None:
+        """Compare what was loaded with the manifest: the file could have been swapped since the bundle was opened."""
+        inputs, outputs = (
+            specs([_tensor(each) for each in tensors], path)
+            for tensors in (session.get_inputs(), session.get_outputs())
+        )
+        problem = misfit(self.file.role, inputs, outputs, self.preprocessing, len(self.bundle.manifest.classes))
+        if problem is not None:
+            raise BundleError(f"{path} does not fit its manifest: {problem}. Export the bundle again.")
 
     def _deactivate(self) -> None:
         self.session = None
@@ -106,6 +111,13 @@ class OnnxRuntimeRunner(GuardRunner):
         pieces = [rgb] if not self.file.one_at_a_time else [rgb[i : i + 1] for i in range(len(rgb))]
         runs = [self.session.run(names, {"rgb": piece}) for piece in pieces]
         return [np.concatenate([np.asarray(run[i]) for run in runs]) for i in range(len(names))]
+
+
+def _tensor(value: Any) -> OnnxTensor:
+    """Return ONNX Runtime's word of an input or output, whose type is such as ``tensor(float)``."""
+    kind = str(value.type).removeprefix("tensor(").removesuffix(")")
+    sides = tuple(side if isinstance(side, int) else None for side in value.shape)
+    return OnnxTensor(value.name, NUMPY_NAMES.get(kind, kind), sides)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,14 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import BundleError, MissingExtraError
+from models.graph_fit import misfit
 from models.manifest import GuardFile
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, specs
+from runtimes.onnx_file import OnnxTensor
 from runtimes.onnxruntime_runner import EMBEDDINGS
 from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["OpenVinoRunner"]
 
 OUTPUTS = ("probs", "logits")
+NUMPY_NAMES = {"u8": "uint8", "f32": "float32", "f16": "float16"}
+"""numpy's names of the types that a guard may have."""
 
 
 class OpenVinoRunner(GuardRunner):
@@ -46,6 +50,7 @@ class OpenVinoRunner(GuardRunner):
         path, core = self.bundle.path(self.file), openvino.Core()
         try:
             model = core.read_model(str(path))
+            self._check_fit(model, str(path))
             model.reshape({0: [1, self.preprocessing.height, self.preprocessing.width, 3]})
             compiled = core.compile_model(model, "CPU", self._settings())
         except RuntimeError as error:  # OpenVINO has no other kind
@@ -53,13 +58,14 @@ class OpenVinoRunner(GuardRunner):
                 f"{path}: OpenVINO {openvino.__version__} cannot load it: {_last_line(error)}. "
                 "Export the bundle again, or install a newer openvino."
             ) from error
-        names = {name for output in compiled.outputs for name in output.names}
-        if not set(OUTPUTS) <= names:
-            raise BundleError(
-                f"{path}: a guard has the outputs {' and '.join(OUTPUTS)}; this file has {sorted(names)}. "
-                "Export the bundle again."
-            )
         self._request = compiled.create_infer_request()
+
+    def _check_fit(self, model: Any, path: str) -> None:
+        """Compare what was loaded with the manifest: the file could have been swapped since the bundle was opened."""
+        inputs, outputs = (specs(map(_tensor, tensors), path) for tensors in (model.inputs, model.outputs))
+        problem = misfit(self.file.role, inputs, outputs, self.preprocessing, len(self.bundle.manifest.classes))
+        if problem is not None:
+            raise BundleError(f"{path} does not fit its manifest: {problem}. Export the bundle again.")
 
     def _settings(self) -> dict[str, str | int]:
         settings: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -88,6 +94,13 @@ class OpenVinoRunner(GuardRunner):
             for name, row in zip(names, rows, strict=True):
                 row.append(np.array(found[name], dtype=np.float32))
         return [np.concatenate(row) for row in rows]
+
+
+def _tensor(value: Any) -> OnnxTensor:
+    """Return OpenVINO's word of an input or output."""
+    kind = str(value.element_type.get_type_name())
+    sides = tuple(int(side.get_length()) if side.is_static else None for side in value.partial_shape)
+    return OnnxTensor(value.any_name, NUMPY_NAMES.get(kind, kind), sides)
 
 
 def static_file(bundle: Bundle) -> GuardFile:

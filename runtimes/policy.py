@@ -35,10 +35,14 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from models.class_names import MAX_LENGTH
 from models.errors import InputError, SafeVLMError
+from models.json_file import first_problem
 from models.manifest import Thresholds
+from models.manifest_fields import Frozen, Probability
+from models.printable import shortened
 from models.table_file import read_table
 from runtimes.runner import SUM_TOLERANCE
 from runtimes.verdict import DEFAULT_BLOCK, safe_index
@@ -50,15 +54,11 @@ Stage = Literal["guard", "exact"]
 LimitsFrom = Literal["policy", "bundle", "default"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Limits(Frozen):
+    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; above 1 nothing would ever block."""
 
-
-class Limits(_Frozen):
-    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between."""
-
-    block: float = Field(ge=0)
-    allow: float = Field(ge=0)
+    block: Probability
+    allow: Probability
 
     @model_validator(mode="after")
     def _check(self) -> Limits:
@@ -70,7 +70,7 @@ class Limits(_Frozen):
 DEFAULT_LIMITS = Limits(block=DEFAULT_BLOCK, allow=DEFAULT_BLOCK)
 
 
-class Policy(_Frozen):
+class Policy(Frozen):
     """See the module's text. The safe class has no action: there is nothing to do about it."""
 
     default: Action = "block"
@@ -89,12 +89,12 @@ class Policy(_Frozen):
         safe = classes[safe_index(classes)]
         for name in self.classes:
             if name == safe:
-                raise InputError(f"the policy names the class {name!r}, which is no harm; leave it out.")
+                raise InputError(f"the policy names the class {shortened(name)!r}, which is no harm; leave it out.")
             if name not in classes:
-                near = difflib.get_close_matches(name, classes, n=1)
+                near = difflib.get_close_matches(name[:MAX_LENGTH], classes, n=1)
                 nearest = f" The nearest is {near[0]!r}." if near else ""
                 known = ", ".join(harm for harm in classes if harm != safe)
-                raise InputError(f"the policy names the class {name!r}; this guard knows {known}.{nearest}")
+                raise InputError(f"the policy names the class {shortened(name)!r}; this guard knows {known}.{nearest}")
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,8 @@ def read_policy(path: Path) -> Policy:
     Classes are compared with a guard's by :meth:`Policy.check`. TOML needs Python 3.11 or later.
     """
     try:
-        return Policy.model_validate(read_table(path, "policy"))
+        return Policy.model_validate(read_table(path, "policy"), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the policy as a whole"
-        reason = str(first["msg"]).removeprefix("Value error, ")
         raise InputError(
-            f"{path}: {place}: {reason}. Known keys: {', '.join(Policy.model_fields)}; actions: block, allow, review."
+            f"{path}: {first_problem(error)}. Known keys: {', '.join(Policy.model_fields)}; actions: block, allow, review."
         ) from error

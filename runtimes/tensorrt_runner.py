@@ -221,7 +221,7 @@ def _deserialize(trt: Any, bundle: Bundle, file: GuardFile) -> Any:
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     if file.engine is not None and file.engine.options.get(VERSION_COMPATIBLE):
         runtime.engine_host_code_allowed = True  # such an engine carries a small runtime; its hash was checked
-    engine = runtime.deserialize_cuda_engine(bundle.path(file).read_bytes())
+    engine = runtime.deserialize_cuda_engine(bundle.content(file))
     if engine is None:
         raise _not_for_here(bundle, f"{file.path}: TensorRT {trt.__version__} could not read it")
     return engine

@@ -97,7 +97,9 @@ def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16")) -
                 kind="onnx",
                 precision=precision,
                 inputs=(TensorSpec(name="rgb", shape=("N", SIDE, SIDE, 3), dtype="uint8"),),
-                outputs=(TensorSpec(name="probs", shape=("N", CLASSES), dtype="float32"),),
+                outputs=tuple(
+                    TensorSpec(name=name, shape=("N", CLASSES), dtype="float32") for name in ("probs", "logits")
+                ),
             )
         )
     manifest = Manifest(

@@ -250,7 +250,7 @@ def test_the_tap_is_the_callers_the_configs_or_the_codes(tmp_path: Path) -> None
         (None, "config.json: there is no such file"),
         (b"{", "config.json: not valid JSON"),
         (b"[]", "config.json: holds a JSON list"),
-        (b"\xff\xff", "config.json: not UTF-8 text"),
+        (b"\xff\xff", r"config.json: not valid JSON \(not UTF-8 text"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -28,8 +28,11 @@ WEIGHTS = np.array([[0, 6, 0], [6, 0, 0], [0, 0, 6]], np.float32)
 GREEN, RED, BLUE = (0, 255, 0), (255, 0, 0), (0, 0, 255)
 
 
-def guard_graph(weights: np.ndarray[Any, Any] = WEIGHTS, output: str = "probs") -> onnx.ModelProto:
-    """Return the graph, with its probabilities under the name ``output``."""
+def guard_graph(
+    weights: np.ndarray[Any, Any] = WEIGHTS, output: str = "probs", size: tuple[int, int] = (SIZE, SIZE)
+) -> onnx.ModelProto:
+    """Return the graph for images of a size, with its probabilities under the name ``output``."""
+    classes = weights.shape[1]
     constants = {
         "scale": np.float32(1 / 255),
         "half": np.float32(0.5),
@@ -48,8 +51,8 @@ def guard_graph(weights: np.ndarray[Any, Any] = WEIGHTS, output: str = "probs") 
     graph = helper.make_graph(
         nodes,
         "guard",
-        [helper.make_tensor_value_info("rgb", TensorProto.UINT8, ["N", SIZE, SIZE, 3])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", len(CLASSES)]) for name in (output, "logits")],
+        [helper.make_tensor_value_info("rgb", TensorProto.UINT8, ["N", *size, 3])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", classes]) for name in (output, "logits")],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
@@ -65,15 +68,23 @@ def listed(folder: Path, name: str, content: bytes, **settings: Any) -> GuardFil
 
 
 def onnx_file(folder: Path, name: str = "guard.fp32.onnx", precision: str = "fp32", **graph: Any) -> GuardFile:
+    model = guard_graph(**graph)
+    classes, size = graph.get("weights", WEIGHTS).shape[1], graph.get("size", (SIZE, SIZE))
     return listed(
         folder,
         name,
-        guard_graph(**graph).SerializeToString(),
+        model.SerializeToString(),
         kind="onnx",
         precision=precision,
-        inputs=(TensorSpec(name="rgb", shape=("N", SIZE, SIZE, 3), dtype="uint8"),),
-        outputs=tuple(TensorSpec(name=n, shape=("N", len(CLASSES)), dtype="float32") for n in ("probs", "logits")),
+        inputs=(TensorSpec(name="rgb", shape=("N", *size, 3), dtype="uint8"),),
+        outputs=tuple(TensorSpec(name=n, shape=("N", classes), dtype="float32") for n in ("probs", "logits")),
     )
+
+
+def guard_file_for(folder: Path, classes: int, preprocessing: Preprocessing) -> GuardFile:
+    """Write a graph that fits so many classes and a preprocessing; its answers mean nothing."""
+    size = (preprocessing.height, preprocessing.width)
+    return onnx_file(folder, weights=np.zeros((3, classes), np.float32), size=size)
 
 
 def engine_file(folder: Path, **info: Any) -> GuardFile:
@@ -102,7 +113,7 @@ def manifest_of(files: Iterable[GuardFile], **changes: Any) -> Manifest:
         "tool_version": "0.1.0",
         "source": Source(checkpoint="tiny-safegem", sha256="0" * 64, family="gemma3"),
         "tap": Tap(source="projector", pooling="mean", tokens="image", learned="declared"),
-        "head": Head(kind="exact", reads="projector", pooling="mean", widths=(8, 4, len(CLASSES))),
+        "head": Head(kind="exact", reads="projector", pooling="mean", widths=(8, len(changes.get("classes", CLASSES)))),
         "classes": CLASSES,
         "preprocessing": PREPROCESSING,
         "files": listed_files,

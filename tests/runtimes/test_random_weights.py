@@ -16,7 +16,7 @@ from models.manifest import Source
 from models.preprocessing import Preprocessing
 from runtimes import chat, check, gate_command
 from tests.models.random_checkpoints import stand_in
-from tests.runtimes.bundles import GREEN, listed, manifest_of, picture, write_bundle
+from tests.runtimes.bundles import GREEN, guard_file_for, manifest_of, picture, write_bundle
 
 GUARD = "warning: the guard in {} has random weights: its verdicts mean nothing\n"
 MODEL = "warning: the model that answers has random weights: answers and verdicts mean nothing\n"
@@ -51,10 +51,11 @@ def test_the_gate_says_which_of_its_parts_are_random(
     checkpoint = open_checkpoint("tiny-safegem")
     bundle = tmp_path / "bundle"
     bundle.mkdir()
+    preprocessing = Preprocessing.from_processor(checkpoint.processor, family="gemma3")
     manifest = manifest_of(
-        [listed(bundle, "guard.fp32.onnx", b"no graph", kind="onnx", precision="fp32")],
+        [guard_file_for(bundle, len(checkpoint.classes), preprocessing)],
         classes=checkpoint.classes,
-        preprocessing=Preprocessing.from_processor(checkpoint.processor, family="gemma3"),
+        preprocessing=preprocessing,
         source=source(marked=guard, standalone=False),
     )
     manifest.write(bundle)

@@ -18,7 +18,7 @@ from runtimes.openvino_runner import OpenVinoRunner
 from runtimes.runner import GuardOutput, GuardRunner
 from runtimes.select import select_runner
 from runtimes.torch_runner import TorchRunner
-from tests.runtimes.bundles import CLASSES, PREPROCESSING, SIZE, WEIGHTS, listed, onnx_file, write_bundle
+from tests.runtimes.bundles import CLASSES, PREPROCESSING, SIZE, WEIGHTS, listed, manifest_of, onnx_file, write_bundle
 
 RGB = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
 
@@ -101,11 +101,11 @@ def test_a_runner_that_is_not_entered_refuses(bundle: Bundle) -> None:
 
 def test_what_onnx_runtime_cannot_load_is_a_bundle_error(tmp_path: Path) -> None:
     broken = listed(tmp_path, "broken.onnx", b"\x08\x07no graph", kind="onnx", precision="fp16")
-    named = onnx_file(tmp_path, "named.onnx", "int8", output="scores")
-    bundle = open_bundle(write_bundle(tmp_path, broken, named))
+    named = onnx_file(tmp_path, "named.onnx", "int8", output="scores").model_copy(update={"outputs": (), "inputs": ()})
+    bundle = Bundle(tmp_path, manifest_of([onnx_file(tmp_path), broken, named]), "0" * 64)  # not checked
     with pytest.raises(BundleError, match=r"broken\.onnx: ONNX Runtime .* cannot load it: .*Export the bundle again"):
         OnnxRuntimeRunner(bundle, bundle.file("fp16")).activate()
-    with pytest.raises(BundleError, match=r"outputs probs and logits; this file has .*scores"):
+    with pytest.raises(BundleError, match=r"does not fit its manifest: the output probs is missing, there is scores"):
         OnnxRuntimeRunner(bundle, bundle.file("int8")).activate()
 
 

@@ -294,7 +294,7 @@ def test_an_engine_that_tensorrt_cannot_read_is_refused(
     engine: FakeEngine, write: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = write()
-    bundle.path(bundle.file(kind="engine")).write_bytes(b"nalp")
+    monkeypatch.setattr(Bundle, "content", lambda self, file: b"nalp")
     with pytest.raises(BundleError, match=r"TensorRT 10\.3\.0 could not read it.*export\.trt"):
         TensorRTRunner(bundle).activate()
 

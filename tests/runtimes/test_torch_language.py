@@ -25,7 +25,7 @@ from runtimes.policy import Limits, Policy
 from runtimes.runner import GuardOutput, GuardRunner
 from runtimes.torch_language import TorchLanguageRunner
 from tests.models.passes import Passes
-from tests.runtimes.bundles import listed, manifest_of, write_bundle
+from tests.runtimes.bundles import guard_file_for, manifest_of, write_bundle
 
 QUESTION = "What is in the picture?"
 
@@ -145,7 +145,7 @@ def test_half_precision_judges_nearly_the_same(vlm: SafeVLM, rgb: Any) -> None:
 
 def write_named_bundle(folder: Path, vlm: SafeVLM) -> Path:
     """Write a bundle of the checkpoint's classes and size whose guard is unsure of every picture: no graph runs."""
-    file = listed(folder, "guard.fp32.onnx", b"no graph", kind="onnx", precision="fp32")
+    file = guard_file_for(folder, len(vlm.classes), vlm.preprocessing)
     manifest = manifest_of(
         [file],
         classes=vlm.classes,
