@@ -38,7 +38,9 @@ from runtimes.torch_language import TorchLanguageRunner
 __all__ = ["QUESTION", "measure"]
 
 QUESTION = "What is in the picture?"
-ALWAYS, NEVER, BETWEEN = Limits(block=0, allow=0), Limits(block=2, allow=2), Limits(block=2, allow=0)
+ALWAYS = Limits(block=0, allow=0)
+NEVER, BETWEEN = Limits.model_construct(block=2.0, allow=2.0), Limits.model_construct(block=2.0, allow=0.0)
+"""Not checked: no policy may say so, but each way must be walked whatever the picture."""
 POLICIES = {
     "block": Policy(guard=ALWAYS, exact=ALWAYS),
     "unsure, block": Policy(guard=BETWEEN, exact=ALWAYS),

@@ -180,5 +180,6 @@ def read_policy(path: Path) -> Policy:
         return Policy.model_validate(read_table(path, "policy"), strict=True)
     except ValidationError as error:
         raise InputError(
-            f"{path}: {first_problem(error)}. Known keys: {', '.join(Policy.model_fields)}; actions: block, allow, review."
+            f"{path}: {first_problem(error)}. Known keys: {', '.join(Policy.model_fields)}; actions: block, allow, "
+            "review."
         ) from error

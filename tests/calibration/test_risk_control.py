@@ -133,7 +133,7 @@ def test_the_number_that_may_go_wrong_is_the_largest_that_the_definition_allows(
 def test_levels_near_1_have_a_band_and_one_image_is_needed(level: float, method: risk_control.Method) -> None:
     promise = Promise(alpha=level, max_fpr=level, delta=level, method=method)
     for n in (2, 40, 1000):
-        bands = fit_bands(np.linspace(0, 1, n), np.arange(n) % 2 == 0, ["x"] * n, promise)
+        bands = fit_bands(np.linspace(0, 0.9, n), np.arange(n) % 2 == 0, ["x"] * n, promise)
         assert bands.pooled.n_unsafe == n // 2
     assert fewest(level, promise) >= 1
 
@@ -165,12 +165,13 @@ def test_a_guard_without_errors_is_not_made_to_miss_what_it_may() -> None:
     assert (rates.miss, rates.fpr, rates.unsure) == (0, 0, 0)
 
 
-def test_block_may_lie_beyond_every_probability() -> None:
-    scores = np.ones(40)
-    unsafe = np.arange(40) < 20
-    bands = fit_bands(scores, unsafe, ["x"] * 40, Promise(max_fpr=0.05), per_class=False)
-    assert 1 < bands.pooled.block < 1.01
-    assert measure(bands, scores, unsafe, ["x"] * 40).fpr == 0
+def test_a_threshold_that_could_never_block_is_not_fitted() -> None:
+    scores, unsafe = np.ones(40), np.arange(40) < 20
+    with pytest.raises(InputError, match=r"20 of 20 safe images have p\(unsafe\) 1: no threshold from 0 to 1 keeps"):
+        fit_bands(scores, unsafe, ["x"] * 40, Promise(max_fpr=0.05), per_class=False)
+    scores[0] = 0.999
+    scores[20:] = np.nextafter(1, 0)
+    assert fit_bands(scores, unsafe, ["x"] * 40, Promise(max_fpr=0.05), per_class=False).pooled.block <= 1
 
 
 def test_rare_harms_share_a_band_with_enough_images() -> None:

@@ -231,7 +231,7 @@ FAILURES = [
     KeyboardInterrupt(),
     GeneratorExit(),
 ]
-LENIENT = Policy(default="allow", guard=Limits(block=2, allow=2), confirm=False, still_unsure="allow")
+LENIENT = Policy(default="allow", guard=Limits.model_construct(block=2.0, allow=2.0), confirm=False, still_unsure="allow")
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.checkpoint import open_checkpoint
-from models.errors import BundleError, CheckpointError
+from models.errors import BundleError
 from models.pooling import POOLINGS, pool
 from models.reference import GuardHead, build_head
 from runtimes.gguf_artifact import HeadWeights, is_gguf, open_gguf
@@ -88,7 +88,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder: Path, edit: Any, 
 
 def test_a_manifest_that_is_no_json_is_refused(folder: Path) -> None:
     (folder / "gguf.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+    with pytest.raises(BundleError, match="not valid JSON"):
         open_gguf(folder)
 
 

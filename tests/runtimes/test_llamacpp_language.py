@@ -208,7 +208,8 @@ def test_guard_and_answer_share_one_model_and_one_vision_pass(
     assert has_standalone_guard(artifact) and not has_standalone_guard(open_gguf(gguf_folder("tiny-safellava")))
     session = open_session(artifact)
     guard = Guard(LlamaCppGuardRunner(artifact, session), artifact.manifest.classes)
-    never = Policy(guard=Limits(block=2, allow=2), exact=Limits(block=2, allow=2))
+    limits = Limits.model_construct(block=2.0, allow=2.0)
+    never = Policy(guard=limits, exact=limits)
     with Gate(guard, LlamaCppLanguageRunner(artifact, session=session), never) as gate:
         counted = Counted(monkeypatch)
         pieces: list[str] = []

@@ -232,7 +232,7 @@ def test_the_embedded_model_answers_as_the_gate_does(
 def test_the_exact_verdict_blocks_what_the_guard_allowed(bundle: Path) -> None:
     from runtimes.policy import Limits, Policy
 
-    policy = Policy(guard=Limits(block=2, allow=2), exact=Limits(block=0.5, allow=0.5))
+    policy = Policy(guard=Limits.model_construct(block=2.0, allow=2.0), exact=Limits(block=0.5, allow=0.5))
     with (
         serving(Gateway.open(bundle, model="tiny-safegem", policy=policy)) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
