@@ -9,14 +9,18 @@ import os
 from pathlib import Path
 from typing import IO, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from models.errors import InputError
-from models.json_file import first_problem
+from models.json_file import first_problem, validate_json
+from models.printable import shortened
+from models.regular_file import read_regular
 
 __all__ = ["append", "read_lines"]
 
 
+MAX_BYTES = 4 * 2**30
+"""A row with its answer takes a kilobyte or two."""
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -27,7 +31,7 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
     field, for a file that cannot be read, any other damage, a repeated id.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     end = data.rfind(b"\n") + 1
@@ -35,12 +39,12 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
     stands: dict[str, int] = {}
     for number, text in enumerate(data[:end].split(b"\n")[:-1], 1):
         try:
-            line = line_type.model_validate_json(text)
-        except ValidationError as error:
+            line = validate_json(line_type, text)
+        except ValueError as error:
             raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
         name: str = line.id  # type: ignore[attr-defined]
         if name in stands:
-            raise InputError(f"{path}, line {number}: id {name!r} stands in line {stands[name]} already.")
+            raise InputError(f"{path}, line {number}: id {shortened(name)!r} stands in line {stands[name]} already.")
         stands[name] = number
         lines.append(line)
     return lines, end, end == len(data)

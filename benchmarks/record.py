@@ -17,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.journal import append, read_lines
 from models.errors import InputError
-from models.json_file import first_problem, replace_file
+from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from models.regular_file import read_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -281,7 +282,7 @@ def _document(record: RunRecord) -> bytes:
 
 def _read_record(path: Path) -> RunRecord:
     try:
-        return RunRecord.model_validate_json(path.read_bytes())
+        return validate_json(RunRecord, read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise InputError(
             f"{path}: there is no such file. Give the folder of a run record, as benchmarks.run or benchmarks.import "
@@ -289,7 +290,7 @@ def _read_record(path: Path) -> RunRecord:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
+    except ValueError as error:
         raise InputError(f"{path}: {first_problem(error)}") from error
 
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.report.files import not_numbers
 from models.errors import InputError
-from models.json_file import first_problem
+from models.json_file import first_problem, parse_json
+from models.regular_file import read_regular
 
 __all__ = [
     "CaseRow",
@@ -278,15 +279,12 @@ def _read(path: Path) -> Loaded:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise InputError(f"{path}: {size:,} bytes, but a record has {MAX_BYTES:,} at most. {AGAIN}")
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = parse_json(read_regular(path, MAX_BYTES))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file. {AGAIN}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}). {AGAIN}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). {AGAIN}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, but a record is an object. {AGAIN}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from calibration.rows import decoded, file_bytes, image_file, json_rows
 from models.errors import InputError
+from runtimes.bundle import sha256_of
 
 __all__ = ["LabelledImage", "Labels", "content_of", "read_labels"]
 
@@ -64,7 +65,7 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
 
 def content_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes. Errors: OSError."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def _by_content(found: Mapping[Path, set[int]], sha256: str) -> Labels:

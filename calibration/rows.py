@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from models.json_file import parse_json
+from models.regular_file import read_regular
 
 __all__ = ["decoded", "file_bytes", "image_file", "json_rows", "read_rows"]
 
+MAX_BYTES = 4 * 2**30
+"""The largest published instruction sets take about 1 GB."""
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 
@@ -32,7 +35,7 @@ def read_rows(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
 def file_bytes(path: Path, wanted: str) -> bytes:
     """Return a file's bytes. Errors: InputError that asks for what is ``wanted``."""
     try:
-        return path.read_bytes()
+        return read_regular(path, MAX_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}. Give {wanted}.") from error
 
@@ -79,6 +82,6 @@ def image_file(name: str, folders: Sequence[Path], where: str) -> Path:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, rows=True)
+    except ValueError as error:
         raise InputError(f"{where} is not valid JSON ({error}).") from error

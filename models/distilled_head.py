@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.errors import GuardHeadError, InputError
+from models.class_names import class_names_problem
+from models.errors import CheckpointError, GuardHeadError, InputError
 from models.family import HEAD_PREFIX
-from models.json_file import replace_file
+from models.json_file import parse_json, replace_file
 from models.pooling import POOLINGS, Pooling, pooled_width
 from models.reference import GuardHead
+from models.regular_file import read_regular
+from models.shard_header import read_header
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "DistilledHead"]
 
 FORMAT = "safevlm-edge-guard-head-1"
+MAX_BYTES = 2**30
 METADATA = "guard_head"
 """The header's only entry: safetensors writes several in an order that changes from call to call."""
 
@@ -83,26 +89,33 @@ class DistilledHead:
     def read(cls, path: Path) -> DistilledHead:
         """Read a file. Errors: GuardHeadError when it is missing, damaged or something else."""
         try:
-            content = path.read_bytes()
+            content = read_regular(path, MAX_BYTES)
+            read_header(path)
         except OSError as error:
             raise GuardHeadError(f"{path} cannot be read: {error.strerror or error}. {_MAKE}") from error
+        except CheckpointError as error:
+            raise GuardHeadError(f"{path} is not a guard head that can be read ({error}). {_MAKE}") from error
         try:
             with safe_open(path, framework="pt") as file:
-                stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                stated = parse_json((file.metadata() or {}).get(METADATA, "{}"))
                 if not isinstance(stated, dict):
                     raise TypeError(f"its header holds a JSON {type(stated).__name__}, not an object")
                 if stated.get("format") != FORMAT:
                     raise GuardHeadError(f"{path} states format {stated.get('format')!r}; {FORMAT!r} is read. {_MAKE}")
                 names = list(file.keys())
-                head = GuardHead(tuple(map(int, stated["widths"])))
+                widths, classes = _checked(stated)
+                sizes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                if sizes != _shapes(widths):  # before memory is taken for what the widths state
+                    raise ValueError(f"its tensors do not make a head of widths {widths}")
+                head = GuardHead(widths)
                 values = {name.removeprefix(HEAD_PREFIX): file.get_tensor(name) for name in names}
             head.load_state_dict(values)
             return cls(
                 head=head.requires_grad_(False).eval(),
                 pooling=POOLINGS[POOLINGS.index(stated["pooling"])],
-                classes=tuple(stated["classes"]),
-                checkpoint=stated["checkpoint"],
-                source_sha256=stated["source_sha256"],
+                classes=classes,
+                checkpoint=str(stated["checkpoint"]),
+                source_sha256=str(stated["source_sha256"]),
                 size=(int(stated["size"][0]), int(stated["size"][1])),
                 fidelity=stated["fidelity"],
                 sha256=hashlib.sha256(content).hexdigest(),
@@ -125,6 +138,28 @@ class DistilledHead:
                 f"the guard head has widths {self.widths}; {self.pooling} pooling of {checkpoint.name} gives {width} "
                 f"features for {len(self.classes)} classes. {_MAKE}"
             )
+
+
+def _checked(stated: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the stated widths and classes. Errors: ValueError for what no head can have."""
+    widths, classes = stated["widths"], stated["classes"]
+    if not isinstance(widths, list) or not 2 <= len(widths) <= 64 or not all(type(width) is int for width in widths):
+        raise ValueError("its 'widths' are not a list of 2 to 64 numbers")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its 'classes' are not a list of names")
+    problem = class_names_problem(classes)
+    if problem is None and widths[-1] != len(classes):
+        problem = f"{len(classes)} classes for {widths[-1]} outputs"
+    if problem is not None:
+        raise ValueError(problem)
+    return tuple(widths), tuple(classes)
+
+
+def _shapes(widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a head: weights of outputs x inputs, and biases."""
+    pairs = [(f"{HEAD_PREFIX}mlp.{3 * at}", into, out) for at, (into, out) in enumerate(pairwise(widths))]
+    weights = {f"{name}.weight": (out, into) for name, into, out in pairs}
+    return weights | {f"{name}.bias": (out,) for name, _, out in pairs}
 
 
 _MAKE = "A guard head is made by python -m calibration.distill --model M --images DIR --out FILE."

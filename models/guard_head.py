@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from models.class_names import class_names_problem
 from models.errors import GuardHeadError
 from models.family import HEAD_PREFIX
 from models.tensors import TensorStore
@@ -145,9 +146,9 @@ def read_classes(name: str, config: Mapping[str, Any], head: HeadShape) -> tuple
         raise GuardHeadError(
             f"{name}: {where} is {given!r}; a list of {outputs} names is allowed. Correct config.json."
         )
-    twice = sorted({item for item in classes if classes.count(item) > 1})
-    if twice:
-        raise GuardHeadError(f"{name}: {where} names {', '.join(twice)} twice; names must differ. Correct config.json.")
+    problem = class_names_problem(classes)
+    if problem is not None:
+        raise GuardHeadError(f"{name}: {where}: {problem}. Correct config.json.")
     count = config.get("num_safety_categories")
     if count is not None and (type(count) is not int or count != outputs):
         raise GuardHeadError(

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import ImageFileError
+from models.regular_file import open_regular
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "MAX_SIDE", "open_image", "to_rgb"]
 
@@ -106,7 +107,7 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
             _refuse(where, "it is not a file" if source.exists() else "there is no such file")
         if source.stat().st_size == 0:
             _refuse(where, "it is empty (0 bytes)")
-        with source.open("rb") as stream:
+        with open_regular(source) as stream:
             return _decode(stream, where, max_pixels)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         _refuse(where, f"it cannot be read ({getattr(error, 'strerror', None) or error})", error)

@@ -36,8 +36,11 @@ MAX_DIGITS = 100
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes, *, rows: bool = False) -> Any:
     """Return what a JSON text says, if it says one thing only.
+
+    ``rows`` are those of a data set or a log: their number is not bounded, and NaN and Infinity pass, as Python's
+    own writer puts them there.
 
     Refused beside what is no JSON: a key that appears twice (readers differ in which they take), NaN and Infinity,
     numbers beyond a float or of more than 100 digits, lone surrogates, lists and objects within each other more than
@@ -47,13 +50,13 @@ def parse_json(content: str | bytes) -> Any:
         ValueError: What is wrong, in one line.
     """
     text = content if isinstance(content, str) else _decoded(content)
-    if sum(map(text.count, "[{,")) > MAX_ITEMS:
+    if not rows and sum(map(text.count, "[{,")) > MAX_ITEMS:
         raise ValueError(f"more than {MAX_ITEMS:,} items")
     try:
         value = json.loads(
             text,
             object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
+            parse_constant=float if rows else _no_constant,
             parse_int=_integer,
             parse_float=_fraction,
         )

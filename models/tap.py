@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from models.errors import GuardHeadError, InputError
 from models.family import HEAD_PREFIX, Family, TapSource
+from models.regular_file import read_regular
 from models.tap_source import find_head_calls
 
 __all__ = ["CONFIG_KEY", "MAX_SOURCE_BYTES", "MAX_SOURCE_FILES", "Tap", "find_tap"]
@@ -121,8 +122,6 @@ def _detect(folder: Path) -> tuple[TapSource | None, str]:
 def _text(path: Path) -> str:
     """Return a file as text, or nothing when it is too large to be a model's code or cannot be read."""
     try:
-        if path.stat().st_size > MAX_SOURCE_BYTES:
-            return ""
-        return path.read_bytes().decode("utf-8", errors="replace")
+        return read_regular(path, MAX_SOURCE_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import CheckpointError
+from models.regular_file import open_regular, require_regular
 from models.shard_header import TensorEntry
 from models.shards import Shards
 
@@ -99,6 +100,7 @@ class TensorStore:
             return tensor
         try:
             if shard not in self._open:
+                require_regular(path)
                 self._open[shard] = safe_open(path, framework="pt")
             tensor = self._open[shard].get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -141,7 +143,7 @@ class TensorStore:
 
     def _hash_bytes(self, digest: hashlib._Hash, name: str, entry: TensorEntry) -> None:
         path = self._shards.path(self._shards.stored[self.stored_name(name)])
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(entry.start)
             left = entry.nbytes
             while left:
@@ -166,7 +168,7 @@ def _read_own(path: Path, entry: TensorEntry) -> torch.Tensor:
     if entry.dtype not in dtypes:
         raise CheckpointError(f"{path}: a tensor of dtype {entry.dtype} is not read. Give the checkpoint in 16 bit.")
     content = bytearray(entry.nbytes)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(entry.start)
         if file.readinto(content) != entry.nbytes:
             raise CheckpointError(f"{path}: cut short since it was opened. Fetch the file again.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from models.checkpoint import OUTPUT_PREFIX, RANDOM_KEY, Checkpoint
 from models.family import HEAD_PREFIX
 from models.hub import LIGHT_PATTERNS
+from models.regular_file import open_regular
 from models.safe_vlm import model_class_of
 from models.shard_header import read_header
 from models.tap import CONFIG_KEY
@@ -190,7 +191,7 @@ def _of_layer(path: Path, prefix: str) -> Iterator[Piece]:
     for name, entry in sorted(read_header(path).items()):
 
         def write(file: BinaryIO, start: int = entry.start, nbytes: int = entry.nbytes) -> None:
-            with path.open("rb") as source:
+            with open_regular(path) as source:
                 source.seek(start)
                 left = nbytes
                 while left:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import Artifact, Row, Run, RunRecord, Runtime, SuiteRecord
 from models.machine import now
+from runtimes.bundle import sha256_of
 
 __all__ = ["imported_run"]
 
@@ -18,7 +18,7 @@ def imported_run(path: Path, name: str, suite: SuiteRecord, rows: Sequence[Row])
     record = RunRecord(
         created=moment,
         finished=moment,
-        artifact=Artifact(name=name, kind="predictions", sha256=hashlib.sha256(path.read_bytes()).hexdigest()),
+        artifact=Artifact(name=name, kind="predictions", sha256=sha256_of(path)),
         runtime=Runtime(name="imported"),
         suite=suite,
     )

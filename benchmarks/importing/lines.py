@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from models.json_file import parse_json
+from models.regular_file import open_regular
 
 __all__ = ["numbered_rows"]
 
@@ -25,8 +26,8 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _text(path)
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            rows = parse_json(text, rows=True)
+        except ValueError as error:
             raise InputError(f"{path}: not valid JSON ({error}).") from error
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
         return
@@ -39,14 +40,14 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _row(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line, rows=True)
+    except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error}).") from error
 
 
 def _text(path: Path) -> str:
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        with open_regular(path) as file, gzip.open(file) if path.suffix == ".gz" else file as stream:
             data = stream.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InputError(f"{path}: more than {MAX_BYTES:,} bytes of text; that is no log of a benchmark.")
@@ -54,6 +55,6 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file.") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}).") from error
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from error

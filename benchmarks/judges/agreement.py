@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from models.errors import InputError, MissingExtraError
+from models.json_file import MAX_JSON_BYTES, first_problem, validate_json
+from models.regular_file import read_regular
 
 __all__ = ["Agreement", "Quality", "agreement", "judge_quality", "read_labels"]
 
@@ -82,7 +83,7 @@ def read_labels(path: Path) -> Mapping[str, bool]:
     no line at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_regular(path, MAX_JSON_BYTES).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: labels cannot be read ({error}).") from error
     labels: dict[str, bool] = {}
@@ -91,12 +92,9 @@ def read_labels(path: Path) -> Mapping[str, bool]:
         if not line.strip():
             continue
         try:
-            label = _Label.model_validate_json(line)
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False)[0]
-            field = next((str(part) for part in found["loc"]), "the whole")
-            given = json.dumps(found["input"], default=str)[:80]
-            raise InputError(f"{path}, line {number}: {field}: {found['msg']} (given: {given}). {_EXAMPLE}") from error
+            label = validate_json(_Label, line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {first_problem(error)}. {_EXAMPLE}") from error
         name = str(label.id)
         if name in labels:
             raise InputError(f"{path}, line {number}: id {name!r} stands in line {stands[name]} already.")

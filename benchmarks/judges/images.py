@@ -14,9 +14,11 @@ from benchmarks.record import Row
 from benchmarks.suites.image_files import find_image, is_plain
 from models.errors import ImageFileError, InputError
 from models.image import open_image
+from models.regular_file import read_regular
 
 __all__ = ["ShownImages"]
 
+MAX_IMAGE_BYTES = 2**30
 QUALITY = 90
 NAMED = 5
 
@@ -60,7 +62,7 @@ class ShownImages:
         if path is None:
             raise ImageFileError(f"{name}: there is no such file in {self.folder}.")
         try:
-            return path.read_bytes()
+            return read_regular(path, MAX_IMAGE_BYTES)
         except OSError as error:
             raise ImageFileError(f"{path}: it cannot be read ({error.strerror}).") from error
 

@@ -20,14 +20,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from benchmarks.journal import append, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
 from models.errors import InputError
-from models.json_file import first_problem, replace_file
+from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from models.regular_file import read_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -227,8 +228,8 @@ def _dump(line: StoredLine) -> bytes:
 
 def _read_identity(path: Path) -> _Identity:
     try:
-        return _Identity.model_validate_json(path.read_bytes())
+        return validate_json(_Identity, read_regular(path, MAX_JSON_BYTES))
     except OSError as error:
         raise InputError(f"{path}: the judge's identity cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
+    except ValueError as error:
         raise InputError(f"{path}: {first_problem(error)}") from error

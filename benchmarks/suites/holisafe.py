@@ -6,8 +6,6 @@ fetches it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,9 @@ from benchmarks.suites.suite import Suite, without_contradictions
 from models.errors import InputError
 from models.guard_head import standard_classes
 from models.image import open_image
+from models.json_file import parse_json
+from models.regular_file import read_regular
+from runtimes.bundle import sha256_of
 
 __all__ = ["HOW_TO_GET_IT", "ROWS_FILE", "holisafe", "row_of"]
 
@@ -29,6 +30,7 @@ HOW_TO_GET_IT = (
     "--data."
 )
 SHOWN = 5
+MAX_BYTES = 2**30
 
 
 def holisafe(folder: Path) -> Suite:
@@ -43,7 +45,7 @@ def holisafe(folder: Path) -> Suite:
         name="holisafe",
         rows=kept,
         pictures={name: partial(open_image, files[name]) for name in images},
-        fingerprints={name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in images},
+        fingerprints={name: sha256_of(files[name]) for name in images},
         classes=standard_classes(),
         left_out=left_out,
     )
@@ -96,14 +98,14 @@ def _plain(name: str, where: str) -> str:
 
 def _read(path: Path) -> Sequence[Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file. {HOW_TO_GET_IT}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}).") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(content, rows=True)
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). {HOW_TO_GET_IT}") from error
     if not isinstance(rows, list):
         raise InputError(f"{path}: a JSON list of rows is needed, not {type(rows).__name__}.")

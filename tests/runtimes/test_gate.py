@@ -231,7 +231,8 @@ FAILURES = [
     KeyboardInterrupt(),
     GeneratorExit(),
 ]
-LENIENT = Policy(default="allow", guard=Limits.model_construct(block=2.0, allow=2.0), confirm=False, still_unsure="allow")
+NEVER = Limits.model_construct(block=2.0, allow=2.0)
+LENIENT = Policy(default="allow", guard=NEVER, confirm=False, still_unsure="allow")
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
