@@ -279,7 +279,7 @@ def _read(path: Path) -> Loaded:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(read_regular(path, MAX_BYTES))
+        value = parse_json(read_regular(path, MAX_BYTES), rows=True)  # NaN is refused with its place
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file. {AGAIN}") from None
     except OSError as error:

@@ -166,7 +166,7 @@ class GgufManifest(Frozen):
         except ValueError as error:
             raise BundleError(f"{where}: {first_problem(error)}. {COPY_AGAIN}") from error
         version = stated.get("schema_version") if isinstance(stated, dict) else None
-        if version != 1 or isinstance(version, bool):
+        if version != 1 or type(version) is not int:
             raise BundleError(f"{where}: schema_version {shortened(repr(version))} is unknown; 1 is read. {COPY_AGAIN}")
         if "random_weights" in stated and isinstance(stated.get("source"), dict):  # it stood beside the source once
             stated["source"].setdefault("random_weights", stated.pop("random_weights"))

@@ -300,7 +300,7 @@ class Manifest(Frozen):
         """Check the text of a manifest; ``where`` names it in messages."""
         stated = _object(content, where)
         version = stated.get("schema_version")
-        if version != SCHEMA_VERSION or isinstance(version, bool):
+        if version != SCHEMA_VERSION or type(version) is not int:
             raise BundleError(
                 f"{where}: schema_version {shortened(repr(version))} is unknown; this release reads {SCHEMA_VERSION}. "
                 "Install the release that wrote the bundle, or export it again with this one."

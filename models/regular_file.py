@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 __all__ = ["is_file", "is_folder", "open_regular", "read_regular", "require_regular"]
 
@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a file for reading, links followed, without ever waiting for a writer.
 
     What is opened is what is checked: the kind is asked of the open descriptor, so nothing can be swapped in between.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from calibration import labels
 from calibration.labels import read_labels
 from models.errors import InputError
 
@@ -133,13 +134,10 @@ def test_a_missing_file_is_refused(folder: Path) -> None:
 
 def test_an_image_that_cannot_be_opened_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(folder, ("0.png", 0))
-    honest = Path.read_bytes
 
-    def refuse(self: Path) -> bytes:
-        if self.suffix == ".png":
-            raise PermissionError(13, "Permission denied", str(self))
-        return honest(self)
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(labels, "sha256_of", refuse)
     with pytest.raises(InputError, match=r"0\.png cannot be read: Permission denied"):
         read(path)

@@ -195,7 +195,7 @@ def test_class_names_of_the_config_go_before_the_standard_ones(tmp_path: Path) -
         ({"safety_categories": ["a", "b"]}, "'safety_categories' has 2 names, the guard head has 20 outputs"),
         ({"num_safety_categories": 19}, "'num_safety_categories' 19, the guard head has 20 outputs"),
         ({"num_safety_categories": "20"}, "'num_safety_categories' '20'"),
-        ({"safety_categories": ["a"] * 20}, "names a twice"),
+        ({"safety_categories": ["a"] * 20}, "a name appears twice: a, a"),
         ({"safety_categories": "safe"}, "is 'safe'; a list of 20 names"),
         ({"safety_categories": [1] * 20}, "a list of 20 names"),
         ({"safety_categories": {"0": "safe"}}, "a list of 20 names"),

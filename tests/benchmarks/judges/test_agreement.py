@@ -80,7 +80,7 @@ def test_labels_are_read(tmp_path: Path) -> None:
         ('{"id": "1", "ok": true, "by": "me"}\n', "line 1: by: Extra"),
         ('{"id": "", "ok": true}\n', "line 1: id"),
         ('{"id": true, "ok": true}\n', "line 1: id"),
-        ("1 yes\n", "line 1: the whole: Invalid JSON"),
+        ("1 yes\n", "line 1: not valid JSON"),
         ("[]\n", "line 1: the whole"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_full_disk_is_told_and_costs_no_score(run: Path, monkeypatch: pytest.M
     ("text", "message"),
     [
         ('{"id": "1", "ok": true}\n{"id": "1", "ok": true}\n', r"line 2: id '1' stands in line 1"),
-        ('{"id": "1", "ok": true}\n\n', "line 2: the whole"),
+        ('{"id": "1", "ok": true}\n\n', "line 2: not valid JSON"),
         ('{"id": "1", "ok": "true"}\n', "line 1: ok"),
         ('{"id": "1", "ok": NaN}\n', "line 1"),
         ('{"id": "1"}\n', "line 1: ok: Field required"),
