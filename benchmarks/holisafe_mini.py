@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from models.commandline import run
+from models.commandline import printable, run
 from models.errors import InputError
 from models.holisafe_mini.scene import PARTS, draw
 from models.holisafe_mini.suite import Answered, Suite, build_suite
@@ -68,7 +68,8 @@ def main(out: Path, part: str, pairs: int, questions: int, seed: int) -> None:
     """Write a part of holisafe-mini as PNG and JSON; the same seed gives the same bytes."""
     suite = build_suite(part, pairs=pairs, questions=questions, seed=seed)
     write_suite(suite, out)
-    click.echo(f"{out}: {len(suite.pictures)} pictures, {len(suite.pairs)} pairs, {len(suite.questions)} questions")
+    counts = f"{len(suite.pictures)} pictures, {len(suite.pairs)} pairs, {len(suite.questions)} questions"
+    click.echo(printable(f"{out}: {counts}"))
 
 
 if __name__ == "__main__":

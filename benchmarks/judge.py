@@ -115,6 +115,7 @@ def judge_run(
 def main(runs: Sequence[Path], cache: Path, resume: bool, as_json: bool, **given: Any) -> None:
     """Have a language model judge whether unsafe pairs were refused and safe ones answered."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     found = {folder: _pairs(read_run(folder)) for folder in _distinct(runs)}
@@ -132,7 +133,7 @@ def main(runs: Sequence[Path], cache: Path, resume: bool, as_json: bool, **given
         progress = held.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
         judged = []
         for writer in writers:
-            task = progress.add_task(writer.run_folder.name, total=len(writer.rows))
+            task = progress.add_task(escape(writer.run_folder.name), total=len(writer.rows))
             judged.append(judge_run(judge, writer, report=partial(progress.advance, task)))
     _tell(judge, judged, as_json)
     _refuse_nothing(judge, judged)

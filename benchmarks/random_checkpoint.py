@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.random_vlm import config_and_class
 from benchmarks.shapes import VisionShape, find_shape, shape_names
 from models.checkpoint import RANDOM_KEY, open_checkpoint
-from models.commandline import run
+from models.commandline import printable, run
 from models.errors import InputError
 from models.family import HEAD_PREFIX
 from models.filling import on_meta
@@ -185,13 +185,13 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tens
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(shape: str, out: Path, layers: int | None, layout: Layout, sparse: bool, seed: int) -> None:
     """Write a checkpoint with random weights at a real model's shape, marked as such."""
-    with Console(stderr=True).status(f"writing {out}"):
+    with Console(stderr=True).status("writing"):
         written = write_random_checkpoint(
             find_shape(shape), out, layers=layers, seed=seed, layout=layout, sparse=sparse
         )
     disk = sum(path.stat().st_blocks * 512 for path in out.iterdir())
     holes = f", {disk / 2**30:.1f} GiB on the disk" if sparse else ""
-    click.echo(f"{out}: {written / 2**30:.1f} GiB of random weights at {shape}'s shape{holes}")
+    click.echo(printable(f"{out}: {written / 2**30:.1f} GiB of random weights at {shape}'s shape{holes}"))
 
 
 if __name__ == "__main__":

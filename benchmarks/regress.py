@@ -78,7 +78,7 @@ def main(
         click.echo(json.dumps(findings.to_json(), indent=1, allow_nan=False))
     else:
         click.echo(printable("\n".join(summary_lines(findings))))
-        click.echo(f"report: {page}")
+        click.echo(printable(f"report: {page}"))
     return findings.exit_code
 
 

@@ -193,7 +193,7 @@ def _print(record: RunRecord, out: Path, as_json: bool) -> None:
     )
     if failed:
         click.echo(printable(f"first failure: {failed[0].id}: {failed[0].error}"))
-    click.echo(f"next: python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT")
+    click.echo(printable(f"next: python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT"))
 
 
 if __name__ == "__main__":

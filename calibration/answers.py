@@ -19,7 +19,7 @@ import torch
 from calibration.conversations import Sample, read_conversations
 from calibration.refusals import is_refusal
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import grid_option, run
+from models.commandline import grid_option, printable, run
 from models.errors import InputError
 from models.json_file import replace_file
 from models.prompt_tokens import answer_ids
@@ -118,6 +118,7 @@ def main(
 ) -> None:
     """Let MODEL answer calibration samples; quantize with the result and --answers given."""
     from rich.console import Console
+    from rich.markup import escape
 
     read = read_conversations(file, images)
     if out.exists():
@@ -130,7 +131,7 @@ def main(
             max_new_tokens=max_new_tokens,
             dtype=getattr(torch, dtype),
             device=device,
-            report=status.update,
+            report=lambda stage: status.update(escape(stage)),
         )
     rows = []
     for sample, answer in zip(read.samples, answers, strict=True):
@@ -139,9 +140,8 @@ def main(
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(out, text.encode())
     refused = sum(is_refusal(answer.text) for answer in answers)
-    click.echo(
-        f"{out}: {len(rows)} answers, {refused} of them refusals; images are still named relative to {file.parent}"
-    )
+    told = f"{out}: {len(rows)} answers, {refused} of them refusals; images are still named relative to {file.parent}"
+    click.echo(printable(told))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from calibration.pictures import BuiltIn, Pictures, PictureSource, load_pictures
 from calibration.student import Fit, Split, fit_head, split_by_content
 from calibration.teacher import Lesson, teach
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import grid_option, run
+from models.commandline import grid_option, printable, run
 from models.distilled_head import DistilledHead
 from models.errors import InputError
 from models.hub import TINY_CHECKPOINTS
@@ -261,6 +261,7 @@ def main(
 ) -> None:
     """Fit a guard head on the projector's output of MODEL to its exact guard's verdicts on pictures."""
     from rich.console import Console
+    from rich.markup import escape
 
     checkpoint = open_checkpoint(model, revision=revision)
     options = DistillOptions(
@@ -275,14 +276,14 @@ def main(
     )
     source = pictures_for(images, checkpoint)
     with Console(stderr=True).status("opening") as status:
-        head = distill(checkpoint, source, options, report=status.update).write(out)
+        head = distill(checkpoint, source, options, report=lambda stage: status.update(escape(stage))).write(out)
     if head.fidelity["unreadable"]:
-        click.echo(f"passed over, unreadable: {shown(head.fidelity['unreadable'])}", err=True)
+        click.echo(printable(f"passed over, unreadable: {shown(head.fidelity['unreadable'])}"), err=True)
     if as_json:
         click.echo(json.dumps({"guard": str(out), "sha256": head.sha256, "fidelity": head.fidelity}, indent=2))
         return
-    click.echo("\n".join([f"{out}: guard head of {checkpoint.name}", *describe(head)]))
-    click.echo(f"next: python -m export.onnx --model {model} --guard {out} --out DIR")
+    click.echo(printable("\n".join([f"{out}: guard head of {checkpoint.name}", *describe(head)])))
+    click.echo(printable(f"next: python -m export.onnx --model {model} --guard {out} --out DIR"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from calibration.labels import LabelledImage, Labels, read_labels
 from calibration.risk_control import Bands, Method, Promise, fit_bands, measure
-from models.commandline import run
+from models.commandline import printable, run
 from models.errors import BundleError, ImageFileError, InputError
 from models.image import open_image
 from models.manifest import GuardFile, Manifest, Thresholds
@@ -280,13 +280,13 @@ def main(
         opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, watch=_watch
     )
     for line in _notes(read, fitted, bundle):
-        click.echo(line, err=True)
+        click.echo(printable(line), err=True)
     if as_json:
         stated = fitted.manifest.model_dump(mode="json")["thresholds"]
         answer = {"thresholds": stated, "by_class": fitted.by_class, "not_fitted": fitted.not_fitted}
         click.echo(json.dumps(answer, indent=2))
         return
-    click.echo("\n".join(_table(fitted.manifest)))
+    click.echo(printable("\n".join(_table(fitted.manifest))))
 
 
 def _watch(images: Sequence[LabelledImage], file: str) -> Iterator[LabelledImage]:

@@ -282,6 +282,7 @@ def export_with_progress(
 ) -> Manifest:
     """Find or distil the head that is asked for, and export, with a line of progress on standard error."""
     from rich.console import Console
+    from rich.markup import escape
 
     # refuses before hours of distillation
     asked = ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8, int8_images=int8_images)
@@ -294,12 +295,12 @@ def export_with_progress(
             grid=request.grid,
             images=request.folder,
             parity_images=parity_images,
-            distilled=find_head(checkpoint, request, report=status.update),
+            distilled=find_head(checkpoint, request, report=lambda stage: status.update(escape(stage))),
             embeddings=embeddings,
             int8=int8,
             int8_images=int8_images,
         )
-        return export_guard(checkpoint, out, options, report=status.update)
+        return export_guard(checkpoint, out, options, report=lambda stage: status.update(escape(stage)))
 
 
 @click.command()

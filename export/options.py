@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from models.manifest import Manifest, Parity
+from models.printable import printable
 
 __all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest", "source_options"]
 
@@ -65,7 +66,8 @@ def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as
     if as_json:
         click.echo(json.dumps({"bundle": str(out), "manifest": manifest.model_dump(mode="json")}, indent=2))
         return
-    click.echo(f"{out}: guard of {manifest.source.checkpoint}, tap {manifest.tap.source} ({manifest.tap.learned})")
+    tap = f"tap {manifest.tap.source} ({manifest.tap.learned})"
+    click.echo(printable(f"{out}: guard of {manifest.source.checkpoint}, {tap}"))
     if manifest.source.random_weights:
         click.echo("  random weights: its verdicts mean nothing, its sizes and times do")
     for file in manifest.files:
@@ -79,13 +81,13 @@ def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as
             line += f"  {file.note}; {kept} of {file.quantization['products']} products left in float32"
         if file.path == manifest.default_file and len(manifest.files) > 1:
             line += "  (default)"
-        click.echo(line)
+        click.echo(printable(line))
     if not manifest.source.standalone:
-        click.echo("\n".join(_split_note(again, out)))
+        click.echo(printable("\n".join(_split_note(again, out))))
         return
     if manifest.fidelity is not None and "test" in manifest.fidelity:  # a head made elsewhere may state other things
         click.echo(_fidelity(manifest.fidelity["test"]))
-    click.echo(f"next: python -m runtimes.check {out} IMAGE...")
+    click.echo(printable(f"next: python -m runtimes.check {out} IMAGE..."))
 
 
 def _parity(parity: Parity) -> str:

@@ -20,6 +20,7 @@ from export.rewrites.opset17 import FLOAT32, lower_to_opset17
 from export.rewrites.standard_operators import to_standard
 from models.errors import EngineUnavailableError, InputError, SafeVLMError
 from models.json_file import replace_file
+from models.printable import one_line
 
 __all__ = [
     "BUILDER_APIS",
@@ -225,7 +226,7 @@ def _logger(trt: Any) -> Any:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.WARNING:
-                _log.info("TensorRT: %s", message)
+                _log.info("TensorRT: %s", one_line(message))
 
     return CollectingLogger()
 

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from models.errors import CheckpointError, InputError
 from models.family import PromptFormat
 from models.json_file import read_json_object
+from models.regular_file import require_regular
 
 __all__ = ["IMAGE", "answer_ids", "load_tokenizer", "prompt_ids", "stop_ids", "text_ids"]
 
@@ -26,6 +27,12 @@ def load_tokenizer(folder: Path) -> Any:
 
     Errors: CheckpointError when the files are missing or not a tokenizer that transformers knows.
     """
+    try:
+        for path in sorted(folder.iterdir()):  # transformers opens what it likes of them, and would wait for a FIFO
+            if not path.is_dir():
+                require_regular(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}). Remove it.") from error
     stated = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
     known = stated.get("model_type") in CONFIG_MAPPING and (folder / "tokenizer.json").is_file()
     # Without tokenizer.json, transformers 5 reads a LLaVA's tokenizer.model by a general class that loses the

@@ -106,10 +106,13 @@ def progress_on(console: Console) -> Iterator[Progress]:
                 f"layer {index + 1} of {layers}: output error at most {worst.get('relative_error', 0.0):.2%} "
                 f"({worst['linear']}){nearest}, {shown_seconds(seconds)}",
                 highlight=False,
+                markup=False,
             )
 
         yield Progress(
-            status=status.update, say=lambda line: console.print(printable(line), highlight=False), layer=layer
+            status=status.update,
+            say=lambda line: console.print(printable(line), highlight=False, markup=False),
+            layer=layer,
         )
 
 
@@ -172,4 +175,4 @@ def _guard_line(guard: Mapping[str, Any]) -> str:
 
 def finish(found: Compressed, as_json: bool, command: str) -> None:
     """Print the result."""
-    click.echo(json.dumps(found.record, indent=1) if as_json else "\n".join(describe(found, command)))
+    click.echo(json.dumps(found.record, indent=1) if as_json else printable("\n".join(describe(found, command))))

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from models.errors import BundleError, InputError, MissingExtraError, SafeVLMError
 from models.machine import core_count
+from models.printable import one_line
 from runtimes.activation import Activated
 from runtimes.llamacpp_first_patch import FirstPatch
 
@@ -72,7 +73,7 @@ class _Quiet:
         if level == 3 and line:  # GGML_LOG_LEVEL_ERROR
             _Quiet.last_error = line
         if line:
-            _log.debug("llama.cpp: %s", line)
+            _log.debug("llama.cpp: %s", one_line(line))
 
 
 class LlamaCpp(Activated):

@@ -7,6 +7,7 @@ from typing import cast
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from calibration.mix import Mix
 from calibration.samples import CalibrationOptions
@@ -98,7 +99,7 @@ def main(
         **({} if max_memory is None else {"max_memory": int(max_memory * 2**30)}),
     )
     with Console(stderr=True).status("opening") as status:
-        manifest = export_gguf(checkpoint, out, options, report=status.update)
+        manifest = export_gguf(checkpoint, out, options, report=lambda stage: status.update(escape(stage)))
     if as_json:
         click.echo(manifest.model_dump_json(indent=1))
         return

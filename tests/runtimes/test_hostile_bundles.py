@@ -158,14 +158,18 @@ KEPT = {"kind", "precision", "inputs", "outputs"}
 
 
 def test_weights_that_are_listed_are_taken(tmp_path: Path) -> None:
-    stated = onnx_file(tmp_path)
-    onnx.save(guard_graph(), tmp_path / "g.onnx", save_as_external_data=True, location="g.data", size_threshold=30)
-    file = listed(tmp_path, "g.onnx", (tmp_path / "g.onnx").read_bytes(), **stated.model_dump(include=KEPT))
+    wide = {"weights": np.zeros((3, 300), np.float32)}  # the only weight that is large enough to lie outside
+    names = ("safe", *map(str, range(299)))
+    stated = onnx_file(tmp_path, **wide).model_dump(include=KEPT)
+    onnx.save(
+        guard_graph(**wide), tmp_path / "g.onnx", save_as_external_data=True, location="g.data", size_threshold=99
+    )
+    file = listed(tmp_path, "g.onnx", (tmp_path / "g.onnx").read_bytes(), **stated)
     data = listed(tmp_path, "g.data", (tmp_path / "g.data").read_bytes(), kind="onnx_data", precision="fp32")
-    manifest_of([file, data]).write(tmp_path)
+    manifest_of([file, data], classes=names).write(tmp_path)
     with OnnxRuntimeRunner(open_bundle(tmp_path)) as runner:
-        assert runner.infer(np.zeros((2, 16, 16, 3), np.uint8)).probs.shape == (2, 3)
-    manifest_of([file]).write(tmp_path)
+        assert runner.infer(np.zeros((2, 16, 16, 3), np.uint8)).probs.shape == (2, 300)
+    manifest_of([file], classes=names).write(tmp_path)
     with pytest.raises(BundleError, match=r"keeps weights in 'g\.data'"):
         open_bundle(tmp_path)
 
