@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import NoReturn
 import click
 
 from models.errors import InputError, SafeVLMError
-from models.printable import printable
+from models.printable import printable, shortened
 
 __all__ = ["INTERRUPTED", "USAGE", "grid_option", "leave", "printable", "run"]
 
@@ -22,8 +23,8 @@ INTERRUPTED = 130
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a click command and exit: with the whole number it returns, else 0.
 
-    SafeVLMError becomes ``error: message`` on stderr and its own code, wrong usage 2, Ctrl-C 130. Every other
-    exception is a bug of ours and keeps its traceback (Python then exits with 1).
+    SafeVLMError becomes ``error: message`` on stderr and its own code, wrong usage 2 (so is a path that is too long
+    for the system, whoever looked at it), Ctrl-C 130. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1).
     """
     try:
         code = command.main(None if arguments is None else list(arguments), standalone_mode=False)
@@ -36,6 +37,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     except SafeVLMError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        click.echo(f"error: {shortened(str(error.filename))}: no path can be that long. Give a shorter one.", err=True)
+        sys.exit(USAGE)
     sys.exit(code if isinstance(code, int) else 0)
 
 
