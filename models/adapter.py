@@ -40,8 +40,8 @@ def refuse_adapter_files(where: str, files: Collection[str]) -> None:
     found = sorted(name for name in files if FILES.fullmatch(name))
     if found:
         raise CheckpointError(
-            f"{where}: '{found[0]}' belongs to an adapter, and the other tensors do not hold what it changes. {ADVICE}, "
-            "or remove the adapter's files if it is merged already."
+            f"{where}: '{found[0]}' belongs to an adapter, and the other tensors do not hold what it changes. "
+            f"{ADVICE}, or remove the adapter's files if it is merged already."
         )
 
 
@@ -51,5 +51,6 @@ def refuse_adapter_tensors(where: str, stored: Iterable[str]) -> None:
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise CheckpointError(
-            f"{where}: tensor {found[0][:200]!r}{more} belongs to an adapter that is not merged into the model. {ADVICE}."
+            f"{where}: tensor {found[0][:200]!r}{more} belongs to an adapter that is not merged into the model. "
+            f"{ADVICE}."
         )

@@ -23,7 +23,7 @@ from models.guard_head import (
     standard_classes,
 )
 from models.hub import fetch_checkpoint, find_model
-from models.ignored import Ignored, report_ignored
+from models.ignored import NOTHING, Ignored, report_ignored
 from models.json_file import read_json_object
 from models.processor_files import read_processor_settings
 from models.quantized import Quantization, QuantizedTensors, read_quantization
@@ -57,7 +57,7 @@ class Checkpoint:
     """Image processor settings: the checkpoint's own, or the family's where it has none."""
     tensors: TensorStore
     """Those of a quantized language model stand for the numbers that were stored (see :mod:`models.quantized`)."""
-    ignored: Ignored = Ignored()
+    ignored: Ignored = NOTHING
     """Files and tensors that lie in the checkpoint and are not part of what is read."""
     quantization: Quantization | None = None
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Ignored", "report_ignored"]
+__all__ = ["NOTHING", "Ignored", "report_ignored"]
 
 SHOWN_NAMES, SHOWN_SIGNS = 5, 80
 
@@ -29,11 +29,16 @@ class Ignored:
         """Return one line on the files and one on the tensors, where there are any."""
         found = []
         if self.files:
-            found.append(f"ignored: {_count(self.files, 'file')} beside the weights that are read: {_listed(self.files)}")
+            found.append(
+                f"ignored: {_count(self.files, 'file')} beside the weights that are read: {_listed(self.files)}"
+            )
         if self.tensors:
             share = "" if self.share is None else f" ({100 * self.share:.1f} % of the bytes)"
             found.append(f"ignored: {_count(self.tensors, 'tensor')}{share} of no known part: {_listed(self.tensors)}")
         return found
+
+
+NOTHING = Ignored()
 
 
 def report_ignored(name: str, ignored: Ignored) -> None:

@@ -124,8 +124,7 @@ def read_processor(processor: _Settings, *, family: str, grid: tuple[int, int] |
     """Return the contract that ``processor`` states; see :meth:`Preprocessing.from_processor`."""
     kind = _kind(processor, family)
     _check_keys(processor)
-    given = {key: value for key, value in processor.items() if value is not None}
-    settings = {**CLASS_DEFAULTS[kind], **given}
+    settings = {**CLASS_DEFAULTS[kind], **_without_null(processor, kind)}
     geometry = _GEOMETRY[kind](settings, grid)
     try:
         return Preprocessing(
@@ -156,10 +155,22 @@ def _kind(processor: _Settings, family: str) -> str:
     return name
 
 
+def _without_null(processor: _Settings, kind: str) -> dict[str, Any]:
+    """Return what is stated. A null stays null in transformers: a flag is off then, another default is lost."""
+    stated = {key: value for key, value in processor.items() if value is not None}
+    for key in processor.keys() - stated.keys():
+        if CLASS_DEFAULTS[kind].get(key) is None or (kind, key) == ("Qwen2VLImageProcessor", "size"):
+            continue
+        if not isinstance(CLASS_DEFAULTS[kind][key], bool):
+            _refuse(key, None, "a value, or no such key")
+        stated[key] = False
+    return stated
+
+
 def _check_keys(processor: _Settings) -> None:
     for key in REQUIRED_TRUE:
-        if processor.get(key) is False:
-            _refuse(key, False, "true; a guard bundle always resizes and normalises")
+        if not processor.get(key, True):
+            _refuse(key, processor[key], "true; a guard bundle always resizes and normalises")
     for key in REQUIRED_OFF:
         if processor.get(key):
             _refuse(key, processor[key], "false or absent; a guard judges the picture as one")
@@ -231,9 +242,7 @@ def _check_grid(grid: tuple[int, int] | None, height: int, width: int) -> None:
 def _clip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
     size, cut = _size(settings), bool(settings["do_center_crop"])
     if set(size) == {"height", "width"}:
-        if cut and _rectangle(settings["crop_size"], "crop_size") != _rectangle(size, "size"):
-            _refuse("crop_size", settings["crop_size"], f"the same as size, {size}")
-        return _siglip({**settings, "size": size}, grid)
+        return _siglip(settings, grid)
     if set(size) != {"shortest_edge"}:
         _refuse("size", size, "shortest_edge alone, or height and width")
     edge, pads = _side(size["shortest_edge"], "size.shortest_edge"), _pads(settings)
@@ -266,6 +275,15 @@ def _llava(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _siglip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
+    """Take the whole image to ``size``; a crop must change nothing."""
+    if settings.get("do_center_crop") and _size(settings).keys() == {"height", "width"}:
+        size = _size(settings)
+        if _rectangle(settings.get("crop_size"), "crop_size") != _rectangle(size, "size"):
+            _refuse("crop_size", settings.get("crop_size"), f"the same as size, {size}")
+    return _whole(settings, grid)
+
+
+def _whole(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
     height, width = _rectangle(_size(settings), "size")
     _check_grid(grid, height, width)
     if not _pads(settings):
@@ -312,6 +330,6 @@ _GEOMETRY: Mapping[str, Callable[[_Settings, tuple[int, int] | None], dict[str, 
     "CLIPImageProcessor": _clip,
     "LlavaImageProcessor": _llava,
     "SiglipImageProcessor": _siglip,
-    "Gemma3ImageProcessor": _siglip,
+    "Gemma3ImageProcessor": _whole,  # its class never crops
     "Qwen2VLImageProcessor": _qwen2_vl,
 }

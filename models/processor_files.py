@@ -55,7 +55,7 @@ COUNTS = (
 def read_processor_settings(folder: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the image processor's settings as ``Preprocessing.from_processor`` takes them.
 
-    A key that is null there is one that was never set. Raises CheckpointError for a file that is not usable, and for
+    Raises CheckpointError for a file that is not usable, and for
     settings that contradict each other or that are not followed here.
     """
     _check_own_settings(folder, family, config)
@@ -63,11 +63,11 @@ def read_processor_settings(folder: Path, family: Family, config: Mapping[str, A
     if own is None:
         settings = dict(family.preprocessing)
     else:
-        settings = {key: value for key, value in own.items() if value is not None}
-        if "feature_extractor_type" not in settings:
+        settings = dict(own)
+        if not (settings.get("image_processor_type") or settings.get("feature_extractor_type")):
             stock = config.get("model_type") == family.auto_model_type
             usual = family.auto_processor if stock else family.preprocessing["image_processor_type"]
-            settings.setdefault("image_processor_type", config.get("image_processor_type") or usual)
+            settings["image_processor_type"] = config.get("image_processor_type") or usual
     return _with_aspect_ratio(folder, name, settings, family, config)
 
 
@@ -96,8 +96,8 @@ def _check_counts(folder: Path, processor: Mapping[str, Any], config: Mapping[st
             stated = stated.get(level) if isinstance(stated, Mapping) else None
         if None not in (stated, processor.get(key)) and processor[key] != stated:
             raise CheckpointError(
-                f"{folder / PROCESSOR}: {key} = {processor[key]!r}, but config.json states {'.'.join(path)} = {stated!r}. "
-                "Both count an image's tokens and must agree: fetch both files from the same revision."
+                f"{folder / PROCESSOR}: {key} = {processor[key]!r}, but config.json states {'.'.join(path)} = "
+                f"{stated!r}. Both count an image's tokens and must agree: fetch both files from the same revision."
             )
 
 

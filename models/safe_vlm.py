@@ -31,7 +31,7 @@ from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, text_ids
+from models.prompt_tokens import IMAGE, check_tokenizer, load_tokenizer, prompt_ids, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
@@ -134,7 +134,9 @@ class SafeVLM(nn.Module):
         tap_source: TapSource,
         preprocessing: Preprocessing,
         tokenizer: Any,
+        stated_ends: frozenset[int] = frozenset(),
     ) -> None:
+        """Put the parts together; ``stated_ends`` end an answer as the tokenizer's and the family's own do."""
         super().__init__()
         self.model = model
         self.head = head
@@ -143,6 +145,7 @@ class SafeVLM(nn.Module):
         self.tap_source = tap_source
         self.preprocessing = preprocessing
         self.tokenizer = tokenizer
+        self.stated_ends = stated_ends
         config = cast(Any, model).config
         self._language = _LANGUAGES[type(config)]
         self._geometry = geometry_of(config)
@@ -379,6 +382,8 @@ def load_safe_vlm(
     """
     config = build_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
+    check_tokenizer(tokenizer, checkpoint.folder, checkpoint.family.prompt, int(config.text_config.vocab_size))
+    ends = stated_ends(checkpoint.folder)
     model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
@@ -394,4 +399,5 @@ def load_safe_vlm(
         tap_source=checkpoint.tap.source,
         preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
         tokenizer=tokenizer,
+        stated_ends=ends,
     ).eval()

@@ -57,7 +57,7 @@ LLAVA = Family(
     # `mm_vision_select_layer` and `mm_vision_select_feature` by models.transformers_config. `mm_patch_merge_type` and
     # `image_grid_pinpoints` act on anyres images alone.
     own_settings=(
-        OwnSetting("image_aspect_ratio", (None, "square", "pad"), "cuts the image into several or gives it another shape"),
+        OwnSetting("image_aspect_ratio", (None, "square", "pad"), "gives the image another shape or cuts it"),
         OwnSetting("mm_use_im_start_end", (None, False), "puts <im_start> and <im_end> around the image"),
         OwnSetting("s2", (None, False), "reads the image at several scales"),
         OwnSetting("mm_resampler_type", (None, "identity"), "resamples the image's features"),

@@ -22,7 +22,6 @@ from tests.models.folders import (
     random_tensors,
     three_shards,
     write_folder,
-    write_json,
     write_safetensors,
 )
 
