@@ -382,7 +382,7 @@ def load_safe_vlm(
     """
     config = build_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
-    check_tokenizer(tokenizer, checkpoint.folder, checkpoint.family.prompt, int(config.text_config.vocab_size))
+    check_tokenizer(tokenizer, checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
     ends = stated_ends(checkpoint.folder)
     model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
