@@ -6,6 +6,7 @@ one canonical name, whatever layout stored it (see :mod:`models.family`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,12 +164,29 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
             f"allowed. Tensors stored: {shown}, … Remove the shards that belong to another checkpoint."
         )
     lacks = "; ".join(f"{family.title} would need {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
+    prefix = _unknown_prefix(names)
+    if prefix:
+        raise CheckpointError(
+            f"{where}: the tensors' names begin with {prefix!r}, which no known layout has. Write the checkpoint again "
+            f"with names that lack it. Tensors stored: {shown}, …"
+        )
     guard = any(HEAD_PREFIX in name for name in names)
     what = "a Safe-VLM of no known family" if guard else "not a Safe-VLM checkpoint"
     raise CheckpointError(
         f"{where}: {what}: {lacks}. Tensors stored: {shown}{', …' if len(names) > SHOWN_NAMES else ''}. "
         "Give a complete SafeLLaVA, SafeQwen2.5-VL or SafeGem checkpoint, vision tower and projector included."
     )
+
+
+def _unknown_prefix(names: list[str]) -> str | None:
+    """Return the one or two first levels of most names without which they are a family's, or ``None``."""
+    for depth in (1, 2):
+        heads = Counter(".".join(name.split(".", depth)[:depth]) + "." for name in names if name.count(".") >= depth)
+        for prefix, count in heads.most_common(1):
+            shorter = [name.removeprefix(prefix) for name in names]
+            if 2 * count > len(names) and any(family.matches(shorter) for family in FAMILIES.values()):
+                return prefix
+    return None
 
 
 def _lacking(family: Family, stored: Iterable[str]) -> list[str]:

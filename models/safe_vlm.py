@@ -216,10 +216,16 @@ class SafeVLM(nn.Module):
         To go on with an answer, give ids that hold it. ``size`` is the images' (height, width) in pixels; without
         features the rows are text alone.
 
-        Errors: InputError when a row has not T placeholders.
+        Errors: InputError when a row has not T placeholders, or a token that the embedding has no row for.
         """
         longest = max(map(len, sequences))
         table = self.core.get_input_embeddings()
+        beyond = max(map(max, sequences))
+        if beyond >= cast(Any, self.model).config.text_config.vocab_size:
+            raise InputError(
+                f"a prompt holds token {beyond} ({str(self.tokenizer.convert_ids_to_tokens(beyond))!r}), which the "
+                "embedding has no row for. Leave it out of the question."
+            )
         device = table.weight.device if features_NTD is None else features_NTD.device
         padded = [[0] * (longest - len(ids)) + list(ids) for ids in sequences]
         real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
