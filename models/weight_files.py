@@ -5,8 +5,9 @@
     names
 2   ``model.safetensors``                      even beside an index
 3   ``model.safetensors.index.json``
-4   another index, if it is the only one       transformers asks for its ``variant``
-5   one other file, or one complete set        transformers reads none of these; two candidates are
+4   ``pytorch_model.bin``, or its index        refused: a pickle
+5   another index, if it is the only one       transformers asks for its ``variant``
+6   one other file, or one complete set        transformers reads none of these; two candidates are
     ``…-00001-of-00003.safetensors``           refused
 ==  =========================================  ======================================================
 
@@ -27,6 +28,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"
 INDEX = "model" + INDEX_SUFFIX
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED = frozenset(("pytorch_model.bin", "pytorch_model.bin.index.json"))
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
 """What transformers' Trainer leaves behind: no weights."""
@@ -65,6 +67,13 @@ def choose_weights(
     indexes = sorted(name for name in files if name.endswith(INDEX_SUFFIX))
     if INDEX in indexes:
         return WeightFiles(index=INDEX)
+    taken = sorted(PICKLED & set(files))
+    others = sorted(name for name in files if name.endswith(".safetensors"))
+    if taken and others:
+        raise CheckpointError(
+            f"{where}: transformers reads '{taken[0]}' of this folder, a pickle, which is never opened here; "
+            f"'{others[0]}' may hold other weights. Remove the pickle if they are the same weights, or keep one set."
+        )
     if len(indexes) > 1:
         raise CheckpointError(f"{where}: several indexes ({', '.join(indexes)}) and none is '{INDEX}'. Keep one.")
     if indexes:
@@ -124,12 +133,7 @@ def _check_complete(where: str, found: list[str]) -> None:
 def _no_safetensors(where: str, files: Collection[str]) -> CheckpointError:
     pickles = sorted(name for name in files if name.endswith(PICKLE_SUFFIXES))
     if pickles:
-        return CheckpointError(
-            f"{where}: its weights are stored as pickle only ({', '.join(pickles[:3])}). Loading a pickle runs "
-            "whatever code its writer put in it, so these files are never opened; only .safetensors is allowed. "
-            "Convert it where you trust it: load the state dict with torch.load(FILE, weights_only=True) and "
-            "write it with safetensors.torch.save_file(state, 'model.safetensors'), then give that folder."
-        )
+        return _pickled(where, pickles)
     hint = ""
     if "manifest.json" in files:
         hint = " It looks like a guard bundle: pass it as --bundle where a command takes one."
@@ -138,4 +142,13 @@ def _no_safetensors(where: str, files: Collection[str]) -> CheckpointError:
     return CheckpointError(
         f"{where}: no .safetensors file in it. A checkpoint is a folder with config.json and model.safetensors, "
         f"or shards with an index beside them.{hint}"
+    )
+
+
+def _pickled(where: str, pickles: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: its weights are stored as pickle only ({', '.join(pickles[:3])}). Loading a pickle runs "
+        "whatever code its writer put in it, so these files are never opened; only .safetensors is allowed. "
+        "Convert it where you trust it: load the state dict with torch.load(FILE, weights_only=True) and "
+        "write it with safetensors.torch.save_file(state, 'model.safetensors'), then give that folder."
     )
