@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.checkpoint import open_checkpoint
-from models.errors import InputError
+from models.errors import CheckpointError, InputError
 from models.preprocessing import Preprocessing
 from tests.models.folders import CONFIG, WIDTH, write_folder, write_json
 from tests.models.test_preprocessing import assert_equal, photograph
@@ -153,7 +154,7 @@ def test_random_placements_give_the_librarys_own_pixels_or_a_refusal(monkeypatch
             try:
                 processor = own_processor(folder, config)
                 wanted = [processor(own_input(image, config, processor), return_tensors="np") for image in IMAGES]
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 counts["not read by its own library"] += 1
                 return
             for image, encoded in zip(IMAGES, wanted, strict=True):
@@ -174,3 +175,70 @@ def compare_one(folder: Path, contract: Preprocessing, image: Image.Image, encod
     patches = values.reshape(rows // 2, columns // 2, 2, 2, 3, 2, patch, patch)[..., 0, :, :]
     assert_equal(contract, image, patches.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch))
     return None
+
+
+# -- single cases -----------------------------------------------------------------------------------------
+
+WORLD = Path(__file__).parents[1] / "fixtures" / "world" / "checkpoints"
+
+
+@pytest.mark.parametrize("stated", [None, {"image_processor_type": "CLIPImageProcessor", **CROP}])
+def test_an_original_llava_config_pads_whatever_lies_beside_it(stated: dict[str, Any] | None, tmp_path: Path) -> None:
+    config = json.loads((WORLD / "llava_config.json").read_text())
+    folder = write_folder(tmp_path, "original LLaVA", config=config)
+    if stated is not None:
+        write_json(folder / "preprocessor_config.json", stated)
+    contract = contract_of(folder)
+    assert (contract.fit, contract.height) == ("pad", SIDE if stated else 336)
+    write_json(folder / "config.json", {**config, "image_aspect_ratio": "square"})
+    assert contract_of(folder).fit == "crop"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio = 'anyres', which gives the image another shape"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end = True, which puts <im_start>"),
+        ({"s2": True}, "s2 = True, which reads the image at several scales"),
+        ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type = 'spatial_pool'"),
+        ({"text_config": {**TEXT, "image_aspect_ratio": "pad"}}, "text_config states image_aspect_ratio = 'pad'"),
+    ],
+)
+def test_what_llavas_code_does_and_is_not_followed_is_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder_of(tmp_path, "llava", {**ORIGINAL, **config}))
+
+
+def test_a_ratio_that_transformers_would_not_read_is_refused(tmp_path: Path) -> None:
+    clip = {"image_processor_type": "CLIPImageProcessor", **CROP}
+    config = {**LOADABLE["llava"], "image_aspect_ratio": "pad"}
+    with pytest.raises(CheckpointError, match=r"'pad', but the CLIPImageProcessor .* do_pad = False"):
+        open_checkpoint(folder_of(tmp_path / "a", "llava", config, preprocessor_config=clip))
+    padding = {"image_processor_type": "LlavaImageProcessor", **CROP, "do_pad": True}
+    assert contract_of(folder_of(tmp_path / "b", "llava", config, preprocessor_config=padding)).fit == "pad"
+    beside = {**clip, "image_aspect_ratio": "pad"}
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json: .* = 'pad', but it is read from"):
+        open_checkpoint(folder_of(tmp_path / "c", "llava", ORIGINAL, preprocessor_config=beside))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "processor"),
+    [
+        ("llava", {"vision_feature_select_strategy": "full"}, {"vision_feature_select_strategy": "default"}),
+        ("llava", {"vision_config": {"patch_size": 14}}, {"patch_size": 16}),
+        ("gemma3", {"mm_tokens_per_image": 4}, {"image_seq_length": 256}),
+    ],
+)
+def test_a_processor_that_counts_other_tokens_is_refused(
+    family: str, config: dict[str, Any], processor: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="Both count an image's tokens and must agree"):
+        open_checkpoint(folder_of(tmp_path, family, {**LOADABLE[family], **config}, processor_config=processor))
+
+
+@pytest.mark.parametrize("section", [3, "text", [1]])
+def test_a_processor_that_is_no_object_is_refused(section: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'image_processor' is .* an object is allowed"):
+        open_checkpoint(folder_of(tmp_path, "gemma3", {}, processor_config={"image_processor": section}))

@@ -58,14 +58,14 @@ def marked(model: Any, mark: float) -> dict[str, torch.Tensor]:
     }
 
 
-def halves(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def halves(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     names = sorted(tensors)
-    return tuple({name: tensors[name] for name in part} for part in (names[::2], names[1::2]))  # type: ignore[return-value]
+    return [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
 
 
 def write_set(folder: Path, model: Any, mark: float, stem: str, index: str | None) -> None:
     """Write two shards, and an index unless it is ``None``."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(halves(marked(model, mark)), start=1):
         shard = f"{stem}-0000{number}-of-00002.safetensors"
         save_file(part, folder / shard)
@@ -124,15 +124,15 @@ def test_random_folders_are_read_as_transformers_reads_them_or_refused(model: An
                 ), error
                 counts["refused"] += 1
                 return
-            mark = float(checkpoint.tensors.read(NORM)[0])
+            found = float(checkpoint.tensors.read(NORM)[0])
             try:
                 theirs = LlavaForConditionalGeneration.from_pretrained(folder)
             except (OSError, ValueError, RuntimeError):
                 counts["not read by transformers"] += 1
             else:
-                assert float(theirs.state_dict()[NORM][0]) == mark
+                assert float(theirs.state_dict()[NORM][0]) == found
                 counts["agreed"] += 1
-            check_ignored(checkpoint, mark, singles, sets, strays)
+            check_ignored(checkpoint, found, singles, sets, strays)
 
     compare()
     assert counts["agreed"] >= 20 and counts["refused"] >= 10, counts
