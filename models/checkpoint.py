@@ -167,7 +167,7 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
     prefix = _unknown_prefix(names)
     if prefix:
         raise CheckpointError(
-            f"{where}: the tensors' names begin with {prefix!r}, which no known layout has. Write the checkpoint again "
+            f"{where}: the tensors' names begin with {prefix[:80]!r}, which no known layout has. Write the checkpoint again "
             f"with names that lack it. Tensors stored: {shown}, …"
         )
     guard = any(HEAD_PREFIX in name for name in names)

@@ -7,6 +7,7 @@ no embedding has to grow.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,9 @@ from models.tokenizer_files import refused_tokenizer
 __all__ = [
     "IMAGE",
     "answer_ids",
+    "check_ids",
     "check_tokenizer",
+    "fitting_tokenizer",
     "load_tokenizer",
     "prompt_ids",
     "stated_ends",
@@ -50,6 +53,23 @@ def load_tokenizer(folder: Path) -> Any:
         return found
     except Exception as error:  # tokenizers raises Exception itself
         raise refused_tokenizer(folder, error) from error
+
+
+def fitting_tokenizer(folder: Path, prompt: PromptFormat, rows: int) -> Any:
+    """Return the checkpoint's tokenizer once it is known to fit; see :func:`check_tokenizer`."""
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, folder, prompt, rows)
+    return tokenizer
+
+
+def check_ids(tokenizer: Any, sequences: Sequence[Sequence[int]], rows: int) -> None:
+    """Raise InputError when a prompt holds a token that an embedding of ``rows`` rows has none for."""
+    beyond = max(map(max, sequences))
+    if beyond >= rows:
+        raise InputError(
+            f"a prompt holds token {beyond} ({str(tokenizer.convert_ids_to_tokens(beyond))!r}), which the "
+            "embedding has no row for. Leave it out of the question."
+        )
 
 
 def check_tokenizer(tokenizer: Any, folder: Path, prompt: PromptFormat, rows: int) -> None:

@@ -31,7 +31,7 @@ from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, check_tokenizer, load_tokenizer, prompt_ids, stated_ends, text_ids
+from models.prompt_tokens import IMAGE, check_ids, fitting_tokenizer, prompt_ids, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
@@ -136,7 +136,6 @@ class SafeVLM(nn.Module):
         tokenizer: Any,
         stated_ends: frozenset[int] = frozenset(),
     ) -> None:
-        """Put the parts together; ``stated_ends`` end an answer as the tokenizer's and the family's own do."""
         super().__init__()
         self.model = model
         self.head = head
@@ -187,9 +186,8 @@ class SafeVLM(nn.Module):
                 f"{0 if given is None else len(given)} images and {len(questions)} questions were given; one "
                 "question an image is needed, and at least one of each. Repeat an image that is asked about twice."
             )
-        size = (self.preprocessing.height, self.preprocessing.width)
-        if images_NHWC is not None:
-            size = (images_NHWC.shape[1], images_NHWC.shape[2])
+        contract = (self.preprocessing.height, self.preprocessing.width)
+        size = contract if images_NHWC is None else (images_NHWC.shape[1], images_NHWC.shape[2])
         sequences = [self.prompt_ids(question, size=size) for question in questions]
         if features_NTD is None:
             features_NTD = self.image_features(cast(Tensor, images_NHWC))
@@ -220,12 +218,7 @@ class SafeVLM(nn.Module):
         """
         longest = max(map(len, sequences))
         table = self.core.get_input_embeddings()
-        beyond = max(map(max, sequences))
-        if beyond >= cast(Any, self.model).config.text_config.vocab_size:
-            raise InputError(
-                f"a prompt holds token {beyond} ({str(self.tokenizer.convert_ids_to_tokens(beyond))!r}), which the "
-                "embedding has no row for. Leave it out of the question."
-            )
+        check_ids(self.tokenizer, sequences, cast(Any, self.model).config.text_config.vocab_size)
         device = table.weight.device if features_NTD is None else features_NTD.device
         padded = [[0] * (longest - len(ids)) + list(ids) for ids in sequences]
         real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
@@ -387,9 +380,8 @@ def load_safe_vlm(
     Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
     """
     config = build_config(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    check_tokenizer(tokenizer, checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
-    ends = stated_ends(checkpoint.folder)
+    rows = cast(Any, config).text_config.vocab_size
+    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, rows)
     model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
@@ -405,5 +397,5 @@ def load_safe_vlm(
         tap_source=checkpoint.tap.source,
         preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
         tokenizer=tokenizer,
-        stated_ends=ends,
+        stated_ends=stated_ends(checkpoint.folder),
     ).eval()
