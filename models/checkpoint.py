@@ -167,8 +167,8 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
     prefix = _unknown_prefix(names)
     if prefix:
         raise CheckpointError(
-            f"{where}: the tensors' names begin with {prefix[:80]!r}, which no known layout has. Write the checkpoint again "
-            f"with names that lack it. Tensors stored: {shown}, …"
+            f"{where}: the tensors' names begin with {prefix[:80]!r}, which no known layout has. Write the checkpoint "
+            f"again with names that lack it. Tensors stored: {shown}, …"
         )
     guard = any(HEAD_PREFIX in name for name in names)
     what = "a Safe-VLM of no known family" if guard else "not a Safe-VLM checkpoint"

@@ -380,8 +380,7 @@ def load_safe_vlm(
     Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
     """
     config = build_config(checkpoint)
-    rows = cast(Any, config).text_config.vocab_size
-    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, rows)
+    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
     model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
