@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.errors import InputError
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import load_tokenizer
+from models.prompt_tokens import fitting_tokenizer
 from models.quantized import QuantizedTensors, round_inputs
 from models.reference import build_head, leave_out_unread
 from models.safe_vlm import Prefill, SafeVLM, model_class_of
@@ -154,6 +154,7 @@ class LayerStream:
         leave_out_unread(model.model, checkpoint.tensors)
         fill(model, checkpoint.tensors, prefix="", dtype=dtype, own=True)
         language.embed_tokens = embedding
+        tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, embedding.num_embeddings)
         self.skeleton = SafeVLM(
             model,
             build_head(checkpoint, dtype=torch.float32),
@@ -161,7 +162,7 @@ class LayerStream:
             classes=checkpoint.classes,
             tap_source=checkpoint.tap.source,
             preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
-            tokenizer=load_tokenizer(checkpoint.folder),
+            tokenizer=tokenizer,
         ).eval()
         self._fill_rows(embedding, token_ids(self.skeleton))
         self.skeleton.to(self.device)

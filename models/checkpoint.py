@@ -6,6 +6,7 @@ one canonical name, whatever layout stored it (see :mod:`models.family`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from models.errors import CheckpointError
 from models.families import FAMILIES
-from models.family import HEAD_PREFIX, Family, TapSource
+from models.family import HEAD_PREFIX, OUTPUT_PREFIX, Family, TapSource
 from models.guard_head import (
     HeadShape,
     check_width,
@@ -23,7 +24,9 @@ from models.guard_head import (
     standard_classes,
 )
 from models.hub import fetch_checkpoint, find_model
+from models.ignored import NOTHING, Ignored, report_ignored
 from models.json_file import read_json_object
+from models.processor_files import read_processor_settings
 from models.quantized import Quantization, QuantizedTensors, read_quantization
 from models.shards import Shards
 from models.tap import Tap, find_tap
@@ -31,7 +34,6 @@ from models.tensors import TensorStore
 
 __all__ = ["RANDOM_KEY", "Checkpoint", "HeadShape", "open_checkpoint", "standard_classes", "tell_family"]
 
-OUTPUT_PREFIX = "lm_head."
 RANDOM_KEY = "safevlm_edge_random_weights"
 """Set in the config of a stand-in (benchmarks.random_checkpoint), whose verdicts and answers are noise."""
 SHOWN_NAMES = 5
@@ -53,9 +55,11 @@ class Checkpoint:
     head: HeadShape
     tap: Tap
     processor: Mapping[str, Any]
-    """Image processor settings: the checkpoint's own over the family's."""
+    """Image processor settings: the checkpoint's own, or the family's where it has none."""
     tensors: TensorStore
     """Those of a quantized language model stand for the numbers that were stored (see :mod:`models.quantized`)."""
+    ignored: Ignored = NOTHING
+    """Files and tensors that lie in the checkpoint and are not part of what is read."""
     quantization: Quantization | None = None
 
     @property
@@ -95,19 +99,27 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
     """Open a folder, one of the six names, a hub id (``owner/name@revision``) or a tiny name.
 
     ``tap`` overrides what config, code and family say of the guard's tap. Nothing of the checkpoint is imported
-    or run, and of a hub's shards only those that hold the guard head are fetched.
+    or run, and of a hub's shards only those that hold the guard head are fetched. What is ignored of it is logged
+    once, as a warning.
     Errors: InputError for an unknown name, HubError, CheckpointError, GuardHeadError.
     """
     reference = find_model(model, revision)
     commit = None
     if reference.folder is not None:
         folder = reference.folder
-        shards = Shards.local(folder)
+        shards = Shards.local(folder, _stated_weights(folder))
     else:
         hub = fetch_checkpoint(reference.repo_id or reference.name, reference.revision)
         folder, commit = hub.folder, hub.commit
         top = [name for name in hub.files if "/" not in name]
-        shards = Shards(reference.name, folder, top, exists=hub.files.__contains__, path_of=hub.shard)
+        shards = Shards(
+            reference.name,
+            folder,
+            top,
+            exists=hub.files.__contains__,
+            path_of=hub.shard,
+            stated=_stated_weights(folder),
+        )
     name = reference.name
     family = tell_family(name, shards.stored)
     config = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
@@ -118,6 +130,8 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
         tensors = QuantizedTensors(shards, family.canonical, quantization)
     head = read_head(name, tensors)
     check_width(name, head, hidden_size_of(config, tensors))
+    ignored = _find_ignored(shards, family)
+    report_ignored(name, ignored)
     return Checkpoint(
         name=name,
         folder=folder,
@@ -127,8 +141,9 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
         classes=read_classes(name, config, head),
         head=head,
         tap=find_tap(family, config, folder, tap),
-        processor=_read_processor(folder, family),
+        processor=read_processor_settings(folder, family, config),
         tensors=tensors,
+        ignored=ignored,
         quantization=quantization,
     )
 
@@ -149,6 +164,12 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
             f"allowed. Tensors stored: {shown}, … Remove the shards that belong to another checkpoint."
         )
     lacks = "; ".join(f"{family.title} would need {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
+    prefix = _unknown_prefix(names)
+    if prefix:
+        raise CheckpointError(
+            f"{where}: the tensors' names begin with {prefix[:80]!r}, which no known layout has. Write the checkpoint "
+            f"again with names that lack it. Tensors stored: {shown}, …"
+        )
     guard = any(HEAD_PREFIX in name for name in names)
     what = "a Safe-VLM of no known family" if guard else "not a Safe-VLM checkpoint"
     raise CheckpointError(
@@ -157,36 +178,31 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
     )
 
 
+def _unknown_prefix(names: list[str]) -> str | None:
+    """Return the one or two first levels of most names without which they are a family's, or ``None``."""
+    for depth in (1, 2):
+        heads = Counter(".".join(name.split(".", depth)[:depth]) + "." for name in names if name.count(".") >= depth)
+        for prefix, count in heads.most_common(1):
+            shorter = [name.removeprefix(prefix) for name in names]
+            if 2 * count > len(names) and any(family.matches(shorter) for family in FAMILIES.values()):
+                return prefix
+    return None
+
+
 def _lacking(family: Family, stored: Iterable[str]) -> list[str]:
     known = {family.canonical(name) for name in stored}
     return [f"'{name}'" for name in family.evidence if name not in known]
 
 
-def _read_processor(folder: Path, family: Family) -> dict[str, Any]:
-    """Return the image processor's settings, the checkpoint's own over the family's defaults.
+def _stated_weights(folder: Path) -> object:
+    """Return ``transformers_weights`` of config.json: the file that transformers reads, whatever lies beside it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None  # refused with the reason once it is known that there are weights
+    return read_json_object(path, needed_for="a checkpoint's configuration").get("transformers_weights")
 
-    As in transformers, ``image_processor`` of ``processor_config.json`` goes before ``preprocessor_config.json``.
-    A setting that is null there is one that was never set. The family's defaults are those of its own processor
-    class, so they are left out for another; and a checkpoint's own ``size`` replaces the family's pixel bounds
-    too, since both say how large an image may be.
-    """
-    own: dict[str, Any] = {}
-    if (folder / "preprocessor_config.json").is_file():
-        own = read_json_object(folder / "preprocessor_config.json", needed_for="the image processor's settings")
-    if (folder / "processor_config.json").is_file():
-        nested = read_json_object(folder / "processor_config.json", needed_for="the processor's settings")
-        if nested.get("image_processor") is not None:
-            own = nested["image_processor"]
-            if not isinstance(own, dict):
-                raise CheckpointError(
-                    f"{folder / 'processor_config.json'}: 'image_processor' is {own!r}, an object is allowed. "
-                    "Fetch the file again."
-                )
-    own = {key: value for key, value in own.items() if value is not None}
-    defaults = dict(family.preprocessing)
-    usual = str(defaults.get("image_processor_type"))
-    if not str(own.get("image_processor_type", usual)).startswith(usual):
-        return own
-    if "size" in own:
-        defaults = {key: value for key, value in defaults.items() if key not in ("min_pixels", "max_pixels")}
-    return {**defaults, **own}
+
+def _find_ignored(shards: Shards, family: Family) -> Ignored:
+    """Return what lies in the checkpoint and is no part of the model."""
+    unknown = sorted(name for name in shards.stored if not (family.canonical(name) or name).startswith(family.prefixes))
+    return Ignored(files=shards.ignored, tensors=tuple(unknown), share=shards.share(unknown))

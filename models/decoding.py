@@ -23,7 +23,7 @@ def greedy_steps(vlm: SafeVLM, begun: Begun, max_new_tokens: int) -> Iterator[li
 
     The cache of ``begun`` is extended: it is good for one decoding.
     """
-    stops = stop_ids(vlm.tokenizer, vlm.family.prompt)
+    stops = stop_ids(vlm.tokenizer, vlm.family.prompt) | vlm.stated_ends
     table = vlm.core.get_input_embeddings()
     hidden_N1D, attention, position = begun.last_hidden, begun.attention_mask, begun.last_position
     open_rows = set(range(len(hidden_N1D)))

@@ -18,7 +18,9 @@ __all__ = [
     "HEAD_PREFIX",
     "HEAD_RENAME",
     "LANGUAGE_RENAMES",
+    "OUTPUT_PREFIX",
     "Family",
+    "OwnSetting",
     "PromptFormat",
     "Rename",
     "TapSource",
@@ -27,6 +29,14 @@ __all__ = [
 TapSource = Literal["projector", "language_model"]
 
 HEAD_PREFIX = "img_safety_head."
+OUTPUT_PREFIX = "lm_head."
+
+WRAPPERS = re.compile(
+    r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
+)
+"""Levels of a name that torch.compile, FSDP, activation checkpointing, Fabric and data-parallel wrappers add."""
+OUTER = re.compile(r"^(?:base_model\.model\.|model\.(?=model\.|lm_head\.))+")
+"""Levels that PEFT's model and a module holding the model (``self.model``) add before all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +84,17 @@ FLAT_LANGUAGE_RENAME = Rename(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "mo
 """The language model at the top, as the original LLaVA and the first Qwen2.5-VL checkpoints have it."""
 
 
+@dataclass(frozen=True)
+class OwnSetting:
+    """A key of ``config.json`` by which the family's original code changes the image or the prompt."""
+
+    key: str
+    followed: tuple[object, ...]
+    """The values that are followed here; every other one is refused."""
+    effect: str
+    """What another value does, as the end of "…, which ": for the message."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """An architecture: how its tensors are named, where its guard taps, how its prompt is written."""
@@ -95,13 +116,28 @@ class Family:
     """Hub id of the base model whose processor is used when the checkpoint carries none."""
     preprocessing: dict[str, object] = field(default_factory=dict)
     """Processor settings used when the checkpoint carries none, in ``preprocessor_config.json`` terms."""
+    auto_processor: str
+    """Class that transformers' AutoImageProcessor takes for ``auto_model_type`` where no file names one."""
+    auto_model_type: str
+    """``model_type`` of transformers' own config; another one is the family's original code."""
+    own_settings: tuple[OwnSetting, ...] = ()
+    """What the family's original code reads from ``config.json``."""
 
     def canonical(self, name: str) -> str | None:
-        """Return the canonical name of a stored tensor, or ``None`` when no rule of this family knows it."""
+        """Return the canonical name of a stored tensor, or ``None`` when no rule of this family knows it.
+
+        What wrappers added to the name is left out first.
+        """
+        name = OUTER.sub("", WRAPPERS.sub("", name))
         for rename in self.renames:
             if rename.compiled.match(name):
                 return rename.compiled.sub(rename.replacement, name, count=1)
         return None
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Canonical prefixes of every part: vision, projector, language model, output matrix and guard head."""
+        return (*self.vision_prefixes, self.language_prefix, OUTPUT_PREFIX, HEAD_PREFIX)
 
     def matches(self, names: Iterable[str]) -> bool:
         """Say whether a checkpoint with these stored tensor names is of this family."""

@@ -25,6 +25,7 @@ DEFAULT_GRID = 448
 
 _CLIP: dict[str, Any] = {
     "size": {"shortest_edge": 224},
+    "default_to_square": False,
     "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
     "resample": 3,
@@ -34,11 +35,12 @@ _CLIP: dict[str, Any] = {
 _HALF = [0.5, 0.5, 0.5]
 _SIGLIP: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
+    "default_to_square": False,
     "resample": 3,
     "image_mean": _HALF,
     "image_std": _HALF,
 }
-_GEMMA3 = {**_SIGLIP, "resample": 2}
+_GEMMA3 = {**_SIGLIP, "default_to_square": True, "resample": 2}
 _QWEN2_VL: dict[str, Any] = {
     "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
     "resample": 3,
@@ -122,8 +124,7 @@ def read_processor(processor: _Settings, *, family: str, grid: tuple[int, int] |
     """Return the contract that ``processor`` states; see :meth:`Preprocessing.from_processor`."""
     kind = _kind(processor, family)
     _check_keys(processor)
-    given = {key: value for key, value in processor.items() if value is not None}
-    settings = {**CLASS_DEFAULTS[kind], **given}
+    settings = {**CLASS_DEFAULTS[kind], **_without_null(processor, kind)}
     geometry = _GEOMETRY[kind](settings, grid)
     try:
         return Preprocessing(
@@ -154,10 +155,22 @@ def _kind(processor: _Settings, family: str) -> str:
     return name
 
 
+def _without_null(processor: _Settings, kind: str) -> dict[str, Any]:
+    """Return what is stated. A null stays null in transformers: a flag is off then, another default is lost."""
+    stated = {key: value for key, value in processor.items() if value is not None}
+    for key in processor.keys() - stated.keys():
+        if CLASS_DEFAULTS[kind].get(key) is None or (kind, key) == ("Qwen2VLImageProcessor", "size"):
+            continue
+        if not isinstance(CLASS_DEFAULTS[kind][key], bool):
+            _refuse(key, None, "a value, or no such key")
+        stated[key] = False
+    return stated
+
+
 def _check_keys(processor: _Settings) -> None:
     for key in REQUIRED_TRUE:
-        if processor.get(key) is False:
-            _refuse(key, False, "true; a guard bundle always resizes and normalises")
+        if not processor.get(key, True):
+            _refuse(key, processor[key], "true; a guard bundle always resizes and normalises")
     for key in REQUIRED_OFF:
         if processor.get(key):
             _refuse(key, processor[key], "false or absent; a guard judges the picture as one")
@@ -196,15 +209,26 @@ def _side(value: object, key: str) -> int:
     return value
 
 
-def _rectangle(settings: _Settings, key: str) -> tuple[int, int]:
-    """Return the (height, width) of a setting that is a number or has both keys."""
-    value = settings[key]
+def _size(settings: _Settings) -> dict[str, Any]:
+    """Return ``size`` by its edges; what a lone number means depends on ``default_to_square``."""
+    size = settings["size"]
+    if isinstance(size, Mapping):
+        return dict(size)
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return {"height": size[0], "width": size[1]}
+    side = _side(size, "size")
+    return {"height": side, "width": side} if settings["default_to_square"] else {"shortest_edge": side}
+
+
+def _rectangle(value: object, key: str) -> tuple[int, int]:
+    """Return the (height, width) of a setting that is a number, a pair or has both keys."""
     if isinstance(value, Mapping):
         if set(value) != {"height", "width"}:
             _refuse(key, dict(value), "height and width")
-        return _side(value["height"], f"{key}.height"), _side(value["width"], f"{key}.width")
-    side = _side(value, key)
-    return side, side
+        value = [value["height"], value["width"]]
+    elif not isinstance(value, (list, tuple)) or len(value) != 2:
+        value = [value, value]
+    return _side(value[0], f"{key}.height"), _side(value[1], f"{key}.width")
 
 
 def _check_grid(grid: tuple[int, int] | None, height: int, width: int) -> None:
@@ -216,22 +240,20 @@ def _check_grid(grid: tuple[int, int] | None, height: int, width: int) -> None:
 
 
 def _clip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
-    size = settings["size"]
-    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
-        if settings["do_center_crop"] and _rectangle(settings, "crop_size") != _rectangle(settings, "size"):
-            _refuse("crop_size", settings["crop_size"], f"the same as size, {dict(size)}")
+    size, cut = _size(settings), bool(settings["do_center_crop"])
+    if set(size) == {"height", "width"}:
         return _siglip(settings, grid)
-    if isinstance(size, Mapping) and set(size) != {"shortest_edge"}:
-        _refuse("size", dict(size), "shortest_edge alone, or height and width")
-    edge = _side(size["shortest_edge"] if isinstance(size, Mapping) else size, "size.shortest_edge")
-    if not settings["do_center_crop"]:
+    if set(size) != {"shortest_edge"}:
+        _refuse("size", size, "shortest_edge alone, or height and width")
+    edge, pads = _side(size["shortest_edge"], "size.shortest_edge"), _pads(settings)
+    if not cut and not pads:
         _refuse("do_center_crop", False, "true, or the output would have no fixed size")
-    height, width = _rectangle(settings, "crop_size")
+    height, width = _rectangle(settings["crop_size"], "crop_size") if cut else (edge, edge)
     _check_grid(grid, height, width)
-    if not _pads(settings):
+    if not pads:
         return {"height": height, "width": width, "fit": "crop", "shortest_edge": edge}
     if (height, width) != (edge, edge):
-        _refuse("crop_size", settings["crop_size"], f"{edge}x{edge}, the shortest edge, when pictures are padded")
+        _refuse("crop_size", settings["crop_size"], f"{edge}x{edge}, the shortest edge, when images are padded")
     return {"height": height, "width": width, "fit": "pad"}
 
 
@@ -253,7 +275,16 @@ def _llava(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _siglip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
-    height, width = _rectangle(settings, "size")
+    """Take the whole image to ``size``; a crop must change nothing."""
+    if settings.get("do_center_crop") and _size(settings).keys() == {"height", "width"}:
+        size = _size(settings)
+        if _rectangle(settings.get("crop_size"), "crop_size") != _rectangle(size, "size"):
+            _refuse("crop_size", settings.get("crop_size"), f"the same as size, {size}")
+    return _whole(settings, grid)
+
+
+def _whole(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
+    height, width = _rectangle(_size(settings), "size")
     _check_grid(grid, height, width)
     if not _pads(settings):
         return {"height": height, "width": width, "fit": "squash"}
@@ -282,8 +313,8 @@ def _free_side(settings: _Settings, step: int) -> int:
     """Return the side of the square nearest to :data:`DEFAULT_GRID` that the pixel limits allow."""
     size = settings["size"]
     size = size if isinstance(size, Mapping) else _refuse("size", size, "shortest_edge and longest_edge")
-    low = settings.get("min_pixels", size.get("min_pixels", size.get("shortest_edge", 0)))
-    high = settings.get("max_pixels", size.get("max_pixels", size.get("longest_edge", DEFAULT_GRID**2)))
+    low = settings.get("min_pixels", size.get("min_pixels", size.get("shortest_edge")))
+    high = settings.get("max_pixels", size.get("max_pixels", size.get("longest_edge")))
     low, high = _side(low, "min_pixels"), _side(high, "max_pixels")
     if low > high:
         _refuse("min_pixels", low, f"at most max_pixels, {high}")
@@ -299,6 +330,6 @@ _GEOMETRY: Mapping[str, Callable[[_Settings, tuple[int, int] | None], dict[str, 
     "CLIPImageProcessor": _clip,
     "LlavaImageProcessor": _llava,
     "SiglipImageProcessor": _siglip,
-    "Gemma3ImageProcessor": _siglip,
+    "Gemma3ImageProcessor": _whole,  # its class never crops
     "Qwen2VLImageProcessor": _qwen2_vl,
 }

@@ -6,6 +6,8 @@ no embedding has to grow.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +17,22 @@ from models.errors import CheckpointError, InputError
 from models.family import PromptFormat
 from models.json_file import read_json_object
 from models.regular_file import require_regular
+from models.tokenizer_files import refused_tokenizer
 
-__all__ = ["IMAGE", "answer_ids", "load_tokenizer", "prompt_ids", "stop_ids", "text_ids"]
+__all__ = [
+    "IMAGE",
+    "answer_ids",
+    "check_ids",
+    "check_tokenizer",
+    "fitting_tokenizer",
+    "load_tokenizer",
+    "prompt_ids",
+    "stated_ends",
+    "stop_ids",
+    "text_ids",
+]
+
+SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")
 
 IMAGE = -200
 """Stands for one image feature among token ids; the number that LLaVA's own code uses."""
@@ -25,7 +41,7 @@ IMAGE = -200
 def load_tokenizer(folder: Path) -> Any:
     """Return the checkpoint's tokenizer through ``AutoTokenizer``, from its folder, running none of its code.
 
-    Errors: CheckpointError when the files are missing or not a tokenizer that transformers knows.
+    Errors: CheckpointError, naming the file, when one is missing, damaged or not one that the installed libraries know.
     """
     try:
         for path in sorted(folder.iterdir()):  # transformers opens what it likes of them, and would wait for a FIFO
@@ -39,13 +55,80 @@ def load_tokenizer(folder: Path) -> Any:
     # mark before the first word. An empty config leaves the choice to tokenizer_config.json.
     config = None if known else PreTrainedConfig()
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        found = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+        found.encode("a", add_special_tokens=False)  # some settings are read no sooner
+        return found
+    except Exception as error:  # tokenizers raises Exception itself
+        raise refused_tokenizer(folder, error) from error
+
+
+def fitting_tokenizer(folder: Path, prompt: PromptFormat, rows: int) -> Any:
+    """Return the checkpoint's tokenizer once it is known to fit; see :func:`check_tokenizer`."""
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, folder, prompt, rows)
+    return tokenizer
+
+
+def check_ids(tokenizer: Any, sequences: Sequence[Sequence[int]], rows: int) -> None:
+    """Raise InputError when a prompt holds a token that an embedding of ``rows`` rows has none for."""
+    beyond = max(map(max, sequences))
+    if beyond >= rows:
+        raise InputError(
+            f"a prompt holds token {beyond} ({str(tokenizer.convert_ids_to_tokens(beyond))!r}), which the "
+            "embedding has no row for. Leave it out of the question."
+        )
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, prompt: PromptFormat, rows: int) -> None:
+    """Refuse a tokenizer that cannot write the family's prompt, or has words beyond an embedding of ``rows`` rows.
+
+    Raises CheckpointError for a special token of the prompt that it would split, text that it would lose, and a word
+    without a row. Tokens added above the rows (LLaVA's ``<image>``) are allowed as long as no prompt holds them.
+    """
+    text = "".join([prompt.before_image, prompt.after_image, prompt.after_question, prompt.end_of_turn])
+    advice = "Copy the tokenizer's files from the base model that the checkpoint was trained from."
+    split = [token for token in SPECIAL_TOKEN.findall(text) if _single_id(tokenizer, token) is None]
+    if split:
         raise CheckpointError(
-            f"{folder}: no tokenizer can be read from this folder ({error}). Needed is tokenizer.json or "
-            "tokenizer.model with a tokenizer_config.json whose tokenizer_class transformers has; copy them "
-            "from the base model if the checkpoint lacks them."
-        ) from error
+            f"{folder}: the tokenizer has no token {split[0]!r}, which the prompt of this family holds. {advice}"
+        )
+    kept = tokenizer.decode(_encode(tokenizer, text), skip_special_tokens=False).replace(
+        tokenizer.unk_token or "\0", ""
+    )
+    if 2 * len("".join(kept.split())) < len("".join(text.split())):
+        raise CheckpointError(
+            f"{folder}: the tokenizer's vocabulary lacks most of the prompt: of {text[:60]!r}… it keeps {kept[:60]!r}. "
+            f"{advice}"
+        )
+    added = set(tokenizer.added_tokens_decoder)
+    beyond = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)
+    if beyond >= rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has token {beyond}, but the embedding has {rows} rows. They are not of one "
+            f"model. {advice}"
+        )
+
+
+def stated_ends(folder: Path) -> frozenset[int]:
+    """Return the ids that end an answer by ``generation_config.json``, or by ``config.json`` where there is none.
+
+    Raises CheckpointError for an ``eos_token_id`` that is no whole number or list of them.
+    """
+    path = folder / "generation_config.json"
+    config = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
+    stated = read_json_object(path, needed_for="generation settings") if path.is_file() else config
+    value = stated.get("eos_token_id")
+    text = config.get("text_config")
+    if value is None and stated is config and isinstance(text, dict):
+        value = text.get("eos_token_id")
+    ends = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ends):
+        name = "config.json" if stated is config else path.name
+        raise CheckpointError(
+            f"{folder / name}: eos_token_id is {value!r}; a token's number or a list of them is allowed. Fetch the "
+            "file again."
+        )
+    return frozenset(ends)
 
 
 def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens: int) -> list[int]:

@@ -31,7 +31,7 @@ from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids, text_ids
+from models.prompt_tokens import IMAGE, check_ids, fitting_tokenizer, prompt_ids, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
@@ -134,6 +134,7 @@ class SafeVLM(nn.Module):
         tap_source: TapSource,
         preprocessing: Preprocessing,
         tokenizer: Any,
+        stated_ends: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         self.model = model
@@ -143,6 +144,7 @@ class SafeVLM(nn.Module):
         self.tap_source = tap_source
         self.preprocessing = preprocessing
         self.tokenizer = tokenizer
+        self.stated_ends = stated_ends
         config = cast(Any, model).config
         self._language = _LANGUAGES[type(config)]
         self._geometry = geometry_of(config)
@@ -184,9 +186,8 @@ class SafeVLM(nn.Module):
                 f"{0 if given is None else len(given)} images and {len(questions)} questions were given; one "
                 "question an image is needed, and at least one of each. Repeat an image that is asked about twice."
             )
-        size = (self.preprocessing.height, self.preprocessing.width)
-        if images_NHWC is not None:
-            size = (images_NHWC.shape[1], images_NHWC.shape[2])
+        contract = (self.preprocessing.height, self.preprocessing.width)
+        size = contract if images_NHWC is None else (images_NHWC.shape[1], images_NHWC.shape[2])
         sequences = [self.prompt_ids(question, size=size) for question in questions]
         if features_NTD is None:
             features_NTD = self.image_features(cast(Tensor, images_NHWC))
@@ -213,10 +214,11 @@ class SafeVLM(nn.Module):
         To go on with an answer, give ids that hold it. ``size`` is the images' (height, width) in pixels; without
         features the rows are text alone.
 
-        Errors: InputError when a row has not T placeholders.
+        Errors: InputError when a row has not T placeholders, or a token that the embedding has no row for.
         """
         longest = max(map(len, sequences))
         table = self.core.get_input_embeddings()
+        check_ids(self.tokenizer, sequences, cast(Any, self.model).config.text_config.vocab_size)
         device = table.weight.device if features_NTD is None else features_NTD.device
         padded = [[0] * (longest - len(ids)) + list(ids) for ids in sequences]
         real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
@@ -378,7 +380,7 @@ def load_safe_vlm(
     Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
     """
     config = build_config(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
     model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
@@ -394,4 +396,5 @@ def load_safe_vlm(
         tap_source=checkpoint.tap.source,
         preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
         tokenizer=tokenizer,
+        stated_ends=stated_ends(checkpoint.folder),
     ).eval()

@@ -5,18 +5,16 @@ No file of another format is ever opened; what a file's header says is checked b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
+from models.adapter import refuse_adapter_files, refuse_adapter_tensors
 from models.errors import CheckpointError
 from models.json_file import read_json_object
 from models.shard_header import TensorEntry, read_header
+from models.weight_files import choose_weights, stays_inside
 
 __all__ = ["Shards"]
-
-INDEX_SUFFIX = ".safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Shards:
@@ -34,27 +32,35 @@ class Shards:
         *,
         exists: Callable[[str], bool],
         path_of: Callable[[str], Path],
+        stated: object = None,
     ) -> None:
         """Find the shards of a checkpoint named ``where``, whose top level holds ``files``.
 
-        ``folder`` holds at least the JSON ones; ``exists`` knows every file, also below the top level.
-        Errors: CheckpointError when there are none, only pickles, or an index that cannot be used.
+        ``folder`` holds at least the JSON ones; ``exists`` knows every file, also below the top level; ``stated``
+        is config.json's ``transformers_weights``.
+        Errors: CheckpointError when there are none, only pickles, an index that cannot be used, or an adapter that
+        is not merged.
         """
+        refuse_adapter_files(where, files)
         self.where = where
         self._path_of = path_of
         self._paths: dict[str, Path] = {}
         self._headers: dict[str, dict[str, TensorEntry]] = {}
-        self.index = _find_index(where, files)
+        chosen = choose_weights(where, files, stated=stated, exists=exists)
+        self.index = chosen.index
         if self.index is not None:
             self.stored: dict[str, str] = _read_index(folder / self.index, where, exists)
         else:
             self.stored = {}
-            for shard in _find_shards(where, files):
+            for shard in chosen.shards:
                 for name in self.header(shard):
                     self._place(name, shard)
+        refuse_adapter_tensors(where, self.stored)
+        self.ignored = chosen.ignored(files, set(self.stored.values()))
+        """Weight files beside those that are read."""
 
     @classmethod
-    def local(cls, folder: Path) -> Shards:
+    def local(cls, folder: Path, stated: object = None) -> Shards:
         """Open a folder on disk, checking that every shard is there and that its header can be believed."""
         try:
             files = [path.name for path in folder.iterdir() if path.is_file()]
@@ -68,6 +74,7 @@ class Shards:
             files,
             exists=lambda shard: (folder / shard).is_file(),
             path_of=lambda shard: folder / shard,
+            stated=stated,
         )
         for shard in sorted(set(shards.stored.values())):
             shards.header(shard)
@@ -95,6 +102,13 @@ class Shards:
         """Return a tensor's entry, reading (for a hub: fetching) its shard's header on first use."""
         return self.header(self.stored[stored_name])[stored_name]
 
+    def share(self, names: Collection[str]) -> float | None:
+        """Return the stored ``names``' share of all tensor bytes, ``None`` while a shard is not on this machine."""
+        if not set(self.stored.values()) <= self._headers.keys():
+            return None
+        total = sum(entry.nbytes for header in self._headers.values() for entry in header.values())
+        return sum(self.entry(name).nbytes for name in names) / total if total else 0.0
+
     def _place(self, name: str, shard: str) -> None:
         other = self.stored.setdefault(name, shard)
         if other != shard:
@@ -119,17 +133,6 @@ class Shards:
                 )
 
 
-def _find_index(where: str, files: Collection[str]) -> str | None:
-    indexes = sorted(name for name in files if name.endswith(INDEX_SUFFIX))
-    if "model" + INDEX_SUFFIX in indexes:
-        return "model" + INDEX_SUFFIX
-    if len(indexes) > 1:
-        raise CheckpointError(
-            f"{where}: several indexes ({', '.join(indexes)}) and none is 'model{INDEX_SUFFIX}'. Keep one."
-        )
-    return indexes[0] if indexes else None
-
-
 def _read_index(path: Path, where: str, exists: Callable[[str], bool]) -> dict[str, str]:
     """Return stored name -> shard of an index whose shards all exist and lie inside the folder."""
     placed = read_json_object(path, needed_for="a checkpoint's index").get("weight_map")
@@ -138,7 +141,7 @@ def _read_index(path: Path, where: str, exists: Callable[[str], bool]) -> dict[s
             f"{path}: 'weight_map' must be a non-empty object, tensor name -> shard. Fetch the index again."
         )
     for name, shard in placed.items():
-        if not isinstance(shard, str) or not _stays_inside(shard):
+        if not isinstance(shard, str) or not stays_inside(shard):
             raise CheckpointError(
                 f"{path}: tensor '{name}' is placed in {shard!r}; a path to a .safetensors file inside the folder "
                 "is allowed. Do not use this checkpoint unless you know who wrote its index."
@@ -151,51 +154,3 @@ def _read_index(path: Path, where: str, exists: Callable[[str], bool]) -> dict[s
                 f"'{lost[0]}' among them. Fetch it again into the same folder."
             )
     return placed
-
-
-def _stays_inside(shard: str) -> bool:
-    path = PurePosixPath(shard)
-    relative = not path.is_absolute() and not PureWindowsPath(shard).anchor and "\\" not in shard
-    return relative and ".." not in path.parts and shard.endswith(".safetensors") and str(path) == shard
-
-
-def _find_shards(where: str, files: Collection[str]) -> list[str]:
-    """Return the shards of a checkpoint without index: ``model.safetensors``, else every file of the kind."""
-    found = sorted(name for name in files if name.endswith(".safetensors"))
-    if "model.safetensors" in found:
-        return ["model.safetensors"]
-    if not found:
-        raise _no_safetensors(where, files)
-    for name in found:
-        numbered = re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors)", name)
-        if numbered is None:
-            continue
-        stem, number, of, total, suffix = numbered.groups()
-        for other in range(1, min(int(total), 10_000) + 1):
-            expected = f"{stem}{other:0{len(number)}}{of}{total}{suffix}"
-            if expected not in found:
-                raise CheckpointError(
-                    f"{where}: shard '{expected}' is missing ('{name}' says there are {int(total)}). "
-                    "Fetch it again into the same folder."
-                )
-    return found
-
-
-def _no_safetensors(where: str, files: Collection[str]) -> CheckpointError:
-    pickles = sorted(name for name in files if name.endswith(PICKLE_SUFFIXES))
-    if pickles:
-        return CheckpointError(
-            f"{where}: its weights are stored as pickle only ({', '.join(pickles[:3])}). Loading a pickle runs "
-            "whatever code its writer put in it, so these files are never opened; only .safetensors is allowed. "
-            "Convert it where you trust it: load the state dict with torch.load(FILE, weights_only=True) and "
-            "write it with safetensors.torch.save_file(state, 'model.safetensors'), then give that folder."
-        )
-    hint = ""
-    if "manifest.json" in files:
-        hint = " It looks like a guard bundle: pass it as --bundle where a command takes one."
-    elif any(name.endswith(".gguf") for name in files):
-        hint = " It holds GGUF files, which carry no guard head: give the checkpoint they were made from."
-    return CheckpointError(
-        f"{where}: no .safetensors file in it. A checkpoint is a folder with config.json and model.safetensors, "
-        f"or shards with an index beside them.{hint}"
-    )

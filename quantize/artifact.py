@@ -17,8 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from models.checkpoint import OUTPUT_PREFIX, RANDOM_KEY, Checkpoint
-from models.family import HEAD_PREFIX
+from models.checkpoint import RANDOM_KEY, Checkpoint
 from models.hub import LIGHT_PATTERNS
 from models.regular_file import open_regular
 from models.safe_vlm import model_class_of
@@ -170,10 +169,9 @@ def write_shards(
 
 def _rest(checkpoint: Checkpoint) -> Iterator[Piece]:
     family = checkpoint.family
-    known = (*family.vision_prefixes, family.language_prefix, OUTPUT_PREFIX, HEAD_PREFIX)
     dtype = stored_dtype(checkpoint)
     for name in checkpoint.tensors.names():
-        if not name.startswith(known) or name.startswith(f"{family.language_prefix}layers."):
+        if not name.startswith(family.prefixes) or name.startswith(f"{family.language_prefix}layers."):
             continue
         if name.endswith("rotary_emb.inv_freq"):  # computed, not learned; old checkpoints store it
             continue

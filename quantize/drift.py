@@ -14,7 +14,8 @@ from torch import Tensor
 from calibration.batches import Batch
 from calibration.sequential import Activations
 from calibration.teacher import teach
-from models.checkpoint import OUTPUT_PREFIX, Checkpoint
+from models.checkpoint import Checkpoint
+from models.family import OUTPUT_PREFIX
 from models.reference import build_reference_guard
 
 __all__ = ["answer_drift", "exact_probs", "guard_drift", "token_choices"]

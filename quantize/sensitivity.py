@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from calibration.batches import Batch
 from calibration.sequential import Activations, LayerStream
-from models.checkpoint import OUTPUT_PREFIX, Checkpoint
+from models.checkpoint import Checkpoint
 from models.errors import InputError
+from models.family import OUTPUT_PREFIX
 from quantize.drift import VOCABULARY
 from quantize.grid import Scheme, dequantize, fit_grid, groups_of, round_to_grid
 

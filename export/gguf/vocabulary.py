@@ -14,7 +14,7 @@ from typing import Any
 from export.gguf.writing import gguf_library
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
-from models.prompt_tokens import load_tokenizer
+from models.prompt_tokens import fitting_tokenizer
 
 __all__ = ["vocabulary_keys"]
 
@@ -31,7 +31,7 @@ def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> Non
 
     Errors: CheckpointError for a folder without the tokenizer's files, and for more tokens than rows.
     """
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, vocab_size)
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise CheckpointError(

@@ -37,4 +37,6 @@ GEMMA3 = Family(
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     },
+    auto_processor="Gemma3ImageProcessor",
+    auto_model_type="gemma3",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, PromptFormat, Rename
+from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, OwnSetting, PromptFormat, Rename
 
 __all__ = ["LLAVA"]
 
@@ -51,4 +51,15 @@ LLAVA = Family(
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
+    auto_processor="LlavaImageProcessor",
+    auto_model_type="llava",
+    # Read by LLaVA's `mm_utils.process_images`, `builder` and `conversation`; `mm_projector_type`,
+    # `mm_vision_select_layer` and `mm_vision_select_feature` by models.transformers_config. `mm_patch_merge_type` and
+    # `image_grid_pinpoints` act on anyres images alone.
+    own_settings=(
+        OwnSetting("image_aspect_ratio", (None, "square", "pad"), "gives the image another shape or cuts it"),
+        OwnSetting("mm_use_im_start_end", (None, False), "puts <im_start> and <im_end> around the image"),
+        OwnSetting("s2", (None, False), "reads the image at several scales"),
+        OwnSetting("mm_resampler_type", (None, "identity"), "resamples the image's features"),
+    ),
 )

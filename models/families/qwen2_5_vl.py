@@ -44,4 +44,6 @@ QWEN2_5_VL = Family(
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
+    auto_processor="Qwen2VLImageProcessor",
+    auto_model_type="qwen2_5_vl",
 )

@@ -22,7 +22,6 @@ from tests.models.folders import (
     random_tensors,
     three_shards,
     write_folder,
-    write_json,
     write_safetensors,
 )
 
@@ -214,29 +213,6 @@ def test_another_number_of_classes_needs_its_own_names(tmp_path: Path) -> None:
     assert checkpoint.classes == ("safe", "b", "c")
 
 
-def test_the_processor_is_the_checkpoints_own_over_the_familys(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, "old Qwen")
-    own = {"image_processor_type": "Qwen2VLImageProcessorFast", "max_pixels": 99, "do_pad": None}
-    write_json(folder / "preprocessor_config.json", own)
-    processor = open_checkpoint(folder).processor
-    assert (processor["max_pixels"], processor["min_pixels"], processor["patch_size"]) == (99, 3136, 14)
-    assert "do_pad" not in processor
-    nested = {"size": {"shortest_edge": 56, "longest_edge": 112}, "max_pixels": None}
-    write_json(folder / "processor_config.json", {"processor_class": "P", "image_processor": nested})
-    processor = open_checkpoint(folder).processor
-    assert processor["size"] == nested["size"]
-    assert not {"min_pixels", "max_pixels"} & processor.keys()
-    write_json(folder / "processor_config.json", {"processor_class": "P"})
-    assert open_checkpoint(folder).processor["max_pixels"] == 99
-
-
-def test_defaults_of_one_processor_class_do_not_leak_into_another(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, "original LLaVA")
-    own = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 5, "width": 5}}
-    write_json(folder / "preprocessor_config.json", own)
-    assert open_checkpoint(folder).processor == own
-
-
 def test_the_tap_is_the_callers_the_configs_or_the_codes(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, config={**CONFIG, "safety_tap": "language_model"})
     assert open_checkpoint(folder).tap.source == "language_model"
@@ -259,14 +235,6 @@ def test_a_config_that_cannot_be_read_is_refused(content: bytes | None, message:
     if content is not None:
         (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
-
-
-@pytest.mark.parametrize("section", [3, "text", [1]])
-def test_a_processor_that_is_no_object_is_refused(section: Any, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path)
-    write_json(folder / "processor_config.json", {"image_processor": section})
-    with pytest.raises(CheckpointError, match=r"'image_processor' is .* an object is allowed"):
         open_checkpoint(folder)
 
 

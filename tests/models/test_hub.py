@@ -51,6 +51,11 @@ def hub(tmp_path: Path) -> Iterator[StandInHub]:
             commits={FIRST: files_of(write_folder(tmp_path / "single", "new Gemma"))}, refs={"main": FIRST}
         ),
     }
+    single = repositories["some/single"].commits[FIRST]
+    older = write_folder(tmp_path / "older", tensors=random_tensors("new Gemma", seed=1), shard_of=three_shards)
+    repositories["some/both"] = Repository(commits={FIRST: files_of(older) | single}, refs={"main": FIRST})
+    adapted = single | {"adapter_config.json": b"{}"}
+    repositories["some/adapter"] = Repository(commits={FIRST: adapted}, refs={"main": FIRST})
     with serve(StandInHub(repositories)) as running:
         yield running
 
@@ -302,3 +307,20 @@ def test_only_listed_safetensors_are_shards(name: str, tmp_path: Path) -> None:
 def test_the_stand_in_tensors_differ_between_commits() -> None:
     first, second = random_tensors("original LLaVA"), random_tensors("original LLaVA", seed=1)
     assert not torch.equal(first["img_safety_head.mlp.0.weight"], second["img_safety_head.mlp.0.weight"])
+
+
+def test_a_single_file_goes_before_an_index_and_an_adapter_is_refused(hub: StandInHub, tmp_path: Path) -> None:
+    code = """
+both, single = open_checkpoint('some/both'), open_checkpoint('some/single')
+print(json.dumps({
+    'same': both.tensors.sha256(both.head_names()) == single.tensors.sha256(single.head_names()),
+    'ignored': both.ignored.files, 'adapter': refusal('some/adapter'),
+}))
+"""
+    seen = python(code, tmp_path, hub.url)
+    assert seen["same"]
+    assert seen["ignored"] == sorted([HEAD_SHARD, VISION_SHARD, LANGUAGE_SHARD, "model.safetensors.index.json"])
+    assert (
+        seen["adapter"][0] == "CheckpointError" and "'adapter_config.json' belongs to an adapter" in seen["adapter"][1]
+    )
+    assert not {HEAD_SHARD, VISION_SHARD, LANGUAGE_SHARD} & hub.fetched()

@@ -1,0 +1,68 @@
+"""What lies in a checkpoint and is not read: said once, so that nobody takes it for part of the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["NOTHING", "Ignored", "report_ignored"]
+
+SHOWN_NAMES, SHOWN_SIGNS = 5, 80
+
+_log = logging.getLogger(__name__)
+_reported: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ignored:
+    """Files and tensors that are not part of what is read."""
+
+    files: tuple[str, ...] = ()
+    """Weight files beside those that the model is read from, by name."""
+    tensors: tuple[str, ...] = ()
+    """Tensors of no known part."""
+    share: float | None = None
+    """Their share of all tensor bytes; ``None`` where shards are not fetched yet."""
+
+    def notes(self) -> list[str]:
+        """Return one line on the files and one on the tensors, where there are any."""
+        found = []
+        if self.files:
+            found.append(
+                f"ignored: {_count(self.files, 'file')} beside the weights that are read: {_listed(self.files)}"
+            )
+        if self.tensors:
+            share = "" if self.share is None else f" ({100 * self.share:.1f} % of the bytes)"
+            found.append(f"ignored: {_count(self.tensors, 'tensor')}{share} of no known part: {_listed(self.tensors)}")
+        return found
+
+
+NOTHING = Ignored()
+
+
+def report_ignored(name: str, ignored: Ignored) -> None:
+    """Log as warnings what is ignored of the checkpoint ``name``, the same line once in a process.
+
+    A command that sets no logging up has it on its standard error, where it disturbs no data.
+    """
+    for note in ignored.notes():
+        line = f"{_shown(name)}: {note}"
+        if line not in _reported:
+            _reported.add(line)
+            _log.warning("%s", line)
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(repr(_shown(name)) for name in names[:SHOWN_NAMES]) + more
+
+
+def _shown(name: str) -> str:
+    """Shorten a name that a file states; ``repr`` and this escape what would move the cursor."""
+    short = name if len(name) <= SHOWN_SIGNS else name[:SHOWN_SIGNS] + "…"
+    return "".join(sign if sign.isprintable() else "?" for sign in short)
