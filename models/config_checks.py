@@ -89,7 +89,8 @@ def _check_frequencies(config: Any, source: str) -> None:
     positions = torch.arange(2).expand(3, 1, 2) if isinstance(config, Qwen2_5_VLConfig) else torch.arange(2)[None]
     try:
         rotary = ROTARY[type(config)](config=text)
-        turns = [rotary(torch.zeros(1), positions, *kind) for kind in [(name,) for name in kinds] or [()]]
+        each: list[tuple[str, ...]] = [(kind,) for kind in kinds] or [()]
+        turns = [rotary(torch.zeros(1), positions, *kind) for kind in each]
     except UNCOMPUTABLE as error:
         raise CheckpointError(
             f"{source}: config.json's rotary settings {shown(text.rope_parameters)} cannot be computed "

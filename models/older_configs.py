@@ -89,7 +89,7 @@ def _todays_yarn(scaling: dict[str, Any], longest: Any, version: Version) -> Non
     if version < (4, 51):
         for key in ("original_max_position_embeddings", "mscale", "mscale_all_dim"):
             scaling.pop(key, None)
-        if type(factor) in (int, float) and factor > 0:  # another is refused with the frequencies
+        if isinstance(factor, (int, float)) and factor > 0:  # another is refused with the frequencies
             scaling.setdefault("attention_factor", 0.1 * math.log(factor) + 1.0)
     elif version < (4, 56) and original is not None:
         scaling["factor"] = _ratio(longest, original)
