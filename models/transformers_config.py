@@ -132,9 +132,20 @@ def _vit_section(section: Section, config_class: type, shapes: Shapes, *, class_
         (wanted, section["hidden_size"]),
         f"vision_config.image_size = {image} with patch_size = {patch}",
     )
-    shapes.need_stated(section, "vision_config.", ["num_attention_heads"], gaps)
     check_section(section, "vision_config.", shapes.source)
     return gaps
+
+
+def _check_vit_heads(section: Section, config_class: type, shapes: Shapes, gaps: list[str]) -> None:
+    """Require a number of heads that is stated, or a default that may be trusted, and that divides the width."""
+    shapes.need_stated(section, "vision_config.", ["num_attention_heads"], gaps)
+    usual = default_of(config_class, "num_attention_heads")
+    heads = shapes.whole(section, "vision_config.", "num_attention_heads", usual)
+    if section["hidden_size"] % heads:
+        raise CheckpointError(
+            f"{shapes.source}: the vision tower is {section['hidden_size']} wide, which {heads} heads "
+            f"(vision_config.num_attention_heads, by default {usual}) do not divide. Correct config.json."
+        )
 
 
 # -- families -------------------------------------------------------------------------------------------
@@ -144,7 +155,7 @@ def _llava(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:
     _refuse_other_parts(raw, shapes.source)
     text = text_section(raw, (LlavaConfig, LlamaConfig), shapes)
     vision = _clip_section(raw, shapes)
-    _vit_section(vision, CLIPVisionConfig, shapes, class_tokens=1)
+    _check_vit_heads(vision, CLIPVisionConfig, shapes, _vit_section(vision, CLIPVisionConfig, shapes, class_tokens=1))
     layers = _llava_feature_layers(raw, vision, shapes)
     projector = "model.multi_modal_projector.linear_1.weight"
     text.setdefault("hidden_size", shapes.need(projector)[0])
@@ -243,7 +254,7 @@ def _gemma3(raw: Mapping[str, Any], shapes: Shapes) -> Gemma3Config:
     gaps = _vit_section(vision, SiglipVisionConfig, shapes, class_tokens=0)
     layers = VISION_TOWER + "encoder.layers."
     gaps += shapes.layers(vision, "vision_config.", "num_hidden_layers", layers, SiglipVisionConfig)
-    shapes.need_stated(vision, "vision_config.", ["num_attention_heads"], gaps)
+    _check_vit_heads(vision, SiglipVisionConfig, shapes, gaps)
     projector = "model.multi_modal_projector.mm_input_projection_weight"
     text.setdefault("hidden_size", shapes.need(projector)[1])
     shapes.check(projector, (vision["hidden_size"], text["hidden_size"]), "hidden_size of tower and language model")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, Gemma3TextConfig, LlamaConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Gemma3TextConfig, LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
 from models.errors import CheckpointError
@@ -53,6 +53,8 @@ ROPES: list[dict[str, Any]] = [
     },
 ]
 JUNK = ["32", None, True, 1.5, float("nan"), float("inf"), -1, 0, 1, 7, 10**30, "", [], [1], {}, "silu", 0.5, 1e300]
+NOT_READ = {*PreTrainedConfig().to_dict(), "architectures", "dtype", "transformers_version", "initializer_range"}
+"""What every config of transformers has, and what starts a training: no arithmetic depends on it."""
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -100,7 +102,7 @@ def placed(draw: st.DrawFn) -> tuple[str, Any, dict[str, Any]]:
     return family, model, config
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(placed())
 def test_any_placement_means_what_it_means_to_transformers(drawn: tuple[str, Any, dict[str, Any]]) -> None:
     family, model, config = drawn
@@ -119,7 +121,7 @@ def whole(family: str) -> tuple[Any, dict[str, Any]]:
     return model, json.loads(model.config.to_json_string(use_diff=False))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_a_wrong_value_is_refused_or_means_the_same(data: st.DataObject) -> None:
     """Nothing but a CheckpointError comes out, and what is computed is what transformers computes."""
@@ -128,7 +130,8 @@ def test_a_wrong_value_is_refused_or_means_the_same(data: st.DataObject) -> None
     config = copy.deepcopy(config)
     sections = [config, config["text_config"], config["vision_config"], config["text_config"]["rope_parameters"]]
     section = data.draw(st.sampled_from(sections))
-    key = data.draw(st.sampled_from(sorted(section)))
+    keys = [key for key in sorted(section) if key not in NOT_READ and "token" not in key]
+    key = data.draw(st.sampled_from(keys))
     value = data.draw(st.sampled_from(JUNK))
     section[key] = value
     with tempfile.TemporaryDirectory() as name:
