@@ -53,7 +53,14 @@ ROPES: list[dict[str, Any]] = [
     },
 ]
 JUNK = ["32", None, True, 1.5, float("nan"), float("inf"), -1, 0, 1, 7, 10**30, "", [], [1], {}, "silu", 0.5, 1e300]
-NOT_READ = {*PreTrainedConfig().to_dict(), "architectures", "dtype", "transformers_version", "initializer_range"}
+NOT_READ = {
+    *PreTrainedConfig().to_dict(),
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "initializer_range",
+    "image_seq_length",
+}
 """What every config of transformers has, and what starts a training: no arithmetic depends on it."""
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
