@@ -41,6 +41,14 @@ DRAWN = 2**24
 """Values at once."""
 CLIP_LAYERS = 24
 """Of the tower that original LLaVA configs only name."""
+TOWER_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "image_size",
+)
 
 
 def write_random_checkpoint(
@@ -113,6 +121,8 @@ def _config(config: Any, architecture: str, tokenizer: str, layout: Layout) -> d
         published["mm_hidden_size"] = vision["hidden_size"]
         if vision["num_hidden_layers"] == CLIP_LAYERS:
             published["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
+        else:  # no name stands for it, and no tensor shows its heads
+            published["vision_config"] = {key: vision[key] for key in TOWER_KEYS}
     if "rope_scaling" in published:
         published["rope_scaling"] = {
             "type": "mrope",

@@ -156,23 +156,29 @@ def _linear(weight_DM: Tensor, bias_D: Tensor | None) -> nn.Linear:
 
 
 class LlavaTrunk(Trunk):
-    """CLIP up to the layer that LLaVA reads, then the projector's first layer and activation."""
+    """CLIP up to the last layer that LLaVA reads, then the projector's first layer and activation.
+
+    Several hidden states that are read are concatenated, as in transformers.
+    """
 
     def __init__(self, vision: VisionPath) -> None:
         super().__init__()
         tower, projector, config = _parts(vision)
         self.embeddings, self.norm = tower.embeddings, tower.pre_layrnorm
-        self.layers = tower.encoder.layers[: layers_read(len(tower.encoder.layers), config.vision_feature_layer)]
+        read, count = config.vision_feature_layer, len(tower.encoder.layers)
+        self.read = [layers_read(count, layer) for layer in ([read] if isinstance(read, int) else read)]
+        self.layers = tower.encoder.layers[: max(self.read)]
         self.class_tokens = int(config.vision_feature_select_strategy == "default")
         self.linear, self.act = projector.linear_1, projector.act
         self.last = _linear(projector.linear_2.weight, projector.linear_2.bias)
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """Return N × T × M tokens before ``linear_2``."""
-        hidden = self.norm(self.embeddings(pixels_NCHW))
+        states = [self.norm(self.embeddings(pixels_NCHW))]
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=None)
-        tokens: Tensor = self.act(self.linear(hidden[:, self.class_tokens :]))
+            states.append(layer(states[-1], attention_mask=None))
+        read = torch.cat([states[index][:, self.class_tokens :] for index in self.read], dim=-1)
+        tokens: Tensor = self.act(self.linear(read))
         return tokens
 
 

@@ -175,6 +175,17 @@ def _wanted(tower: Any, key: str, *allowed: Any) -> None:
         )
 
 
+def _llava_layers_read(config: Any) -> int:
+    """Return how many layers stand before what LLaVA reads; CheckpointError where it reads several."""
+    read = config.vision_feature_layer
+    if not isinstance(read, int):
+        raise CheckpointError(
+            f"config.json states vision_feature_layer as a list (layers {read}); one is written into a GGUF file. "
+            "Use the ONNX export, which concatenates them."
+        )
+    return read
+
+
 def _llava_keys(writer: Any, config: Any) -> None:
     tower = config.vision_config
     _wanted(tower, "hidden_act", "quick_gelu")
@@ -184,7 +195,7 @@ def _llava_keys(writer: Any, config: Any) -> None:
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
     # the output of so many layers; without it llama.cpp would leave out the last of those that are there
-    writer.add_array("clip.vision.feature_layer", [config.vision_feature_layer])
+    writer.add_array("clip.vision.feature_layer", [_llava_layers_read(config)])
 
 
 def _qwen_keys(writer: Any, config: Any) -> None:
@@ -239,7 +250,7 @@ _VISION: Mapping[str, _Vision] = {
                 }
             ),
         },
-        layers_read=lambda config: int(config.vision_feature_layer),
+        layers_read=_llava_layers_read,
         set_keys=_llava_keys,
         # only CLIP's pooled output reads it, and llama.cpp would apply it to the projector's input
         optional=(f"{TOWER}post_layernorm.weight", f"{TOWER}post_layernorm.bias"),

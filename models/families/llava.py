@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, OwnSetting, PromptFormat, Rename
 
-__all__ = ["LLAVA"]
+__all__ = ["LLAVA", "NAMED_TOWERS", "UNNAMED_TOWER"]
 
 OPENING = (
     "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -63,3 +63,32 @@ LLAVA = Family(
         OwnSetting("mm_resampler_type", (None, "identity"), "resamples the image's features"),
     ),
 )
+
+_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+UNNAMED_TOWER = {**_LARGE, "image_size": 336}
+"""The vision tower of transformers' ``LlavaConfig`` where a config has no ``vision_config``."""
+NAMED_TOWERS = {
+    "clip-vit-large-patch14-336": UNNAMED_TOWER,
+    "clip-vit-large-patch14": {**_LARGE, "image_size": 224},
+    "clip-vit-base-patch16": {**_BASE, "patch_size": 16, "image_size": 224},
+    "clip-vit-base-patch32": {**_BASE, "patch_size": 32, "image_size": 224},
+    "tiny-clip-patch14-84": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+        "image_size": 84,
+    },
+}
+"""What original LLaVA configs only name (``mm_vision_tower``): ``CLIPVisionConfig`` of the four that OpenAI published,
+and of the tiny checkpoint here; what is not said is the class's default."""

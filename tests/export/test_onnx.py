@@ -26,9 +26,12 @@ from models.checkpoint import open_checkpoint
 from models.commandline import grid_option
 from models.errors import CheckpointError, ImageFileError, InputError, ParityError
 from models.manifest import Manifest
+from models.reference import build_reference_guard, normalize
 from runtimes.bundle import open_bundle
 from runtimes.judge import Guard
+from tests.models.both_loaders import write_folder
 from tests.models.random_checkpoints import SIZE, Written, stand_in, write_checkpoint
+from tests.models.seeded_models import model_of
 
 QUICK = ExportOptions(parity_images=4)
 
@@ -66,6 +69,25 @@ def test_a_projector_tap_is_split_off_exactly(family: str, layout: str, tmp_path
     assert manifest.files[0].parity is not None
     assert manifest.files[0].parity.label_flips == 0
     assert not [name for name in checkpoint.tensors.read_names if "language_model" in name or "lm_head" in name]
+
+
+def test_several_vision_layers_are_concatenated(tmp_path: Path) -> None:
+    """LLaVA's vision_feature_layer as a list; layers behind the last one that is read are left out."""
+    model = model_of("llava", {}, {"num_hidden_layers": 4}, vision_feature_layer=[1, -3, 0])
+    write_folder(tmp_path / "checkpoint", model, json.loads(model.config.to_json_string(use_diff=False)))
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    (tmp_path / "checkpoint/preprocessor_config.json").write_text(json.dumps(size))
+    checkpoint = open_checkpoint(str(tmp_path / "checkpoint"), tap="projector")
+    export_guard(checkpoint, tmp_path / "out", ExportOptions(parity_images=4))
+    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    guard = build_reference_guard(checkpoint)
+    with torch.no_grad():
+        pixels = normalize(images, guard.preprocessing)
+        features = torch.stack(tuple(model.get_image_features(pixel_values=pixels).pooler_output))
+        expected = torch.softmax(guard.head(features.mean(1)), -1).numpy()
+    assert np.abs(run(tmp_path / "out" / "guard.fp32.onnx", images)[0] - expected).max() <= 1e-5
+    graph = onnx.load(tmp_path / "out" / "guard.fp32.onnx").graph
+    assert sum(node.op_type == "LayerNormalization" for node in graph.node) == 1 + 2 * 2  # of four layers, two
 
 
 def test_the_graph_is_as_the_contract_says(bundle: Path, written: Written) -> None:

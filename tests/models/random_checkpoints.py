@@ -236,7 +236,12 @@ def _stored_name(family: str, layout: str, name: str) -> str:
 def _config(family: str, layout: str, config: Any) -> dict[str, Any]:
     guard = {"safety_categories": [f"class_{i}" for i in range(CLASSES)], "num_safety_categories": CLASSES}
     if layout == "original":
-        named = {"mm_vision_tower": "some/clip-tower", "mm_hidden_size": 64, "mm_vision_select_layer": -2}
+        named: dict[str, Any] = {
+            "mm_vision_tower": "some/clip-tower",
+            "mm_hidden_size": 64,
+            "mm_vision_select_layer": -2,
+        }
+        named["vision_config"] = {"num_attention_heads": 1, "num_hidden_layers": 3}  # what no tensor shows
         text = {
             **TEXT,
             "rms_norm_eps": 1e-6,
@@ -246,6 +251,7 @@ def _config(family: str, layout: str, config: Any) -> dict[str, Any]:
         }
         stray: dict[str, Any] = {
             "model_type": "safellava_llama",
+            "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch",
             "pad_token_id": -1,
         }

@@ -125,12 +125,32 @@ def test_llava_without_the_layers_it_does_not_read(tmp_path: Path) -> None:
 
 
 def test_original_llava_counts_layers_of_the_named_tower(tmp_path: Path) -> None:
-    """Of a tower known to have 24 layers, -2 is layer 23: a file that holds 3 is incomplete."""
+    """Of a tower said to have 24 layers, -2 is layer 23: a file that holds 3 is incomplete."""
     written = write_checkpoint("llava", "original", tmp_path)
     path = written.folder / "config.json"
-    config = json.loads(path.read_text()) | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    config = json.loads(path.read_text())
+    config["vision_config"]["num_hidden_layers"] = 24
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"hold 3 vision layers.*output of 23 of 24"):
+        build_reference_guard(opened(written))
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ("openai/clip-vit-large-patch14-336", r"\(64, .*vision_config.hidden_size = 1024"),
+        ("some/clip-tower", "names the vision tower 'some/clip-tower'.*no tensor shows how many heads"),
+        (None, r"\(64, .*vision_config.hidden_size = 1024"),
+    ],
+)
+def test_a_tower_that_is_only_named(tower: str | None, message: str, tmp_path: Path) -> None:
+    """Its heads are those of the tower of that name, LLaVA's own where none is named, never guessed."""
+    written = write_checkpoint("llava", "original", tmp_path)
+    path = written.folder / "config.json"
+    config = json.loads(path.read_text()) | {"mm_vision_tower": tower}
+    del config["vision_config"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
         build_reference_guard(opened(written))
 
 
