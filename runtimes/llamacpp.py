@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -25,7 +26,7 @@ from models.machine import core_count
 from runtimes.activation import Activated
 from runtimes.llamacpp_first_patch import FirstPatch
 
-__all__ = ["LlamaCpp", "last_error", "llama_libraries"]
+__all__ = ["LlamaCpp", "last_error", "llama_libraries", "recent_lines"]
 
 _log = logging.getLogger(__name__)
 BATCH = 512
@@ -34,6 +35,7 @@ TAPPED_BATCH = 128
 SEQUENCE = 0
 MARKER = b"<__media__>"
 SPECIAL_MARGIN = 16
+RECENT_LINES = 16
 Floats = npt.NDArray[np.float32]
 
 
@@ -60,11 +62,17 @@ def last_error() -> str:
     return _Quiet.last_error or "no reason was given"
 
 
+def recent_lines() -> tuple[str, ...]:
+    """Return the last lines of llama.cpp's log, oldest first."""
+    return tuple(_Quiet.recent)
+
+
 class _Quiet:
     """llama.cpp's log: errors are kept for the next message, the rest goes to ours at debug level."""
 
     callbacks: list[Any] = []  # noqa: RUF012  # one for the process, as llama.cpp has one log
     last_error = ""
+    recent: deque[str] = deque(maxlen=RECENT_LINES)  # noqa: RUF012
 
     @staticmethod
     def say(level: int, text: bytes, _: Any) -> None:
@@ -72,6 +80,7 @@ class _Quiet:
         if level == 3 and line:  # GGML_LOG_LEVEL_ERROR
             _Quiet.last_error = line
         if line:
+            _Quiet.recent.append(line)
             _log.debug("llama.cpp: %s", line)
 
 
