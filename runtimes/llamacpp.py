@@ -36,6 +36,8 @@ SEQUENCE = 0
 MARKER = b"<__media__>"
 SPECIAL_MARGIN = 16
 RECENT_LINES = 16
+LOG_LEVEL_ERROR = 4
+"""``GGML_LOG_LEVEL_ERROR`` of ggml.h; 3 is a warning."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -77,7 +79,7 @@ class _Quiet:
     @staticmethod
     def say(level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
-        if level == 3 and line:  # GGML_LOG_LEVEL_ERROR
+        if level == LOG_LEVEL_ERROR and line:
             _Quiet.last_error = line
         if line:
             _Quiet.recent.append(line)

@@ -33,7 +33,7 @@ from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_libr
 from export.images import parity_images
 from models.checkpoint import Checkpoint
 from models.distilled_head import DistilledHead
-from models.errors import CheckpointError, InputError, ParityError
+from models.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
 from models.machine import now
@@ -116,6 +116,10 @@ def export_gguf(
             manifest = manifest.model_copy(update={"parity": parity})
             manifest.write(unfinished)
         unfinished.rename(out)
+    except SafeVLMError as error:
+        if writing.unfit is not None:  # the type that is left is no better
+            raise writing.unfit from error
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if writing.unfit is not None:
@@ -224,13 +228,14 @@ class _Writing:
         stored = stored_type(self.checkpoint, self.type)
         plain = self.folder / f"model.{stored}.gguf"
         tensors = self._language_tensors()
-        write_gguf(plain, self.architecture, self._language_keys, tensors, self.report)
+        largest = write_gguf(plain, self.architecture, self._language_keys, tensors, self.report)
         if self.type in PLAIN_TYPES:
             return plain
         packed = self.folder / f"model.{self.type}.gguf"
         self.report(f"llama.cpp quantizes to {self.type}")
         try:
-            quantize_file(plain, packed, self.type, importance, {tensor.name: tensor.source for tensor in tensors})
+            matrices = {tensor.name: tensor.source for tensor in tensors if len(tensor.shape) > 1}
+            quantize_file(plain, packed, self.type, importance, matrices, largest)
         except UnfitTensorError as error:
             packed.unlink(missing_ok=True)
             self.unfit, self.type = error, stored

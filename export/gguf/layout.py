@@ -31,8 +31,8 @@ def laid_out(checkpoint: Checkpoint) -> Any:
         model: Any = on_meta(lambda: model_class_of(config)(config))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{checkpoint.name}: transformers cannot lay out the model that config.json describes: {error!r}. Compare it "
-            "with the base model's config.json."
+            f"{checkpoint.name}: transformers cannot lay out the model that config.json describes: {error!r}. "
+            "Compare it with the base model's config.json."
         ) from error
     leave_out_unread(model.model, checkpoint.tensors)
     return model

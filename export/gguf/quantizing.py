@@ -41,6 +41,8 @@ TENSOR_LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+)")
 """What llama.cpp's quantizer logs of a tensor that it begins."""
 OUT_OF_RANGE = "validation failed"
 ROWS_AT_ONCE = 1024
+LARGEST = 127 * 65504.0
+"""The most that q8_0 holds; far beyond it llama.cpp's other quantizers overflow unseen, or end the process."""
 BUFFER_BYTES = 256 * 2**20
 """Of tensor rows that llama.cpp keeps in memory at once."""
 
@@ -90,13 +92,18 @@ def quantize_file(
     name: str,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     sources: Mapping[str, str] | None = None,
+    largest: Mapping[str, float] | None = None,
 ) -> None:
     """Write ``target`` in type ``name`` from a GGUF file; ``importance`` has a number a column, by tensor name.
 
-    ``sources`` are the checkpoint's names of the file's tensors, for errors.
+    ``sources`` are the checkpoint's names of the file's matrices, ``largest`` the largest magnitude in each.
 
     Errors: UnfitTensorError for a tensor whose numbers the type does not hold; SafeVLMError with llama.cpp's own words.
     """
+    sources = sources or {}
+    for tensor, number in (largest or {}).items():
+        if tensor in sources and number > LARGEST:
+            raise _unfit(tensor, name, sources, f"up to {number:.4g}, beyond its range")
     llama, _ = llama_libraries()
     parameters = llama.llama_model_quantize_params()
     defaults = llama.llama_model_quantize_default_params()
@@ -117,10 +124,10 @@ def quantize_file(
     if llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) != 0:
         begun = [found[1] for line in recent_lines() if (found := TENSOR_LINE.match(line))]
         if begun and OUT_OF_RANGE in last_error():
-            raise _unfit(begun[-1], name, sources or {}, "beyond its range")
+            raise _unfit(begun[-1], name, sources, "beyond its range")
         raise SafeVLMError(f"llama.cpp could not quantize {source.name} to {name}: {last_error()}")
     for tensor in _vanished(source, target):
-        raise _unfit(tensor, name, sources or {}, "so small that all of them become 0")
+        raise _unfit(tensor, name, sources, "so small that all of them become 0")
 
 
 def _unfit(tensor: str, name: str, sources: Mapping[str, str], why: str) -> UnfitTensorError:
@@ -145,8 +152,9 @@ def _vanished(source: Path, target: Path) -> Iterator[str]:
 
 def _largest_row(rows: npt.NDArray[Any]) -> int:
     """Return which row of floats (bfloat16 as bytes) holds the largest: by their bits, which grow with magnitude."""
-    bits = rows.view(np.uint32 if rows.dtype == np.float32 else np.uint16)
-    magnitude = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    wide = rows.dtype == np.float32
+    bits: npt.NDArray[Any] = rows.view(np.uint32 if wide else np.uint16)
+    magnitude = 0x7FFFFFFF if wide else 0x7FFF
     peaks = [(bits[at : at + ROWS_AT_ONCE] & magnitude).max(axis=1) for at in range(0, len(bits), ROWS_AT_ONCE)]
     return int(np.concatenate(peaks).argmax())
 

@@ -297,18 +297,26 @@ def _qwen_keys(writer: Any, config: Any) -> None:
         raise CheckpointError(
             f"config.json states patches of {tower.patch_size} pixels; windows of {QWEN_WINDOW} pixels hold two a side."
         )
-    full = list(tower.fullatt_block_indexes)
-    pattern = full[0] + 1 if full else 0
-    if not full or full != list(range(pattern - 1, tower.depth, pattern)):
-        raise CheckpointError(
-            f"config.json states full attention in layers {full} of {tower.depth}; llama.cpp knows every n-th only."
-        )
     writer.add_vision_image_size(560)  # of no effect: sizes are free
     writer.add_vision_head_count(tower.num_heads)
     writer.add_vision_attention_layernorm_eps(1e-6)
     writer.add_vision_use_silu(True)
-    writer.add_vision_n_wa_pattern(pattern)
+    writer.add_vision_n_wa_pattern(_full_attention_every(tower))
     writer.add_vision_spatial_merge_size(tower.spatial_merge_size)
+
+
+def _full_attention_every(tower: Any) -> int:
+    """Return n where every n-th layer has full attention and the others windows; 0 where all have full attention."""
+    full, depth = sorted({index for index in tower.fullatt_block_indexes if 0 <= index < tower.depth}), tower.depth
+    if full == list(range(depth)):
+        return 0
+    every: int = full[0] + 1 if full else depth + 1
+    if full != list(range(every - 1, depth, every)):
+        raise CheckpointError(
+            f"config.json states full attention in layers {full} of {depth}; llama.cpp has it in every n-th layer, all "
+            "or none. Use another runtime."
+        )
+    return every
 
 
 def _gemma_keys(writer: Any, config: Any) -> None:

@@ -63,14 +63,16 @@ def write_gguf(
     set_keys: Callable[[Any], None],
     tensors: Sequence[GgufTensor],
     report: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Write a file; ``set_keys`` is given the library's writer for the metadata. One tensor is in memory at a time.
+) -> dict[str, float]:
+    """Write a file and return the largest magnitude in every tensor. One tensor is in memory at a time.
+
+    ``set_keys`` is given the library's writer for the metadata.
 
     Errors: CheckpointError for a number that its type cannot hold, with the checkpoint's name of the tensor; OSError.
     """
     gguf = gguf_library()
     types = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
-    writer = gguf.GGUFWriter(path, architecture)
+    writer, largest = gguf.GGUFWriter(path, architecture), {}
     try:
         set_keys(writer)
         for tensor in tensors:
@@ -82,29 +84,32 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for number, tensor in enumerate(tensors, 1):
             report(f"writing {path.name}: tensor {number} of {len(tensors)}")
-            writer.write_tensor_data(_numbers(tensor))
+            numbers, largest[tensor.name] = _numbers(tensor)
+            writer.write_tensor_data(numbers)
     finally:
         writer.close()
+    return largest
 
 
-def _numbers(tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    """Return a tensor's numbers as they are stored; bfloat16, which numpy lacks, as its 16 bits."""
+def _numbers(tensor: GgufTensor) -> tuple[np.ndarray[Any, Any], float]:
+    """Return a tensor's numbers as they are stored (bfloat16, which numpy lacks, as its 16 bits) and the largest."""
     value = tensor.read()
     if tuple(value.shape) != tensor.shape:
         raise CheckpointError(f"'{tensor.source}': shape {tuple(value.shape)} was read, {tensor.shape} was announced.")
     dtype = DTYPES[tensor.type]
-    if value.numel():
-        check_numbers(value, dtype, tensor.source)
+    largest = check_numbers(value, dtype, tensor.source)
     stored = value.to(dtype).contiguous()
-    return (stored.view(torch.int16) if dtype == torch.bfloat16 else stored).numpy()
+    return (stored.view(torch.int16) if dtype == torch.bfloat16 else stored).numpy(), largest
 
 
-def check_numbers(value: Tensor, dtype: torch.dtype, source: str) -> None:
-    """Check that ``dtype`` holds the numbers of a tensor that the checkpoint calls ``source``.
+def check_numbers(value: Tensor, dtype: torch.dtype, source: str) -> float:
+    """Check that ``dtype`` holds the numbers of a tensor that the checkpoint calls ``source``; return the largest.
 
     Raises:
         CheckpointError: for NaN, infinity, a number beyond the range of ``dtype``, and a tensor that becomes all zero.
     """
+    if not value.numel():
+        return 0.0
     low, high = (float(end) for end in torch.aminmax(value))
     largest = max(-low, high)
     if not math.isfinite(largest):
@@ -122,3 +127,4 @@ def check_numbers(value: Tensor, dtype: torch.dtype, source: str) -> None:
         raise CheckpointError(
             f"tensor '{source}' holds numbers up to {largest:.4g}, which are all 0 in {name}. {_WIDER[dtype]}"
         )
+    return largest
