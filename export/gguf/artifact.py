@@ -146,10 +146,10 @@ class _Writing:
         """Check what can be told before anything is written or measured."""
         checkpoint, distilled = self.checkpoint, self.options.distilled
         gguf = gguf_library()
-        check_widths(self._language_tensors(), self.type)
         self._language_keys(gguf.GGUFWriter(None, self.architecture))
-        vision_tensors(checkpoint, self.options.mmproj_type)
         self._vision_keys(gguf.GGUFWriter(None, MMPROJ_ARCHITECTURE))
+        check_widths(self._language_tensors(), self.type)
+        vision_tensors(checkpoint, self.options.mmproj_type)
         if distilled is not None:
             distilled.check_fits(checkpoint, guard_sha256(checkpoint))
             if self.options.grid is not None and self.options.grid != distilled.size:
