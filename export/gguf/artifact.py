@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -18,6 +17,7 @@ from export.bundle import origin_of
 from export.gguf.importance import Measured, measure_importance
 from export.gguf.language import ARCHITECTURES, language_keys, language_tensors, stored_type
 from export.gguf.layout import stored_as
+from export.gguf.parity import check_finite, guard_parity
 from export.gguf.quantizing import (
     PLAIN_TYPES,
     UnfitTensorError,
@@ -27,7 +27,8 @@ from export.gguf.quantizing import (
     quantize_file,
     type_of,
 )
-from export.gguf.vision import MMPROJ_ARCHITECTURE, vision_keys, vision_tensors
+from export.gguf.vision import MMPROJ_ARCHITECTURE, vision_tensors
+from export.gguf.vision_keys import vision_keys
 from export.gguf.vocabulary import vocabulary_keys
 from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_library, write_gguf
 from export.images import parity_images
@@ -37,25 +38,21 @@ from models.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
 from models.machine import now
-from models.manifest import Parity
 from models.preprocessing import Preprocessing
 from models.reference import GuardHead, build_head, build_vision, guard_sha256
 from models.transformers_config import build_config
 from models.version import VERSION
-from quantize.drift import exact_probs
 from quantize.estimate import available_memory
 from quantize.unfinished import disk_errors
 from runtimes.bundle import sha256_of
-from runtimes.gguf_artifact import open_gguf
 from runtimes.llamacpp import LlamaCpp
-from runtimes.llamacpp_language import LlamaCppLanguageRunner, probe_of, probe_picture
+from runtimes.llamacpp_language import probe_of, probe_picture
 
 __all__ = ["GgufOptions", "export_gguf"]
 
 HEAD_FILES = {"exact": "guard.exact.safetensors", "distilled": "guard.distilled.safetensors"}
 EMBEDDING_TOLERANCE = 0.03
 """Of the largest value: llama.cpp multiplies in float16 and has GELU in a table."""
-PROBABILITY_TOLERANCE = 0.02
 MEMORY_SHARE = 0.5
 Report = Callable[[str], None]
 
@@ -112,7 +109,8 @@ def export_gguf(
             manifest = writing.all()
             manifest.write(unfinished)
         if options.parity_images:
-            parity = _parity(checkpoint, unfinished, options, report)
+            images = parity_images(writing.preprocessing, options.parity_images, options.images)
+            parity = guard_parity(checkpoint, unfinished, images, options.max_memory, report)
             manifest = manifest.model_copy(update={"parity": parity})
             manifest.write(unfinished)
         unfinished.rename(out)
@@ -268,7 +266,7 @@ class _Writing:
                 found = session.encode(rgb)
             wider = f"use a wider --mmproj-type than {self.options.mmproj_type}"
             check_finite(found, f"{checkpoint.name}: the vision tower", "llama.cpp", wider)
-            off = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+            off = float(np.abs(found - wanted).max() / (np.abs(wanted).max() or 1.0))
             if off <= EMBEDDING_TOLERANCE:
                 return last, probe_of(found), tokens
         raise ParityError(
@@ -312,47 +310,3 @@ class _Writing:
     def _file(self, path: Path, role: Literal["model", "mmproj", "head"], kind: str) -> GgufFile:
         self.report(f"hashing {path.name}")
         return GgufFile(path=path.name, role=role, type=kind, sha256=sha256_of(path), bytes=path.stat().st_size)
-
-
-def check_finite(numbers: npt.NDArray[np.float32], what: str, where: str, remedy: str) -> None:
-    """Check what a runtime computed of finite weights.
-
-    Raises:
-        CheckpointError: for NaN and infinity: numbers on the way outgrew the runtime's number format.
-    """
-    if not np.isfinite(numbers).all():
-        raise CheckpointError(
-            f"{what} gives numbers that are not finite on {where}: the model's own values outgrow its number format. "
-            f"To go on, {remedy}."
-        )
-
-
-def _parity(checkpoint: Checkpoint, folder: Path, options: GgufOptions, report: Report) -> Parity:
-    """Ask the exact guard of the files and of the checkpoint about images."""
-    artifact = open_gguf(folder, verify=False)
-    size, kind = artifact.manifest.preprocessing, artifact.manifest.file("model").type
-    rgb = parity_images(size, options.parity_images, options.images)
-    grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
-    wanted = exact_probs(
-        checkpoint, torch.from_numpy(rgb), grid=grid, max_bytes=options.max_memory, report=report
-    ).numpy()
-    check_finite(wanted, f"{checkpoint.name}: the exact guard", "torch", "use another checkpoint")
-    rows = []
-    with LlamaCppLanguageRunner(artifact, context=artifact.manifest.image_tokens + 512) as runner:
-        for number, picture in enumerate(rgb):
-            report(f"llama.cpp's guard, image {number + 1} of {len(rgb)}")
-            row = runner.prefill(picture, "").exact_probs
-            assert row is not None  # the exact head is in every folder
-            rows.append(row)
-    found = np.stack(rows)
-    check_finite(found, f"{checkpoint.name}: the exact guard", "llama.cpp", f"use --type bf16 or f32, not {kind}")
-    off = float(np.abs(found - wanted).max())
-    flips = int((found.argmax(-1) != wanted.argmax(-1)).sum())
-    if kind in PLAIN_TYPES and not off <= PROBABILITY_TOLERANCE:
-        raise ParityError(
-            f"{checkpoint.name}: the exact guard's probabilities differ by {off:.3f} on llama.cpp at {kind}; "
-            f"{PROBABILITY_TOLERANCE} is allowed. This is a fault of the export, or of this llama.cpp."
-        )
-    return Parity(
-        images=len(rgb), max_abs_prob_delta=off, label_flips=flips, reference=f"{checkpoint.name} on torch, float32"
-    )

@@ -166,7 +166,8 @@ def test_a_projector_of_another_model_is_refused_by_its_hash(gguf_folder: Folder
 
 def test_a_projector_of_the_same_size_is_told_by_what_it_computes(gguf_folder: Folder, tmp_path: Path) -> None:
     """Someone who writes the hash anew has changed the manifest by hand; the probe still knows."""
-    from export.gguf.vision import vision_keys, vision_tensors
+    from export.gguf.vision import vision_tensors
+    from export.gguf.vision_keys import vision_keys
     from export.gguf.writing import write_gguf
 
     folder = copied(gguf_folder("tiny-safegem"), tmp_path / "other")

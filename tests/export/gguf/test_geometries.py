@@ -122,7 +122,8 @@ def test_parity_or_a_refusal_before_anything_is_written(family: str) -> None:
 
 def holds(family: str, place: Path, drawn: dict[str, Any]) -> bool:
     """Export one geometry: true if llama.cpp agrees with torch, or nothing was written before the refusal."""
-    options, told = drawn.pop("options"), []
+    options = drawn.pop("options")
+    told: list[str] = []
     try:
         write_geometry(family, place / "checkpoint", **drawn)
     except (StrictDataclassError, ValueError):

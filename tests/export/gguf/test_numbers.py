@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from export.gguf.__main__ import main
-from export.gguf.artifact import GgufOptions, check_finite, export_gguf
+from export.gguf.artifact import GgufOptions, export_gguf
+from export.gguf.parity import check_finite
 from export.gguf.writing import DTYPES, check_numbers
 from models.checkpoint import open_checkpoint
 from models.commandline import run

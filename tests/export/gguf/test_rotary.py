@@ -85,7 +85,7 @@ def test_logits_are_those_of_transformers(
     found = {key.partition(".")[2]: field.contents() for key, field in fields.items()}
     assert {key: found[key] for key in stated} == stated
     with LlamaCppLanguageRunner(tmp_path / "out") as runner:
-        size = runner.preprocessing
+        size = runner.artifact.manifest.preprocessing
         rgb = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), np.uint8)
         logits = runner.prefill(rgb, QUESTION).handle[0]
         assert runner.session.position > 2 * ORIGINAL
