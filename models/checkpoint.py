@@ -32,7 +32,15 @@ from models.shards import Shards
 from models.tap import Tap, find_tap
 from models.tensors import TensorStore
 
-__all__ = ["RANDOM_KEY", "Checkpoint", "HeadShape", "open_checkpoint", "standard_classes", "tell_family"]
+__all__ = [
+    "OUTPUT_PREFIX",
+    "RANDOM_KEY",
+    "Checkpoint",
+    "HeadShape",
+    "open_checkpoint",
+    "standard_classes",
+    "tell_family",
+]
 
 RANDOM_KEY = "safevlm_edge_random_weights"
 """Set in the config of a stand-in (benchmarks.random_checkpoint), whose verdicts and answers are noise."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from models.errors import CheckpointError
 if TYPE_CHECKING:
     from models.tensors import TensorStore
 
-__all__ = ["fill", "on_meta"]
+__all__ = ["check_stored", "fill", "on_meta"]
 
 NAMES_SHOWN = 4
 
@@ -70,7 +70,20 @@ def fill(
     Errors: CheckpointError, naming the tensors that are missing or of another shape.
     """
     slots = dict(module.named_parameters())
-    missing = [prefix + name for name in slots if prefix + name not in tensors]
+    check_stored({prefix + name: tuple(slot.shape) for name, slot in slots.items()}, tensors)
+    for name in slots:
+        path, _, leaf = name.rpartition(".")
+        value = tensors.read(prefix + name, own=own).to(dtype)
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def check_stored(wanted: Mapping[str, tuple[int, ...]], tensors: TensorStore) -> None:
+    """Check that tensors of these names and shapes are stored.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing or of another shape.
+    """
+    missing = [name for name in wanted if name not in tensors]
     if missing:
         more = f" and {len(missing) - NAMES_SHOWN} more" if len(missing) > NAMES_SHOWN else ""
         listed = ", ".join(f"'{name}'" for name in missing[:NAMES_SHOWN])
@@ -78,14 +91,10 @@ def fill(
             f"the checkpoint lacks {listed}{more}, which its config.json calls for. Fetch it again, and "
             "config and tensors from the same revision."
         )
-    for name, slot in slots.items():
-        stored = tuple(tensors.shape(prefix + name))
-        if stored != tuple(slot.shape):
+    for name, shape in wanted.items():
+        stored = tuple(tensors.shape(name))
+        if stored != shape:
             raise CheckpointError(
-                f"tensor '{prefix}{name}' has shape {stored}, config.json asks for {tuple(slot.shape)}. "
+                f"tensor '{name}' has shape {stored}, config.json asks for {shape}. "
                 "Fetch config and tensors from the same revision."
             )
-    for name in slots:
-        path, _, leaf = name.rpartition(".")
-        value = tensors.read(prefix + name, own=own).to(dtype)
-        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))

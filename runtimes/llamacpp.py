@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -26,7 +27,7 @@ from models.printable import one_line
 from runtimes.activation import Activated
 from runtimes.llamacpp_first_patch import FirstPatch
 
-__all__ = ["LlamaCpp", "last_error", "llama_libraries"]
+__all__ = ["LlamaCpp", "last_error", "llama_libraries", "recent_lines"]
 
 _log = logging.getLogger(__name__)
 BATCH = 512
@@ -35,6 +36,9 @@ TAPPED_BATCH = 128
 SEQUENCE = 0
 MARKER = b"<__media__>"
 SPECIAL_MARGIN = 16
+RECENT_LINES = 16
+LOG_LEVEL_ERROR = 4
+"""``GGML_LOG_LEVEL_ERROR`` of ggml.h; 3 is a warning."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -61,18 +65,25 @@ def last_error() -> str:
     return _Quiet.last_error or "no reason was given"
 
 
+def recent_lines() -> tuple[str, ...]:
+    """Return the last lines of llama.cpp's log, oldest first."""
+    return tuple(_Quiet.recent)
+
+
 class _Quiet:
     """llama.cpp's log: errors are kept for the next message, the rest goes to ours at debug level."""
 
     callbacks: list[Any] = []  # noqa: RUF012  # one for the process, as llama.cpp has one log
     last_error = ""
+    recent: deque[str] = deque(maxlen=RECENT_LINES)  # noqa: RUF012
 
     @staticmethod
     def say(level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
-        if level == 3 and line:  # GGML_LOG_LEVEL_ERROR
+        if level == LOG_LEVEL_ERROR and line:
             _Quiet.last_error = line
         if line:
+            _Quiet.recent.append(line)
             _log.debug("llama.cpp: %s", one_line(line))
 
 

@@ -22,25 +22,28 @@ import numpy.typing as npt
 
 from models.errors import MissingExtraError, SafeVLMError
 
-__all__ = ["FirstPatch"]
+__all__ = ["FEATURE_LAYERS_KEY", "FirstPatch"]
 
 Floats = npt.NDArray[np.float32]
-LAYERS_KEY = "clip.vision.block_count"
+FEATURE_LAYERS_KEY = "clip.vision.feature_layer"
+"""Of the hidden states that the projector reads side by side, from the first layer; 0 is the first layer's input."""
 
 
 class FirstPatch:
     """Watches one projector's graph; ``callback`` goes into its parameters, ``complete`` mends what it gave."""
 
     def __init__(self, mmproj: Path, llama: Any) -> None:
-        reader = _reader(mmproj)
-        layers = int(reader.fields[LAYERS_KEY].parts[-1][0])
+        library = _library()
+        reader = library.GGUFReader(mmproj)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._weights = [
-            np.asarray(tensors[name].data, np.float32)
+            np.asarray(library.quants.dequantize(tensors[name].data, tensors[name].tensor_type), np.float32)
             for name in ("mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias")
         ]
-        self._name = f"layer_out-{layers - 1}".encode()
-        self._row: Floats | None = None
+        layers = [int(layer) for layer in reader.fields[FEATURE_LAYERS_KEY].contents()]
+        self._names = [(f"layer_out-{layer - 1}" if layer else "pre_ln").encode() for layer in layers]
+        self._width = self._weights[0].shape[1] // len(layers)
+        self._rows: dict[bytes, Floats] = {}
         ggml = import_module("llama_cpp._ggml").libggml_base_path
         base = ctypes.CDLL(str(next(iter(sorted(ggml.glob("*ggml-base*"))))))
         self._name_of = base.ggml_get_name
@@ -50,12 +53,13 @@ class FirstPatch:
         self.callback = llama.ggml_backend_sched_eval_callback(self._see)
 
     def _see(self, tensor: int, ask: bool, _: Any) -> bool:
-        """Say which tensor is wanted when asked, and copy its first column when it is there."""
-        wanted: bool = self._name_of(tensor) == self._name
+        """Say whether a tensor is wanted when asked, and copy its first column when it is there."""
+        name = self._name_of(tensor)
+        wanted = name in self._names
         if not ask and wanted:
-            row = np.empty(self._weights[0].shape[1], np.float32)
+            row = np.empty(self._width, np.float32)
             self._get(tensor, row.ctypes.data, 0, row.nbytes)
-            self._row = row
+            self._rows[name] = row
         return wanted if ask else True
 
     def complete(self, embeddings_TD: Floats) -> Floats:
@@ -63,21 +67,21 @@ class FirstPatch:
 
         Errors: SafeVLMError when the row was not seen, in a llama.cpp whose graph is another one.
         """
-        if self._row is None:
+        rows = [self._rows.pop(name, None) for name in self._names]
+        if any(row is None for row in rows):
             raise SafeVLMError(
                 "this llama.cpp does not compute LLaVA's tower as this file expects. Write it again with "
                 "python -m export.gguf and the llama-cpp-python that is installed here."
             )
         into, into_bias, out, out_bias = self._weights
-        hidden = into @ self._row + into_bias
+        hidden = into @ np.concatenate([row for row in rows if row is not None]) + into_bias
         inner = np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))  # as ggml_gelu has it
         first = out @ (0.5 * hidden * (1 + inner)) + out_bias
-        self._row = None
         return np.concatenate([first[None].astype(np.float32), embeddings_TD[:-1]])
 
 
-def _reader(path: Path) -> Any:
+def _library() -> Any:
     try:
-        return import_module("gguf").GGUFReader(path)
+        return import_module("gguf")
     except ImportError as error:
         raise MissingExtraError("gguf", "gguf", "reading a projector file") from error

@@ -16,36 +16,43 @@ from calibration.samples import CalibrationOptions
 from export.bundle import origin_of
 from export.gguf.importance import Measured, measure_importance
 from export.gguf.language import ARCHITECTURES, language_keys, language_tensors, stored_type
-from export.gguf.quantizing import PLAIN_TYPES, check_widths, file_type, needs_importance, quantize_file, type_of
-from export.gguf.vision import MMPROJ_ARCHITECTURE, vision_keys, vision_tensors
+from export.gguf.layout import stored_as
+from export.gguf.parity import check_finite, guard_parity
+from export.gguf.quantizing import (
+    PLAIN_TYPES,
+    UnfitTensorError,
+    check_widths,
+    file_type,
+    needs_importance,
+    quantize_file,
+    type_of,
+)
+from export.gguf.vision import MMPROJ_ARCHITECTURE, vision_tensors
+from export.gguf.vision_keys import vision_keys
 from export.gguf.vocabulary import vocabulary_keys
-from export.gguf.writing import StoredType, write_gguf
+from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_library, write_gguf
 from export.images import parity_images
 from models.checkpoint import Checkpoint
 from models.distilled_head import DistilledHead
-from models.errors import InputError, ParityError
+from models.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
 from models.machine import now
-from models.manifest import Parity
 from models.preprocessing import Preprocessing
 from models.reference import GuardHead, build_head, build_vision, guard_sha256
 from models.transformers_config import build_config
 from models.version import VERSION
-from quantize.drift import exact_probs
 from quantize.estimate import available_memory
 from quantize.unfinished import disk_errors
 from runtimes.bundle import sha256_of
-from runtimes.gguf_artifact import open_gguf
 from runtimes.llamacpp import LlamaCpp
-from runtimes.llamacpp_language import LlamaCppLanguageRunner, probe_of, probe_picture
+from runtimes.llamacpp_language import probe_of, probe_picture
 
 __all__ = ["GgufOptions", "export_gguf"]
 
 HEAD_FILES = {"exact": "guard.exact.safetensors", "distilled": "guard.distilled.safetensors"}
 EMBEDDING_TOLERANCE = 0.03
 """Of the largest value: llama.cpp multiplies in float16 and has GELU in a table."""
-PROBABILITY_TOLERANCE = 0.02
 MEMORY_SHARE = 0.5
 Report = Callable[[str], None]
 
@@ -84,42 +91,38 @@ def export_gguf(
     """Write ``out``: language model, projector, guard heads, manifest; all of it or nothing.
 
     Tensors are read one at a time. Errors: InputError for a type that a width cannot hold, a folder that exists, too
-    little room on the disk; CheckpointError for what llama.cpp does not compute; ParityError when llama.cpp's
-    embeddings or, at 16 bits and more, its exact guard differ from the checkpoint's.
+    little room on the disk; CheckpointError for what llama.cpp does not compute, and for numbers that a type does not
+    hold: where a quantized type is the only one that does not, ``out`` then holds the model in the type that it would
+    have been made from; ParityError when llama.cpp's embeddings or, at 16 bits and more, its exact guard differ from
+    the checkpoint's.
     """
-    options = _settled(checkpoint, options)
+    unfinished = out.with_name(f".{out.name}.partial")
+    writing = _Writing(checkpoint, unfinished, options, report)
+    writing.check()
     if out.exists():
         raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
-    unfinished = out.with_name(f".{out.name}.partial")
     with disk_errors(out):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     try:
         with disk_errors(out):
-            manifest = _Writing(checkpoint, unfinished, options, report).all()
+            manifest = writing.all()
             manifest.write(unfinished)
-        parity = None
         if options.parity_images:
-            parity = _parity(checkpoint, unfinished, options, report)
+            images = parity_images(writing.preprocessing, options.parity_images, options.images)
+            parity = guard_parity(checkpoint, unfinished, images, options.max_memory, report)
             manifest = manifest.model_copy(update={"parity": parity})
             manifest.write(unfinished)
         unfinished.rename(out)
+    except SafeVLMError as error:
+        if writing.unfit is not None:  # the type that is left is no better
+            raise writing.unfit from error
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    if writing.unfit is not None:
+        raise CheckpointError(f"{writing.unfit} {out} holds the whole model in {manifest.file('model').type} instead.")
     return manifest
-
-
-def _settled(checkpoint: Checkpoint, options: GgufOptions) -> GgufOptions:
-    """Check what can be told before anything is written."""
-    name = type_of(options.type)
-    matrices = stored_type(checkpoint, name)
-    check_widths(language_tensors(checkpoint, matrices), name)
-    vision_tensors(checkpoint, options.mmproj_type)
-    if options.distilled is not None:
-        options.distilled.check_fits(checkpoint, guard_sha256(checkpoint))
-        if options.grid is not None and options.grid != options.distilled.size:
-            raise InputError(f"--guard was fitted at {options.distilled.size}, --grid asks for {options.grid}.")
-    return options
 
 
 class _Writing:
@@ -128,6 +131,8 @@ class _Writing:
     def __init__(self, checkpoint: Checkpoint, folder: Path, options: GgufOptions, report: Report) -> None:
         self.checkpoint, self.folder, self.options, self.report = checkpoint, folder, options, report
         self.type = type_of(options.type)
+        self.unfit: UnfitTensorError | None = None
+        """Why the model is not in the type that was asked for."""
         grid = options.grid or (None if options.distilled is None else options.distilled.size)
         if checkpoint.family.key != "qwen2_5_vl":
             grid = options.grid
@@ -135,13 +140,33 @@ class _Writing:
         self.preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
         self.text: Any = build_config(checkpoint).text_config
 
+    def check(self) -> None:
+        """Check what can be told before anything is written or measured."""
+        checkpoint, distilled = self.checkpoint, self.options.distilled
+        gguf = gguf_library()
+        self._language_keys(gguf.GGUFWriter(None, self.architecture))
+        self._vision_keys(gguf.GGUFWriter(None, MMPROJ_ARCHITECTURE))
+        check_widths(self._language_tensors(), self.type)
+        vision_tensors(checkpoint, self.options.mmproj_type)
+        if distilled is not None:
+            distilled.check_fits(checkpoint, guard_sha256(checkpoint))
+            if self.options.grid is not None and self.options.grid != distilled.size:
+                raise InputError(f"--guard was fitted at {distilled.size}, --grid asks for {self.options.grid}.")
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the language model's architecture."""
+        return ARCHITECTURES[self.checkpoint.family.key].name
+
     def all(self) -> GgufManifest:
+        """Write the files, small ones first: a number that cannot be stored is found before the gigabytes."""
         checkpoint = self.checkpoint
         self._check_disk()
+        heads, head_files = self._heads()
+        mmproj = self._write_projector()
         measured = self._importance()
         model = self._language(None if measured is None else measured.matrix)
-        heads, head_files = self._heads()
-        mmproj, last, probe, tokens = self._projector(model)
+        last, probe, tokens = self._check_projector(mmproj, model)
         source, tap = origin_of(checkpoint, standalone=any(head.reads == "projector" for head in heads))
         return GgufManifest(
             created=now(),
@@ -163,13 +188,12 @@ class _Writing:
                 *(self._file(path, "head", "f32") for path in head_files),
             ),
             heads=heads,
-            importance=None if measured is None else measured.record,
+            importance=None if measured is None or self.unfit is not None else measured.record,
         )
 
     def _check_disk(self) -> None:
-        """Refuse a disk that cannot hold the largest that will be there at once: 16 bits, and the packed file."""
-        matrices = language_tensors(self.checkpoint, stored_type(self.checkpoint, self.type))
-        needed = sum(tensor.nbytes for tensor in matrices)
+        """Refuse a disk that cannot hold the largest that will be there at once: the plain file, and the packed one."""
+        needed = sum(tensor.nbytes for tensor in self._language_tensors())
         if self.type not in PLAIN_TYPES:
             needed = int(needed * 1.6)
         needed += sum(tensor.nbytes for tensor in vision_tensors(self.checkpoint, self.options.mmproj_type))
@@ -180,6 +204,18 @@ class _Writing:
                 "are free. Make room, or give --out another place."
             )
 
+    def _language_tensors(self) -> list[GgufTensor]:
+        return language_tensors(self.checkpoint, stored_type(self.checkpoint, self.type))
+
+    def _language_keys(self, writer: Any) -> None:
+        language_keys(self.checkpoint, writer)
+        vocabulary_keys(self.checkpoint, self.text.vocab_size, writer)
+        writer.add_file_type(file_type(stored_type(self.checkpoint, self.type)))
+
+    def _vision_keys(self, writer: Any) -> None:
+        vision_keys(self.checkpoint, self.preprocessing, writer)
+        writer.add_file_type(file_type(self.options.mmproj_type))
+
     def _importance(self) -> Measured | None:
         if self.options.importance is None or self.type in PLAIN_TYPES:
             return None
@@ -189,48 +225,50 @@ class _Writing:
     def _language(self, importance: dict[str, Any] | None) -> Path:
         stored = stored_type(self.checkpoint, self.type)
         plain = self.folder / f"model.{stored}.gguf"
-
-        def keys(writer: Any) -> None:
-            language_keys(self.checkpoint, writer)
-            vocabulary_keys(self.checkpoint, self.text.vocab_size, writer)
-            writer.add_file_type(file_type(stored))
-
-        architecture = ARCHITECTURES[self.checkpoint.family.key].name
-        write_gguf(plain, architecture, keys, language_tensors(self.checkpoint, stored), self.report)
+        tensors = self._language_tensors()
+        largest = write_gguf(plain, self.architecture, self._language_keys, tensors, self.report)
         if self.type in PLAIN_TYPES:
             return plain
         packed = self.folder / f"model.{self.type}.gguf"
         self.report(f"llama.cpp quantizes to {self.type}")
-        quantize_file(plain, packed, self.type, importance)
+        try:
+            matrices = {tensor.name: tensor.source for tensor in tensors if len(tensor.shape) > 1}
+            quantize_file(plain, packed, self.type, importance, matrices, largest)
+        except UnfitTensorError as error:
+            packed.unlink(missing_ok=True)
+            self.unfit, self.type = error, stored
+            return plain
         plain.unlink()
         return packed
 
-    def _projector(self, model: Path) -> tuple[Path, bool, tuple[float, ...], int]:
-        """Write the projector as this llama.cpp computes it, and return what it makes of the probe.
+    def _write_projector(self, *, class_token_last: bool = False) -> Path:
+        path = self.folder / f"mmproj.{self.options.mmproj_type}.gguf"
+        tensors = vision_tensors(self.checkpoint, self.options.mmproj_type, class_token_last=class_token_last)
+        write_gguf(path, MMPROJ_ARCHITECTURE, self._vision_keys, tensors, self.report)
+        return path
 
-        Where there are two ways (LLaVA's class token), the one whose embeddings are the checkpoint's is kept.
+    def _check_projector(self, path: Path, model: Path) -> tuple[bool, tuple[float, ...], int]:
+        """Compare what this llama.cpp computes of the projector's file with torch, and return what it makes of a probe.
+
+        Where there are two ways (LLaVA's class token), the file is left as the one whose embeddings are torch's.
         """
         checkpoint, size = self.checkpoint, self.preprocessing
-        path = self.folder / f"mmproj.{self.options.mmproj_type}.gguf"
         rgb = probe_picture(size.height, size.width)
         self.report("vision tower on torch, to compare with")
         with torch.no_grad():
             wanted = build_vision(checkpoint, self.grid)(torch.from_numpy(rgb[None].copy()))[0].numpy()
-        off = float("inf")
-
-        def keys(writer: Any) -> None:
-            vision_keys(checkpoint, size, writer)
-            writer.add_file_type(file_type(self.options.mmproj_type))
-
+        check_finite(wanted, f"{checkpoint.name}: the vision tower", "torch", "use another checkpoint")
+        off, tokens = float("inf"), len(wanted)
         for last in (False, True) if checkpoint.family.key == "llava" else (False,):
-            tensors = vision_tensors(checkpoint, self.options.mmproj_type, class_token_last=last)
-            write_gguf(path, MMPROJ_ARCHITECTURE, keys, tensors, self.report)
-            tokens = len(wanted)
+            if last:
+                self._write_projector(class_token_last=True)
             with LlamaCpp(model, path, image_tokens=tokens, class_token_last=last, context=tokens + 512) as session:
                 found = session.encode(rgb)
-            off = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+            wider = f"use a wider --mmproj-type than {self.options.mmproj_type}"
+            check_finite(found, f"{checkpoint.name}: the vision tower", "llama.cpp", wider)
+            off = float(np.abs(found - wanted).max() / (np.abs(wanted).max() or 1.0))
             if off <= EMBEDDING_TOLERANCE:
-                return path, last, probe_of(found), tokens
+                return last, probe_of(found), tokens
         raise ParityError(
             f"{checkpoint.name}: llama.cpp's image embeddings are off by {off:.1%} of the largest value; "
             f"{EMBEDDING_TOLERANCE:.0%} is allowed. This llama.cpp computes another tower: install the version of "
@@ -246,7 +284,10 @@ class _Writing:
             pooling=cast(Literal["mean"], checkpoint.tap.pooling),
             widths=checkpoint.head.widths,
         )
-        paths = [self._write_head(HEAD_FILES["exact"], build_head(checkpoint))]
+        exact_head = build_head(checkpoint)
+        for name, value in exact_head.state_dict().items():
+            check_numbers(value, torch.float32, stored_as(checkpoint, HEAD_PREFIX + name))
+        paths = [self._write_head(HEAD_FILES["exact"], exact_head)]
         if distilled is None:
             return (exact,), paths
         paths.append(self._write_head(HEAD_FILES["distilled"], distilled.head))
@@ -269,31 +310,3 @@ class _Writing:
     def _file(self, path: Path, role: Literal["model", "mmproj", "head"], kind: str) -> GgufFile:
         self.report(f"hashing {path.name}")
         return GgufFile(path=path.name, role=role, type=kind, sha256=sha256_of(path), bytes=path.stat().st_size)
-
-
-def _parity(checkpoint: Checkpoint, folder: Path, options: GgufOptions, report: Report) -> Parity:
-    """Ask the exact guard of the files and of the checkpoint about pictures."""
-    artifact = open_gguf(folder, verify=False)
-    size = artifact.manifest.preprocessing
-    rgb = parity_images(size, options.parity_images, options.images)
-    grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
-    wanted = exact_probs(
-        checkpoint, torch.from_numpy(rgb), grid=grid, max_bytes=options.max_memory, report=report
-    ).numpy()
-    found = []
-    with LlamaCppLanguageRunner(artifact, context=artifact.manifest.image_tokens + 512) as runner:
-        for number, picture in enumerate(rgb):
-            report(f"llama.cpp's guard, picture {number + 1} of {len(rgb)}")
-            found.append(runner.prefill(picture, "").exact_probs)
-    off = float(np.abs(np.stack([row for row in found if row is not None]) - wanted).max())
-    flips = sum(
-        int(row.argmax() != other.argmax()) for row, other in zip(found, wanted, strict=True) if row is not None
-    )
-    if options.type in PLAIN_TYPES and not off <= PROBABILITY_TOLERANCE:
-        raise ParityError(
-            f"{checkpoint.name}: the exact guard's probabilities differ by {off:.3f} on llama.cpp at {options.type}; "
-            f"{PROBABILITY_TOLERANCE} is allowed. This is a fault of the export, or of this llama.cpp."
-        )
-    return Parity(
-        images=len(rgb), max_abs_prob_delta=off, label_flips=flips, reference=f"{checkpoint.name} on torch, float32"
-    )

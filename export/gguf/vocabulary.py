@@ -8,6 +8,7 @@ converter does it, so that ids and rows agree.
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,12 @@ def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> Non
         )
     pre = BYTE_BPE.get(checkpoint.family.key)
     if pre is not None:
-        _byte_bpe(checkpoint.folder, tokenizer, vocab_size, pre, writer)
+        tokens = _byte_bpe(checkpoint.folder, tokenizer, vocab_size, pre, writer)
     else:
-        _sentencepiece(checkpoint.folder, tokenizer, vocab_size, writer)
+        tokens = _sentencepiece(checkpoint.folder, tokenizer, vocab_size, writer)
+        _check_bytes(checkpoint.folder, tokens)
+    _check_different(checkpoint.folder, tokens)
+    writer.add_token_list(tokens)
     for name, attribute in SPECIAL.items():
         token = getattr(tokenizer, attribute, None)
         if token is not None:
@@ -50,8 +54,43 @@ def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> Non
     writer.add_add_bos_token(tokenizer.bos_token is not None and pre is None)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(pre is None and checkpoint.family.key not in NO_SPACE_PREFIX)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if template:
+        writer.add_chat_template(template)
+
+
+def _check_different(folder: Path, tokens: list[bytes]) -> None:
+    """Refuse two tokens of one text: llama.cpp ends the process on them. It reads a text up to its first NUL."""
+    first: dict[bytes, int] = {}
+    for token, text in enumerate(tokens):
+        read = text.partition(b"\0")[0]
+        other = first.setdefault(read, token) if read else token
+        if other != token:
+            raise CheckpointError(
+                f"{folder}: tokens {other} and {token} of the tokenizer are both {read.decode('utf-8', 'replace')!r}; "
+                "llama.cpp takes each text once. Copy the tokenizer's files from the base model."
+            )
+
+
+def _check_bytes(folder: Path, tokens: list[bytes]) -> None:
+    """Refuse a vocabulary without a token a byte: llama.cpp ends the process on text that only they could spell."""
+    known = set(tokens)
+    for byte in range(256):
+        if f"<0x{byte:02X}>".encode() not in known and bytes([byte]) not in known:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.model'} has no token <0x{byte:02X}>; llama.cpp needs one for every byte. Use a "
+                "SentencePiece model with byte fallback, as the base model's."
+            )
+
+
+def _unused(token: int, taken: Container[bytes]) -> bytes:
+    """Return a name for a row without a token, that no token has."""
+    name = f"[PAD{token}]".encode()
+    while name in taken:
+        name += b"_"
+    return name
 
 
 def _added(tokenizer: Any) -> dict[int, tuple[str, bool]]:
@@ -61,27 +100,29 @@ def _added(tokenizer: Any) -> dict[int, tuple[str, bool]]:
     }
 
 
-def _byte_bpe(folder: Path, tokenizer: Any, vocab_size: int, pre: str, writer: Any) -> None:
+def _byte_bpe(folder: Path, tokenizer: Any, vocab_size: int, pre: str, writer: Any) -> list[bytes]:
+    """Set everything but the tokens, and return those."""
     gguf = gguf_library()
     added = _added(tokenizer)
-    names = {token: text for text, token in tokenizer.get_vocab().items()}
-    tokens, types = [], []
+    names = {token: text.encode() for text, token in tokenizer.get_vocab().items()}
+    taken, types = {*names.values()}, []
+    tokens: list[bytes] = []
     for token in range(vocab_size):
         if token in added:
             text, special = added[token]
-            tokens.append(text)
+            tokens.append(text.encode())
             types.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
         elif token in names:
             tokens.append(names[token])
             types.append(gguf.TokenType.NORMAL)
         else:
-            tokens.append(f"[PAD{token}]")
+            tokens.append(_unused(token, taken))
             types.append(gguf.TokenType.UNUSED)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(_merges(folder, tokenizer))
+    return tokens
 
 
 def _merges(folder: Path, tokenizer: Any) -> list[str]:
@@ -95,7 +136,8 @@ def _merges(folder: Path, tokenizer: Any) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in stated]
 
 
-def _sentencepiece(folder: Path, tokenizer: Any, vocab_size: int, writer: Any) -> None:
+def _sentencepiece(folder: Path, tokenizer: Any, vocab_size: int, writer: Any) -> list[bytes]:
+    """Set everything but the tokens, and return those."""
     from sentencepiece import SentencePieceProcessor
 
     gguf = gguf_library()
@@ -104,8 +146,16 @@ def _sentencepiece(folder: Path, tokenizer: Any, vocab_size: int, writer: Any) -
         raise CheckpointError(
             f"{path} is missing: llama.cpp needs the scores of the SentencePiece model. Copy it from the base model."
         )
-    pieces = SentencePieceProcessor(model_file=str(path))
-    tokens = [f"[PAD{token}]".encode() for token in range(vocab_size)]
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a SentencePiece model: {error}. Copy it from the base model.") from error
+    if pieces.GetPieceSize() > vocab_size:
+        raise CheckpointError(
+            f"{path} has {pieces.GetPieceSize()} tokens, the embedding {vocab_size} rows: they do not belong together."
+        )
+    taken = {text.encode() for text in tokenizer.get_vocab()}
+    tokens = [_unused(token, taken) for token in range(vocab_size)]
     scores = [UNUSED_SCORE] * vocab_size
     types = [gguf.TokenType.UNUSED] * vocab_size
     for token in range(pieces.GetPieceSize()):
@@ -121,9 +171,9 @@ def _sentencepiece(folder: Path, tokenizer: Any, vocab_size: int, writer: Any) -
         types[token] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
+    return tokens
 
 
 def _type(gguf: Any, pieces: Any, token: int) -> Any:

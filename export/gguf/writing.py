@@ -5,6 +5,7 @@ Format: ggml's docs/gguf.md. Shapes are numpy's, outermost first; GGUF itself co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,18 +18,27 @@ from torch import Tensor
 
 from models.errors import CheckpointError, MissingExtraError
 
-__all__ = ["GgufTensor", "StoredType", "gguf_library", "write_gguf"]
+__all__ = ["GgufTensor", "StoredType", "check_numbers", "gguf_library", "write_gguf"]
 
 StoredType = Literal["f32", "f16", "bf16"]
 ITEM_BYTES: dict[StoredType, int] = {"f32": 4, "f16": 2, "bf16": 2}
-FLOAT16_MAX = 65504.0
+DTYPES: dict[StoredType, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_WIDER = {
+    torch.float16: "Use --type bf16 or f32; for a tensor of the vision tower or projector --mmproj-type bf16 or f32.",
+    torch.bfloat16: "Use --type f32; for a tensor of the vision tower or projector --mmproj-type f32.",
+    torch.float32: "No type of GGUF holds it: use another checkpoint.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """A tensor to write: its name in the file, its shape, how it is stored, and its numbers when their turn comes."""
+    """A tensor to write: its name in the file, its shape, how it is stored, and its numbers when their turn comes.
+
+    ``source`` is what the checkpoint calls it, for errors.
+    """
 
     name: str
+    source: str
     shape: tuple[int, ...]
     type: StoredType
     read: Callable[[], Tensor]
@@ -53,14 +63,16 @@ def write_gguf(
     set_keys: Callable[[Any], None],
     tensors: Sequence[GgufTensor],
     report: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Write a file; ``set_keys`` is given the library's writer for the metadata. One tensor is in memory at a time.
+) -> dict[str, float]:
+    """Write a file and return the largest magnitude in every tensor. One tensor is in memory at a time.
 
-    Errors: CheckpointError for a number that its type cannot hold, with the tensor's name; OSError.
+    ``set_keys`` is given the library's writer for the metadata.
+
+    Errors: CheckpointError for a number that its type cannot hold, with the checkpoint's name of the tensor; OSError.
     """
     gguf = gguf_library()
     types = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
-    writer = gguf.GGUFWriter(path, architecture)
+    writer, largest = gguf.GGUFWriter(path, architecture), {}
     try:
         set_keys(writer)
         for tensor in tensors:
@@ -72,25 +84,47 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for number, tensor in enumerate(tensors, 1):
             report(f"writing {path.name}: tensor {number} of {len(tensors)}")
-            writer.write_tensor_data(_numbers(tensor))
+            numbers, largest[tensor.name] = _numbers(tensor)
+            writer.write_tensor_data(numbers)
     finally:
         writer.close()
+    return largest
 
 
-def _numbers(tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    """Return a tensor's numbers as they are stored; bfloat16, which numpy lacks, as its 16 bits."""
+def _numbers(tensor: GgufTensor) -> tuple[np.ndarray[Any, Any], float]:
+    """Return a tensor's numbers as they are stored (bfloat16, which numpy lacks, as its 16 bits) and the largest."""
     value = tensor.read()
     if tuple(value.shape) != tensor.shape:
-        raise CheckpointError(f"'{tensor.name}': shape {tuple(value.shape)} was read, {tensor.shape} was announced.")
-    if tensor.type == "bf16":
-        return value.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-    if tensor.type == "f32":
-        return value.to(torch.float32).contiguous().numpy()
-    if value.dtype != torch.float16:
-        largest = float(value.abs().max()) if value.numel() else 0.0
-        if not largest <= FLOAT16_MAX:
-            raise CheckpointError(
-                f"'{tensor.name}' holds {largest:.4g}, float16 ends at {FLOAT16_MAX:g}. Take --type bf16, or a "
-                "quantized type, which is made from bfloat16."
-            )
-    return value.to(torch.float16).contiguous().numpy()
+        raise CheckpointError(f"'{tensor.source}': shape {tuple(value.shape)} was read, {tensor.shape} was announced.")
+    dtype = DTYPES[tensor.type]
+    largest = check_numbers(value, dtype, tensor.source)
+    stored = value.to(dtype).contiguous()
+    return (stored.view(torch.int16) if dtype == torch.bfloat16 else stored).numpy(), largest
+
+
+def check_numbers(value: Tensor, dtype: torch.dtype, source: str) -> float:
+    """Check that ``dtype`` holds the numbers of a tensor that the checkpoint calls ``source``; return the largest.
+
+    Raises:
+        CheckpointError: for NaN, infinity, a number beyond the range of ``dtype``, and a tensor that becomes all zero.
+    """
+    if not value.numel():
+        return 0.0
+    low, high = (float(end) for end in torch.aminmax(value))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise CheckpointError(
+            f"tensor '{source}' holds {'NaN' if math.isnan(largest) else 'infinity'}; only finite numbers are allowed. "
+            "The file is damaged, or training diverged: fetch it again, or take another checkpoint."
+        )
+    kept = float(torch.tensor(largest, dtype=torch.float64).to(dtype))
+    name = str(dtype).removeprefix("torch.")
+    if not math.isfinite(kept):
+        raise CheckpointError(
+            f"tensor '{source}' holds {largest:.4g}, {name} ends at {torch.finfo(dtype).max:.5g}. {_WIDER[dtype]}"
+        )
+    if largest and not kept:
+        raise CheckpointError(
+            f"tensor '{source}' holds numbers up to {largest:.4g}, which are all 0 in {name}. {_WIDER[dtype]}"
+        )
+    return largest

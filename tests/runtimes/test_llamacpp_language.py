@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +166,15 @@ def test_a_projector_of_another_model_is_refused_by_its_hash(gguf_folder: Folder
 
 def test_a_projector_of_the_same_size_is_told_by_what_it_computes(gguf_folder: Folder, tmp_path: Path) -> None:
     """Someone who writes the hash anew has changed the manifest by hand; the probe still knows."""
-    from export.gguf.vision import vision_keys, vision_tensors
+    from export.gguf.vision import vision_tensors
+    from export.gguf.vision_keys import vision_keys
     from export.gguf.writing import write_gguf
 
     folder = copied(gguf_folder("tiny-safegem"), tmp_path / "other")
     checkpoint, manifest = open_checkpoint("tiny-safegem"), GgufManifest.read(folder)
     tensors = vision_tensors(checkpoint, "f16")
     first = tensors[0]
-    tensors[0] = type(first)(name=first.name, shape=first.shape, type=first.type, read=lambda: first.read() * 1.5)
+    tensors[0] = replace(first, read=lambda: first.read() * 1.5)
     write_gguf(
         folder / "mmproj.f16.gguf", "clip", lambda w: vision_keys(checkpoint, manifest.preprocessing, w), tensors
     )

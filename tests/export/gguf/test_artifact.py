@@ -15,6 +15,7 @@ import torch
 from calibration.mix import Mix
 from calibration.samples import CalibrationOptions
 from export.gguf import artifact as module
+from export.gguf import parity
 from export.gguf.__main__ import main
 from export.gguf.artifact import GgufOptions, export_gguf
 from models.checkpoint import open_checkpoint
@@ -185,7 +186,7 @@ def test_a_llama_cpp_that_computes_something_else_is_told(tmp_path: Path, monkey
     with pytest.raises(ParityError, match="image embeddings are off by"):
         export_gguf(checkpoint, tmp_path / "out", GgufOptions(type="f16"))
     monkeypatch.undo()
-    monkeypatch.setattr(module, "exact_probs", lambda *_, **__: torch.full((2, 20), 0.05))
+    monkeypatch.setattr(parity, "exact_probs", lambda *_, **__: torch.full((2, 20), 0.05))
     with pytest.raises(ParityError, match="probabilities differ by 0"):
         export_gguf(checkpoint, tmp_path / "out", GgufOptions(type="f16", parity_images=2))
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from models.errors import InputError, SafeVLMError
 
 
 def tensor(width: int, name: str = "blk.0.ffn_up.weight") -> GgufTensor:
-    return GgufTensor(name=name, shape=(4, width), type="f16", read=lambda: torch.zeros(4, width))
+    return GgufTensor(name=name, source=name, shape=(4, width), type="f16", read=lambda: torch.zeros(4, width))
 
 
 @pytest.mark.parametrize(("width", "kind"), [(128, "q4_k_m"), (100, "q8_0"), (96, "iq4_xs")])

@@ -8,13 +8,17 @@ from pathlib import Path
 import gguf
 import pytest
 
+from export.gguf.artifact import GgufOptions, export_gguf
+from export.gguf.vocabulary import _check_bytes, _check_different
 from models.checkpoint import open_checkpoint
+from models.errors import CheckpointError
 from models.holisafe_mini.suite import build_suite
 from models.hub import TINY_CHECKPOINTS
 from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids
 from models.transformers_config import build_config
 from runtimes.gguf_artifact import open_gguf
 from runtimes.llamacpp_language import open_session
+from tests.export.gguf.geometries import write_geometry
 
 ODD = [
     "",
@@ -56,3 +60,24 @@ def test_metadata_is_complete(name: str, gguf_folder: Callable[[str], Path]) -> 
     projector = gguf.GGUFReader(gguf_folder(name) / "mmproj.f16.gguf").fields
     mean = [float(value) for value in projector["clip.vision.image_mean"].contents()]
     assert mean == pytest.approx([float(value) for value in checkpoint.processor["image_mean"]])
+
+
+def test_vocabularies_that_llama_cpp_ends_the_process_on_are_refused(tmp_path: Path) -> None:
+    every_byte = [f"<0x{byte:02X}>".encode() for byte in range(256)]
+    _check_bytes(tmp_path, every_byte)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model has no token <0x0A>; llama\.cpp needs one for every"):
+        _check_bytes(tmp_path, [token for token in every_byte if token != b"<0x0A>"])
+    _check_different(tmp_path, [b"a", b"b", b"", b"", b"\0x", b"\0y"])
+    for twice in ([b"a", b"b", b"a"], [b"a", b"b", b"a\0z"]):
+        with pytest.raises(CheckpointError, match="tokens 0 and 2 of the tokenizer are both 'a'"):
+            _check_different(tmp_path, twice)
+
+
+def test_a_tokenizer_model_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = write_geometry("llava", tmp_path / "checkpoint", text={"vocab_size": 700})
+    with pytest.raises(CheckpointError, match="the embedding 700 rows: they do not belong together"):
+        export_gguf(open_checkpoint(folder), tmp_path / "out", GgufOptions(type="f16"))
+    folder = write_geometry("llava", tmp_path / "torn")
+    (folder / "tokenizer.model").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a SentencePiece model"):
+        export_gguf(open_checkpoint(folder), tmp_path / "out", GgufOptions(type="f16"))

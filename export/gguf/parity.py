@@ -1,0 +1,70 @@
+"""The exact guard on llama.cpp, compared with the checkpoint's on torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from export.gguf.quantizing import PLAIN_TYPES
+from models.checkpoint import Checkpoint
+from models.errors import CheckpointError, ParityError
+from models.manifest import Parity
+from quantize.drift import exact_probs
+from runtimes.gguf_artifact import open_gguf
+from runtimes.llamacpp_language import LlamaCppLanguageRunner
+
+__all__ = ["check_finite", "guard_parity"]
+
+PROBABILITY_TOLERANCE = 0.02
+
+
+def check_finite(numbers: npt.NDArray[np.float32], what: str, where: str, remedy: str) -> None:
+    """Check what a runtime computed of finite weights.
+
+    Raises:
+        CheckpointError: for NaN and infinity: numbers on the way outgrew the runtime's number format.
+    """
+    if not np.isfinite(numbers).all():
+        raise CheckpointError(
+            f"{what} gives numbers that are not finite on {where}: the model's own values outgrow its number format. "
+            f"To go on, {remedy}."
+        )
+
+
+def guard_parity(
+    checkpoint: Checkpoint, folder: Path, rgb: npt.NDArray[np.uint8], max_memory: int, report: Callable[[str], None]
+) -> Parity:
+    """Ask the exact guard of the files and of the checkpoint about images, N × H × W × 3.
+
+    Raises:
+        ParityError: where they differ by more than a model of 16 bits and more may.
+        CheckpointError: for numbers that are not finite.
+    """
+    artifact = open_gguf(folder, verify=False)
+    size, kind = artifact.manifest.preprocessing, artifact.manifest.file("model").type
+    grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
+    wanted = exact_probs(checkpoint, torch.from_numpy(rgb), grid=grid, max_bytes=max_memory, report=report).numpy()
+    check_finite(wanted, f"{checkpoint.name}: the exact guard", "torch", "use another checkpoint")
+    rows = []
+    with LlamaCppLanguageRunner(artifact, context=artifact.manifest.image_tokens + 512) as runner:
+        for number, picture in enumerate(rgb):
+            report(f"llama.cpp's guard, image {number + 1} of {len(rgb)}")
+            row = runner.prefill(picture, "").exact_probs
+            assert row is not None  # the exact head is in every folder
+            rows.append(row)
+    found = np.stack(rows)
+    check_finite(found, f"{checkpoint.name}: the exact guard", "llama.cpp", f"use --type bf16 or f32, not {kind}")
+    off = float(np.abs(found - wanted).max())
+    flips = int((found.argmax(-1) != wanted.argmax(-1)).sum())
+    if kind in PLAIN_TYPES and not off <= PROBABILITY_TOLERANCE:
+        raise ParityError(
+            f"{checkpoint.name}: the exact guard's probabilities differ by {off:.3f} on llama.cpp at {kind}; "
+            f"{PROBABILITY_TOLERANCE} is allowed. This is a fault of the export, or of this llama.cpp."
+        )
+    return Parity(
+        images=len(rgb), max_abs_prob_delta=off, label_flips=flips, reference=f"{checkpoint.name} on torch, float32"
+    )
