@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from models.text_file import decode_text
 
 __all__ = ["read_table"]
 
@@ -39,7 +40,4 @@ def _text(path: Path, what: str) -> str:
         raise InputError(f"the {what} {path} cannot be read: {error.strerror or error}.") from error
     if len(content) > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} is a few lines.")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}), so not a {what}.") from error
+    return decode_text(content, str(path))

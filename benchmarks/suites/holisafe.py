@@ -19,6 +19,7 @@ from benchmarks.suites.suite import Suite, without_contradictions
 from models.errors import InputError
 from models.guard_head import standard_classes
 from models.image import open_image
+from models.text_file import decode_text
 
 __all__ = ["HOW_TO_GET_IT", "ROWS_FILE", "holisafe", "row_of"]
 
@@ -96,10 +97,10 @@ def _plain(name: str, where: str) -> str:
 
 def _read(path: Path) -> Sequence[Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode_text(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file. {HOW_TO_GET_IT}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}).") from error
     try:
         rows = json.loads(text)

@@ -92,8 +92,8 @@ def test_what_is_left_out_and_what_was_guessed_is_counted(folder: Path) -> None:
         ("{", "line 2 is not valid JSON"),
         ("[]", "line 2: list is no row"),
         ({}, "line 2: the row has none of messages, conversations, query"),
-        ({"query": "?", "messages": []}, "line 2: the row has both"),
-        ({"messages": []}, "line 2: the conversation does not begin with a user turn"),
+        ({"query": "?", "messages": [{}]}, "line 2: the row has both"),
+        ({"messages": [], "query": None}, "line 2: the row has none of .*Filled in it: nothing"),
         ({"messages": [{"role": "assistant", "content": "?"}]}, "line 2: the conversation does not begin"),
         ({"messages": [{"role": "robot", "content": "?"}]}, "line 2: 'role' is 'robot'"),
         ({"messages": [{"role": "user", "content": 5}]}, "line 2: 'content' must be a text"),
@@ -129,9 +129,9 @@ def test_files_that_hold_no_rows_are_refused(folder: Path) -> None:
             read_conversations(written(folder, text))
     with pytest.raises(InputError, match="cannot be read"):
         read_conversations(folder / "nowhere.jsonl")
-    (folder / "rows.txt").write_text("{}")
-    with pytest.raises(InputError, match=r"rows are read from .json and .jsonl"):
-        read_conversations(folder / "rows.txt")
+    (folder / "rows.xml").write_text("{}")
+    with pytest.raises(InputError, match=r"rows are read from .json, .jsonl and .csv"):
+        read_conversations(folder / "rows.xml")
 
 
 def test_built_in_samples_are_the_calibration_part_and_texts() -> None:
