@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models.errors import CheckpointError
+from models.finite import converted
 
 if TYPE_CHECKING:
     from models.tensors import TensorStore
@@ -67,7 +68,8 @@ def fill(
     All names and shapes are checked before the first byte is read. A parameter that another one is tied to
     is filled once; tie again afterwards.
 
-    Errors: CheckpointError, naming the tensors that are missing or of another shape.
+    Errors: CheckpointError, naming the tensors that are missing or of another shape, or one that holds NaN or infinity
+    in its dtype.
     """
     slots = dict(module.named_parameters())
     missing = [prefix + name for name in slots if prefix + name not in tensors]
@@ -87,5 +89,5 @@ def fill(
             )
     for name in slots:
         path, _, leaf = name.rpartition(".")
-        value = tensors.read(prefix + name, own=own).to(dtype)
+        value = converted(tensors.read(prefix + name, own=own), dtype, tensors.stored_name(prefix + name))
         setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))

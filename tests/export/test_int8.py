@@ -143,7 +143,7 @@ def test_products_that_hurt_go_back_to_float32(bundle: Path, images: Int8Images,
 
 
 def test_limits_that_cannot_be_met_write_nothing(bundle: Path, images: Int8Images, tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="even with all but one product in float32"):
+    with pytest.raises(PrecisionError, match="even with all but one product in float32"):
         export_guard(
             open_checkpoint("tiny-safegem"),
             tmp_path / "out",

@@ -1,0 +1,231 @@
+"""A checkpoint's numbers that a precision cannot hold: they are named, and what can hold them is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from export import onnx as onnx_export
+from export.half_precision import half_fault
+from export.onnx import ExportOptions, export_guard, main
+from models.checkpoint import open_checkpoint
+from models.errors import CheckpointError, ParityError, PrecisionError
+from models.manifest import Manifest
+from models.reference import build_reference_guard
+from runtimes.bundle import open_bundle
+from tests.models.random_checkpoints import LAYOUTS, Written, write_checkpoint
+
+BOTH = ExportOptions(precisions=("fp32", "fp16"), parity_images=2)
+Tensors = dict[str, torch.Tensor]
+UP = {"llava": "encoder.layers.0.mlp.fc1", "gemma3": "encoder.layers.0.mlp.fc1", "qwen2_5_vl": "blocks.0.mlp.up_proj"}
+DOWN = {
+    "llava": "encoder.layers.0.mlp.fc2",
+    "gemma3": "encoder.layers.0.mlp.fc2",
+    "qwen2_5_vl": "blocks.0.mlp.down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Written]:
+    folder = tmp_path_factory.mktemp("numbers")
+    return {each: write_checkpoint(*each, folder / "-".join(each)) for each in LAYOUTS}
+
+
+def changed(written: Written, folder: Path, change: Callable[[Tensors], None]) -> Path:
+    """Copy a checkpoint with other tensors."""
+    shutil.copytree(written.folder, folder, dirs_exist_ok=True)
+    tensors = load_file(written.folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def named(tensors: Tensors, part: str) -> str:
+    """Return the one tensor of the vision tower whose name ends so."""
+    (name,) = (name for name in tensors if name.endswith(part) and ("vis" in name.split(".")[0:3][-1] or "vis" in name))
+    return name
+
+
+def overflowing(family: str) -> Callable[[Tensors], None]:
+    """Make an activation leave float16 inside the MLP of the first layer; what leaves the layer is as it was."""
+
+    def change(tensors: Tensors) -> None:
+        for name in ([named(tensors, f"{UP[family]}.weight")], [named(tensors, f"{UP[family]}.bias")]):
+            tensors[name[0]] *= 2.0**17
+        tensors[named(tensors, f"{DOWN[family]}.weight")] *= 2.0**-17
+
+    return change
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+def test_a_weight_that_float16_cannot_hold_is_named_and_float32_is_kept(
+    checkpoints: dict[tuple[str, str], Written], layout: tuple[str, str], tmp_path: Path
+) -> None:
+    names: list[str] = []
+
+    def change(tensors: Tensors) -> None:
+        names.append(named(tensors, f"{UP[layout[0]]}.weight"))
+        tensors[names[0]][1, 2] = -70000.0
+
+    folder = changed(checkpoints[layout], tmp_path / "checkpoint", change)
+    for tap, role in (("projector", "guard"), ("language_model", "vision")):
+        out = tmp_path / role
+        with pytest.raises(PrecisionError) as caught:
+            export_guard(open_checkpoint(str(folder), tap=tap), out, BOTH)
+        assert f"precision fp16 was left out: tensor '{names[0]}' holds 70,000, and float16 ends at 65,504." in str(
+            caught.value
+        )
+        assert f"The bundle in {out} is complete with" in str(caught.value) and caught.value.left_out == ("fp16",)
+        opened = open_bundle(out)
+        assert {file.precision for file in opened.manifest.files} == {"fp32"}
+        assert f"{role}.fp32.onnx" in {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each[0] != "qwen2_5_vl"], ids="-".join)
+def test_an_activation_that_float16_cannot_hold_is_named_by_its_module(
+    checkpoints: dict[tuple[str, str], Written], layout: tuple[str, str], tmp_path: Path
+) -> None:
+    names: list[str] = []
+
+    def change(tensors: Tensors) -> None:
+        overflowing(layout[0])(tensors)
+        names.append(named(tensors, f"{UP[layout[0]]}.weight").removesuffix(".weight"))
+
+    folder = changed(checkpoints[layout], tmp_path / "checkpoint", change)
+    with pytest.raises(PrecisionError, match="and float16 ends at 65,504") as caught:
+        export_guard(open_checkpoint(str(folder), tap="projector"), tmp_path / "out", BOTH)
+    assert f"the output of '{names[0]}' reaches" in str(caught.value)
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["guard.fp32.onnx", "manifest.json"]
+    images = checkpoints[layout].images(2).numpy()
+    probs = onnxruntime.InferenceSession(tmp_path / "out" / "guard.fp32.onnx").run(["probs"], {"rgb": images})[0]
+    assert np.isfinite(probs).all()
+
+
+def test_float16_alone_leaves_nothing(checkpoints: dict[tuple[str, str], Written], tmp_path: Path) -> None:
+    folder = changed(checkpoints["gemma3", "hf"], tmp_path / "checkpoint", overflowing("gemma3"))
+    with pytest.raises(PrecisionError, match=r"Nothing was exported: give --precision fp32\.") as caught:
+        export_guard(
+            open_checkpoint(str(folder)), tmp_path / "out", ExportOptions(precisions=("fp16",), parity_images=2)
+        )
+    assert caught.value.exit_code == 2 and caught.value.left_out == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_command_prints_what_it_kept_and_ends_with_2(
+    checkpoints: dict[tuple[str, str], Written], tmp_path: Path
+) -> None:
+    folder = changed(checkpoints["gemma3", "hf"], tmp_path / "checkpoint", overflowing("gemma3"))
+    arguments = ["--model", str(folder), "--out", str(tmp_path / "out"), "--precision", "fp32,fp16", "--json"]
+    for _ in range(2):  # again, over what is there
+        done = CliRunner().invoke(main, [*arguments, "--parity-images", "2"])
+        assert isinstance(done.exception, PrecisionError) and done.exception.exit_code == 2
+        assert [file["path"] for file in json.loads(done.stdout)["manifest"]["files"]] == ["guard.fp32.onnx"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["layers.1.self_attn.q_proj.bias", "img_safety_head.mlp.0.weight"])
+def test_a_tensor_that_is_not_finite_is_named_before_anything_is_exported(
+    checkpoints: dict[tuple[str, str], Written], tmp_path: Path, part: str, value: float
+) -> None:
+    names: list[str] = []
+
+    def change(tensors: Tensors) -> None:
+        names.append(part if part in tensors else named(tensors, part))
+        tensors[names[0]].view(-1)[3] = value
+
+    folder = changed(checkpoints["llava", "original"], tmp_path / "checkpoint", change)
+    counted = "1 NaN and 0 infinite" if value != value else "0 NaN and 1 infinite"
+    with pytest.raises(CheckpointError) as caught:
+        export_guard(open_checkpoint(str(folder), tap="projector"), tmp_path / "out", BOTH)
+    assert f"tensor '{names[0]}' holds {counted} values" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_the_guard_does_not_read_is_not_looked_at(
+    checkpoints: dict[tuple[str, str], Written], tmp_path: Path
+) -> None:
+    """LLaVA does not read CLIP's last layer; the projector's last map is folded into the head, in float32."""
+
+    def change(tensors: Tensors) -> None:
+        tensors[named(tensors, "encoder.layers.2.mlp.fc1.weight")][0, 0] = 1e6
+        tensors["model.mm_projector.2.weight"] *= 1e6
+        tensors["img_safety_head.mlp.0.weight"] *= 1e-6
+
+    folder = changed(checkpoints["llava", "original"], tmp_path / "checkpoint", change)
+    manifest = export_guard(open_checkpoint(str(folder), tap="projector"), tmp_path / "out", BOTH)
+    assert [file.precision for file in manifest.files] == ["fp32", "fp16"]
+
+
+def test_a_fault_of_the_export_is_still_ours(
+    checkpoints: dict[tuple[str, str], Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = onnx_export.build_graph
+
+    def tampered(guard: Any, precision: Any, **options: Any) -> Any:
+        graph = honest(guard, precision, **options)
+        if precision == "fp16":
+            graph.head[-1].bias.data[0] = float("nan")
+        return graph
+
+    monkeypatch.setattr(onnx_export, "build_graph", tampered)
+    with pytest.raises(ParityError, match=r"guard\.fp16\.onnx: .* not finite\. Please report this"):
+        export_guard(open_checkpoint(str(checkpoints["gemma3", "hf"].folder)), tmp_path / "out", BOTH)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_float32_cannot_compute_is_refused_with_the_module(
+    checkpoints: dict[tuple[str, str], Written], tmp_path: Path
+) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[named(tensors, "encoder.layers.1.mlp.fc1.weight")] *= 1e38
+
+    folder = changed(checkpoints["gemma3", "hf"], tmp_path / "checkpoint", change)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.fc1' gives NaN or infinity in float32, for 2 of 2 images"
+    ):
+        export_guard(open_checkpoint(str(folder)), tmp_path / "out", BOTH)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@given(exponent=st.integers(-45, 38), layer=st.integers(0, 2), down=st.booleans())
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_float16_is_blamed_only_where_it_fails(
+    checkpoints: dict[tuple[str, str], Written], exponent: int, layer: int, down: bool
+) -> None:
+    """Whatever is scaled, and by how much: a reason is found exactly where torch itself fails in float16."""
+    written = checkpoints["gemma3", "hf"]
+    checkpoint = open_checkpoint(str(written.folder))
+    guard = build_reference_guard(checkpoint)
+    mlp = guard.vision.get_submodule(f"core.vision_tower.encoder.layers.{layer}.mlp")
+    chosen = mlp.get_submodule("fc2" if down else "fc1").get_parameter("weight")
+    chosen.data = chosen.data * 10.0**exponent
+    images = written.images(1)
+    with torch.no_grad():
+        right = guard(images)[0]
+        if not bool(torch.isfinite(right).all()) or not bool(torch.isfinite(chosen).all()):
+            return
+        guard.vision.half()
+        try:
+            found = guard(images)[0]
+        finally:
+            guard.vision.float()
+    fails = not float((found - right).abs().max()) <= 0.02  # also for NaN
+    fresh = build_reference_guard(checkpoint)
+    weight = fresh.vision.get_submodule(f"core.vision_tower.encoder.layers.{layer}.mlp.{'fc2' if down else 'fc1'}")
+    weight.weight.data = weight.weight.data * 10.0**exponent
+    reason = half_fault(checkpoint, fresh, images.numpy(), embeddings=False)
+    if reason is not None and "reaches" in reason:
+        assert float(reason.split("reaches ")[1].split(" ")[0].replace(",", "")) >= 65504
+    assert (reason is not None) == fails or Manifest is None
