@@ -1,8 +1,9 @@
 """Why a guard does not go to float16: the tensor that it cannot hold, or the module whose output it cannot.
 
-Float16 ends at 65,504, bfloat16 and float32 at 3.4e38, and checkpoints are trained in those. Where the float16 file
-fails its parity check, the same computation is done once more in torch with every module's output rounded to float16.
-If that fails, too, the numbers are the checkpoint's; if not, the fault is the export's.
+Float16 ends at 65,504, bfloat16 and float32 at 3.4e38, and checkpoints are trained in those. Weights are looked at as
+they are, and what every module of the torch path gives is looked at while it runs. Where the float16 file fails its
+parity check all the same, the torch path runs once more with every module's output rounded to float16: if that fails,
+too, the numbers are the checkpoint's; if not, the fault is the export's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from models.errors import CheckpointError
 from models.finite import is_finite, largest
 from models.reference import MODEL_PREFIX, GuardModel, VisionPath
 
-__all__ = ["FLOAT16_MAX", "check_reference", "fitting", "half_fault", "weight_beyond_half"]
+__all__ = ["Seen", "check_reference", "fitting", "half_fault", "output_beyond_half", "watched", "weight_beyond_half"]
 
 FLOAT16_MAX = float(torch.finfo(torch.float16).max)
 
@@ -33,21 +34,39 @@ FLOAT16_MAX = float(torch.finfo(torch.float16).max)
 def fitting(
     checkpoint: Checkpoint,
     model: GuardModel | VisionPath,
+    seen: Seen,
     asked: Iterable[Precision],
     left_out: LeftOut,
     *,
     embeddings: bool,
 ) -> list[Precision]:
-    """Return the precisions that the weights fit, in the order to export them in: fp16 halves weights in their place.
+    """Return the precisions that numbers fit, in the order to export them in: fp16 halves weights in their place.
 
-    ``model`` must not have been exported yet. Raises: PrecisionError when none of those ``asked`` for is left.
+    ``model`` must not have been exported yet; ``seen`` is what its modules gave in float32. A runtime may keep a value
+    in float32 that the file has in float16, as ONNX Runtime does on CPUs, so none is asked here.
+
+    Raises: PrecisionError when none of those ``asked`` for is left.
     """
     wanted = sorted(asked, key=PRECISIONS.index)
-    reason = weight_beyond_half(checkpoint, model, embeddings=embeddings) if "fp16" in wanted else None
-    if reason is not None:
-        left_out.add("fp16", reason)
-        wanted.remove("fp16")
+    if "fp16" in wanted:
+        reason = weight_beyond_half(checkpoint, model, embeddings=embeddings)
+        reason = reason or output_beyond_half(checkpoint, model, seen, embeddings=embeddings)
+        if reason is not None:
+            left_out.add("fp16", reason)
+            wanted.remove("fp16")
     return wanted
+
+
+def output_beyond_half(
+    checkpoint: Checkpoint, model: GuardModel | VisionPath, seen: Seen, *, embeddings: bool
+) -> str | None:
+    """Return which module first gave what float16 cannot hold; ``None`` where none did that runs in float16."""
+    modules = dict(_half_modules(checkpoint, model, embeddings))
+    name = next((name for name, size in seen.sizes.items() if name in modules and size > FLOAT16_MAX), None)
+    if name is None:
+        return None
+    module = _stored_module(checkpoint, name)
+    return f"the output of '{module}' reaches {seen.sizes[name]:,.6g}, and float16 ends at {FLOAT16_MAX:,.0f}"
 
 
 def weight_beyond_half(checkpoint: Checkpoint, model: GuardModel | VisionPath, *, embeddings: bool) -> str | None:
@@ -69,24 +88,17 @@ def weight_beyond_half(checkpoint: Checkpoint, model: GuardModel | VisionPath, *
 
 
 def check_reference(
-    checkpoint: Checkpoint,
-    model: GuardModel | VisionPath,
-    answers: Mapping[str, NDArray[np.float32]],
-    rgb: NDArray[np.uint8],
+    checkpoint: Checkpoint, seen: Seen, answers: Mapping[str, NDArray[np.float32]], images: int
 ) -> None:
-    """Raise CheckpointError, naming the module, where the torch path's own ``answers`` to ``rgb`` are not finite."""
-    wrong = np.zeros(len(rgb), bool)
-    for values in answers.values():
-        wrong |= ~np.isfinite(values.reshape(len(rgb), -1)).all(axis=1)
-    if not wrong.any():
-        return
-    with _watched(_vision(model).core.named_modules()) as seen:
-        _run(model, rgb, int(wrong.argmax()))
-    where = f"'{_stored_module(checkpoint, seen.broken)}'" if seen.broken else "the guard head"
-    raise CheckpointError(
-        f"{checkpoint.name}: {where} gives NaN or infinity in float32, for {int(wrong.sum())} of {len(rgb)} images. "
-        "Nothing was exported. Fetch the checkpoint again; if it is as published, ask its authors."
-    )
+    """Raise CheckpointError, naming the module, where the torch path's own ``answers`` to images are not finite."""
+    finite = [np.isfinite(values.reshape(images, -1)).all(axis=1) for values in answers.values()]
+    wrong = images - int(np.logical_and.reduce(finite).sum())
+    if wrong:
+        where = f"'{_stored_module(checkpoint, seen.broken)}'" if seen.broken else "the guard head"
+        raise CheckpointError(
+            f"{checkpoint.name}: {where} gives NaN or infinity in float32, for {wrong} of {images} images. Nothing was "
+            "exported. Fetch the checkpoint again; if it is as published, ask its authors."
+        )
 
 
 def half_fault(
@@ -96,48 +108,34 @@ def half_fault(
 
     ``model`` is a fresh one, and its vision path's weights are rounded.
     """
-    vision = _vision(model)
-    last = [] if _keeps_last(model, embeddings) else [*trunk_of(vision, checkpoint.family.key).last.parameters()]
-    folded = {each.data_ptr() for each in last}
-    modules = [
-        (name, module)
-        for name, module in vision.core.named_modules()
-        if name and folded.isdisjoint(each.data_ptr() for each in module.parameters())
-    ]
-    expected, sizes = [], []
-    for number in range(len(rgb)):
-        with _watched(modules) as seen:
-            expected.append(_run(model, rgb, number))
-        sizes.append(seen.sizes)
-    for parameter in vision.core.parameters():
-        if parameter.data_ptr() not in folded:
+    modules = _half_modules(checkpoint, model, embeddings)
+    expected = [_run(model, rgb, number) for number in range(len(rgb))]
+    for _, module in modules:
+        for parameter in module.parameters():
             parameter.data = parameter.data.half().to(parameter.dtype)
     for number, right in enumerate(expected):
-        with _watched(modules, half=True) as seen:
+        with watched(modules, half=True) as seen:
             found = _run(model, rgb, number)
         if seen.broken:
-            return (
-                f"the output of '{_stored_module(checkpoint, seen.broken)}' reaches {sizes[number][seen.broken]:,.6g} "
-                f"on image {number + 1}, and float16 ends at {FLOAT16_MAX:,.0f}"
-            )
+            return f"the output of '{_stored_module(checkpoint, seen.broken)}' leaves it on image {number + 1}"
         coarse = _coarse(right, found, embeddings=embeddings or isinstance(model, VisionPath))
         if coarse:
-            return f"rounding to float16 alone {coarse} on image {number + 1}: the numbers are too small for it"
+            return f"rounding to it alone {coarse} on image {number + 1}"
     return None
 
 
 @dataclass
-class _Seen:
-    """What a run's modules gave: the largest magnitude by name, and the first whose output is not finite."""
+class Seen:
+    """What a run's modules gave: the largest magnitudes by name, and the first module whose output is not finite."""
 
     sizes: dict[str, float] = field(default_factory=dict)
     broken: str = ""
 
 
 @contextmanager
-def _watched(modules: Iterable[tuple[str, nn.Module]], *, half: bool = False) -> Iterator[_Seen]:
-    """Look at what modules give; with ``half`` it is rounded to float16 and back."""
-    seen = _Seen()
+def watched(modules: Iterable[tuple[str, nn.Module]], *, half: bool = False) -> Iterator[Seen]:
+    """Look at what named modules give, in the order in which they give it; with ``half`` it is rounded to float16."""
+    seen = Seen()
 
     def watch(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
@@ -146,7 +144,7 @@ def _watched(modules: Iterable[tuple[str, nn.Module]], *, half: bool = False) ->
                 return None
             if half:
                 values = values.half().to(values.dtype)
-            seen.sizes[name] = largest(values)
+            seen.sizes[name] = max(largest(values), seen.sizes.get(name, 0.0))
             if not seen.broken and not is_finite(values):
                 seen.broken = name
             return (values, *output[1:]) if isinstance(output, tuple) else values
@@ -185,6 +183,21 @@ def _coarse(right: tuple[Tensor, Tensor | None], found: tuple[Tensor, Tensor | N
 
 def _vision(model: GuardModel | VisionPath) -> VisionPath:
     return model.vision if isinstance(model, GuardModel) else model
+
+
+def _half_modules(
+    checkpoint: Checkpoint, model: GuardModel | VisionPath, embeddings: bool
+) -> list[tuple[str, nn.Module]]:
+    """Return the modules of the vision path that a float16 file computes in float16, by name."""
+    vision = _vision(model)
+    trunk = trunk_of(vision, checkpoint.family.key)
+    own = {id(module) for module in trunk.modules()}
+    last = {each.data_ptr() for each in trunk.last.parameters()} if _keeps_last(model, embeddings) else set()
+    return [
+        (name, module)
+        for name, module in vision.core.named_modules()
+        if id(module) in own or not last.isdisjoint(each.data_ptr() for each in module.parameters(recurse=False))
+    ]
 
 
 def _keeps_last(model: GuardModel | VisionPath, embeddings: bool) -> bool:

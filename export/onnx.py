@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from export.bundle import bundle_draft, check_destination, origin_of, remove_file, write_manifest
 from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
-from export.half_precision import check_reference, fitting, half_fault
+from export.half_precision import check_reference, fitting, half_fault, watched
 from export.heads import HeadRequest, find_head
 from export.images import FEWEST_HELD_OUT, MOST_HELD_OUT, parity_images
 from export.images import int8_images as pictures_for_int8
@@ -164,13 +164,14 @@ def _write_guard(
 ) -> tuple[Preprocessing, list[Part]]:
     """Write the guard's file of each precision; return the contract and the files, to be checked."""
     guard = build_reference_guard(checkpoint, grid=options.grid, distilled=options.distilled)
-    precisions = fitting(checkpoint, guard, options.precisions, left_out, embeddings=options.embeddings)
     images = parity_images(guard.preprocessing, options.parity_images, options.images)
     report(f"running the torch path on {len(images)} images")
-    reference = {"probs": _answers(lambda rgb: guard(rgb)[0], images)}
+    with watched(guard.vision.core.named_modules()) as seen:
+        reference = {"probs": _answers(lambda rgb: guard(rgb)[0], images)}
     if options.embeddings:
         reference["embeddings"] = _answers(guard.features, images)
-    check_reference(checkpoint, guard, reference, images)
+    check_reference(checkpoint, seen, reference, len(images))
+    precisions = fitting(checkpoint, guard, seen, options.precisions, left_out, embeddings=options.embeddings)
     parts = []
     for precision in precisions:
         graph = build_graph(guard, precision, embeddings=options.embeddings)
@@ -196,12 +197,13 @@ def _write_exact_parts(
     The head is checked on image embeddings: they have the shape of the hidden states that it will read.
     """
     vision, head = build_vision(checkpoint, options.grid), build_head(checkpoint)
-    precisions = fitting(checkpoint, vision, options.precisions, left_out, embeddings=options.embeddings)
     images = parity_images(vision.preprocessing, options.parity_images, options.images)
     report(f"running the torch path on {len(images)} images")
-    embeddings = _answers(vision, images)
+    with watched(vision.core.named_modules()) as seen:
+        embeddings = _answers(vision, images)
     probs = _answers(lambda hidden: torch.softmax(head(hidden.mean(dim=1)), dim=-1), embeddings)
-    check_reference(checkpoint, vision, {"embeddings": embeddings, "probs": probs}, images)
+    check_reference(checkpoint, seen, {"embeddings": embeddings, "probs": probs}, len(images))
+    precisions = fitting(checkpoint, vision, seen, options.precisions, left_out, embeddings=True)
     judge = build_head_graph(head)
     parts = [
         Part(

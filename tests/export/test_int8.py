@@ -17,7 +17,7 @@ from export.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_
 from export.onnx import ExportOptions, export_guard
 from export.rewrites.standard_operators import to_standard
 from models.checkpoint import RANDOM_KEY, open_checkpoint
-from models.errors import ImageFileError, InputError, ParityError
+from models.errors import ImageFileError, InputError, PrecisionError
 from models.manifest import GuardFile, Manifest
 from models.preprocessing import Preprocessing
 from runtimes.bundle import open_bundle
