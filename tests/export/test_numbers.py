@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from export import onnx as onnx_export
-from export.half_precision import half_fault, weight_beyond_half
+from export.half_precision import half_fault, output_beyond_half, watched, weight_beyond_half
 from export.onnx import ExportOptions, export_guard, main
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError, ParityError, PrecisionError
-from models.reference import build_reference_guard, build_vision
+from models.reference import GuardModel, build_reference_guard, build_vision
 from runtimes.bundle import open_bundle
 from tests.models.random_checkpoints import LAYOUTS, Written, write_checkpoint
 
@@ -99,20 +99,16 @@ def test_an_activation_that_float16_cannot_hold_is_named_by_its_module(
     images = checkpoints[layout].images(1).numpy()
     for model in (build_reference_guard(checkpoint), build_vision(checkpoint)):
         assert weight_beyond_half(checkpoint, model, embeddings=False) is None
-        reason = half_fault(checkpoint, model, images, embeddings=False)
-        found = re.fullmatch(
-            r"the output of '(.*)' reaches ([\d,.]+) on image 1, and float16 ends at 65,504", str(reason)
-        )
+        vision = model.vision if isinstance(model, GuardModel) else model
+        with watched(vision.core.named_modules()) as seen, torch.no_grad():
+            vision(torch.from_numpy(images))
+        reason = str(output_beyond_half(checkpoint, model, seen, embeddings=False))
+        found = re.fullmatch(r"the output of '(.*)' reaches ([\d,.e+]+), and float16 ends at 65,504", reason)
         assert found is not None and found[1] == names[0] and float(found[2].replace(",", "")) > 65504
-    assert (
-        half_fault(
-            checkpoint,
-            build_reference_guard(open_checkpoint(str(checkpoints[layout].folder), tap="projector")),
-            images,
-            embeddings=True,
-        )
-        is None
-    )
+        reason = str(half_fault(checkpoint, model, images, embeddings=False))
+        assert reason == f"the output of '{names[0]}' leaves it on image 1"
+    sound = open_checkpoint(str(checkpoints[layout].folder), tap="projector")
+    assert half_fault(sound, build_reference_guard(sound), images, embeddings=True) is None
 
 
 @pytest.mark.parametrize(
