@@ -73,7 +73,7 @@ def json_rows(path: Path, text: str, *, lines_first: bool) -> Iterator[tuple[str
         found = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         if not lines_first and not _is_object(lines):
-            raise InputError(f"{path} is not valid JSON ({error}).") from error
+            raise InputError(f"{path} is not valid JSON ({error}).{_advice(text)}") from error
         found = None
     if found is None:
         for number, line in lines:
@@ -153,8 +153,14 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        hint = " The line ends with a comma: leave it out." if text.rstrip().endswith("},") else ""
-        raise InputError(f"{where} is not valid JSON ({error}).{hint}") from error
+        raise InputError(f"{where} is not valid JSON ({error}).{_advice(text)}") from error
+
+
+def _advice(text: str) -> str:
+    """Return what to do about commas that JSON does not allow."""
+    if text.rstrip().endswith("},"):
+        return " The line ends with a comma: leave it out."
+    return " A comma stands before a closing bracket: leave it out." if re.search(r",\s*[\]}]", text) else ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

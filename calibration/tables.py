@@ -151,4 +151,4 @@ def _records(path: Path, lines: Sequence[str], line: int, separator: str) -> Ite
             yield start, row
             start = line + reader.line_num
     except csv.Error as error:
-        raise InputError(f"{path}, line {start} is not valid CSV ({error}).") from error
+        raise InputError(f"{path}, line {start} is not valid CSV ({error}): check its quotes.") from error

@@ -226,7 +226,7 @@ def test_a_tensor_that_is_not_finite_is_named_before_any_layer_is_rounded(part: 
 
 def test_what_is_written_in_16_bit_must_fit_there(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
-        (name,) = [name for name in tensors if name.endswith("language_model.norm.weight")]
+        (name,) = [name for name in tensors if name.endswith("language_model.model.norm.weight")]
         tensors[name] = tensors[name].float()
         tensors[name][0] = 3.4e38
 
