@@ -19,8 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from export import onnx as onnx_export
+from export import trt
 from export.half_precision import half_fault, output_beyond_half, watched, weight_beyond_half
+from export.heads import HeadRequest
 from export.onnx import ExportOptions, export_guard, main
+from export.tensorrt_builder import EngineOptions
+from export.trt import EngineRequest
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError, ParityError, PrecisionError
 from models.reference import GuardModel, build_reference_guard, build_vision
@@ -246,3 +250,19 @@ def test_float16_is_blamed_only_where_it_fails(
     weight.weight.data = weight.weight.data * 10.0**exponent
     reason = half_fault(checkpoint, fresh, images.numpy(), embeddings=False)
     assert (reason is not None) == fails
+
+
+def test_an_engine_needs_only_its_own_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*_: Any, **__: Any) -> None:
+        raise PrecisionError("precision fp16 was left out", left_out=("fp16",))
+
+    monkeypatch.setattr(onnx_export, "export_with_progress", export)
+    monkeypatch.setattr(trt, "open_bundle", lambda folder, **_: folder)
+    asked = {each: EngineRequest(options=EngineOptions(precision=each)) for each in ("fp16", "fp32")}  # type: ignore[arg-type]
+    arguments = (open_checkpoint("tiny-safegem"), tmp_path)
+    with pytest.raises(PrecisionError):
+        trt._export(*arguments, asked["fp16"], HeadRequest(), embeddings=False)
+    assert trt._export(*arguments, asked["fp32"], HeadRequest(), embeddings=False) == tmp_path
+    assert "note: precision fp16 was left out" in capsys.readouterr().err
