@@ -117,7 +117,7 @@ def half_fault(
         with watched(modules, half=True) as seen:
             found = _run(model, rgb, number)
         if seen.broken:
-            return f"the output of '{_stored_module(checkpoint, seen.broken)}' leaves it on image {number + 1}"
+            return f"the output of '{_stored_module(checkpoint, seen.broken)}' leaves its range on image {number + 1}"
         coarse = _coarse(right, found, embeddings=embeddings or isinstance(model, VisionPath))
         if coarse:
             return f"rounding to it alone {coarse} on image {number + 1}"

@@ -110,7 +110,7 @@ def test_an_activation_that_float16_cannot_hold_is_named_by_its_module(
         found = re.fullmatch(r"the output of '(.*)' reaches ([\d,.e+]+), and float16 ends at 65,504", reason)
         assert found is not None and found[1] == names[0] and float(found[2].replace(",", "")) > 65504
         reason = str(half_fault(checkpoint, model, images, embeddings=False))
-        assert reason == f"the output of '{names[0]}' leaves it on image 1"
+        assert reason == f"the output of '{names[0]}' leaves its range on image 1"
     sound = open_checkpoint(str(checkpoints[layout].folder), tap="projector")
     assert half_fault(sound, build_reference_guard(sound), images, embeddings=True) is None
 
@@ -186,9 +186,16 @@ def test_what_the_guard_does_not_read_is_not_looked_at(
         tensors["model.mm_projector.2.weight"] *= 1e6
         tensors["img_safety_head.mlp.0.weight"] *= 1e-6
 
-    folder = changed(checkpoints["llava", "original"], tmp_path / "checkpoint", change)
-    manifest = export_guard(open_checkpoint(str(folder), tap="projector"), tmp_path / "out", BOTH)
-    assert [file.precision for file in manifest.files] == ["fp32", "fp16"]
+    checkpoint = open_checkpoint(
+        str(changed(checkpoints["llava", "original"], tmp_path / "checkpoint", change)), tap="projector"
+    )
+    guard = build_reference_guard(checkpoint)
+    with watched(guard.vision.core.named_modules()) as seen, torch.no_grad():
+        guard(checkpoints["llava", "original"].images(1))
+    for embeddings, said in ((False, "None"), (True, "mm_projector.2.weight' holds")):
+        assert said in str(weight_beyond_half(checkpoint, guard, embeddings=embeddings))
+    for embeddings, said in ((False, "None"), (True, "the output of 'model.mm_projector.2' reaches")):
+        assert said in str(output_beyond_half(checkpoint, guard, seen, embeddings=embeddings))
 
 
 def test_a_fault_of_the_export_is_still_ours(
