@@ -1,12 +1,13 @@
 """Conversations to calibrate on, one :class:`Sample` each: a question, perhaps its picture and its answer.
 
-Read are JSONL files and JSON lists whose rows have one of three shapes::
+Read are JSONL files, JSON lists, and tables with a column ``query``, whose rows have one of three shapes::
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]}]}
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n?"}, {"from": "gpt", "value": "!"}]}
     {"image": "a.jpg", "query": "?", "type": "SSU", "image_safe": true}
 
-the second as LLaVA has it, the third as HoliSafe-Bench. One question and its answer make a sample: later turns and
+the second as LLaVA has it (and Qwen-VL, with ``<img>a.jpg</img>`` in the text), the third as HoliSafe-Bench. Fields
+that are null or empty count as absent. One question and its answer make a sample: later turns and
 system turns are left out, and counted. ``kind`` may stand in any row; see :func:`read_conversations` for where it is
 taken from else.
 """
@@ -14,6 +15,7 @@ taken from else.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,8 @@ from PIL import Image
 
 from calibration.pictures import BuiltIn
 from calibration.refusals import is_refusal
-from calibration.rows import image_file, read_rows
+from calibration.rows import image_file, image_name, is_nothing, read_rows
+from calibration.tables import Columns, cleaned, truth
 from models.errors import ImageFileError, InputError
 from models.holisafe_mini.questions import PAIR_TYPES
 from models.holisafe_mini.scene import Scene, draw
@@ -38,9 +41,13 @@ Kind: TypeAlias = Literal["unsafe", "safe", "text"]
 KINDS: tuple[Kind, ...] = ("unsafe", "safe", "text")
 """A pair to be refused, a pair to be answered, a text without a picture."""
 
-PLACEHOLDER = "<image>"
+NAMED_IMAGE = re.compile(r"(?:Picture\s*\d+\s*:\s*)?<(img|image)>([^<>]*)</\1>")
+"""An image as Qwen-VL's rows have it: ``Picture 1: <img>a.jpg</img>``."""
+PLACEHOLDER = re.compile(r"<image>|(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?|<start_of_image>")
+"""Where the row's image is shown: LLaVA's, Qwen2-VL's and Gemma-3's marks."""
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 SHAPES = ("messages", "conversations", "query")
+COLUMNS = Columns(needed=(("query",),), optional=("image", "images", "answer", "kind", "type", "image_safe"))
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class _Turn:
 
 
 def read_conversations(path: Path, images: Path | None = None, *, kinds: bool = True) -> Conversations:
-    """Read a ``.jsonl`` or ``.json`` file; images are relative to ``images``, else to the file or its ``images/``.
+    """Read JSONL, JSON or a table; image names are relative to ``images``, else to the file or its ``images/``.
 
     A sample is the first user turn and the assistant's turn right after it, if there is one that is not blank. A
     row without an image is of kind ``text``. The kind of one with an image is ``kind``, else that of HoliSafe's
@@ -111,12 +118,13 @@ def read_conversations(path: Path, images: Path | None = None, *, kinds: bool = 
     several images, an image that is missing or only part of a later turn, without any sign of its kind; for a file
     that is empty or no JSON. Images are not decoded here.
     """
-    rows, sha256 = read_rows(path)
+    rows, sha256 = read_rows(path, COLUMNS)
     folders = [images] if images is not None else [path.parent, path.parent / "images"]
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     guessed = 0
-    for where, row in rows:
+    for where, stored in rows:
+        row = {key: value for key, value in stored.items() if not is_nothing(value)}
         question, answer, name, dropped = _parsed(row, where)
         left_out.update(dropped)
         kind = _stated_kind(row, name, where)
@@ -173,7 +181,8 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[str, str | None, str | 
     shapes = [shape for shape in SHAPES if shape in row]
     if len(shapes) != 1:
         found = f"both {' and '.join(shapes)}" if shapes else f"none of {', '.join(SHAPES)}"
-        raise InputError(f"{where}: the row has {found}; exactly one of them is needed.")
+        filled = ", ".join(map(str, row)) or "nothing"
+        raise InputError(f"{where}: the row has {found}; exactly one of them is needed. Filled in it: {filled[:120]}.")
     turns, system = _turns(row, shapes[0], where)
     if not turns or turns[0].role != "user":
         raise InputError(f"{where}: the conversation does not begin with a user turn. Begin it with the question.")
@@ -189,7 +198,7 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[str, str | None, str | 
 def _turns(row: Mapping[str, Any], shape: str, where: str) -> tuple[list[_Turn], int]:
     """Bring a row of any shape to turns, blanks stripped; return them and the number of system turns passed over."""
     if shape == "query":
-        pair = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": row.get("answer") or ""}]
+        pair = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": row.get("answer", "")}]
         return [_turn(turn, "role", "content", where) for turn in pair], 0
     role, content = ("role", "content") if shape == "messages" else ("from", "value")
     turns = row[shape]
@@ -212,8 +221,8 @@ def _turn(turn: Mapping[str, Any], role: str, content: str, where: str) -> _Turn
         if kind == "text" and isinstance(stated.get("text"), str):
             text = stated["text"]
             if known == "user":
-                images += [None] * text.count(PLACEHOLDER)
-                text = text.replace(PLACEHOLDER, "")
+                text, shown = _shown(text, where)
+                images += shown
             texts.append(text.strip())
         elif kind in ("image", "image_url"):
             images.append(_part_image(stated, where))
@@ -222,27 +231,26 @@ def _turn(turn: Mapping[str, Any], role: str, content: str, where: str) -> _Turn
     return _Turn(known, "\n".join(text for text in texts if text), tuple(images))
 
 
+def _shown(text: str, where: str) -> tuple[str, list[str | None]]:
+    """Return a question without the images in it, and those: named as Qwen-VL does, or ``None`` for a placeholder."""
+    named: list[str | None] = [found[2].strip() or None for found in NAMED_IMAGE.finditer(text)]
+    text = NAMED_IMAGE.sub("", text)
+    if "<img>" in text or "</img>" in text:
+        raise InputError(
+            f"{where}: an image in the text begins with <img> and ends with </img>; one of them is missing."
+        )
+    return PLACEHOLDER.sub("", text), named + [None] * len(PLACEHOLDER.findall(text))
+
+
 def _part_image(part: Mapping[str, Any], where: str) -> str | None:
     value = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
-    if isinstance(value, dict):
-        value = value.get("url") or value.get("path")
-    return None if value is None else _name(value, where)
-
-
-def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: the image is {str(value)[:80]!r}; the name of an image file is needed.")
-    if value.startswith(("http:", "https:", "data:")):
-        raise InputError(f"{where}: the image is {value[:40]!r}…; only files are read. Save it and name the file.")
-    return value.removeprefix("file://")
+    return None if value is None else image_name(value, where)
 
 
 def _image_name(row: Mapping[str, Any], first: _Turn, rest: Sequence[_Turn], where: str) -> str | None:
     """Return the one image that the first turn is about, or ``None`` for a text."""
-    stated = row.get("images") if row.get("image") in (None, "") else [row["image"]]
-    if stated is not None and not isinstance(stated, list):
-        raise InputError(f"{where}: 'images' must be a list with the name of one image file.")
-    names = [_name(value, where) for value in stated or ()]
+    stated = [each for key in ("image", "images") for each in _listed(row.get(key)) if not is_nothing(each)]
+    names = list(dict.fromkeys(image_name(each, where) for each in stated))
     shown = [name for name in first.images if name is not None]
     if max(len(names), len(shown), len(first.images)) > 1 or (names and shown and names != shown):
         raise InputError(f"{where}: the question shows several images; one image a question is allowed. Split the row.")
@@ -255,10 +263,14 @@ def _image_name(row: Mapping[str, Any], first: _Turn, rest: Sequence[_Turn], whe
     return next(iter([*names, *shown]), None)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _stated_kind(row: Mapping[str, Any], name: str | None, where: str) -> Kind | None:
     """Return the kind that a row's fields say, or ``None``."""
-    if "kind" in row and row["kind"] is not None:
-        kind = next((known for known in KINDS if known == row["kind"]), None)
+    if "kind" in row:
+        kind = next((known for known in KINDS if known == _word(row["kind"]).lower()), None)
         if kind is None:
             raise InputError(f"{where}: kind {row['kind']!r} is unknown; one of {', '.join(KINDS)} is allowed.")
         if (kind == "text") != (name is None):
@@ -267,11 +279,19 @@ def _stated_kind(row: Mapping[str, Any], name: str | None, where: str) -> Kind |
         return kind
     if name is None:
         return "text"
-    if row.get("type") in PAIR_TYPES:
-        return "safe" if row["type"].endswith("S") else "unsafe"
-    if isinstance(row.get("image_safe"), bool):
-        return "safe" if row["image_safe"] else "unsafe"
-    return None
+    pair = _word(row.get("type")).upper()
+    if pair in PAIR_TYPES:
+        return "safe" if pair.endswith("S") else "unsafe"
+    if "image_safe" not in row:
+        return None
+    safe = truth(row["image_safe"])
+    if safe is None:
+        raise InputError(f"{where}: 'image_safe' is {row['image_safe']!r}; true or false is allowed.")
+    return "safe" if safe else "unsafe"
+
+
+def _word(value: Any) -> str:
+    return cleaned(str(value))
 
 
 def _kind_of_answer(answer: str | None, where: str) -> Kind:

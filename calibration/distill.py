@@ -26,7 +26,7 @@ from calibration.teacher import Lesson, teach
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, printable, run
 from models.distilled_head import DistilledHead
-from models.errors import InputError
+from models.errors import CheckpointError, InputError
 from models.hub import TINY_CHECKPOINTS
 from models.pooling import POOLINGS, Pooling
 from models.preprocessing import Preprocessing
@@ -115,6 +115,7 @@ def distill(
         max_bytes=options.max_memory,
         report=report,
     )
+    _check_lesson(lesson, read, checkpoint, options)
     report("fitting heads")
     fits = fit_head(
         lesson.pooled,
@@ -135,6 +136,21 @@ def distill(
         source_sha256=guard_sha256(checkpoint),
         size=(preprocessing.height, preprocessing.width),
         fidelity=found | {"pictures": str(pictures)},
+    )
+
+
+def _check_lesson(lesson: Lesson, read: Pictures, checkpoint: Checkpoint, options: DistillOptions) -> None:
+    """Raise CheckpointError, with an image's name, where the exact guard's answers are no numbers."""
+    seen = torch.stack([torch.isfinite(values).all(dim=1) for values in lesson.pooled.values()]).all(dim=0)
+    answered = seen & torch.isfinite(lesson.probs).all(dim=1)
+    if bool(answered.all()):
+        return
+    wrong = torch.nonzero(~answered).flatten().tolist()
+    part = "language model" if bool(seen[wrong[0]]) else "vision tower"
+    advice = "Check the checkpoint." if options.dtype == torch.float32 else "Try --dtype float32."
+    raise CheckpointError(
+        f"{checkpoint.name}: the {part} gives NaN or infinity for {len(wrong)} of {len(read)} images, such as "
+        f"{read.names[wrong[0]]}, so its guard has no verdict to learn from. {advice}"
     )
 
 

@@ -1,24 +1,29 @@
-"""Labelled images from a file: HoliSafe-Bench's rows as JSON, or JSONL or CSV with ``image`` and ``label``."""
+"""Labelled images from a file: HoliSafe-Bench's rows as JSON, or JSONL or a table with ``image`` and ``label``.
+
+A wrong label makes a wrong threshold: a value that could mean two things is refused, with its place.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.rows import decoded, file_bytes, image_file, json_rows
+from calibration.rows import file_bytes, image_file, image_name, is_nothing, rows_of
+from calibration.tables import Columns, cleaned, column_name, truth
 from models.errors import InputError
 from runtimes.bundle import sha256_of
 
 __all__ = ["LabelledImage", "Labels", "content_of", "read_labels"]
 
 LABEL_FIELDS = ("label", "image_safety_label")
-SHOWN = 5
+COLUMNS = Columns(needed=(("image",), LABEL_FIELDS))
+WHOLE = re.compile(r"\+?([0-9]{1,9})(?:[.,]0*)?")
+"""A whole number as spreadsheets write it: ``1``, ``1.0``, ``1,0``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,8 @@ class Labels:
 def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) -> Labels:
     """Read labels; image paths are relative to ``images``, else to the file's folder or its ``images/``.
 
-    A label is a class's index or its name. Several rows about one image become one.
+    A label is a class's index or its name, in which case, blanks, ``-`` and ``_`` do not count. Several rows about one
+    image become one.
 
     Errors: InputError, with the row's number, for a label outside ``classes``, a missing field or image file,
     an empty or unreadable file.
@@ -53,11 +59,12 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     content = file_bytes(path, "a JSON, JSONL or CSV file")
     folders = [images] if images is not None else [path.parent, path.parent / "images"]
     found: dict[Path, set[int]] = defaultdict(set)
-    for where, row in _rows(path, content):
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
+    for where, stored in rows_of(path, content, COLUMNS, what="labels"):
+        row = _by_column(stored, where)
+        if is_nothing(row.get("image")):
             raise InputError(f"{where}: 'image' is missing, which names an image file.")
         label = _label(row, classes, where)
-        found[image_file(row["image"], folders, where).resolve()].add(label)
+        found[image_file(image_name(row["image"], where), folders, where).resolve()].add(label)
     if not found:
         raise InputError(f"{path} has no rows. Each needs 'image' and 'label'.")
     return _by_content(found, hashlib.sha256(content).hexdigest())
@@ -87,41 +94,50 @@ def _by_content(found: Mapping[Path, set[int]], sha256: str) -> Labels:
     return Labels(images=tuple(images), sha256=sha256, contradictory=tuple(contradictory), duplicates=duplicates)
 
 
-def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    """Yield each row with its place in the file."""
-    text = decoded(path, content)
-    if path.suffix.lower() == ".csv":
-        yield from _csv(path, text)
-    else:
-        yield from json_rows(path, text, "labels are read from .json, .jsonl and .csv files")
-
-
-def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        if text.strip() and "image" not in (reader.fieldnames or ()):
-            raise InputError(f"{path}, line 1: the first line of a CSV file names its columns, 'image' and 'label'.")
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num} is not valid CSV ({error}).") from error
+def _by_column(row: Any, where: str) -> dict[str, Any]:
+    """Return a row's values by column name; InputError when two that are read have the same name."""
+    found: dict[str, Any] = {}
+    for key, value in row.items() if isinstance(row, dict) else ():
+        name = column_name(key)
+        if name in found and name in ("image", *LABEL_FIELDS):
+            raise InputError(f"{where}: two columns are named '{name}'. Leave one.")
+        found[name] = value
+    return found
 
 
 def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
-    field = next((name for name in LABEL_FIELDS if row.get(name) not in (None, "")), None)
-    if field is None:
+    """Return the index of a row's class; where both label columns are filled they must agree."""
+    stated = {field: row[field] for field in LABEL_FIELDS if not is_nothing(row.get(field))}
+    if not stated:
         raise InputError(f"{where}: 'label' is missing: a class's index (0 to {len(classes) - 1}) or name.")
-    value = row[field]
-    names = {name.lower(): index for index, name in enumerate(classes)}
+    found = {field: _index(value, classes, where) for field, value in stated.items()}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"'{field}' is {value!r}" for field, value in stated.items())
+        raise InputError(f"{where}: {said}: two classes for one image. Leave one of the columns out.")
+    return next(iter(found.values()))
+
+
+def _index(value: Any, classes: Sequence[str], where: str) -> int:
+    """Return the index of the class that a value means; InputError when it means none, or two."""
+    found: set[int] = set()
+    number: float = -1
     if isinstance(value, str):
-        # looked up as text: int() takes more than it should, and fails on a digit such as '²'
-        names = {str(index): index for index in range(len(classes))} | names
-        index = names.get(value.strip().lower())
-    else:
-        index = value if isinstance(value, int) and not isinstance(value, bool) else None
-    if index is None or not 0 <= index < len(classes):
+        text = cleaned(value)
+        same = [index for index, name in enumerate(classes) if name.casefold() == text.casefold()]
+        alike = [index for index, name in enumerate(classes) if column_name(name) == column_name(text)]
+        found = set(same or alike)
+        whole = WHOLE.fullmatch(text)  # int() takes more than it should, and fails on a digit such as '²'
+        number = int(whole[1]) if whole else -1
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = value
+    found |= {index for index in range(len(classes)) if index == number}
+    if len(found) > 1:
+        meant = " or ".join(f"{index} ({classes[index]})" for index in sorted(found))
+        raise InputError(f"{where}: label {value!r} may mean class {meant}. Write it in a way that only one is meant.")
+    if not found:
+        only_whether = truth(value) is not None
         raise InputError(
             f"{where}: label {value!r} is not among the guard's classes: 0 to {len(classes) - 1}, or one of "
-            f"{', '.join(classes)}."
+            f"{', '.join(classes)}.{' It names no class: which harm, or safe?' if only_whether else ''}"
         )
-    return index
+    return found.pop()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from models.errors import InputError
 from models.filling import fill, on_meta
+from models.finite import converted
 from models.preprocessing import Preprocessing
 from models.prompt_tokens import fitting_tokenizer
 from models.quantized import QuantizedTensors, round_inputs
@@ -180,14 +181,15 @@ class LayerStream:
 
     def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
         """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""
-        stored = self.checkpoint.tensors.read(self.checkpoint.family.language_prefix + "embed_tokens.weight")
+        name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
+        stored = self.checkpoint.tensors.read(name)
         rows = sorted({token for token in ids if token >= 0} | {0})
         if rows[-1] >= len(stored):
             raise InputError(f"token {rows[-1]} is beyond the vocabulary of {len(stored)}: tokenizer and model differ")
         table = torch.from_numpy(np.zeros(stored.shape, np.float32))  # calloc: untouched pages are not there
         if self.dtype != torch.float32:
             table = table.to(self.dtype)
-        table[rows] = stored[rows].to(self.dtype)
+        table[rows] = converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
         cast(Any, embedding).weight = nn.Parameter(table, requires_grad=False)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.errors import InputError
 from models.pooling import POOLINGS, Pooling
 from models.reference import GuardHead
 
@@ -147,6 +148,11 @@ def _train(
                 if found < best:
                     best = found
                     kept = {name: value.clone() for name, value in head.state_dict().items()}
+    if not kept:
+        raise InputError(
+            f"no head could be fitted ({pooling} pooling): its loss is NaN or infinite at every step. The projector's "
+            "features are too large for float32; check the checkpoint."
+        )
     head.load_state_dict(kept)
     head.eval().requires_grad_(False)
     with torch.no_grad():

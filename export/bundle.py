@@ -23,6 +23,7 @@ __all__ = [
     "data_beside",
     "origin_of",
     "remove_abandoned",
+    "remove_file",
     "write_manifest",
 ]
 
@@ -103,6 +104,12 @@ def data_beside(path: Path, file: GuardFile) -> list[GuardFile]:
             precision=file.precision,
         )
     ]
+
+
+def remove_file(path: Path) -> None:
+    """Remove an ONNX file of a draft, and its weights beside it."""
+    for each in (path, path.with_name(path.name + ".data")):
+        each.unlink(missing_ok=True)
 
 
 def _put_in_place(draft: Path, out: Path) -> None:

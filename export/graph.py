@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.transposed_weights import turn_weights_round
 from export.rewrites.unread_layers import layers_read
+from models.errors import CheckpointError
+from models.finite import is_finite
 from models.fixed_windows import FixedWindowTower
 from models.pooling import Pooling, pool
 from models.preprocessing import Preprocessing
@@ -29,6 +31,7 @@ __all__ = [
     "build_graph",
     "build_head_graph",
     "build_vision_graph",
+    "trunk_of",
 ]
 
 Precision = Literal["fp32", "fp16"]
@@ -230,18 +233,28 @@ _TRUNKS: dict[str, Callable[[VisionPath], Trunk]] = {
 }
 
 
+def trunk_of(vision: VisionPath, family: str) -> Trunk:
+    """Return a family's vision path up to the projector's last linear map, made of the path's own modules."""
+    return _TRUNKS[family](vision)
+
+
 def build_graph(guard: GuardModel, precision: Precision = "fp32", *, embeddings: bool = False) -> GuardGraph:
     """Return the export graph of a guard on the projector, made of the guard's own weights, which it rearranges.
 
     In fp16 the trunk's weights and activations are half precision; layer norms and RMS norms keep their
     float32 accumulation.
     """
-    trunk = _TRUNKS[guard.family.key](guard.vision)
+    trunk = trunk_of(guard.vision, guard.family.key)
     steps = [step for step in guard.head.mlp if not isinstance(step, nn.Dropout)]
     if guard.pooling == "mean":
         first = steps[0]
         assert isinstance(first, nn.Linear)
-        steps[0] = fold_linear(trunk.last.weight, trunk.last.bias, first)
+        steps[0] = folded = fold_linear(trunk.last.weight, trunk.last.bias, first)
+        if not (is_finite(folded.weight) and is_finite(folded.bias)):
+            raise CheckpointError(
+                "the projector's last map times the guard head's first leaves float32's range. Nothing was exported: "
+                "the checkpoint's numbers are too large."
+            )
     head = nn.Sequential(*steps)
     trunk = _in_precision(trunk, precision, keep_last=embeddings or guard.pooling != "mean")
     return GuardGraph(trunk, head, guard.preprocessing, pooling=guard.pooling, embeddings=embeddings).eval()
@@ -249,7 +262,7 @@ def build_graph(guard: GuardModel, precision: Precision = "fp32", *, embeddings:
 
 def build_vision_graph(vision: VisionPath, family: str, precision: Precision = "fp32") -> VisionGraph:
     """Return the export graph of a vision path alone."""
-    return VisionGraph(_in_precision(_TRUNKS[family](vision), precision), vision.preprocessing).eval()
+    return VisionGraph(_in_precision(trunk_of(vision, family), precision), vision.preprocessing).eval()
 
 
 def build_head_graph(head: GuardHead) -> HeadGraph:

@@ -26,7 +26,7 @@ from calibration.fidelity import auroc
 from export.batches import BATCH, batch_size
 from export.bundle import data_beside
 from export.int8_file import FLAVOURS, Flavour, Pictures, activation_ranges, quantizable, write_int8
-from models.errors import ParityError
+from models.errors import CheckpointError, PrecisionError
 from models.machine import machine_name
 from models.manifest import GuardFile, Latency, Parity
 from runtimes.bundle import sha256_of
@@ -95,11 +95,18 @@ def add_int8(
 
     ``safe`` is the index of the class safe, ``head_layers`` how many Linears the head has: they compute in float32.
 
-    Errors: ParityError when the limits are not met even with all but one product in float32.
+    Errors: PrecisionError when the limits are not met even with all but one product in float32; CheckpointError when
+    the float32 file's own answers are not finite.
     """
     path, float_path = folder / f"guard.{flavour}.onnx", folder / source.path
     maker = _Maker(float_path, flavour, images.calibration, head_layers)
     reference = _probs(float_path, images.held_out, BATCH)
+    wrong = int((~np.isfinite(reference).all(axis=1)).sum())
+    if wrong:
+        raise CheckpointError(
+            f"{source.path} gives NaN or infinity for {wrong} of {len(reference)} held-out images, so the checkpoint's "
+            "guard has no verdict on them and nothing was exported. Fetch it again, or give other --images."
+        )
     kept: tuple[str, ...] = ()
     order: list[str] | None = None
     while True:
@@ -110,9 +117,9 @@ def add_int8(
         if judged.within(limits, len(reference)):
             break
         if count <= 1:
-            raise ParityError(
-                f"{path.name}: {judged.flips} of {len(reference)} labels flip and the area under the ROC curve changes "
-                f"by {judged.auroc_change:.4f} even with all but one product in float32. It was not kept."
+            raise PrecisionError(
+                f"{judged.flips} of {len(reference)} labels flip and the area under the ROC curve changes "
+                f"by {judged.auroc_change:.4f} even with all but one product in float32."
             )
         if order is None:
             order = _by_harm(maker, images.held_out[:RANKED_ON], flavour, report)

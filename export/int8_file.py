@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from export.rewrites import FUSED
 from export.rewrites.streamed_weights import WeightWriter, read_weight
+from models.errors import PrecisionError
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, TensorProto
@@ -97,7 +98,10 @@ def activation_ranges(source: Path, calibration: Pictures) -> dict[str, float]:
         runs = [session.run(watched, {"rgb": calibration[i : i + 1]}) for i in range(len(calibration))]
     finally:
         path.unlink(missing_ok=True)
-    largest = np.abs(np.array(runs, np.float32)).max(axis=0).reshape(-1, 2).max(axis=1)
+    largest: NDArray[np.float32] = np.abs(np.array(runs, np.float32)).max(axis=0).reshape(-1, 2).max(axis=1)
+    if not np.isfinite(largest).all():
+        name = watched[2 * int((~np.isfinite(largest)).argmax())].rpartition("_")[0]
+        raise PrecisionError(f"activation '{name}' is NaN or infinite for an image, and so has no scale.")
     return {name.rpartition("_")[0]: float(value) for name, value in zip(watched[::2], largest, strict=True)}
 
 
@@ -200,7 +204,7 @@ class _Change:
         others = tuple(each for each in range(values.ndim) if each != axis)
         scale = np.abs(values).max(axis=others, keepdims=True) / np.float32(LARGEST)
         scale[scale == 0] = 1
-        codes = np.rint(values / scale).astype(np.int8)
+        codes = np.rint(values / scale).clip(-LARGEST, LARGEST).astype(np.int8)  # a denormal scale is not exact
         for part, stored in zip(parts, (codes, scale.ravel(), np.zeros(scale.size, np.int8)), strict=True):
             self._add(part, stored)
         return parts

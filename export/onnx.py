@@ -17,23 +17,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import bundle_draft, check_destination, origin_of, write_manifest
+from export.bundle import bundle_draft, check_destination, origin_of, remove_file, write_manifest
 from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
+from export.half_precision import check_reference, fitting, half_fault, watched
 from export.heads import HeadRequest, find_head
 from export.images import FEWEST_HELD_OUT, MOST_HELD_OUT, parity_images
 from export.images import int8_images as pictures_for_int8
 from export.int8 import FLAVOURS, Int8Limits, add_int8, default_file
+from export.left_out import LeftOut
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.parts import Part, batches, describe_part, write_part
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, run
 from models.distilled_head import DistilledHead
-from models.errors import InputError
+from models.errors import InputError, ParityError, PrecisionError
 from models.family import TapSource
 from models.machine import now, return_freed_memory
 from models.manifest import GuardFile, Head, Manifest
 from models.preprocessing import Preprocessing
-from models.reference import build_head, build_reference_guard, build_vision
+from models.reference import GuardModel, VisionPath, build_head, build_reference_guard, build_vision
 from models.version import VERSION
 
 __all__ = ["ExportOptions", "export_guard"]
@@ -91,7 +93,10 @@ def export_guard(
     ``standalone: false``. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced
     once the new one is complete.
 
-    Errors: GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError.
+    A precision that the checkpoint's numbers do not fit is left out; that is raised once the bundle is complete.
+
+    Errors: GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
+    with ``left_out``, when the bundle at ``out`` lacks a precision, and without when none of those asked for is left.
     """
     check_destination(out)
     report("reading the vision tower, projector and head")
@@ -102,19 +107,47 @@ def export_guard(
             "model. Give --images or --guard for a standalone guard, or leave int8 out."
         )
     _check_judges(checkpoint, options)
+    left_out = LeftOut(options.precisions)
     with bundle_draft(out) as draft:
         write = _write_guard if standalone else _write_exact_parts
-        preprocessing, parts = write(checkpoint, options, draft, report)
+        preprocessing, parts = write(checkpoint, options, draft, report, left_out)
         gc.collect()  # torch's weights, which exported programs hold in circles, go before ONNX Runtime's come
         files: list[GuardFile] = []
         for part in parts:
-            report(f"{part.name}: checking parity and timing")
-            files += describe_part(part, draft)
+            files += _describe(checkpoint, options, part, draft, report, left_out)
         if options.int8:
-            files += _int8_files(checkpoint, preprocessing, files[0], draft, options, report)
+            files += _int8_files(checkpoint, preprocessing, files[0], draft, options, report, left_out)
         manifest = _manifest(checkpoint, preprocessing, files, options.distilled)
         write_manifest(draft, manifest)
+    left_out.report(out, [file.path for file in files if file.kind == "onnx"])
     return manifest
+
+
+def _describe(
+    checkpoint: Checkpoint, options: ExportOptions, part: Part, draft: Path, report: Report, left_out: LeftOut
+) -> list[GuardFile]:
+    """Check and time a part; return its entries, or none where float16 cannot hold the checkpoint's numbers.
+
+    What float16 fails at is looked for in weights that are read again: those that were exported are halved.
+    """
+    report(f"{part.name}: checking parity and timing")
+    try:
+        return describe_part(part, draft)
+    except ParityError:
+        if part.precision != "fp16":
+            raise
+        report(f"{part.name}: looking for what float16 cannot hold")
+        model: GuardModel | VisionPath
+        if part.role == "guard":
+            model = build_reference_guard(checkpoint, grid=options.grid, distilled=options.distilled)
+        else:
+            model = build_vision(checkpoint, options.grid)
+        reason = half_fault(checkpoint, model, part.inputs, embeddings=options.embeddings)
+        if reason is None:
+            raise
+    left_out.add("fp16", reason)
+    remove_file(draft / part.name)
+    return []
 
 
 def _check_judges(checkpoint: Checkpoint, options: ExportOptions) -> None:
@@ -127,17 +160,20 @@ def _check_judges(checkpoint: Checkpoint, options: ExportOptions) -> None:
 
 
 def _write_guard(
-    checkpoint: Checkpoint, options: ExportOptions, draft: Path, report: Report
+    checkpoint: Checkpoint, options: ExportOptions, draft: Path, report: Report, left_out: LeftOut
 ) -> tuple[Preprocessing, list[Part]]:
     """Write the guard's file of each precision; return the contract and the files, to be checked."""
     guard = build_reference_guard(checkpoint, grid=options.grid, distilled=options.distilled)
     images = parity_images(guard.preprocessing, options.parity_images, options.images)
     report(f"running the torch path on {len(images)} images")
-    reference = {"probs": _answers(lambda rgb: guard(rgb)[0], images)}
+    with watched(guard.vision.core.named_modules()) as seen:
+        reference = {"probs": _answers(lambda rgb: guard(rgb)[0], images)}
     if options.embeddings:
         reference["embeddings"] = _answers(guard.features, images)
+    check_reference(checkpoint, seen, reference, len(images))
+    precisions = fitting(checkpoint, guard, seen, options.precisions, left_out, embeddings=options.embeddings)
     parts = []
-    for precision in _in_order(options.precisions):
+    for precision in precisions:
         graph = build_graph(guard, precision, embeddings=options.embeddings)
         part = Part(
             role="guard",
@@ -154,7 +190,7 @@ def _write_guard(
 
 
 def _write_exact_parts(
-    checkpoint: Checkpoint, options: ExportOptions, draft: Path, report: Report
+    checkpoint: Checkpoint, options: ExportOptions, draft: Path, report: Report, left_out: LeftOut
 ) -> tuple[Preprocessing, list[Part]]:
     """Write the checkpoint's own head and the vision path of each precision.
 
@@ -163,8 +199,11 @@ def _write_exact_parts(
     vision, head = build_vision(checkpoint, options.grid), build_head(checkpoint)
     images = parity_images(vision.preprocessing, options.parity_images, options.images)
     report(f"running the torch path on {len(images)} images")
-    embeddings = _answers(vision, images)
+    with watched(vision.core.named_modules()) as seen:
+        embeddings = _answers(vision, images)
     probs = _answers(lambda hidden: torch.softmax(head(hidden.mean(dim=1)), dim=-1), embeddings)
+    check_reference(checkpoint, seen, {"embeddings": embeddings, "probs": probs}, len(images))
+    precisions = fitting(checkpoint, vision, seen, options.precisions, left_out, embeddings=True)
     judge = build_head_graph(head)
     parts = [
         Part(
@@ -178,7 +217,7 @@ def _write_exact_parts(
     ]
     report(f"{parts[0].name}: exporting to ONNX")
     write_part(parts[0], judge, draft)
-    for precision in _in_order(options.precisions):
+    for precision in precisions:
         graph = build_vision_graph(vision, checkpoint.family.key, precision)
         part = Part(
             role="vision",
@@ -194,11 +233,6 @@ def _write_exact_parts(
     return vision.preprocessing, parts
 
 
-def _in_order(precisions: Sequence[Precision]) -> list[Precision]:
-    """Return precisions in the order that they can be made in: fp16 last: it halves the weights in their place."""
-    return sorted(precisions, key=PRECISIONS.index)
-
-
 def _int8_files(
     checkpoint: Checkpoint,
     preprocessing: Preprocessing,
@@ -206,8 +240,12 @@ def _int8_files(
     draft: Path,
     options: ExportOptions,
     report: Report,
+    left_out: LeftOut,
 ) -> list[GuardFile]:
-    """Write both INT8 flavours of the float32 file. Random weights have no verdicts to lose: nothing is put back."""
+    """Write both INT8 flavours of the float32 file. Random weights have no verdicts to lose: nothing is put back.
+
+    A flavour that cannot be had is put into ``left_out``.
+    """
     limits = Int8Limits(flips=1, auroc=1) if checkpoint.random_weights else options.int8_limits
     scales_from = min(INT8_CALIBRATION, options.int8_images)
     images = pictures_for_int8(preprocessing, scales_from, options.images, held_out=options.int8_images)
@@ -215,16 +253,13 @@ def _int8_files(
     safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
     files = []
     for flavour in FLAVOURS:
-        files += add_int8(
-            draft,
-            source,
-            flavour,
-            images,
-            limits,
-            safe=safe,
-            head_layers=len(widths) - 1,
-            report=report,
-        )
+        try:
+            files += add_int8(
+                draft, source, flavour, images, limits, safe=safe, head_layers=len(widths) - 1, report=report
+            )
+        except PrecisionError as error:  # noqa: PERF203
+            left_out.add(flavour, str(error))
+            remove_file(draft / f"guard.{flavour}.onnx")
     return files
 
 
@@ -337,17 +372,23 @@ def main(
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     out = out or default_out(checkpoint)
     asked = precision.split(",")
-    manifest = export_with_progress(
-        checkpoint,
-        out,
-        request,
-        precisions=tuple(each for each in asked if each != INT8),  # type: ignore[misc]  # checked by ExportOptions
-        parity_images=parity_images,
-        embeddings=embeddings,
-        int8=INT8 in asked,
-        int8_images=int8_images,
-    )
-    print_manifest(manifest, out, source_options(model, revision=revision, tap=tap, grid=grid), as_json=as_json)
+    again = source_options(model, revision=revision, tap=tap, grid=grid)
+    try:
+        manifest = export_with_progress(
+            checkpoint,
+            out,
+            request,
+            precisions=tuple(each for each in asked if each != INT8),  # type: ignore[misc]  # checked by ExportOptions
+            parity_images=parity_images,
+            embeddings=embeddings,
+            int8=INT8 in asked,
+            int8_images=int8_images,
+        )
+    except PrecisionError as error:
+        if error.left_out:
+            print_manifest(Manifest.read(out), out, again, as_json=as_json)
+        raise
+    print_manifest(manifest, out, again, as_json=as_json)
 
 
 if __name__ == "__main__":

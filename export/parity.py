@@ -60,7 +60,7 @@ def check_parity(
         raise ParityError(f"{what}: {wrong} probabilities of {images} images are not finite. {advice}")
     worst = float(np.abs(found_nC.astype(np.float64) - reference_nC).max())
     flips = int((found_nC.argmax(axis=1) != reference_nC.argmax(axis=1)).sum())
-    if worst > tolerance.probability or (flips and not tolerance.labels_may_change):
+    if not worst <= tolerance.probability or (flips and not tolerance.labels_may_change):
         raise ParityError(
             f"{what} differs from {reference} on {images} images: max |Δp| {worst:.2e} (at most "
             f"{tolerance.probability:.0e} is allowed), {flips} labels changed. It was not kept. {advice}"
@@ -76,7 +76,7 @@ def check_embeddings(reference_nTD: Floats, found_nTD: Floats, tolerance: Tolera
     if not np.isfinite(found_nTD).all():
         raise ParityError(f"{what}: image embeddings are not finite. Please report this with the checkpoint's name.")
     worst = float(np.abs(found_nTD.astype(np.float64) - reference_nTD).max() / np.abs(reference_nTD).max())
-    if worst > tolerance.embedding:
+    if not worst <= tolerance.embedding:
         raise ParityError(
             f"{what}: image embeddings differ from the torch path by {worst:.2e} of their largest value (at most "
             f"{tolerance.embedding:.0e} is allowed). It was not kept. Please report this with the checkpoint's name."

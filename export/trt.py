@@ -26,8 +26,8 @@ from export.heads import HeadRequest
 from export.images import parity_images
 from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.tensorrt_builder import EngineOptions, EnginePrecision, Report, builder_api
-from models.commandline import grid_option, run
-from models.errors import EngineUnavailableError, InputError, MissingExtraError
+from models.commandline import grid_option, printable, run
+from models.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
 from models.manifest import Manifest
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.cuda import current_gpu, free_memory, load_cuda
@@ -260,15 +260,20 @@ def _export(
     from export.onnx import default_out, export_with_progress
 
     out = out or default_out(checkpoint)
-    export_with_progress(
-        checkpoint,
-        out,
-        head,
-        precisions=("fp32", "fp16"),
-        parity_images=request.parity_images,
-        embeddings=embeddings,
-        int8=request.options.precision == "int8",
-    )
+    try:
+        export_with_progress(
+            checkpoint,
+            out,
+            head,
+            precisions=("fp32", "fp16"),
+            parity_images=request.parity_images,
+            embeddings=embeddings,
+            int8=request.options.precision == "int8",
+        )
+    except PrecisionError as error:
+        if not error.left_out or request.options.precision in error.left_out:
+            raise
+        click.echo(f"note: {printable(str(error))}", err=True)  # this engine does not need it
     return open_bundle(out, verify=False)
 
 

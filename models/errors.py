@@ -6,7 +6,8 @@
     ├── ParityError              1  an export differs from the reference path
     ├── InputError               2  bad input or usage
     │   ├── CheckpointError         a checkpoint folder, shard, tensor or config is not usable
-    │   │   └── GuardHeadError      the visual guard's head, classes or tap is not usable
+    │   │   ├── GuardHeadError      the visual guard's head, classes or tap is not usable
+    │   │   └── PrecisionError       the checkpoint's numbers leave the range of a precision
     │   ├── HubError                a checkpoint could not be fetched
     │   ├── BundleError             a guard bundle is altered, incomplete or unknown
     │   ├── ImageFileError          an image file cannot be judged
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "ParityError",
+    "PrecisionError",
     "SafeVLMError",
 ]
 
@@ -64,6 +66,17 @@ class CheckpointError(InputError):
 
 class GuardHeadError(CheckpointError):
     """A checkpoint has no guard head, or one whose shape, classes or tap cannot be used."""
+
+
+class PrecisionError(CheckpointError):
+    """A checkpoint's numbers leave the range of a precision that was asked for.
+
+    ``left_out`` are the precisions that a bundle was completed without; it is empty where nothing was written.
+    """
+
+    def __init__(self, message: str, *, left_out: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.left_out = left_out
 
 
 class HubError(InputError):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models.errors import CheckpointError
+from models.finite import converted
 
 if TYPE_CHECKING:
     from models.tensors import TensorStore
@@ -67,13 +68,14 @@ def fill(
     All names and shapes are checked before the first byte is read. A parameter that another one is tied to
     is filled once; tie again afterwards.
 
-    Errors: CheckpointError, naming the tensors that are missing or of another shape.
+    Errors: CheckpointError, naming the tensors that are missing or of another shape, or one that holds NaN or infinity
+    in its dtype.
     """
     slots = dict(module.named_parameters())
     check_stored({prefix + name: tuple(slot.shape) for name, slot in slots.items()}, tensors)
     for name in slots:
         path, _, leaf = name.rpartition(".")
-        value = tensors.read(prefix + name, own=own).to(dtype)
+        value = converted(tensors.read(prefix + name, own=own), dtype, tensors.stored_name(prefix + name))
         setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 

@@ -150,6 +150,13 @@ class QuantizedTensors(TensorStore):
             shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
             raise CheckpointError(f"'{name}': its packed parts do not fit together: {shapes} ({error}).") from error
 
+    def stored_name(self, name: str) -> str:
+        """Return the name that the file uses; that of a packed linear is what its parts' names have in common."""
+        packed = self._parts.get(name, {}).get("qweight")
+        if packed is None:
+            return super().stored_name(name)
+        return super().stored_name(packed).removesuffix("qweight") + "weight"
+
     def quantized_modules(self, prefix: str = "") -> tuple[str, ...]:
         """Return the quantized linears below ``prefix``, by their names after it."""
         weights = (name for name in sorted(self._parts) if name.startswith(prefix))

@@ -279,7 +279,11 @@ class GuardModel(nn.Module):
 
     def forward(self, rgb_NHWC: Tensor) -> tuple[Tensor, Tensor]:
         """Return probabilities and logits, both N × C in float32, of uint8 RGB images."""
-        logits = self.head(pool(self.features(rgb_NHWC), self.pooling))
+        return self.answer(self.features(rgb_NHWC))
+
+    def answer(self, features_NTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities and logits of the projector's output."""
+        logits = self.head(pool(features_NTD, self.pooling))
         return torch.softmax(logits, dim=-1), logits
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from models.errors import InputError
 from models.json_file import parse_json
 from models.regular_file import read_regular
+from models.text_file import decode_text
 
 __all__ = ["read_table"]
 
@@ -40,7 +41,4 @@ def _text(path: Path, what: str) -> str:
         if error.errno == errno.EFBIG:
             raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} is a few lines.") from error
         raise InputError(f"the {what} {path} cannot be read: {error.strerror or error}.") from error
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}), so not a {what}.") from error
+    return decode_text(content, str(path))

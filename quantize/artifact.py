@@ -31,6 +31,7 @@ __all__ = [
     "Piece",
     "artifact_config",
     "copy_light_files",
+    "kept_dtype",
     "stored_name",
     "write_bytes",
     "write_shards",
@@ -167,16 +168,21 @@ def write_shards(
     return total
 
 
+def kept_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """Return the 16-bit dtype that a tensor which is not rounded is written in: its own, or the checkpoint's."""
+    own = {"F16": torch.float16, "BF16": torch.bfloat16}.get(checkpoint.tensors.dtype(name))
+    return stored_dtype(checkpoint) if own is None else own
+
+
 def _rest(checkpoint: Checkpoint) -> Iterator[Piece]:
     family = checkpoint.family
-    dtype = stored_dtype(checkpoint)
     for name in checkpoint.tensors.names():
         if not name.startswith(family.prefixes) or name.startswith(f"{family.language_prefix}layers."):
             continue
         if name.endswith("rotary_emb.inv_freq"):  # computed, not learned; old checkpoints store it
             continue
         shape = checkpoint.tensors.shape(name)
-        kept = {"F16": torch.float16, "BF16": torch.bfloat16}.get(checkpoint.tensors.dtype(name), dtype)
+        kept = kept_dtype(checkpoint, name)
         nbytes = torch.Size(shape).numel() * 2
 
         def write(file: BinaryIO, name: str = name, kept: torch.dtype = kept) -> None:

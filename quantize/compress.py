@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from calibration.samples import Calibration, CalibrationOptions, answers_of, cal
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
+from models.finite import check_values
 from models.machine import machine_name, peak_rss
 from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
 from models.version import VERSION
-from quantize.artifact import artifact_config, copy_light_files, write_tensors
+from quantize.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.auto_bits import sensitivity_of
 from quantize.drift import answer_drift, exact_probs, guard_drift
 from quantize.estimate import Estimate, available_memory, check_memory, estimate
@@ -88,6 +90,7 @@ def compress(
         "version": VERSION,
     }
     with Unfinished(out, recipe) as unfinished:
+        check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
         answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
         run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
         outcome = run.round(chosen.samples, answers, calibration)
@@ -134,6 +137,12 @@ def compress(
         estimate=outcome.estimate,
         seconds_per_layer=run.seconds_per_layer,
     )
+
+
+def _kept_in(checkpoint: Checkpoint, name: str) -> torch.dtype | None:
+    """Return the dtype that a tensor is written in; ``None`` for one that is rounded, whose scales are checked."""
+    rounded = name.startswith(f"{checkpoint.family.language_prefix}layers.") and name.endswith("_proj.weight")
+    return None if rounded else kept_dtype(checkpoint, name)
 
 
 def check_place(checkpoint: Checkpoint, out: Path) -> None:

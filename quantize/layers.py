@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import Checkpoint
 from models.errors import InputError
+from models.finite import is_finite
 from models.quantized import GPTQ_PARTS, dequantized
 from models.safe_vlm import Prefill
 from quantize.hessian import Hessian
@@ -317,6 +318,12 @@ def round_layers(
             for name, parameter in layer.named_parameters()
             if name not in rounded.tensors and f"{name.removesuffix('weight')}qweight" not in rounded.tensors
         }
+        for name, tensor in {**plain, **rounded.tensors}.items():
+            if not is_finite(tensor):
+                raise InputError(
+                    f"{stage.prefix}{name}: a value leaves {str(tensor.dtype).removeprefix('torch.')}, in which it is "
+                    "stored. The checkpoint's numbers are too large for this method; try the other one."
+                )
         write(index, Rounded(tensors={**plain, **rounded.tensors}, report=rounded.report))
         # what was moved by hand is not what the stored layer gives to the last bit, which a run that goes on sees
         if not last_states and index == len(stream) - 1:

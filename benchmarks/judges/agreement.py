@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from calibration.rows import file_bytes, rows_of
+from calibration.tables import TABLE_SUFFIXES, Columns, cleaned, truth
 from models.errors import InputError, MissingExtraError
-from models.json_file import MAX_JSON_BYTES, first_problem, validate_json
-from models.regular_file import read_regular
+from models.json_file import first_problem
 
 __all__ = ["Agreement", "Quality", "agreement", "judge_quality", "read_labels"]
 
+COLUMNS = Columns(needed=(("id",), ("ok",)))
 _EXAMPLE = 'A line is {"id": "17", "ok": true}.'
 
 
@@ -77,31 +79,35 @@ class _Label(BaseModel):
 
 
 def read_labels(path: Path) -> Mapping[str, bool]:
-    """Read a calibration sample that people labelled: ``{"id": …, "ok": true}`` a line, ids as in the run record.
+    """Read a calibration sample that people labelled: ``{"id": …, "ok": true}`` a line, or a table with these columns.
+
+    Ids are those of the run record.
 
     Errors: InputError, with the line's number, for a file that cannot be read, another key or type, a repeated id, or
     no line at all.
     """
-    try:
-        lines = read_regular(path, MAX_JSON_BYTES).decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: labels cannot be read ({error}).") from error
     labels: dict[str, bool] = {}
-    stands: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    stands: dict[str, str] = {}
+    for where, row in rows_of(path, file_bytes(path, "labels"), COLUMNS, what="labels"):
         try:
-            label = validate_json(_Label, line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: {first_problem(error)}. {_EXAMPLE}") from error
+            label = _Label.model_validate(_as_stated(row, path))
+        except ValidationError as error:
+            raise InputError(f"{where}: {first_problem(error)}. {_EXAMPLE}") from error
         name = str(label.id)
         if name in labels:
-            raise InputError(f"{path}, line {number}: id {name!r} stands in line {stands[name]} already.")
-        labels[name], stands[name] = label.ok, number
+            raise InputError(f"{where}: id {name!r} stands in {stands[name].removeprefix(f'{path}, ')} already.")
+        labels[name], stands[name] = label.ok, where
     if not labels:
         raise InputError(f"{path} holds no label. {_EXAMPLE}")
     return labels
+
+
+def _as_stated(row: Any, path: Path) -> Any:
+    """Return a table's row as JSON would state it: ``id`` and ``ok`` alone, the latter true or false."""
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        return row
+    said = truth(row.get("ok"))
+    return {"id": cleaned(row["id"]), "ok": row.get("ok") if said is None else said}
 
 
 def judge_quality(labels: Mapping[str, bool], scores: Mapping[str, bool | None]) -> Quality:

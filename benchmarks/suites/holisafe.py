@@ -19,6 +19,7 @@ from models.guard_head import standard_classes
 from models.image import open_image
 from models.json_file import parse_json
 from models.regular_file import read_regular
+from models.text_file import decode_text
 from runtimes.bundle import sha256_of
 
 __all__ = ["HOW_TO_GET_IT", "ROWS_FILE", "holisafe", "row_of"]
@@ -98,13 +99,13 @@ def _plain(name: str, where: str) -> str:
 
 def _read(path: Path) -> Sequence[Any]:
     try:
-        content = read_regular(path, MAX_BYTES)
+        text = decode_text(read_regular(path, MAX_BYTES), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file. {HOW_TO_GET_IT}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
-        rows = parse_json(content, rows=True)
+        rows = parse_json(text, rows=True)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). {HOW_TO_GET_IT}") from error
     if not isinstance(rows, list):

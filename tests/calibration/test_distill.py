@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from calibration.distill import DistillOptions, distill, main, pictures_for
 from calibration.pictures import BuiltIn, Folder
+from calibration.teacher import Lesson
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.distilled_head import DistilledHead
-from models.errors import InputError
+from models.errors import CheckpointError, InputError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
+from models.pooling import POOLINGS
 from models.reference import guard_sha256
 from tests.models.random_checkpoints import write_checkpoint
 
@@ -97,6 +100,25 @@ def test_bad_requests_are_refused(
 ) -> None:
     done = command(checkpoint, "--out", tmp_path / "head", *options)
     assert isinstance(done.exception, InputError) and said in str(done.exception)
+
+
+@pytest.mark.parametrize(("broken", "part"), [("probs", "language model"), ("pooled", "vision tower")])
+def test_a_teacher_without_a_verdict_is_refused_with_the_image(
+    checkpoint: Checkpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch, broken: str, part: str
+) -> None:
+    count = 0
+
+    def teach(_: Any, batches: Any, **options: Any) -> Lesson:
+        nonlocal count
+        count = sum(len(batch) for batch in batches)
+        lesson = Lesson(probs=torch.full((count, 20), 0.05), pooled={kind: torch.ones(count, 8) for kind in POOLINGS})
+        (lesson.probs if broken == "probs" else lesson.pooled[POOLINGS[0]])[7, 3] = torch.nan
+        return lesson
+
+    monkeypatch.setattr("calibration.distill.teach", teach)
+    with pytest.raises(CheckpointError, match=rf"the {part} gives NaN or infinity for 1 of .* such as .*\.png"):
+        distill(checkpoint, Folder(path=pictures), DistillOptions())
+    assert count > 200
 
 
 def test_too_few_pictures_are_refused(checkpoint: Checkpoint) -> None:

@@ -89,7 +89,7 @@ def test_contradictory_labels_leave_an_image_out_by_name_or_by_content(folder: P
 
 @pytest.mark.parametrize(
     "label",
-    [3, -1, "-1", "3", "gun", "²", "1" * 5000, True, 1.0, [1], {"a": 1}, float("nan")],
+    [3, -1, "-1", "3", "gun", "²", "1" * 5000, True, "yes", 1.5, "3,7", "1 000", [1], {"a": 1}, float("inf")],
     ids=lambda v: str(v)[:9],
 )
 def test_a_label_outside_the_classes_is_refused_with_its_row(folder: Path, label: Any) -> None:
@@ -111,14 +111,14 @@ def test_a_label_outside_the_classes_is_refused_with_its_row(folder: Path, label
         ("l.json", '[{"image": "0\\u0000.png", "label": 0}]', "row 1: image .* is missing"),
         ("l.json", '[{"image": ".", "label": 0}]', "row 1: image . is missing"),
         ("l.jsonl", '{"image": "0.png", "label": 0}\n{', "line 2 is not valid JSON"),
-        ("l.jsonl", "[1]", "line 1: 'image' is missing"),
+        ("l.jsonl", "[1]", "row 1: 'image' is missing"),
         ("l.csv", "", "has no rows"),
         ("l.csv", "image,label\n", "has no rows"),
         ("l.csv", "0.png,1\n1.png,2\n", "line 1: the first line of a CSV file names its columns"),
         ("l.csv", "image,label\n0.png\n", "line 2: 'label' is missing"),
         ("l.csv", "image,label\n" + "a" * 200_000 + ",1\n", "is not valid CSV"),
         ("l.csv", b"image,label\n\xff,1\n", "is not UTF-8 text"),
-        ("l.txt", "0.png 1", r"read from \.json, \.jsonl and \.csv"),
+        ("l.xml", "0.png 1", r"read from \.json, \.jsonl and \.csv"),
     ],
     ids=range(19),
 )

@@ -17,7 +17,7 @@ from export.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_
 from export.onnx import ExportOptions, export_guard
 from export.rewrites.standard_operators import to_standard
 from models.checkpoint import RANDOM_KEY, open_checkpoint
-from models.errors import ImageFileError, InputError, ParityError
+from models.errors import CheckpointError, ImageFileError, InputError, PrecisionError
 from models.manifest import GuardFile, Manifest
 from models.preprocessing import Preprocessing
 from runtimes.bundle import open_bundle
@@ -142,14 +142,31 @@ def test_products_that_hurt_go_back_to_float32(bundle: Path, images: Int8Images,
     assert float(np.square(after - floats).mean()) < 0.8 * error, "the worst were taken out"
 
 
-def test_limits_that_cannot_be_met_write_nothing(bundle: Path, images: Int8Images, tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="even with all but one product in float32"):
-        export_guard(
-            open_checkpoint("tiny-safegem"),
-            tmp_path / "out",
-            ExportOptions(int8=True, int8_limits=Int8Limits(flips=-1)),
-        )
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_meet_its_limits_is_left_out_and_float32_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(_: object, found: object, *rest: object) -> int8_module._Judged:
+        return int8_module._Judged(flips=300, largest=0.1, auroc=1.0, auroc_change=0.0)
+
+    monkeypatch.setattr(int8_module, "_judge", strict)
+    monkeypatch.setattr(int8_module, "_by_harm", lambda maker, *_: list(maker.products))
+    monkeypatch.setattr(int8_module._Maker, "write", lambda *_: None)
+    monkeypatch.setattr(int8_module, "_probs", lambda *_: np.full((300, 20), 0.05, np.float32))
+    options = ExportOptions(int8=True, parity_images=2, int8_images=200)
+    with pytest.raises(PrecisionError, match="even with all but one product in float32") as caught:
+        export_guard(open_checkpoint("tiny-safegem"), tmp_path / "out", options)
+    assert caught.value.left_out == FLAVOURS and caught.value.exit_code == 2
+    assert [file.path for file in open_bundle(tmp_path / "out").manifest.files] == ["guard.fp32.onnx"]
+
+
+def test_a_float32_file_that_gives_nan_is_refused(bundle: Path, images: Int8Images, tmp_path: Path) -> None:
+    source = files_of(Manifest.read(bundle))["fp32"]
+    written = onnx.load(str(bundle / source.path))
+    bias = next(each for each in reversed(written.graph.initializer) if list(each.dims) == [20])
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(20, np.nan, np.float32), bias.name))
+    onnx.save(written, str(tmp_path / source.path))
+    with pytest.raises(CheckpointError, match="gives NaN or infinity for 300 of 300 held-out images"):
+        add_int8(tmp_path, source, "int8-dynamic", images, safe=0, head_layers=2)
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from calibration.mix import Mix
 from calibration.samples import Calibration, CalibrationOptions, calibrate_on
 from models.checkpoint import RANDOM_KEY, Checkpoint, open_checkpoint
-from models.errors import InputError
+from models.errors import CheckpointError, InputError, PrecisionError
 from models.family import HEAD_PREFIX
 from models.hub import TINY_FOLDER
 from models.quantized import QuantizedTensors
@@ -210,12 +210,37 @@ def texts(tmp_path: Path) -> CalibrationOptions:
     return replace(FEW, file=tmp_path / "rows.jsonl", mix=Mix(samples=1, shares={"text": 1.0}), answers="given")
 
 
-def test_activations_that_are_not_finite_name_their_layer_and_keep_the_finished_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["layers.3.mlp.up_proj.weight", "embed_tokens.weight", "img_safety_head.mlp.0.bias"])
+def test_a_tensor_that_is_not_finite_is_named_before_any_layer_is_rounded(part: str, tmp_path: Path) -> None:
+    names: list[str] = []
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        names.extend(name for name in tensors if name.endswith(part) and "vision" not in name)
+        tensors[names[0]].view(-1)[-1] = torch.nan
+
+    with pytest.raises(CheckpointError) as caught:
+        run(tmp_path / "out", model=damaged(tmp_path, change), calibration=texts(tmp_path))
+    assert f"tensor '{names[0]}' holds 1 NaN and 0 infinite values" in str(caught.value)
+    assert not [*(tmp_path / ".out.unfinished").glob("layer*")] and not (tmp_path / "out").exists()
+
+
+def test_what_is_written_in_16_bit_must_fit_there(tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        (name,) = [name for name in tensors if name.endswith("language_model.model.norm.weight")]
+        tensors[name] = tensors[name].float()
+        tensors[name][0] = 3.4e38
+
+    with pytest.raises(PrecisionError, match=r"norm\.weight' holds 3\.4e\+38, and bfloat16 ends at 3\.39e\+38"):
+        run(tmp_path / "out", model=damaged(tmp_path, change), calibration=texts(tmp_path))
+
+
+def test_a_weight_that_no_scale_holds_names_its_layer_and_keeps_the_finished_ones(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         (name,) = [name for name in tensors if name.endswith("layers.2.self_attn.o_proj.weight")]
-        tensors[name][0, 0] = torch.nan
+        tensors[name] = tensors[name].float()
+        tensors[name][0, 0] = 1e9
 
-    with pytest.raises(InputError, match=r"layers.2.self_attn.o_proj: .*NaN"):
+    with pytest.raises(InputError, match=r"layers.2.self_attn.o_proj: .* exceeds float16's 65504"):
         run(tmp_path / "out", model=damaged(tmp_path, change), calibration=texts(tmp_path))
     assert [path.name for path in sorted((tmp_path / ".out.unfinished").glob("layer*"))] == [
         "layer-00000.safetensors",

@@ -68,7 +68,7 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is empty"):
         import_predictions(tmp_path / "empty.jsonl")
     (tmp_path / "torn.jsonl").write_text('{"id": ')
-    with pytest.raises(InputError, match="line 1: not valid JSON"):
+    with pytest.raises(InputError, match="line 1 is not valid JSON"):
         import_predictions(tmp_path / "torn.jsonl")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:-12])
     with pytest.raises(InputError, match="cannot be read"):

@@ -80,8 +80,8 @@ def test_labels_are_read(tmp_path: Path) -> None:
         ('{"id": "1", "ok": true, "by": "me"}\n', "line 1: by: Extra"),
         ('{"id": "", "ok": true}\n', "line 1: id"),
         ('{"id": true, "ok": true}\n', "line 1: id"),
-        ("1 yes\n", "line 1: not valid JSON"),
-        ("[]\n", "line 1: the whole"),
+        ("1 yes\n", "line 1 is not valid JSON"),
+        ("[1]\n", "row 1: the whole"),
     ],
 )
 def test_damaged_labels_are_refused_with_their_line(tmp_path: Path, text: str, message: str) -> None:
@@ -94,5 +94,5 @@ def test_labels_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_labels(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not UTF-16-LE text"):
         read_labels(path)
