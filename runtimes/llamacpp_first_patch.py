@@ -49,6 +49,10 @@ class FirstPatch:
         self._get.argtypes, self._get.restype = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2, None
         self.callback = llama.ggml_backend_sched_eval_callback(self._see)
 
+    def forget(self) -> None:
+        """Forget the row of an image before, which an error may have left."""
+        self._row = None
+
     def _see(self, tensor: int, ask: bool, _: Any) -> bool:
         """Say which tensor is wanted when asked, and copy its first column when it is there."""
         wanted: bool = self._name_of(tensor) == self._name
@@ -72,7 +76,6 @@ class FirstPatch:
         hidden = into @ self._row + into_bias
         inner = np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))  # as ggml_gelu has it
         first = out @ (0.5 * hidden * (1 + inner)) + out_bias
-        self._row = None
         return np.concatenate([first[None].astype(np.float32), embeddings_TD[:-1]])
 
 

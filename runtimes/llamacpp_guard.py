@@ -44,6 +44,7 @@ class LlamaCppGuardRunner(GuardRunner):
         self.preprocessing = manifest.preprocessing
         self.class_count = len(manifest.classes)
         self._weights = artifact.weights(self.head)
+        self._holds = False
 
     def _activate(self) -> None:
         self.session.activate()
@@ -59,6 +60,7 @@ class LlamaCppGuardRunner(GuardRunner):
         return self._run_sharing(rgb)
 
     def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        embeddings = np.stack([self.session.encode(picture) for picture in rgb])
+        with self.session.using() as llama:
+            embeddings = np.stack([llama.encode(picture) for picture in rgb])
         logits = np.stack([head_logits(self._weights, pooled(each, self.head.pooling)) for each in embeddings])
         return GuardOutput(probs=np.stack([softmax(row) for row in logits]), logits=logits, embeddings=embeddings)

@@ -1,0 +1,301 @@
+"""A model and its projector as llama.cpp has them in memory, with the one prompt that it has read.
+
+Shapes: H × W pixels, T image tokens, D width of the language model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import BundleError, InputError, SafeVLMError
+from runtimes.activation import Turn
+from runtimes.llamacpp_first_patch import FirstPatch
+from runtimes.llamacpp_library import last_error, llama_libraries
+
+__all__ = ["LlamaSettings", "LoadedLlama"]
+
+BATCH = 512
+TAPPED_BATCH = 128
+"""Image tokens decoded together where their hidden states are read: llama.cpp then computes logits for them, too."""
+SEQUENCE = 0
+MARKER = b"<__media__>"
+SPECIAL_MARGIN = 16
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaSettings:
+    """The files to load, and how; see :class:`runtimes.llamacpp.LlamaCpp`."""
+
+    model: Path
+    mmproj: Path
+    image_tokens: int
+    class_token_last: bool
+    context: int
+    threads: int
+    gpu_layers: int
+
+
+class LoadedLlama:
+    """What the calls of one activation work on: model, projector, and one prompt in memory.
+
+    ``memory`` is held by a call for as long as it reads a prompt and goes on from it; images may be encoded meanwhile,
+    one at a time. ``prefix`` and ``handle`` are whatever a language runner knows of the prompt that is in memory.
+    Errors on loading: BundleError when llama.cpp cannot load a file.
+    """
+
+    def __init__(self, settings: LlamaSettings) -> None:
+        self.settings = settings
+        self.memory = Turn("llama.cpp's prompt")
+        self.prefix: Any = None
+        """Of the prompt's beginning up to the image; None when there is none, or not a whole one."""
+        self.handle: Any = None
+        """Of the whole prompt, while an answer can go on from it."""
+        self.position = 0
+        """How many positions the prompt in memory takes."""
+        self._vision = Turn("llama.cpp's vision tower")
+        self._llama, self._mtmd = llama_libraries()
+        self._model: Any = None
+        self._context: Any = None
+        self._projector: Any = None
+        self._vocabulary: Any = None
+        self._first_patch: FirstPatch | None = None
+
+    @property
+    def end_of_sequence(self) -> int:
+        """The token that ends a text."""
+        return int(self._llama.llama_vocab_eos(self._vocabulary))
+
+    # -- loading ----------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the files; what :meth:`free` gives back, also after an error."""
+        llama, given = self._llama, self.settings
+        parameters = llama.llama_model_default_params()
+        parameters.n_gpu_layers = given.gpu_layers
+        self._model = llama.llama_model_load_from_file(str(given.model).encode(), parameters)
+        self._loaded(self._model, given.model)
+        settings = llama.llama_context_default_params()
+        settings.n_ctx = given.context
+        settings.n_batch = settings.n_ubatch = max(BATCH, given.image_tokens)  # Gemma-3's image is one micro-batch
+        settings.n_threads = settings.n_threads_batch = given.threads
+        settings.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
+        settings.swa_full = True  # what a sliding window has left would be gone when an image prefix is used again
+        self._context = llama.llama_init_from_model(self._model, settings)
+        self._loaded(self._context, given.model)
+        self._vocabulary = llama.llama_model_get_vocab(self._model)
+        self.vocab_size = llama.llama_vocab_n_tokens(self._vocabulary)
+        self.width = llama.llama_model_n_embd(self._model)
+        asked = self._mtmd.mtmd_context_params_default()
+        asked.use_gpu, asked.print_timings, asked.warmup = given.gpu_layers > 0, False, False
+        asked.n_threads = given.threads
+        if given.class_token_last:
+            self._first_patch = FirstPatch(given.mmproj, llama)
+            asked.cb_eval = self._first_patch.callback
+        self._projector = self._mtmd.mtmd_init_from_file(str(given.mmproj).encode(), self._model, asked)
+        self._loaded(self._projector, given.mmproj)
+
+    def _loaded(self, what: Any, path: Path) -> None:
+        if not what:
+            raise BundleError(
+                f"{path}: llama.cpp cannot load it: {last_error()}. Write it again with python -m export.gguf, or "
+                "install the llama-cpp-python that this project names."
+            )
+
+    def free(self) -> None:
+        """Give everything back."""
+        if self._projector:
+            self._mtmd.mtmd_free(self._projector)
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._model = self._context = self._projector = None
+
+    @property
+    def _image_tokens(self) -> int:
+        return self.settings.image_tokens
+
+    # -- images -----------------------------------------------------------------------------------------
+
+    def encode(self, rgb_HWC: npt.NDArray[np.uint8]) -> Floats:
+        """Return the projector's output, T × D, of a picture at the contract's size."""
+        with self._image_chunk(rgb_HWC) as chunk, self._vision.taken():
+            if self._first_patch is not None:
+                self._first_patch.forget()
+            if self._mtmd.mtmd_encode_chunk(self._projector, chunk) != 0:
+                raise SafeVLMError(f"llama.cpp could not encode the image: {last_error()}")
+            given = self._mtmd.mtmd_get_output_embd(self._projector)
+            found = np.ctypeslib.as_array(given, shape=(self._image_tokens, self.width)).copy()
+            return found if self._first_patch is None else self._first_patch.complete(found)
+
+    @contextmanager
+    def _image_chunk(self, rgb_HWC: npt.NDArray[np.uint8]) -> Iterator[Any]:
+        """Hold mtmd's chunk of image tokens. What mtmd puts around an image is left out: the prompt has its own."""
+        mtmd = self._mtmd
+        height, width, _ = rgb_HWC.shape
+        pixels = np.ascontiguousarray(rgb_HWC)
+        bitmap = mtmd.mtmd_bitmap_init(width, height, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            text = mtmd.mtmd_input_text(text=MARKER, text_len=len(MARKER), add_special=False, parse_special=True)
+            bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            with self._vision.taken():
+                failed = mtmd.mtmd_tokenize(self._projector, chunks, ctypes.byref(text), bitmaps, 1)
+            if failed:
+                raise SafeVLMError(f"llama.cpp could not take the image (code {failed}): {last_error()}")
+            found = [mtmd.mtmd_input_chunks_get(chunks, at) for at in range(mtmd.mtmd_input_chunks_size(chunks))]
+            images = [
+                each for each in found if mtmd.mtmd_input_chunk_get_type(each) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
+            ]
+            tokens = [int(mtmd.mtmd_input_chunk_get_n_tokens(each)) for each in images]
+            if tokens != [self._image_tokens]:
+                raise SafeVLMError(
+                    f"llama.cpp makes {tokens} tokens of a picture of {height}x{width} pixels; {self._image_tokens} "
+                    "are stated. The projector file is of another model."
+                )
+            yield images[0]
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+
+    # -- the prompt in memory ---------------------------------------------------------------------------
+
+    def keep(self, positions: int) -> None:
+        """Forget what stands behind so many positions of the prompt."""
+        self.handle = None
+        if positions == 0:
+            self.prefix = None
+        memory = self._llama.llama_get_memory(self._context)
+        if not self._llama.llama_memory_seq_rm(memory, SEQUENCE, positions, -1):
+            raise SafeVLMError("llama.cpp could not forget a part of the prompt")
+        self.position = positions
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokenise text in which special tokens stand by name."""
+        raw = text.encode("utf-8")
+        room = len(raw) + SPECIAL_MARGIN
+        ids = (self._llama.llama_token * room)()
+        count = self._llama.llama_tokenize(self._vocabulary, raw, len(raw), ids, room, False, True)
+        if count < 0:
+            raise SafeVLMError(f"llama.cpp could not tokenise {len(raw)} bytes of text")
+        return list(ids[:count])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, special ones left out."""
+        given = (self._llama.llama_token * len(ids))(*ids)
+        room = 16 * len(ids) + 64
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(room)
+            count = self._llama.llama_detokenize(self._vocabulary, given, len(ids), buffer, room, False, False)
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            room = -count
+        raise SafeVLMError(f"llama.cpp could not give the text of {len(ids)} tokens")
+
+    def read_text(self, ids: Sequence[int]) -> Floats:
+        """Read tokens behind what is in memory and return the last one's V logits; InputError beyond the context."""
+        self._check_room(len(ids))
+        for start in range(0, len(ids), BATCH):
+            piece = ids[start : start + BATCH]
+            self._decode_tokens(piece, last=start + BATCH >= len(ids))
+        logits = self._llama.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).copy()
+
+    def _decode_tokens(self, ids: Sequence[int], *, last: bool) -> None:
+        llama = self._llama
+        batch = llama.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for at, token in enumerate(ids):
+                batch.token[at] = token
+                batch.pos[at] = self.position + at
+                batch.n_seq_id[at] = 1
+                batch.seq_id[at][0] = SEQUENCE
+                batch.logits[at] = last and at == len(ids) - 1
+            self._checked(llama.llama_decode(self._context, batch))
+        finally:
+            llama.llama_batch_free(batch)
+        self.position += len(ids)
+
+    def read_image(self, rgb_HWC: npt.NDArray[np.uint8], embeddings_TD: Floats, *, tapped: bool) -> Floats | None:
+        """Read a picture's image tokens behind what is in memory.
+
+        With ``tapped`` return their hidden states after the final norm, T × D, else None. The picture tells its size
+        and no more: its embeddings are given. Errors: InputError beyond the context.
+        """
+        self._check_room(self._image_tokens)
+        embeddings = np.ascontiguousarray(embeddings_TD, np.float32)
+        if embeddings.shape != (self._image_tokens, self.width):
+            raise InputError(
+                f"image embeddings of shape {embeddings.shape} were given; {(self._image_tokens, self.width)} (image "
+                "tokens, width) is needed. Give those of this model's projector."
+            )
+        states: list[Floats] = []
+        caught: list[Exception] = []
+
+        def collect(batch: Any, _: Any) -> int:
+            try:
+                count = batch.contents.n_tokens
+                given = self._llama.llama_get_embeddings(self._context)
+                states.append(np.ctypeslib.as_array(given, shape=(count, self.width)).copy())
+            except Exception as error:  # ctypes would print it and go on
+                caught.append(error)
+                return 1
+            return 0
+
+        self._llama.llama_set_embeddings(self._context, tapped)
+        try:
+            self._decode_image(rgb_HWC, embeddings, collect if tapped else None)
+        finally:
+            self._llama.llama_set_embeddings(self._context, False)
+            self._llama.llama_set_causal_attn(self._context, True)  # mtmd turns it off for Gemma-3's images
+            if caught:
+                raise SafeVLMError(f"llama.cpp's hidden states could not be read: {caught[0]}") from caught[0]
+        return np.concatenate(states) if tapped else None
+
+    def _decode_image(
+        self, rgb_HWC: npt.NDArray[np.uint8], embeddings: Floats, collect: Callable[[Any, Any], int] | None
+    ) -> None:
+        mtmd = self._mtmd
+        reached = self._llama.llama_pos(0)
+        kind = mtmd.mtmd_helper_post_decode_callback
+        callback = kind() if collect is None else kind(collect)
+        with self._image_chunk(rgb_HWC) as chunk:
+            whole = mtmd.mtmd_decode_use_non_causal(self._projector, chunk)
+            size = max(BATCH, self._image_tokens) if whole or collect is None else TAPPED_BATCH
+            given = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            self._checked(
+                mtmd.mtmd_helper_decode_image_chunk(
+                    self._projector,
+                    self._context,
+                    chunk,
+                    given,
+                    self.position,
+                    SEQUENCE,
+                    size,
+                    ctypes.byref(reached),
+                    callback,
+                    None,
+                )
+            )
+        self.position = int(reached.value)
+
+    def _check_room(self, tokens: int) -> None:
+        if self.position + tokens > self.settings.context:
+            raise InputError(
+                f"the prompt has {self.position + tokens} tokens with its image; this runner was opened for "
+                f"{self.settings.context}. Shorten the question, or open it with a larger context."
+            )
+
+    def _checked(self, code: int) -> None:
+        if code != 0:
+            raise SafeVLMError(f"llama.cpp could not go on with the prompt (code {code}): {last_error()}")
