@@ -35,8 +35,8 @@ class Activated(abc.ABC):
 
     A subclass fills in :meth:`_activate` and, where it holds something, :meth:`_deactivate`, which lets go of it. What
     must be freed, and not only forgotten, is registered with ``self._frees.callback(free)`` as it is taken: that is
-    called once no call uses it any more. A call reads the runner's attributes when it begins, into local names, since
-    another activation may replace them before it ends.
+    called once no call uses it any more. A call takes what it works on when it begins, with :meth:`_held`, into local
+    names: another activation may replace the runner's attributes before it ends.
     """
 
     exclusive: ClassVar[bool] = True
@@ -46,6 +46,7 @@ class Activated(abc.ABC):
     def __init__(self) -> None:
         self._frees = ExitStack()
         self._activation: _Activation | None = None
+        self._entered = threading.local()
 
     def __enter__(self) -> Self:
         self.activate()
@@ -97,13 +98,17 @@ class Activated(abc.ABC):
         """
         activation = self._check_active()
         with activation.call():
+            self._entered.activation = activation
             yield
         if self._activation is not activation:
             raise SafeVLMError(f"{type(self).__name__} was deactivated during the call: its answer is not used")
 
     def _held(self, resource: T | None) -> T:
-        """Return what the runner holds; SafeVLMError where it was deactivated at this very moment."""
-        if resource is None:
+        """Return what the runner holds, for the call that begins in this thread.
+
+        Raises SafeVLMError when the runner was deactivated at this very moment, whether or not it is active again.
+        """
+        if resource is None or self._activation is not self._entered.activation:
             raise _not_active(type(self).__name__)
         return resource
 

@@ -53,7 +53,7 @@ class FakeRunner(GuardRunner):
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         if self.failure is not None:
             raise self.failure
-        judged = self._judged
+        judged = self._held(self._judged)
         logits = self._logits(rgb, judged[0])
         judged[0] += len(rgb)
         if self.not_a_number:
