@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,7 +32,7 @@ from runtimes.runner import GuardRunner
 from tests.runtimes.bundles import CLASSES, PREPROCESSING, SIZE, WEIGHTS, engine_file, write_bundle
 from tests.runtimes.fake_tensorrt import install
 
-__all__ = ["SECONDS", "SUBJECTS", "Hang", "Place", "Subject", "open_subject", "same"]
+__all__ = ["SECONDS", "SUBJECTS", "Hang", "Place", "Subject", "busy", "open_subject", "same"]
 
 SECONDS = 600.0
 """Longest wait for what must happen: it ends a test that would hang, and decides nothing."""
@@ -123,6 +123,18 @@ def same(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
         one == other if one is None or isinstance(one, str) else np.allclose(one, other, atol=1e-4)
         for one, other in zip(found, wanted, strict=True)
     )
+
+
+@contextmanager
+def busy(runner: Activated) -> Iterator[None]:
+    """Let a call of a runner be under way, as one that hangs."""
+    call = runner._call()
+    call.__enter__()
+    try:
+        yield
+    finally:
+        with suppress(SafeVLMError):  # the runner was deactivated meanwhile
+            call.__exit__(None, None, None)
 
 
 # -- the runtimes ---------------------------------------------------------------------------------------

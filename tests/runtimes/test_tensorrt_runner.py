@@ -101,6 +101,38 @@ def test_everything_is_given_back_also_when_activation_fails(
     assert not cuda.held
 
 
+def test_an_engine_that_does_not_run_is_refused_whatever_the_call_before_has_left(
+    engine: FakeEngine, write: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "names", ("rgb", "probs", "logits", "embeddings"))
+    with TensorRTRunner(write()) as runner:
+        for embeddings in (False, True):
+            right = runner.infer(RGB[:2], embeddings=embeddings)
+            engine.context.idle = True
+            with pytest.raises(SafeVLMError, match="not finite numbers for 2 of 2"):
+                runner.infer(RGB[2:4], embeddings=embeddings)
+            engine.context.idle = False
+            assert np.array_equal(runner.infer(RGB[:2], embeddings=embeddings).logits, right.logits)
+
+
+def test_a_call_that_fails_waits_for_what_it_has_queued(
+    engine: FakeEngine, cuda: FakeCuda, write: Callable[..., Bundle]
+) -> None:
+    """Until then the GPU may still write into its memory, which is given back when it ends."""
+    steps: list[str] = []
+
+    def fail(step: str) -> None:
+        steps.append(step)
+        if step == "copy out":
+            raise SafeVLMError("the second copy fails")
+
+    with TensorRTRunner(write()) as runner:
+        cuda.step = fail
+        with pytest.raises(SafeVLMError, match="the second copy fails"):
+            runner.infer(RGB[:1])
+    assert steps == ["copy in", "copy out", "synchronize"]
+
+
 @pytest.mark.parametrize(
     ("info", "reason"),
     [
