@@ -8,8 +8,8 @@ import numpy.typing as npt
 from models.errors import BundleError
 from runtimes.gguf_artifact import GgufArtifact
 from runtimes.head import head_logits, pooled, softmax
-from runtimes.llamacpp import LlamaCpp
 from runtimes.llamacpp_language import check_probe
+from runtimes.llamacpp_session import LlamaSession
 from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["LlamaCppGuardRunner", "has_standalone_guard"]
@@ -29,7 +29,7 @@ class LlamaCppGuardRunner(GuardRunner):
     runtime = "llama.cpp"
     gives_embeddings = True
 
-    def __init__(self, artifact: GgufArtifact, session: LlamaCpp) -> None:
+    def __init__(self, artifact: GgufArtifact, session: LlamaSession) -> None:
         super().__init__()
         manifest = artifact.manifest
         heads = sorted(

@@ -22,7 +22,7 @@ from runtimes.gguf_artifact import GgufArtifact, open_gguf
 from runtimes.head import head_logits, pooled, softmax
 from runtimes.language import LanguageRunner, Prefilled
 from runtimes.llamacpp import LlamaCpp
-from runtimes.llamacpp_loaded import LoadedLlama
+from runtimes.llamacpp_session import LlamaSession
 
 __all__ = ["LlamaCppLanguageRunner", "open_session", "probe_picture"]
 
@@ -34,20 +34,22 @@ Floats = npt.NDArray[np.float32]
 
 def open_session(
     artifact: GgufArtifact, *, context: int | None = None, threads: int | None = None, gpu_layers: int = 0
-) -> LlamaCpp:
+) -> LlamaSession:
     """Return llama.cpp for a folder, not loaded yet; what shares it, shares one model in memory.
 
     ``context`` is in tokens, by default the model's own, 4,096 at most.
     """
     manifest = artifact.manifest
-    return LlamaCpp(
-        artifact.path(manifest.file("model")),
-        artifact.path(manifest.file("mmproj")),
-        image_tokens=manifest.image_tokens,
-        class_token_last=manifest.class_token_last,
-        context=context or min(manifest.context_length, MOST_CONTEXT),
-        threads=threads,
-        gpu_layers=gpu_layers,
+    return LlamaSession(
+        lambda: LlamaCpp(
+            artifact.path(manifest.file("model")),
+            artifact.path(manifest.file("mmproj")),
+            image_tokens=manifest.image_tokens,
+            class_token_last=manifest.class_token_last,
+            context=context or min(manifest.context_length, MOST_CONTEXT),
+            threads=threads,
+            gpu_layers=gpu_layers,
+        )
     )
 
 
@@ -67,7 +69,7 @@ class LlamaCppLanguageRunner(LanguageRunner):
         context: int | None = None,
         threads: int | None = None,
         gpu_layers: int = 0,
-        session: LlamaCpp | None = None,
+        session: LlamaSession | None = None,
     ) -> None:
         super().__init__()
         self.artifact = model if isinstance(model, GgufArtifact) else open_gguf(model)
@@ -111,11 +113,11 @@ class LlamaCppLanguageRunner(LanguageRunner):
                 prefix = self._read_image(llama, rgb, image, embeddings)
             llama.keep(prefix.positions)
             after = llama.tokens(prompt.after_image + question + prompt.after_question)
-            llama.handle = _Handle(llama.read_text(after))
+            llama.handle = [llama.read_text(after)]
             return Prefilled(exact_probs=prefix.probs.copy(), handle=llama.handle)
 
     def _read_image(
-        self, llama: LoadedLlama, rgb: npt.NDArray[np.uint8], image: bytes, embeddings: Floats | None
+        self, llama: LlamaCpp, rgb: npt.NDArray[np.uint8], image: bytes, embeddings: Floats | None
     ) -> _Prefix:
         """Read the prefix and the image, and the exact verdict out of that; an error leaves no prefix to go on from."""
         llama.keep(0)
@@ -135,17 +137,17 @@ class LlamaCppLanguageRunner(LanguageRunner):
 
     def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
         with self.session.prompting() as llama:
-            if not isinstance(handle, _Handle) or handle is not llama.handle:
+            if handle is None or handle is not llama.handle:
                 raise InputError("this handle was answered already, or is an older prefill's: prefill again")
             llama.handle = None
-            logits, text = handle.logits, TextStream(llama.text)
+            logits, text = handle[0], TextStream(llama.text)
             for step in range(max_new_tokens):
                 token = int(logits.argmax())
                 if token in self._stops:
                     break
                 if piece := text.add(token):
                     yield piece
-                if step + 1 == max_new_tokens or llama.position >= llama.settings.context:
+                if step + 1 == max_new_tokens or llama.position >= llama.context:
                     break
                 logits = llama.read_text([token])
             if piece := text.end():
@@ -163,13 +165,6 @@ class _Prefix:
     positions: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Handle:
-    """A prompt that was read to its end; ``logits`` are the V of the answer's first token."""
-
-    logits: Floats
-
-
 def probe_picture(height: int, width: int) -> npt.NDArray[np.uint8]:
     """Return a picture of gradients, H × W × 3, the same everywhere: what a projector makes of it tells it apart."""
     down, across = np.mgrid[0:height, 0:width]
@@ -182,12 +177,13 @@ def probe_of(embeddings_TD: Floats) -> tuple[float, ...]:
     return tuple(float(value) for value in (*embeddings_TD[0, :8], *embeddings_TD[-1, :8]))
 
 
-def check_probe(artifact: GgufArtifact, session: LlamaCpp) -> None:
+def check_probe(artifact: GgufArtifact, session: LlamaSession) -> None:
     """Raise BundleError unless llama.cpp's projector gives what it gave when the files were written."""
     manifest = artifact.manifest
     size = manifest.preprocessing
     wanted = np.array(manifest.probe)
-    found = np.array(probe_of(session.encode(probe_picture(size.height, size.width))))
+    with session.using() as llama:
+        found = np.array(probe_of(llama.encode(probe_picture(size.height, size.width))))
     off = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     if not off <= PROBE_TOLERANCE:
         raise BundleError(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from export.gguf.writing import GgufTensor, gguf_library
 from models.errors import InputError, SafeVLMError
 from models.machine import core_count
-from runtimes.llamacpp_library import last_error, llama_libraries
+from runtimes.llamacpp import last_error, llama_libraries
 
 __all__ = ["PLAIN_TYPES", "TYPES", "check_widths", "needs_importance", "quantize_file", "type_of"]
 

@@ -114,7 +114,8 @@ def asked(runner: Any, rgb: Any) -> tuple[Any, ...]:
     if isinstance(runner, LanguageRunner):
         prefilled = runner.prefill(rgb, QUESTION)
         return prefilled.exact_probs, "".join(runner.stream(prefilled.handle, NEW_TOKENS))
-    return (runner.encode(rgb),)
+    with runner.using() as llama:
+        return (llama.encode(rgb),)
 
 
 def same(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
@@ -295,8 +296,8 @@ MTMD_STEPS = ("mtmd_tokenize", "mtmd_encode_chunk", "mtmd_get_output_embd", "mtm
 
 def _llamacpp(place: Place, name: str) -> tuple[Any, Any, dict[str, Any]]:
     """Return a folder, its session, and a subject's images and what counts its models in memory."""
+    from runtimes.llamacpp import llama_libraries
     from runtimes.llamacpp_language import open_session
-    from runtimes.llamacpp_library import llama_libraries
 
     artifact = open_gguf(place.gguf_folder(name), verify=False)
     llama, mtmd = llama_libraries()
@@ -358,7 +359,7 @@ SUBJECTS: dict[str, tuple[Callable[[Place], Subject], tuple[str, ...]]] = {
             "before llama_get_logits_ith",
         ),
     ),
-    "LlamaCpp": (llamacpp_session, ("before mtmd_encode_chunk", "before mtmd_get_output_embd")),
+    "LlamaSession": (llamacpp_session, ("before mtmd_encode_chunk", "before mtmd_get_output_embd")),
 }
 """By class: what makes one, and the steps at which it may hang or fail."""
 
