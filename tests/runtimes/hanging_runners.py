@@ -38,6 +38,8 @@ SECONDS = 600.0
 """Longest wait for what must happen: it ends a test that would hang, and decides nothing."""
 QUESTION = "Where is the square?"
 NEW_TOKENS = 4
+BATCH = 5
+"""More than the TensorRT stand-in takes at once, so that a call has parts."""
 
 
 class StepError(Exception):
@@ -109,7 +111,10 @@ class Subject:
 
 def asked(runner: Any, rgb: Any) -> tuple[Any, ...]:
     if isinstance(runner, GuardRunner):
-        found = runner.infer(rgb[None], embeddings=runner.gives_embeddings)
+        batch = np.stack([rgb, 255 - rgb] * BATCH)[:BATCH]
+        found = runner.infer(batch, embeddings=runner.gives_embeddings)
+        first, second, third, *_ = found.logits
+        assert np.allclose(first, third, atol=1e-3) and not np.allclose(first, second, atol=1e-3), "rows are mixed up"
         return found.probs, found.logits, found.embeddings
     if isinstance(runner, LanguageRunner):
         prefilled = runner.prefill(rgb, QUESTION)
@@ -233,7 +238,7 @@ class _Scratch(torch.nn.Module):
     def __init__(self, hang: Hang) -> None:
         super().__init__()
         self.hang = hang
-        self.pixels = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+        self.pixels = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
 
     def forward(self, rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.pixels[:] = rgb.numpy()
