@@ -108,7 +108,7 @@ class Activated(abc.ABC):
 
         Raises SafeVLMError when the runner was deactivated at this very moment, whether or not it is active again.
         """
-        if resource is None or self._activation is not self._entered.activation:
+        if resource is None or self._activation is not getattr(self._entered, "activation", None):
             raise _not_active(type(self).__name__)
         return resource
 
