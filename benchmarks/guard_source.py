@@ -236,7 +236,7 @@ class ReferenceRunner(GuardRunner):
         self._guard = None
 
     def _run(self, rgb: NDArray[np.uint8]) -> GuardOutput:
-        assert self._guard is not None
+        guard = self._held(self._guard)
         with torch.inference_mode():
-            probs, logits = self._guard(torch.from_numpy(rgb).to(self.device))
+            probs, logits = guard(torch.from_numpy(rgb).to(self.device))
         return GuardOutput(probs=probs.cpu().numpy(), logits=logits.cpu().numpy())

@@ -4,6 +4,7 @@
 
     SafeVLMError                 1  a fault of ours
     ├── ParityError              1  an export differs from the reference path
+    ├── BusyError                1  a runner is still at an earlier call
     ├── InputError               2  bad input or usage
     │   ├── CheckpointError         a checkpoint folder, shard, tensor or config is not usable
     │   │   ├── GuardHeadError      the visual guard's head, classes or tap is not usable
@@ -24,6 +25,7 @@ from models.printable import one_line, printable
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CheckpointError",
     "EngineUnavailableError",
     "GuardHeadError",
@@ -52,6 +54,10 @@ class SafeVLMError(Exception):
 
 class ParityError(SafeVLMError):
     """An exported graph does not agree with the reference path it was made from."""
+
+
+class BusyError(SafeVLMError):
+    """A runner is still at an earlier call, which may hang, and takes no other meanwhile."""
 
 
 class InputError(SafeVLMError):

@@ -43,6 +43,10 @@ class CudaRuntime:
         kind = self._module.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", pointer, address, size, kind, stream)
 
+    def fill(self, pointer: int, byte: int, size: int, stream: Any) -> None:
+        """Queue that ``size`` bytes from the device's ``pointer`` on become ``byte``."""
+        self.call("cudaMemsetAsync", pointer, byte, size, stream)
+
     def to_host(self, address: int, pointer: int, size: int, stream: Any) -> None:
         """Queue a copy of ``size`` bytes from the device's ``pointer`` to the host's ``address``."""
         kind = self._module.cudaMemcpyKind.cudaMemcpyDeviceToHost

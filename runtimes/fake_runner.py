@@ -38,30 +38,35 @@ class FakeRunner(GuardRunner):
         self.class_count = class_count
         self.failure = failure
         self.not_a_number = not_a_number
-        self.judged = 0
-        """Pictures answered since the runner was activated."""
+        self._judged = [0]
         self._rows = None if probs is None else np.atleast_2d(np.asarray(probs, np.float32))
         self._weights = np.random.default_rng(SEED).normal(size=(3, class_count)).astype(np.float32)
 
+    @property
+    def judged(self) -> int:
+        """Pictures answered since the runner was activated."""
+        return self._judged[0]
+
     def _activate(self) -> None:
-        self.judged = 0
+        self._judged = [0]  # another list: a call of the activation before may still count in its own
 
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         if self.failure is not None:
             raise self.failure
-        logits = self._logits(rgb)
-        self.judged += len(rgb)
+        judged = self._held(self._judged)
+        logits = self._logits(rgb, judged[0])
+        judged[0] += len(rgb)
         if self.not_a_number:
             logits = np.full_like(logits, np.nan)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return GuardOutput(probs=powers / powers.sum(axis=1, keepdims=True), logits=logits)
 
-    def _logits(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _logits(self, rgb: npt.NDArray[np.uint8], judged: int) -> npt.NDArray[np.float32]:
         """Return N x C logits; those of given rows are their logarithms."""
         if self._rows is None:
             colour = rgb.mean(axis=(1, 2), dtype=np.float64).astype(np.float32) / 255
             return np.asarray(4 * colour @ self._weights, np.float32)
-        rows = self._rows[(self.judged + np.arange(len(rgb))) % len(self._rows)]
+        rows = self._rows[(judged + np.arange(len(rgb))) % len(self._rows)]
         if rows.shape[1] != self.class_count:
             raise SafeVLMError(f"the fake's rows have {rows.shape[1]} values for {self.class_count} classes")
         return np.asarray(np.log(np.maximum(rows, np.float32(1e-30))), np.float32)

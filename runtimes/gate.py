@@ -26,7 +26,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.errors import ImageFileError, InputError, SafeVLMError
+from models.errors import BusyError, ImageFileError, InputError, SafeVLMError
 from models.image import open_image, to_rgb
 from runtimes.gate_result import GateResult
 from runtimes.judge import Guard, ImageSource
@@ -248,11 +248,12 @@ class _Request:
         if self.on_text is None:
             return language.generate(handle, self.max_new_tokens)
         pieces = []
-        for piece in language.stream(handle, self.max_new_tokens):
-            if self.over:
-                raise OverranError("the answer was cut off at its deadline")
-            self.on_text(piece)
-            pieces.append(piece)
+        with closing(language.stream(handle, self.max_new_tokens)) as stream:
+            for piece in stream:
+                if self.over:
+                    raise OverranError("the answer was cut off at its deadline")
+                self.on_text(piece)
+                pieces.append(piece)
         return "".join(pieces)
 
     def _refusal(self, found: Finding | None, exact: Finding) -> GateResult | None:
@@ -329,13 +330,16 @@ class _Request:
         reason = f"{where} failed ({type(cause).__name__})"
         if isinstance(cause, OverranError):
             reason = f"{where} was not done in time"
+        elif isinstance(cause, BusyError):
+            reason = f"{'the guard' if self.part == 'guard' else 'the language model'} is busy with an earlier image"
         elif isinstance(cause, ImageFileError):
             reason = "the image cannot be read"
         if isinstance(cause, SafeVLMError):
             _log.info("blocked: %s", reason)
         else:  # a bug: where it was raised, without the message, which may quote the question
             _log.error("blocked: %s\n%s", reason, "".join(traceback.format_tb(cause.__traceback__)))
-        return self._result("block", "error", reason, error=f"{type(cause).__name__}: {cause}", error_in=self.part)
+        error, busy = f"{type(cause).__name__}: {cause}", isinstance(cause, BusyError)
+        return self._result("block", "error", reason, error=error, error_in=self.part, busy=busy)
 
     def _blocked(
         self, stage: Literal["guard", "exact"], finding: Finding, reason: str, *, review: bool = False

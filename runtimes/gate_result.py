@@ -41,6 +41,8 @@ class GateResult:
     error: str | None = None
     """What was raised, with its message; one of the language model's may quote the question."""
     error_in: Literal["guard", "exact", "generate"] | None = None
+    busy: bool = False
+    """The error is that a runner was still at an earlier call: the same request may fare better later."""
     policy: Policy = field(default_factory=Policy)
     bundle: str | None = None
     """SHA-256 of the bundle's manifest, None without a bundle."""

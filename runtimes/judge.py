@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.errors import ImageFileError, SafeVLMError
+from models.errors import BusyError, ImageFileError, SafeVLMError
 from models.image import open_image, to_rgb
 from models.manifest import Thresholds
 from runtimes.bundle import open_bundle
@@ -125,8 +125,8 @@ class Guard:
         try:
             return list(self.runner.infer(np.stack(pictures)).probs)
         except SafeVLMError as error:
-            if len(pictures) == 1:
-                return [error]
+            if len(pictures) == 1 or isinstance(error, BusyError):
+                return [error] * len(pictures)
         return [row for picture in pictures for row in self._rows([picture])]
 
     def _judgement(self, name: str, row: npt.NDArray[np.float32]) -> Judgement:

@@ -1,7 +1,8 @@
 """Run calls that may hang: each in a daemon thread, with a deadline, one at a time.
 
 Python cannot end a thread. A call that overruns its deadline is left behind in its thread, its result dropped, and
-the next call gets a new thread; a daemon thread does not keep the interpreter from exiting.
+the next call gets a new thread; a daemon thread does not keep the interpreter from exiting. The runner that it left
+behind in there refuses other calls until it ends (``runtimes.activation``).
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from typing import Any, Generic, TypeVar
 
 from models.errors import SafeVLMError
 
-__all__ = ["MOST_STUCK", "Lane", "Outcome", "OverranError"]
+__all__ = ["MOST_STUCK", "Lane", "Outcome", "OverranError", "seconds_left"]
 
 MOST_STUCK = 8
 """Calls left behind at once, beyond which a lane refuses to start another: each holds a thread and its memory."""
 
 T = TypeVar("T")
+_running = threading.local()
+
+
+def seconds_left() -> float:
+    """Return how many seconds the lane's call that runs in this thread has left; 0 outside of a lane."""
+    return max(0.0, getattr(_running, "until", 0.0) - time.monotonic())
 
 
 class OverranError(SafeVLMError):
@@ -46,8 +53,9 @@ class Outcome(Generic[T]):
 
 
 class _Job:
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], seconds: float) -> None:
         self.call = call
+        self.until = time.monotonic() + seconds
         self.done = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
@@ -70,6 +78,7 @@ class _Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            _running.until = job.until
             try:
                 job.value = job.call()
             except BaseException as error:  # handed to the caller: a dead thread would read as a hung call
@@ -116,7 +125,7 @@ class Lane:
         """Call within a :meth:`turn`, and wait so many seconds for it; its error is in the outcome, too."""
         if self._worker is None or not self._worker.thread.is_alive():  # a fork has the object, not the thread
             self._worker = _Worker(f"gate {self.name}")
-        job, begun = _Job(call), time.perf_counter()
+        job, begun = _Job(call, seconds), time.perf_counter()
         self._worker.start(job)
         try:
             job.done.wait(seconds)

@@ -10,14 +10,14 @@ Shapes: H x W pixels, T image tokens, D width of the language model, C classes.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import InputError, SafeVLMError
+from models.errors import InputError
 from models.preprocessing import Preprocessing
 from runtimes.activation import Activated
 
@@ -64,7 +64,8 @@ class LanguageRunner(Activated):
         ``embeddings`` (float32, T x D) is this checkpoint's projector output for the same picture, where it is at
         hand and :attr:`takes_embeddings`.
 
-        Errors: InputError for another type or shape; SafeVLMError when the runner is not active.
+        Errors: InputError for another type or shape; SafeVLMError when the runner is not active; BusyError while an
+        earlier call runs.
         """
         self._check_active()
         self._check_picture(rgb)
@@ -72,21 +73,27 @@ class LanguageRunner(Activated):
             raise InputError(f"runtime {self.runtime} takes no image embeddings: give the picture alone")
         if embeddings is not None and (embeddings.dtype != np.float32 or embeddings.ndim != 2):
             raise InputError(f"image embeddings are float32 T x D, not {embeddings.dtype} {embeddings.shape}")
-        return self._prefill(np.ascontiguousarray(rgb), question, embeddings)
+        with self._call():
+            return self._prefill(np.ascontiguousarray(rgb), question, embeddings)
 
     def generate(self, handle: Any, max_new_tokens: int) -> str:
         """Answer greedily from the handle of a prefill, which is used up; InputError below one token."""
         self._check_active()
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        return self._generate(handle, max_new_tokens)
+        with self._call():
+            return self._generate(handle, max_new_tokens)
 
-    def stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
-        """Answer as :meth:`generate` does and yield the pieces of the text as they are written."""
+    def stream(self, handle: Any, max_new_tokens: int) -> Generator[str, None, None]:
+        """Answer as :meth:`generate` does and yield the pieces of the text as they are written.
+
+        It is one call, which ends when the last piece was taken or the iterator is closed.
+        """
         self._check_active()
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        yield from self._stream(handle, max_new_tokens)
+        with self._call():
+            yield from self._stream(handle, max_new_tokens)
 
     @abc.abstractmethod
     def _prefill(
@@ -99,10 +106,6 @@ class LanguageRunner(Activated):
     def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
         """By default the whole answer is one piece."""
         yield self._generate(handle, max_new_tokens)
-
-    def _check_active(self) -> None:
-        if not self._active:
-            raise SafeVLMError(f"{type(self).__name__} is not active: enter it with `with` or activate()")
 
     def _check_picture(self, rgb: npt.NDArray[np.uint8]) -> None:
         size = self.preprocessing

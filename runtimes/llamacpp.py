@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,11 @@ import numpy.typing as npt
 from models.errors import BundleError, InputError, MissingExtraError, SafeVLMError
 from models.machine import core_count
 from models.printable import one_line
-from runtimes.activation import Activated
+from runtimes.activation import Turn
 from runtimes.llamacpp_first_patch import FirstPatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LlamaCpp", "last_error", "llama_libraries", "recent_lines"]
 
@@ -87,13 +90,13 @@ class _Quiet:
             _log.debug("llama.cpp: %s", one_line(line))
 
 
-class LlamaCpp(Activated):
-    """A model and its projector, loaded while entered; guard and language runner may share it.
+class LlamaCpp:
+    """A model and its projector, loaded while entered, once; runners share one through ``runtimes.llamacpp_session``.
 
     ``context`` is how many tokens a prompt with its answer may have; ``gpu_layers`` are offloaded where the build can.
     ``class_token_last``: the projector file is written for a graph with LLaVA's class token behind the patches.
-    One prompt is in memory at a time, and only its caller's thread may go on with it; images may be encoded
-    meanwhile. Errors: BundleError when llama.cpp cannot load a file.
+    One prompt is in memory at a time: ``memory`` is held by the call that reads it and goes on from it, images may be
+    encoded meanwhile, one at a time. Errors: BundleError when llama.cpp cannot load a file.
     """
 
     def __init__(
@@ -107,7 +110,6 @@ class LlamaCpp(Activated):
         threads: int | None = None,
         gpu_layers: int = 0,
     ) -> None:
-        super().__init__()
         self.model_path, self.mmproj_path = model, mmproj
         self.image_tokens = image_tokens
         self.class_token_last = class_token_last
@@ -116,13 +118,19 @@ class LlamaCpp(Activated):
         self.gpu_layers = gpu_layers
         self.position = 0
         """How many positions the prompt in memory takes."""
+        self.prefix: Any = None
+        """What a runner knows of the prompt up to its image; None where that was not read to its end."""
+        self.handle: Any = None
+        """What a runner gave out for the whole prompt, while an answer can go on from it."""
+        self.memory = Turn("llama.cpp's prompt")
+        self._llama: Any = None
+        self._mtmd: Any = None
         self._model: Any = None
         self._context: Any = None
         self._projector: Any = None
         self._vocabulary: Any = None
         self._first_patch: FirstPatch | None = None
-        self._users = 0
-        self._vision = threading.Lock()
+        self._vision = Turn("llama.cpp's vision tower")
 
     @property
     def end_of_sequence(self) -> int:
@@ -131,18 +139,30 @@ class LlamaCpp(Activated):
 
     # -- loading ----------------------------------------------------------------------------------------
 
-    def activate(self) -> None:
-        """Load it for the first of its users."""
-        super().activate()
-        self._users += 1
+    def __enter__(self) -> Self:
+        try:
+            self._load()
+        except BaseException:
+            self.free()
+            raise
+        return self
 
-    def deactivate(self) -> None:
-        """Give it back with the last of its users."""
-        self._users = max(0, self._users - 1)
-        if self._users == 0:
-            super().deactivate()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.free()
 
-    def _activate(self) -> None:
+    def free(self) -> None:
+        """Give everything back."""
+        if self._projector:
+            self._mtmd.mtmd_free(self._projector)
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._model = self._context = self._projector = None
+
+    def _load(self) -> None:
         self._llama, self._mtmd = llama_libraries()
         llama = self._llama
         parameters = llama.llama_model_default_params()
@@ -176,24 +196,13 @@ class LlamaCpp(Activated):
                 "install the llama-cpp-python that this project names."
             )
 
-    def _deactivate(self) -> None:
-        if self._projector:
-            self._mtmd.mtmd_free(self._projector)
-        if self._context:
-            self._llama.llama_free(self._context)
-        if self._model:
-            self._llama.llama_model_free(self._model)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._model = self._context = self._projector = self._vocabulary = self._first_patch = None
-        self.position = 0
-
     # -- images -----------------------------------------------------------------------------------------
 
     def encode(self, rgb_HWC: npt.NDArray[np.uint8]) -> Floats:
         """Return the projector's output, T × D, of a picture at the contract's size."""
-        with self._vision, self._image_chunk(rgb_HWC) as chunk:
+        with self._image_chunk(rgb_HWC) as chunk, self._vision.taken():
+            if self._first_patch is not None:
+                self._first_patch.forget()
             if self._mtmd.mtmd_encode_chunk(self._projector, chunk) != 0:
                 raise SafeVLMError(f"llama.cpp could not encode the image: {last_error()}")
             given = self._mtmd.mtmd_get_output_embd(self._projector)
@@ -211,7 +220,8 @@ class LlamaCpp(Activated):
         try:
             text = mtmd.mtmd_input_text(text=MARKER, text_len=len(MARKER), add_special=False, parse_special=True)
             bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
-            failed = mtmd.mtmd_tokenize(self._projector, chunks, ctypes.byref(text), bitmaps, 1)
+            with self._vision.taken():
+                failed = mtmd.mtmd_tokenize(self._projector, chunks, ctypes.byref(text), bitmaps, 1)
             if failed:
                 raise SafeVLMError(f"llama.cpp could not take the image (code {failed}): {last_error()}")
             found = [mtmd.mtmd_input_chunks_get(chunks, at) for at in range(mtmd.mtmd_input_chunks_size(chunks))]
@@ -233,6 +243,9 @@ class LlamaCpp(Activated):
 
     def keep(self, positions: int) -> None:
         """Forget what stands behind so many positions of the prompt."""
+        self.handle = None
+        if positions == 0:
+            self.prefix = None
         memory = self._llama.llama_get_memory(self._context)
         if not self._llama.llama_memory_seq_rm(memory, SEQUENCE, positions, -1):
             raise SafeVLMError("llama.cpp could not forget a part of the prompt")
@@ -316,6 +329,7 @@ class LlamaCpp(Activated):
             self._decode_image(rgb_HWC, embeddings, collect if tapped else None)
         finally:
             self._llama.llama_set_embeddings(self._context, False)
+            self._llama.llama_set_causal_attn(self._context, True)  # mtmd turns it off for Gemma-3's images
             if caught:
                 raise SafeVLMError(f"llama.cpp's hidden states could not be read: {caught[0]}") from caught[0]
         return np.concatenate(states) if tapped else None
@@ -327,7 +341,7 @@ class LlamaCpp(Activated):
         reached = self._llama.llama_pos(0)
         kind = mtmd.mtmd_helper_post_decode_callback
         callback = kind() if collect is None else kind(collect)
-        with self._vision, self._image_chunk(rgb_HWC) as chunk:
+        with self._image_chunk(rgb_HWC) as chunk:
             whole = mtmd.mtmd_decode_use_non_causal(self._projector, chunk)
             size = max(BATCH, self.image_tokens) if whole or collect is None else TAPPED_BATCH
             given = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

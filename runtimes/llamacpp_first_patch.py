@@ -52,6 +52,10 @@ class FirstPatch:
         self._get.argtypes, self._get.restype = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2, None
         self.callback = llama.ggml_backend_sched_eval_callback(self._see)
 
+    def forget(self) -> None:
+        """Forget the row of an image before, which an error may have left."""
+        self._row = None
+
     def _see(self, tensor: int, ask: bool, _: Any) -> bool:
         """Say whether a tensor is wanted when asked, and copy its first column when it is there."""
         name = self._name_of(tensor)

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from models.errors import BundleError
 from runtimes.gguf_artifact import GgufArtifact
 from runtimes.head import head_logits, pooled, softmax
-from runtimes.llamacpp import LlamaCpp
 from runtimes.llamacpp_language import check_probe
+from runtimes.llamacpp_session import LlamaSession
 from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["LlamaCppGuardRunner", "has_standalone_guard"]
@@ -29,7 +29,7 @@ class LlamaCppGuardRunner(GuardRunner):
     runtime = "llama.cpp"
     gives_embeddings = True
 
-    def __init__(self, artifact: GgufArtifact, session: LlamaCpp) -> None:
+    def __init__(self, artifact: GgufArtifact, session: LlamaSession) -> None:
         super().__init__()
         manifest = artifact.manifest
         heads = sorted(
@@ -44,6 +44,7 @@ class LlamaCppGuardRunner(GuardRunner):
         self.preprocessing = manifest.preprocessing
         self.class_count = len(manifest.classes)
         self._weights = artifact.weights(self.head)
+        self._holds = False
 
     def _activate(self) -> None:
         self.session.activate()
@@ -59,6 +60,7 @@ class LlamaCppGuardRunner(GuardRunner):
         return self._run_sharing(rgb)
 
     def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
-        embeddings = np.stack([self.session.encode(picture) for picture in rgb])
+        with self.session.using() as llama:
+            embeddings = np.stack([llama.encode(picture) for picture in rgb])
         logits = np.stack([head_logits(self._weights, pooled(each, self.head.pooling)) for each in embeddings])
         return GuardOutput(probs=np.stack([softmax(row) for row in logits]), logits=logits, embeddings=embeddings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from runtimes.gguf_artifact import GgufArtifact, open_gguf
 from runtimes.head import head_logits, pooled, softmax
 from runtimes.language import LanguageRunner, Prefilled
 from runtimes.llamacpp import LlamaCpp
+from runtimes.llamacpp_session import LlamaSession
 
 __all__ = ["LlamaCppLanguageRunner", "open_session", "probe_picture"]
 
@@ -32,20 +34,22 @@ Floats = npt.NDArray[np.float32]
 
 def open_session(
     artifact: GgufArtifact, *, context: int | None = None, threads: int | None = None, gpu_layers: int = 0
-) -> LlamaCpp:
+) -> LlamaSession:
     """Return llama.cpp for a folder, not loaded yet; what shares it, shares one model in memory.
 
     ``context`` is in tokens, by default the model's own, 4,096 at most.
     """
     manifest = artifact.manifest
-    return LlamaCpp(
-        artifact.path(manifest.file("model")),
-        artifact.path(manifest.file("mmproj")),
-        image_tokens=manifest.image_tokens,
-        class_token_last=manifest.class_token_last,
-        context=context or min(manifest.context_length, MOST_CONTEXT),
-        threads=threads,
-        gpu_layers=gpu_layers,
+    return LlamaSession(
+        lambda: LlamaCpp(
+            artifact.path(manifest.file("model")),
+            artifact.path(manifest.file("mmproj")),
+            image_tokens=manifest.image_tokens,
+            class_token_last=manifest.class_token_last,
+            context=context or min(manifest.context_length, MOST_CONTEXT),
+            threads=threads,
+            gpu_layers=gpu_layers,
+        )
     )
 
 
@@ -65,7 +69,7 @@ class LlamaCppLanguageRunner(LanguageRunner):
         context: int | None = None,
         threads: int | None = None,
         gpu_layers: int = 0,
-        session: LlamaCpp | None = None,
+        session: LlamaSession | None = None,
     ) -> None:
         super().__init__()
         self.artifact = model if isinstance(model, GgufArtifact) else open_gguf(model)
@@ -79,77 +83,86 @@ class LlamaCppLanguageRunner(LanguageRunner):
         self._exact = exact
         self._holds = False
         self._weights = self.artifact.weights(exact)
-        self._forget()
 
     def _activate(self) -> None:
         self.session.activate()
         self._holds = True
         check_probe(self.artifact, self.session)
-        session, prompt = self.session, self.artifact.manifest.prompt
-        self._before = session.tokens(prompt.before_image)
-        end = session.tokens(prompt.end_of_turn)
-        self._stops = {session.end_of_sequence, *(end if len(end) == 1 else [])}
+        prompt = self.artifact.manifest.prompt
+        with self.session.using() as llama:
+            self._before = llama.tokens(prompt.before_image)
+            end = llama.tokens(prompt.end_of_turn)
+            self._stops = {llama.end_of_sequence, *(end if len(end) == 1 else [])}
 
     def _deactivate(self) -> None:
         if self._holds:
             self.session.deactivate()
         self._holds = False
-        self._forget()
-
-    def _forget(self) -> None:
-        self._picture: bytes | None = None
-        self._handle: list[Floats] = []
 
     def _prefill(self, rgb: npt.NDArray[np.uint8], question: str, embeddings: Floats | None) -> Prefilled:
-        session, prompt = self.session, self.artifact.manifest.prompt
+        prompt = self.artifact.manifest.prompt
         if prompt.image_token in question:
             raise InputError(
                 f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
                 "Exactly one image is asked about; leave the token out."
             )
-        self._handle.clear()  # of the prefill before: its prompt is gone
-        picture = hashlib.sha256(rgb.tobytes() + repr(rgb.shape).encode()).digest()
-        if picture != self._picture:
-            self._read_image(rgb, embeddings)
-            self._picture = picture
-        session.keep(self._behind_image)
-        after = session.tokens(prompt.after_image + question + prompt.after_question)
-        handle = [session.read_text(after)]
-        self._handle = handle
-        return Prefilled(exact_probs=self._probs, handle=handle)
+        image = hashlib.sha256(rgb.tobytes() + repr(rgb.shape).encode()).digest()
+        with self.session.prompting() as llama:
+            prefix = llama.prefix
+            if not (isinstance(prefix, _Prefix) and prefix.runner is self and prefix.image == image):
+                prefix = self._read_image(llama, rgb, image, embeddings)
+            llama.keep(prefix.positions)
+            after = llama.tokens(prompt.after_image + question + prompt.after_question)
+            llama.handle = [llama.read_text(after)]
+            return Prefilled(exact_probs=prefix.probs.copy(), handle=llama.handle)
 
-    def _read_image(self, rgb: npt.NDArray[np.uint8], embeddings: Floats | None) -> None:
-        """Read the prefix and the image, and the exact verdict out of that."""
-        self._picture = None
-        session = self.session
-        session.keep(0)
-        session.read_text(self._before)
+    def _read_image(
+        self, llama: LlamaCpp, rgb: npt.NDArray[np.uint8], image: bytes, embeddings: Floats | None
+    ) -> _Prefix:
+        """Read the prefix and the image, and the exact verdict out of that; an error leaves no prefix to go on from."""
+        llama.keep(0)
+        llama.read_text(self._before)
         if embeddings is None:
-            embeddings = session.encode(rgb)
+            embeddings = llama.encode(rgb)
         tapped = self._exact.reads == "language_model"
-        states = session.read_image(rgb, embeddings, tapped=tapped)
+        states = llama.read_image(rgb, embeddings, tapped=tapped)
         features = embeddings if states is None else states
-        self._probs = softmax(head_logits(self._weights, pooled(features, self._exact.pooling)))
-        self._behind_image = session.position
+        probs = softmax(head_logits(self._weights, pooled(features, self._exact.pooling)))
+        read = _Prefix(self, image, probs, llama.position)
+        llama.prefix = read
+        return read
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
         return "".join(self._stream(handle, max_new_tokens))
 
     def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
-        if handle is not self._handle or not handle:
-            raise InputError("this handle was answered already, or is an older prefill's: prefill again")
-        logits, text = handle.pop(), TextStream(self.session.text)
-        for step in range(max_new_tokens):
-            token = int(logits.argmax())
-            if token in self._stops:
-                break
-            if piece := text.add(token):
+        with self.session.prompting() as llama:
+            if handle is None or handle is not llama.handle:
+                raise InputError("this handle was answered already, or is an older prefill's: prefill again")
+            llama.handle = None
+            logits, text = handle[0], TextStream(llama.text)
+            for step in range(max_new_tokens):
+                token = int(logits.argmax())
+                if token in self._stops:
+                    break
+                if piece := text.add(token):
+                    yield piece
+                if step + 1 == max_new_tokens or llama.position >= llama.context:
+                    break
+                logits = llama.read_text([token])
+            if piece := text.end():
                 yield piece
-            if step + 1 == max_new_tokens or self.session.position >= self.session.context:
-                break
-            logits = self.session.read_text([token])
-        if piece := text.end():
-            yield piece
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """What is known of a prompt's beginning up to its image: kept with the memory that holds it, never beside it."""
+
+    runner: LlamaCppLanguageRunner
+    image: bytes
+    """SHA-256 of the pixels."""
+    probs: Floats
+    positions: int
 
 
 def probe_picture(height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -164,12 +177,13 @@ def probe_of(embeddings_TD: Floats) -> tuple[float, ...]:
     return tuple(float(value) for value in (*embeddings_TD[0, :8], *embeddings_TD[-1, :8]))
 
 
-def check_probe(artifact: GgufArtifact, session: LlamaCpp) -> None:
+def check_probe(artifact: GgufArtifact, session: LlamaSession) -> None:
     """Raise BundleError unless llama.cpp's projector gives what it gave when the files were written."""
     manifest = artifact.manifest
     size = manifest.preprocessing
     wanted = np.array(manifest.probe)
-    found = np.array(probe_of(session.encode(probe_picture(size.height, size.width))))
+    with session.using() as llama:
+        found = np.array(probe_of(llama.encode(probe_picture(size.height, size.width))))
     off = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     if not off <= PROBE_TOLERANCE:
         raise BundleError(

@@ -28,10 +28,13 @@ NUMPY_NAMES = {"float": "float32", "double": "float64"}
 class OnnxRuntimeRunner(GuardRunner):
     """Run an ONNX file of a bundle: the default one, or ``file``.
 
-    ``threads`` bounds the threads within an operation (ONNX Runtime chooses when it is None).
+    ``threads`` bounds the threads within an operation (ONNX Runtime chooses when it is None). Calls may run at the
+    same time: ``InferenceSession.run`` is made for that, nothing is bound to memory of ours, and every call gets
+    arrays of its own.
     """
 
     runtime = "onnxruntime"
+    exclusive = False
     outputs: tuple[str, ...] = ("probs", "logits")
     """That a file must have."""
 
@@ -108,8 +111,9 @@ class OnnxRuntimeRunner(GuardRunner):
         return GuardOutput(probs=probs, logits=logits, embeddings=embeddings)
 
     def _session_run(self, names: list[str], rgb: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        session = self._held(self.session)
         pieces = [rgb] if not self.file.one_at_a_time else [rgb[i : i + 1] for i in range(len(rgb))]
-        runs = [self.session.run(names, {"rgb": piece}) for piece in pieces]
+        runs = [session.run(names, {"rgb": piece}) for piece in pieces]
         return [np.concatenate([np.asarray(run[i]) for run in runs]) for i in range(len(names))]
 
 

@@ -88,9 +88,10 @@ class OpenVinoRunner(GuardRunner):
 
     def _infer(self, names: tuple[str, ...], rgb: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
         """Return the named outputs of every image; the arrays are copies, since OpenVINO uses its own again."""
+        request = self._held(self._request)
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in names]
         for image in rgb:
-            found = self._request.infer([image[np.newaxis]])
+            found = request.infer([image[np.newaxis]])
             for name, row in zip(names, rows, strict=True):
                 row.append(np.array(found[name], dtype=np.float32))
         return [np.concatenate(row) for row in rows]

@@ -36,7 +36,8 @@ class GuardRunner(Activated):
     """One guard on one runtime; a context manager that holds the runtime's resources while it is entered.
 
     A subclass fills in :meth:`_activate`, :meth:`_run` and, where it holds something, :meth:`_deactivate`,
-    and sets :attr:`preprocessing` at the latest when it is activated.
+    and sets :attr:`preprocessing` at the latest when it is activated. What :meth:`_run` returns is the caller's own:
+    never memory that the runtime uses again.
     """
 
     runtime: ClassVar[str]
@@ -49,11 +50,11 @@ class GuardRunner(Activated):
     def infer(self, rgb: npt.NDArray[np.uint8], *, embeddings: bool = False) -> GuardOutput:
         """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
 
-        Raises InputError for another type or shape or for embeddings that this runner does not give, SafeVLMError
-        for an answer that is not N rows of finite probabilities that sum to 1.
+        Raises InputError for another type or shape or for embeddings that this runner does not give, BusyError
+        while an earlier call runs (:attr:`exclusive`), SafeVLMError for an answer that is not N rows of finite
+        probabilities that sum to 1.
         """
-        if not self._active:
-            raise SafeVLMError(f"{type(self).__name__} is not active: enter it with `with` or activate()")
+        self._check_active()
         self._check_input(rgb)
         if embeddings and not self.gives_embeddings:
             raise InputError(
@@ -61,7 +62,8 @@ class GuardRunner(Activated):
                 "ONNX Runtime or on a TensorRT engine built of that export"
             )
         rgb = np.ascontiguousarray(rgb)
-        output = self._run_sharing(rgb) if embeddings else self._run(rgb)
+        with self._call():
+            output = self._run_sharing(rgb) if embeddings else self._run(rgb)
         self._check_output(output, len(rgb))
         return output
 

@@ -33,6 +33,8 @@ AMPERE = (8, 0)
 HARDWARE_COMPATIBLE, VERSION_COMPATIBLE = "hardware_compatible", "version_compatible"
 """Options of an engine that runs elsewhere, too (EngineInfo.options)."""
 INPUT, OUTPUTS, EMBEDDINGS = "rgb", ("probs", "logits"), "embeddings"
+NAN_BYTE = 0xFF
+"""Four of them are a float32 that is not a number."""
 
 
 def import_tensorrt() -> Any:
@@ -106,42 +108,27 @@ class TensorRTRunner(GuardRunner):
         self.file = file
         self.preprocessing = bundle.manifest.preprocessing
         self.class_count = len(bundle.manifest.classes)
-        self._cuda: CudaRuntime | None = None
-        self._stream: Any = None
-        self._buffers: dict[str, DeviceBuffer] = {}
-        self._engine: Any = None
-        self._context: Any = None
-        self._least, self._most = 1, 1
-        self._widths: dict[str, tuple[int, ...]] = {}
-        """Shape of each output without its batch."""
+        self._loaded: _LoadedEngine | None = None
 
     def _activate(self) -> None:
         trt = import_tensorrt()
-        self._cuda = load_cuda(PURPOSE)
-        gpu = current_gpu(self._cuda)  # before any TensorRT object: creating one without a GPU can crash
+        cuda = load_cuda(PURPOSE)
+        gpu = current_gpu(cuda)  # before any TensorRT object: creating one without a GPU can crash
         if self.file is None:
             self.file = usable_engine(self.bundle)
         reason = _mismatch(self.file, str(trt.__version__), gpu)
         if reason is not None:
             raise _not_for_here(self.bundle, f"{self.file.path}: {reason}")
-        self._engine = _deserialize(trt, self.bundle, self.file)
-        self._check_tensors(trt)
-        least, _, most = self._engine.get_tensor_profile_shape(INPUT, 0)
-        self._least, self._most = int(least[0]), int(most[0])
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise SafeVLMError(f"{self.file.path}: TensorRT could not create an execution context (memory?)")
-        self._stream = self._cuda.call("cudaStreamCreate")
-        self._allocate()
+        engine = _deserialize(trt, self.bundle, self.file)
+        widths = self._widths(trt, engine)
+        self.gives_embeddings = EMBEDDINGS in widths
+        loaded = _LoadedEngine(cuda, engine, self.file.path)
+        self._frees.callback(loaded.free)
+        loaded.allocate(self.preprocessing.height * self.preprocessing.width * 3, widths)
+        self._loaded = loaded
 
     def _deactivate(self) -> None:
-        self._context = self._engine = None
-        buffers, self._buffers = self._buffers, {}
-        stream, self._stream = self._stream, None
-        for buffer in buffers.values():
-            buffer.free()
-        if stream is not None and self._cuda is not None:
-            self._cuda.call("cudaStreamDestroy", stream)
+        self._loaded = None
 
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         return self._run_parts(rgb, OUTPUTS)
@@ -150,39 +137,28 @@ class TensorRTRunner(GuardRunner):
         return self._run_parts(rgb, (*OUTPUTS, EMBEDDINGS))
 
     def _run_parts(self, rgb: npt.NDArray[np.uint8], outputs: tuple[str, ...]) -> GuardOutput:
-        parts = [self._run_part(rgb[start : start + self._most], outputs) for start in range(0, len(rgb), self._most)]
+        loaded = self._held(self._loaded)
+        starts = range(0, len(rgb), loaded.most)
+        parts = [self._run_part(loaded, rgb[start : start + loaded.most], outputs) for start in starts]
         return GuardOutput(**{name: np.concatenate([part[name] for part in parts]) for name in outputs})
 
-    def _run_part(self, rgb: npt.NDArray[np.uint8], outputs: tuple[str, ...]) -> dict[str, npt.NDArray[np.float32]]:
-        """Judge at most the profile's largest batch; copy only ``outputs`` back from the GPU."""
-        if len(rgb) < self._least:
+    def _run_part(
+        self, loaded: _LoadedEngine, rgb: npt.NDArray[np.uint8], outputs: tuple[str, ...]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        if len(rgb) < loaded.least:
             raise InputError(
-                f"this engine takes {self._least} to {self._most} pictures at once, not {len(rgb)}: build "
+                f"this engine takes {loaded.least} to {loaded.most} pictures at once, not {len(rgb)}: build "
                 f"one from 1 up with `{_rebuild(self.bundle)}`"
             )
-        assert self._cuda is not None
-        if not self._context.set_input_shape(INPUT, rgb.shape):
-            raise SafeVLMError(f"TensorRT refused an input of shape {rgb.shape}")
-        shapes = {name: (len(rgb), *width) for name, width in self._widths.items()}
-        for name, shape in shapes.items():
-            if (stated := tuple(self._context.get_tensor_shape(name))) != shape:
-                raise SafeVLMError(f"TensorRT gives {name} the shape {stated}, not {shape}")
-        self._cuda.to_device(self._pointer(INPUT), rgb.ctypes.data, rgb.nbytes, self._stream)
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise SafeVLMError("TensorRT could not queue the guard; its log above says why")
-        results = {name: np.empty(shapes[name], np.float32) for name in outputs}
-        for name, result in results.items():
-            self._cuda.to_host(result.ctypes.data, self._pointer(name), result.nbytes, self._stream)
-        self._cuda.call("cudaStreamSynchronize", self._stream)
-        return results
+        return loaded.run(rgb, outputs)
 
-    def _check_tensors(self, trt: Any) -> None:
-        """Compare the engine's tensors with the contract, uint8 in and float32 out, and note the outputs' shapes."""
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        found = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))).name for name in names}
+    def _widths(self, trt: Any, engine: Any) -> dict[str, tuple[int, ...]]:
+        """Return each output's shape without its batch; BundleError unless all is uint8 in and float32 out."""
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name for name in names}
         outputs = (*OUTPUTS, EMBEDDINGS) if EMBEDDINGS in names else OUTPUTS
         wanted = {INPUT: "uint8"} | dict.fromkeys(outputs, "float32")
-        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        modes = {name: engine.get_tensor_mode(name) for name in names}
         inputs = [name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT]
         if found != wanted or inputs != [INPUT]:
             raise BundleError(
@@ -190,26 +166,79 @@ class TensorRTRunner(GuardRunner):
                 f"Build it again: {_rebuild(self.bundle)}"
             )
         assert self.class_count is not None
-        self._widths = dict.fromkeys(OUTPUTS, (self.class_count,))
-        self.gives_embeddings = EMBEDDINGS in names
-        if self.gives_embeddings:
-            _, *width = self._engine.get_tensor_shape(EMBEDDINGS)
+        widths: dict[str, tuple[int, ...]] = dict.fromkeys(OUTPUTS, (self.class_count,))
+        if EMBEDDINGS in names:
+            _, *width = engine.get_tensor_shape(EMBEDDINGS)
             if len(width) != 2 or min(width) < 1:
                 raise BundleError(
                     f"a guard engine gives embeddings of N x T x D with T and D fixed; this one states N x "
                     f"{' x '.join(map(str, width))}. Build it again: {_rebuild(self.bundle)}"
                 )
-            self._widths[EMBEDDINGS] = tuple(map(int, width))
+            widths[EMBEDDINGS] = tuple(map(int, width))
+        return widths
 
-    def _allocate(self) -> None:
-        assert self._cuda is not None
-        picture = self.preprocessing.height * self.preprocessing.width * 3
-        sizes = {INPUT: picture * self._most}
-        sizes |= {name: 4 * math.prod(width) * self._most for name, width in self._widths.items()}
+
+class _LoadedEngine:
+    """An engine with its context, stream and device memory: what the calls of one activation work on."""
+
+    def __init__(self, cuda: CudaRuntime, engine: Any, path: str) -> None:
+        self._cuda, self._engine = cuda, engine
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._stream: Any = None
+        self._widths: dict[str, tuple[int, ...]] = {}
+        least, _, most = engine.get_tensor_profile_shape(INPUT, 0)
+        self.least, self.most = int(least[0]), int(most[0])
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise SafeVLMError(f"{path}: TensorRT could not create an execution context (memory?)")
+
+    def allocate(self, image_bytes: int, widths: dict[str, tuple[int, ...]]) -> None:
+        """Take a stream, and memory for the largest batch of images of so many bytes and of outputs so wide."""
+        self._stream = self._cuda.call("cudaStreamCreate")
+        self._widths = widths
+        sizes = {INPUT: image_bytes * self.most}
+        sizes |= {name: 4 * math.prod(width) * self.most for name, width in widths.items()}
         for name, size in sizes.items():
             self._buffers[name] = DeviceBuffer(self._cuda, size)
             if not self._context.set_tensor_address(name, self._pointer(name)):
                 raise SafeVLMError(f"TensorRT refused the memory of {name}")
+
+    def free(self) -> None:
+        """Give everything back."""
+        self._context = self._engine = None
+        buffers, self._buffers = self._buffers, {}
+        stream, self._stream = self._stream, None
+        for buffer in buffers.values():
+            buffer.free()
+        if stream is not None:
+            self._cuda.call("cudaStreamDestroy", stream)
+
+    def run(self, rgb: npt.NDArray[np.uint8], outputs: tuple[str, ...]) -> dict[str, npt.NDArray[np.float32]]:
+        """Judge at most the profile's largest batch; copy only ``outputs`` back from the GPU.
+
+        An output that the engine did not write is NaN, never what a call before has left.
+        """
+        if not self._context.set_input_shape(INPUT, rgb.shape):
+            raise SafeVLMError(f"TensorRT refused an input of shape {rgb.shape}")
+        shapes = {name: (len(rgb), *width) for name, width in self._widths.items()}
+        for name, shape in shapes.items():
+            if (stated := tuple(self._context.get_tensor_shape(name))) != shape:
+                raise SafeVLMError(f"TensorRT gives {name} the shape {stated}, not {shape}")
+        results = {name: np.full(shapes[name], np.nan, np.float32) for name in outputs}
+        try:
+            self._queue(rgb, results)
+        finally:  # after an error, too: what was queued may still read and write this call's memory
+            self._cuda.call("cudaStreamSynchronize", self._stream)
+        return results
+
+    def _queue(self, rgb: npt.NDArray[np.uint8], results: dict[str, npt.NDArray[np.float32]]) -> None:
+        self._cuda.to_device(self._pointer(INPUT), rgb.ctypes.data, rgb.nbytes, self._stream)
+        for name, result in results.items():
+            self._cuda.fill(self._pointer(name), NAN_BYTE, result.nbytes, self._stream)
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise SafeVLMError("TensorRT could not queue the guard; its log above says why")
+        for name, result in results.items():
+            self._cuda.to_host(result.ctypes.data, self._pointer(name), result.nbytes, self._stream)
 
     def _pointer(self, name: str) -> int:
         pointer = self._buffers[name].pointer

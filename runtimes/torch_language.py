@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import InputError, MissingExtraError, SafeVLMError
+from models.errors import InputError, MissingExtraError
 from runtimes.language import LanguageRunner, Prefilled
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TorchLanguageRunner(LanguageRunner):
     ) -> Prefilled:
         import torch
 
-        vlm = self._loaded()
+        vlm = self._held(self._vlm)
         images = torch.from_numpy(rgb[None].copy()).to(self.device)
         features = None
         if embeddings is not None:
@@ -84,15 +84,10 @@ class TorchLanguageRunner(LanguageRunner):
         return Prefilled(exact_probs=begun.guard_probs[0], handle=[begun])
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
-        return self._loaded().finish(_begun(handle), max_new_tokens)[0]
+        return self._held(self._vlm).finish(_begun(handle), max_new_tokens)[0]
 
     def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
-        return self._loaded().stream(_begun(handle), max_new_tokens)
-
-    def _loaded(self) -> SafeVLM:
-        if self._vlm is None:
-            raise SafeVLMError("the language model is not loaded")
-        return self._vlm
+        return self._held(self._vlm).stream(_begun(handle), max_new_tokens)
 
 
 def _begun(handle: Any) -> Begun:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MissingExtraError, SafeVLMError
+from models.errors import MissingExtraError
 from runtimes.bundle import Bundle
 from runtimes.runner import GuardOutput, GuardRunner
 
@@ -51,10 +51,9 @@ class TorchRunner(GuardRunner):
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         import torch
 
-        if self._guard is None:
-            raise SafeVLMError("the torch guard is not loaded")
+        guard = self._held(self._guard)
         with torch.inference_mode():
-            probs, logits = self._guard(torch.from_numpy(rgb.copy()))
+            probs, logits = guard(torch.from_numpy(rgb.copy()))
         return GuardOutput(probs=probs.numpy(), logits=logits.numpy())
 
 

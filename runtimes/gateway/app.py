@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -50,8 +49,6 @@ from runtimes.judge import Guard
 from runtimes.policy import Policy
 
 __all__ = ["Gateway", "create_app"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +136,6 @@ class _Running:
                         Embedded(self.gateway.gate, self.gateway.name, self.metrics)
                     )
                 yield
-            if self.gateway.gate.stuck or self.judging.batching.busy or (self.embedded and self.embedded.busy):
-                _log.warning("calls of guard or language model are still running: what they use is left as it is")
-                opened.pop_all()  # freed under a running call, a runtime's library crashes
 
     # -- routes -----------------------------------------------------------------------------------------
 

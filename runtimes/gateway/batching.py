@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import SafeVLMError
+from models.errors import BusyError, SafeVLMError
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import guard_error, overloaded
@@ -124,7 +124,7 @@ class Batching:
                 raise SafeVLMError(f"the guard gave {len(output.probs)} rows for {len(pictures)} pictures")
             return list(output.probs)
         except Exception as error:  # of any kind: it fails closed, and the server goes on
-            if len(pictures) == 1 or self.lane.stuck:
+            if len(pictures) == 1 or self.lane.stuck or isinstance(error, BusyError):
                 _log.error("the guard failed: %s", type(error).__name__, exc_info=not isinstance(error, SafeVLMError))
                 return [error] * len(pictures)
         return [row for picture in pictures for row in self._judge([picture])]
@@ -133,7 +133,11 @@ class Batching:
 def _settle(answer: asyncio.Future[Row], row: Row | Exception) -> None:
     if answer.done():
         return
-    if isinstance(row, Exception):
+    if isinstance(row, BusyError):
+        answer.set_exception(
+            guard_error("the guard is busy with an earlier image; nothing was answered. Try again in a second.")
+        )
+    elif isinstance(row, Exception):
         answer.set_exception(guard_error("the guard failed; nothing was answered."))
     else:
         answer.set_result(row)

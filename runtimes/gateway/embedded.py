@@ -52,11 +52,6 @@ class Embedded:
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(concurrent.futures.wait, self._asking, ENDING_SECONDS)
 
-    @property
-    def busy(self) -> bool:
-        """Whether the language model is still being asked."""
-        return any(not each.done() for each in tuple(self._asking))
-
     async def answer(self, judged: Judged, question: str, max_new_tokens: int) -> AsyncGenerator[Told, None]:
         """Yield the answer's pieces and the result; closed early, the answer is no longer written."""
         loop = asyncio.get_running_loop()

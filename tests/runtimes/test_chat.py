@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.commandline import run
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
 from runtimes.chat import main, open_chat
+from tests.runtimes.hanging_runners import busy
 
 Folder = Callable[[str], Path]
 SUITE = build_suite("test", pairs=100, questions=0)
@@ -94,3 +96,19 @@ def test_text_that_raises_ends_the_answer(gguf_folder: Folder, pictures: tuple[P
         assert result.verdict == "block" and result.error_in == "generate"
         assert result.refusal() == "I can't answer about this image: the generation failed (OSError)."
         assert chat.ask(pictures[0], "Where is the square?").verdict == "allow"
+
+
+@pytest.mark.parametrize("command", ["chat", "gate"])
+def test_a_runner_that_is_busy_refuses_in_plain_words(
+    command: str, gguf_folder: Folder, pictures: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = open_chat(None, str(gguf_folder("tiny-safegem")))
+    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate_command")
+    asked = [str(pictures[0]), *(["Why?"] if command == "chat" else ["--question", "Why?"])]
+    assert gate.guard is not None
+    with pytest.MonkeyPatch.context() as patch, gate, busy(gate.guard.runner):
+        patch.setattr(module, "open_told", lambda *_, **__: gate)
+        with pytest.raises(SystemExit) as end:
+            run(module.main, asked)
+    out = capsys.readouterr().out
+    assert end.value.code == 10 and "the guard is busy with an earlier image" in out

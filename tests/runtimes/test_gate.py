@@ -96,11 +96,20 @@ class Failing(FakeRunner):
 
     def infer(self, rgb: Any, *, embeddings: bool = False) -> GuardOutput:
         self.seen.append(rgb[0])
-        happen(self.what)
         output = super().infer(rgb) if self.checked else GuardOutput(probs=self.raw, logits=self.raw)
         if embeddings:
             object.__setattr__(output, "embeddings", np.full((1, 4, 6), 7, np.float32))
         return output
+
+    def _run(self, rgb: Any) -> GuardOutput:
+        happen(self.what)
+        return super()._run(rgb)
+
+
+class Shared(Failing):
+    """As a runner whose calls share nothing."""
+
+    exclusive = False
 
 
 @pytest.fixture
@@ -300,7 +309,7 @@ def test_a_gate_that_was_not_entered_blocks() -> None:
 
 
 @pytest.mark.parametrize("where", ["guard", "exact", "generate"])
-def test_a_hung_call_blocks_and_the_next_is_answered(where: str) -> None:
+def test_a_hung_call_blocks_and_so_does_what_comes_until_it_ends(where: str) -> None:
     hanging = Hanging(times=1)
     guard = Failing(hanging if where == "guard" else None)
     language = FakeLanguage(
@@ -313,7 +322,11 @@ def test_a_hung_call_blocks_and_the_next_is_answered(where: str) -> None:
             assert time.perf_counter() - begun < 10
             assert (result.verdict, result.stage, result.error_in) == ("block", "error", where)
             assert "in time" in result.reason and gate.stuck == 1
-            assert gate.ask(WHITE, "Why?").verdict == "allow"
+            busy = gate.ask(WHITE, "Why?")
+            assert (busy.verdict, busy.stage, busy.busy, gate.stuck) == ("block", "error", True, 1)
+            assert busy.error_in == ("guard" if where == "guard" else "exact")
+            who = "the guard" if where == "guard" else "the language model"
+            assert busy.refusal() == f"I can't answer about this image: {who} is busy with an earlier image."
             hanging.released.set()
             wait_until(lambda: gate.stuck == 0)
             assert gate.ask(WHITE, "Why?").verdict == "allow"
@@ -328,9 +341,20 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_a_guard_whose_calls_share_nothing_answers_beside_a_hung_one() -> None:
+    hanging = Hanging(times=1)
+    try:
+        with gate_of(Shared(hanging), None, timeout=0.05) as gate:
+            assert "in time" in gate.ask(WHITE, "Why?").reason
+            gate.timeout = 20
+            assert gate.ask(WHITE, "Why?").verdict == "allow" and gate.stuck == 1
+    finally:
+        hanging.released.set()
+
+
 def test_many_hung_calls_do_not_become_many_threads(hang: Hanging) -> None:
     before = threading.active_count()
-    with gate_of(Failing(hang), None, timeout=0.02) as gate:
+    with gate_of(Shared(hang), None, timeout=0.02) as gate:
         results = [gate.ask(WHITE, "Why?") for _ in range(14)]
         assert {result.verdict for result in results} == {"block"}
         assert threading.active_count() - before <= 9 and gate.stuck <= 8

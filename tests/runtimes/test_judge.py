@@ -14,6 +14,7 @@ from runtimes.fake_runner import FakeRunner
 from runtimes.judge import Guard, ImageSource
 from runtimes.runner import GuardOutput
 from tests.runtimes.bundles import BLUE, CLASSES, GREEN, PREPROCESSING, RED, fitted, onnx_file, picture, write_bundle
+from tests.runtimes.hanging_runners import busy
 
 
 @pytest.fixture
@@ -134,3 +135,20 @@ def test_opening_refuses_an_altered_bundle(folder: Path) -> None:
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(BundleError, match="was altered"):
         Guard.open(folder)
+
+
+def test_a_busy_runner_judges_nothing_and_check_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every image is an error, which no exit code of 0 stands for."""
+    from models.commandline import run
+    from runtimes import check
+
+    runner = FakeRunner(PREPROCESSING, 3, probs=[1, 0, 0])
+    monkeypatch.setattr("runtimes.judge.select_runner", lambda *_, **__: runner)
+    images = [str(picture(tmp_path / f"{number}.png", GREEN)) for number in range(3)]
+    with runner, busy(runner), pytest.raises(SystemExit) as end:
+        run(check.main, [str(folder), *images])
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and "allow" not in shown.out
+    assert shown.err.count("FakeRunner is busy with an earlier call") == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.errors import BundleError, InputError, MissingExtraError, SafeVLMError
+from models.errors import BundleError, BusyError, InputError, MissingExtraError, SafeVLMError
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.fake_runner import FakeRunner
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
@@ -50,6 +52,27 @@ def test_openvino_equals_numpy_at_every_batch(bundle: Bundle, count: int) -> Non
     assert np.abs(output.probs - expected(RGB[:count])).max() < 1e-5, "an earlier answer is not overwritten"
     assert np.array_equal(again.probs, output.probs[:1])
     assert output.logits.shape == output.probs.shape == (count, len(CLASSES))
+
+
+@pytest.mark.parametrize("kind", [OpenVinoRunner, OnnxRuntimeRunner])
+def test_the_real_runtimes_judge_right_or_refuse_under_many_threads(kind: Any, bundle: Bundle) -> None:
+    wanted = expected(RGB)
+    found: list[tuple[int, Any]] = []
+
+    def ask(first: int) -> None:
+        for number in range(40):
+            at = (first + number) % len(RGB)
+            with contextlib.suppress(BusyError):
+                found.append((at, runner.infer(RGB[at : at + 1]).probs[0]))
+
+    with kind(bundle, threads=1) as runner:
+        threads = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found and all(np.abs(probs - wanted[at]).max() < 1e-5 for at, probs in found)
+    assert kind.exclusive or len(found) == 160
 
 
 def test_openvino_says_what_is_missing_or_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

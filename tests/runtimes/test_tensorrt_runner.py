@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,180 +18,24 @@ from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.select import select_runner
 from runtimes.tensorrt_runner import TensorRTRunner, engine_mismatch, usable_engine
 from tests.runtimes.bundles import SIZE, engine_file, write_bundle
+from tests.runtimes.fake_tensorrt import EMBEDDING, FakeCuda, FakeEngine, install
 
-EMBEDDING = (6, 2)
-"""T x D."""
 RGB = np.random.default_rng(1).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8)
 
 
-class FakeCuda(ModuleType):
-    """cuda-python's runtime over the host's memory; counts what is held."""
-
-    def __init__(self, name: str = "cuda.bindings.runtime") -> None:
-        super().__init__(name)
-        self.cudaError_t = SimpleNamespace(cudaSuccess=0)
-        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-        self.devices = 1
-        self.driver = 12020
-        self.failing = ""
-        self.held: dict[int, Any] = {}
-
-    def _held(self, thing: Any, address: int) -> tuple[int, int]:
-        self.held[address] = thing
-        return 0, address
-
-    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return 0, b"out of memory"
-
-    def cudaDriverGetVersion(self) -> tuple[int, int]:
-        return 0, self.driver
-
-    def cudaRuntimeGetVersion(self) -> tuple[int, int]:
-        return 0, 12090
-
-    def cudaMemGetInfo(self) -> tuple[int, int, int]:
-        return 0, 3 * 2**30, 8 * 2**30
-
-    def cudaGetDeviceCount(self) -> tuple[int, int]:
-        return 0, self.devices
-
-    def cudaGetDevice(self) -> tuple[int, int]:
-        return 0, 0
-
-    def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
-        return 0, SimpleNamespace(name=b"Orin\0\0", major=8, minor=7)
-
-    def cudaMalloc(self, size: int) -> tuple[int, int]:
-        if self.failing == "cudaMalloc" and self.held.keys() - {4096}:
-            return 2, 0
-        memory = ctypes.create_string_buffer(size)
-        return self._held(memory, ctypes.addressof(memory))
-
-    def cudaFree(self, pointer: int) -> tuple[int]:
-        del self.held[pointer]
-        return (0,)
-
-    def cudaStreamCreate(self) -> tuple[int, int]:
-        return self._held("stream", 4096)
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
-        del self.held[stream]
-        return (0,)
-
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
-        assert stream == 4096
-        assert (to if kind == 1 else source) in self.held
-        ctypes.memmove(to, source, size)
-        return (0,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        return (0,)
-
-
-class FakeContext:
-    """Answer with each picture's mean colour as logits."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.shape: tuple[int, ...] = (0,)
-        self.addresses: dict[str, int] = {}
-        self.batches: list[int] = []
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = shape
-        return name == "rgb" and shape[0] <= self.most
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.shape[0], *EMBEDDING) if name == "embeddings" else (self.shape[0], 3)
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        count = self.shape[0]
-        self.batches.append(count)
-        pixels = (ctypes.c_uint8 * (count * SIZE * SIZE * 3)).from_address(self.addresses["rgb"])
-        logits = np.frombuffer(bytes(pixels), np.uint8).reshape(count, -1, 3).mean(axis=1) / 255
-        probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-        for name, values in (("probs", probs), ("logits", logits)):
-            result = values.astype(np.float32).tobytes()
-            ctypes.memmove(self.addresses[name], result, len(result))
-        if "embeddings" in self.addresses:
-            tokens = np.repeat(logits, 4, axis=1).reshape(count, *EMBEDDING).astype(np.float32).tobytes()
-            ctypes.memmove(self.addresses["embeddings"], tokens, len(tokens))
-        return True
-
-
-class FakeEngine:
-    names: tuple[str, ...] = ("rgb", "probs", "logits")
-    embedding: tuple[int, ...] = (-1, *EMBEDDING)
-    least, most = 1, 4
-    input_type: Any = np.uint8
-
-    def __init__(self) -> None:
-        self.context = FakeContext(self.most)
-
-    @property
-    def num_io_tensors(self) -> int:
-        return len(self.names)
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.embedding if name == "embeddings" else (-1, 3)
-
-    def get_tensor_name(self, index: int) -> str:
-        return self.names[index]
-
-    def get_tensor_dtype(self, name: str) -> Any:
-        return self.input_type if name == "rgb" else np.float32
-
-    def get_tensor_mode(self, name: str) -> str:
-        return "in" if name == "rgb" else "out"
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        return [(batch, SIZE, SIZE, 3) for batch in (self.least, 2, self.most)]
-
-    def create_execution_context(self) -> FakeContext:
-        return self.context
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeCuda, FakeEngine]:
+    return install(monkeypatch)
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    module = FakeCuda()
-    bindings = ModuleType("cuda.bindings")
-    bindings.runtime = module  # type: ignore[attr-defined]
-    for name, fake in (
-        ("cuda", ModuleType("cuda")),
-        ("cuda.bindings", bindings),
-        ("cuda.bindings.runtime", module),
-    ):
-        monkeypatch.setitem(sys.modules, name, fake)
-    return module
+def cuda(installed: tuple[FakeCuda, FakeEngine]) -> FakeCuda:
+    return installed[0]
 
 
 @pytest.fixture
-def engine(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    fake = FakeEngine()
-    trt = ModuleType("tensorrt")
-    logger = SimpleNamespace(ERROR=1)
-
-    def make_logger(level: int) -> Any:
-        return logger
-
-    make_logger.ERROR = 1  # type: ignore[attr-defined]
-    contents: dict[str, Any] = {
-        "__version__": "10.3.0",
-        "Logger": make_logger,
-        "nptype": lambda kind: kind,
-        "TensorIOMode": SimpleNamespace(INPUT="in"),
-        "Runtime": lambda _: SimpleNamespace(
-            deserialize_cuda_engine=lambda content: fake if content == b"plan" else None
-        ),
-    }
-    for name, value in contents.items():
-        setattr(trt, name, value)
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    return fake
+def engine(installed: tuple[FakeCuda, FakeEngine]) -> FakeEngine:
+    return installed[1]
 
 
 @pytest.fixture
@@ -257,6 +99,38 @@ def test_everything_is_given_back_also_when_activation_fails(
     with pytest.raises(SafeVLMError, match=r"CUDA: cudaMalloc failed: out of memory \(2\)"):
         TensorRTRunner(bundle).activate()
     assert not cuda.held
+
+
+def test_an_engine_that_does_not_run_is_refused_whatever_the_call_before_has_left(
+    engine: FakeEngine, write: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "names", ("rgb", "probs", "logits", "embeddings"))
+    with TensorRTRunner(write()) as runner:
+        for embeddings in (False, True):
+            right = runner.infer(RGB[:2], embeddings=embeddings)
+            engine.context.idle = True
+            with pytest.raises(SafeVLMError, match="not finite numbers for 2 of 2"):
+                runner.infer(RGB[2:4], embeddings=embeddings)
+            engine.context.idle = False
+            assert np.array_equal(runner.infer(RGB[:2], embeddings=embeddings).logits, right.logits)
+
+
+def test_a_call_that_fails_waits_for_what_it_has_queued(
+    engine: FakeEngine, cuda: FakeCuda, write: Callable[..., Bundle]
+) -> None:
+    """Until then the GPU may still write into its memory, which is given back when it ends."""
+    steps: list[str] = []
+
+    def fail(step: str) -> None:
+        steps.append(step)
+        if step == "copy out":
+            raise SafeVLMError("the second copy fails")
+
+    with TensorRTRunner(write()) as runner:
+        cuda.step = fail
+        with pytest.raises(SafeVLMError, match="the second copy fails"):
+            runner.infer(RGB[:1])
+    assert steps == ["copy in", "copy out", "synchronize"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from models.errors import InputError
 from runtimes.gateway.app import Gateway
 from runtimes.gateway.options import GatewayOptions
 from runtimes.runner import GuardOutput
-from tests.runtimes.gateway.servers import SAFE, SAFE_URL, Upstream, data_url, messages, png, serving
+from tests.runtimes.gateway.servers import SAFE, SAFE_URL, UNSAFE_URL, Upstream, data_url, messages, png, serving
+from tests.runtimes.hanging_runners import busy
 
 
 def ask(address: str, body: Any, **more: Any) -> httpx.Response:
@@ -236,6 +237,45 @@ def test_a_guard_that_fails_lets_nothing_pass(bundle: Path, upstream: Upstream, 
             time.sleep(3)
         runner._run = good
         assert ask(url, {"messages": messages(SAFE_URL)}).status_code == 200, "it goes on once the guard does"
+
+
+def test_a_guard_that_hangs_keeps_the_next_image_from_being_judged(bundle: Path, upstream: Upstream) -> None:
+    """The first answer is late, the second refused at once, the third right: none is another image's."""
+    gateway = Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(guard_timeout=1.0))
+    assert gateway.gate.guard is not None
+    runner: Any = gateway.gate.guard.runner
+    runner.exclusive = True  # as TensorRT's
+    good, released, ended = runner._run, threading.Event(), threading.Event()
+
+    def hang(rgb: Any) -> GuardOutput:
+        released.wait(600)
+        try:
+            return good(rgb)
+        finally:
+            ended.set()
+
+    with serving(gateway) as url:
+        runner._run = hang
+        refused(ask(url, {"messages": messages(SAFE_URL)}), 503, "no", "guard_error")
+        runner._run = good
+        second = ask(url, {"messages": messages(UNSAFE_URL)})
+        refused(second, 503, "the guard is busy with an earlier image; nothing was answered.", "guard_error")
+        assert second.headers["Retry-After"] == "1" and not upstream.requests
+        released.set()
+        assert ended.wait(600)
+        while (last := ask(url, {"messages": messages(UNSAFE_URL)})).status_code == 503:
+            time.sleep(0.01)
+        assert last.json()["safe_vlm"]["verdict"] == "block"
+        assert not upstream.requests
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_language_model_that_is_busy_refuses_in_plain_words(bundle: Path, stream: bool) -> None:
+    gateway = Gateway.open(bundle, model="tiny-safegem")
+    assert gateway.gate.language is not None
+    with serving(gateway) as url, busy(gateway.gate.language):
+        response = ask(url, {"messages": messages(SAFE_URL), "stream": stream})
+        refused(response, 503, "the language model is busy with an earlier image; nothing was answered", "guard_error")
 
 
 def test_a_full_queue_says_when_to_come_again(bundle: Path, upstream: Upstream) -> None:
