@@ -24,7 +24,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     """Run a click command and exit: with the whole number it returns, else 0.
 
     SafeVLMError becomes ``error: message`` on stderr and its own code, wrong usage 2 (so is a path that is too long
-    for the system, whoever looked at it), Ctrl-C 130. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1).
+    for the system, whoever looked at it), Ctrl-C 130. Every other exception is a bug of ours and keeps its traceback
+    (Python then exits with 1).
     """
     try:
         code = command.main(None if arguments is None else list(arguments), standalone_mode=False)
