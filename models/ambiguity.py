@@ -9,7 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import IO
+from typing import IO, Any
 
 from PIL import Image
 
@@ -17,13 +17,18 @@ __all__ = ["ambiguity", "png_background", "raw_mode"]
 
 ONCE = (b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"iCCP", b"cICP", b"bKGD")
 MOST_CHUNKS = 100_000
+PALETTE = 3
+"""The colour type in IHDR."""
 CHROMATICITIES = ((0.3127, 0.329), (0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 """White, red, green and blue of sRGB, x and y."""
 CHROMATICITY_REACH = (0.06, 0.3, 0.3, 0.3)
 """How far the primaries of real displays and of ProPhoto lie from these."""
 SDR_TRANSFERS = (1, 4, 6, 13, 14, 15)
 """ITU-T H.273: curves close to sRGB's; the others, PQ and HLG among them, show another image where they are ignored."""
-SUB_IFDS, EXTRA_SAMPLES, PLANAR = 330, 338, 284
+BITS, COMPRESSION, PHOTOMETRIC, PLANAR, SUB_IFDS, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 259, 262, 284, 330, 338, 339
+SUBSAMPLING = 530
+WHITE_IS_ZERO, YCBCR, JPEG, SIGNED = 0, 6, (6, 7), 2
+"""Values of these TIFF tags."""
 
 
 def ambiguity(image: Image.Image) -> str | None:
@@ -61,10 +66,9 @@ def _colour(chunk: bytes, image: Image.Image) -> tuple[int, int, int] | None:
         return (table[0], table[1], table[2]) if len(table) == 3 else None
     if len(chunk) not in (2, 6):
         return None
-    levels = struct.unpack(f">{len(chunk) // 2}H", chunk)
-    shift = 8 if "16" in raw_mode(image) else 0
-    red, green, blue = (min(255, level >> shift) for level in (levels if len(levels) == 3 else levels * 3))
-    return red, green, blue
+    most = {"1": 1, "L;2": 3, "L;4": 15}.get(raw_mode(image), 65_535 if "16" in raw_mode(image) else 255)
+    levels = [min(255, level * 255 // most) for level in struct.unpack(f">{len(chunk) // 2}H", chunk)]
+    return levels[0], levels[len(levels) // 2], levels[-1]
 
 
 def raw_mode(image: Image.Image) -> str:
@@ -102,8 +106,13 @@ def _png(image: Image.Image, stream: IO[bytes]) -> str | None:
     if twice is not None:
         return f"its {twice.decode()} chunk is there twice, and readers take one or the other"
     first = dict(reversed(chunks))
-    if b"tRNS" in names and "RGB;16" in raw_mode(image):
-        return "one colour of 16 bits a channel is transparent"
+    depth, kind = first[b"IHDR"][8:10]
+    if b"tRNS" in names and kind != PALETTE:
+        key = first[b"tRNS"]
+        if depth == 16 and image.mode == "RGB":
+            return "one colour of 16 bits a channel is transparent"
+        if any(int.from_bytes(key[at : at + 2], "big") >> depth for at in range(0, len(key), 2)):
+            return f"its transparent colour does not fit into {depth} bits"
     if b"cICP" in names and not _is_sdr(first[b"cICP"]):
         return f"its colours are HDR (cICP {', '.join(map(str, first[b'cICP'][:4]))}), which only some readers show"
     return None if _are_primaries(image.info.get("chromaticity")) else "its primaries (cHRM) are of no real display"
@@ -178,12 +187,20 @@ def _pnm(image: Image.Image, stream: IO[bytes]) -> str | None:
 
 
 def _tiff(image: Image.Image, _: IO[bytes]) -> str | None:
-    tags: Mapping[int, object] = image.tag_v2  # type: ignore[attr-defined]  # of TiffImageFile
+    tags: Mapping[int, Any] = image.tag_v2  # type: ignore[attr-defined]  # of TiffImageFile
+    bits, photometric, extra = max(tags.get(BITS, (1,))), tags.get(PHOTOMETRIC), tags.get(EXTRA_SAMPLES, ())
     if SUB_IFDS in tags:
         return "it holds further images (SubIFDs)"
-    extra = tags.get(EXTRA_SAMPLES)
-    if extra and (image.mode == "CMYK" or tags.get(PLANAR) == 2):
+    if tags.get(PLANAR) == 2 and bits > 8:
+        return "its channels lie one behind the other in 16 bits, which some readers mix up"
+    if extra and (image.mode == "CMYK" or (tags.get(PLANAR) == 2 and max(extra) == 0)):
         return "it has an extra channel, which some readers take for transparency"
+    if photometric == WHITE_IS_ZERO and bits > 8:
+        return "its 16-bit levels run from white to black, which some readers ignore"
+    if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED:
+        return "its levels are signed, which some readers ignore"
+    if photometric == YCBCR and tags.get(COMPRESSION) not in JPEG and tags.get(SUBSAMPLING) != (1, 1):
+        return "it is YCbCr with fewer samples of colour, which readers arrange in different ways"
     return None
 
 

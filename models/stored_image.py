@@ -78,7 +78,7 @@ def _keep_fourth(image: ImageFile) -> Fourth:
 
 def _raw_samples(image: ImageFile) -> npt.NDArray[np.uint16] | None:
     codec, _, offset, arguments = image.tile[0]
-    if codec != "ppm" or image.fp is None:
+    if codec != "ppm" or image.fp is None or arguments[1] == 65_535:
         return None
     width, height = image.size
     shape = (height, width, 3) if image.mode == "RGB" else (height, width)

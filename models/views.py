@@ -105,11 +105,11 @@ def _colours(image: Image.Image, colour: Image.Image, stored: StoredImage) -> It
     yield from other_colours(colour, image.info.get("icc_profile"), image.info.get("gamma"))
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO"):
         yield "inks inverted", ImageChops.invert(image).convert("RGB")
-    if _is_deep(image):
-        yield from _deep_versions(_deep(image))
     if stored.raw is not None:
         yield "highest level ignored", _grey_or_rgb(stored.raw >> (8 if stored.raw.max() > 255 else 0))
         yield from _deep_versions(stored.raw)
+    elif _is_deep(image):
+        yield from _deep_versions(_deep(image))
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -164,7 +164,7 @@ def _split(image: Image.Image, stored: StoredImage, where: str) -> tuple[Image.I
 
 
 def _key_alpha(image: Image.Image, stored: StoredImage) -> Image.Image | None:
-    """Return the alpha of an image one colour of which is transparent; only as many bits count as a sample has."""
+    """Return the alpha of an image one colour of which is transparent."""
     key = image.info.get("transparency")
     if key is None or not (image.mode in ("1", "L", "RGB") or _is_deep(image)):
         return None
@@ -172,7 +172,7 @@ def _key_alpha(image: Image.Image, stored: StoredImage) -> Image.Image | None:
     if _is_deep(image):
         same = _deep(image) == wanted
     else:
-        same = np.asarray(image.convert("L") if image.mode == "1" else image) == wanted & 255
+        same = np.asarray(image.convert("L") if image.mode == "1" else image) == wanted
     return Image.fromarray(np.where(same.all(axis=2) if same.ndim == 3 else same, 0, 255).astype(np.uint8))
 
 
@@ -180,22 +180,36 @@ def _composited(colour: Image.Image, alpha: Image.Image, stored: StoredImage) ->
     """Yield an image with its transparency on each ground and without it, what its file means by it first."""
     grounds = GROUNDS if stored.background is None else {**GROUNDS, "on its own background": stored.background}
     for number, reading in enumerate(READINGS[stored.alpha]):
+        note = f", taken as {reading}" if number else ""
         if reading == "ignored":
             yield "transparency ignored", colour
-            continue
-        note = f", taken as {reading}" if number else ""
-        for name, ground in grounds.items():
-            below = Image.new("RGB", colour.size, ground)
-            if reading == "straight":
-                yield name + note, Image.composite(colour, below, alpha)
-            else:
-                rest = ImageChops.invert(alpha)
-                yield name + note, ImageChops.add(colour, ImageChops.multiply(below, Image.merge("RGB", [rest] * 3)))
+        elif reading == "divided":
+            yield "transparency divided by and ignored", _divided(colour, alpha)
+            if ImageChops.subtract(colour, Image.merge("RGB", [alpha] * 3)).getbbox() is not None:
+                for name, ground in grounds.items():  # colours that are brighter than they can be are cut off
+                    yield name + note, _on(ground, _divided(colour, alpha), alpha, premultiplied=False)
+        else:
+            for name, ground in grounds.items():
+                yield name + note, _on(ground, colour, alpha, premultiplied=reading == "premultiplied")
+
+
+def _divided(colour: Image.Image, alpha: Image.Image) -> Image.Image:
+    """Return the colours that were multiplied by alpha."""
+    multiplied = Image.merge("RGBA", (*colour.split(), alpha))
+    return Image.frombytes("RGBa", colour.size, multiplied.tobytes()).convert("RGBA").convert("RGB")
+
+
+def _on(ground: tuple[int, int, int], colour: Image.Image, alpha: Image.Image, *, premultiplied: bool) -> Image.Image:
+    below = Image.new("RGB", colour.size, ground)
+    if not premultiplied:
+        return Image.composite(colour, below, alpha)
+    rest = Image.merge("RGB", [ImageChops.invert(alpha)] * 3)
+    return ImageChops.add(colour, ImageChops.multiply(below, rest))
 
 
 READINGS = {
     "straight": ("straight", "ignored"),
-    "premultiplied": ("premultiplied", "ignored", "straight"),
+    "premultiplied": ("premultiplied", "ignored", "divided", "straight"),
     "extra": ("ignored", "straight", "premultiplied"),
     "padding": ("ignored", "straight"),
 }
