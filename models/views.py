@@ -70,10 +70,14 @@ def views(image: Image.Image, where: str) -> Iterator[View]:
         for turned, upright in _turned(flat, stored):
             yield View(", ".join(part for part in (name, turned) if part) or USUAL, upright)
             if reason is not None:
-                raise ImageFileError(
-                    f"{where}: readers may show different images of it: {reason}. Save it as a plain 8-bit RGB PNG or "
-                    "JPEG and try again."
-                )
+                raise _unclear(where, reason)
+
+
+def _unclear(where: str, reason: str) -> ImageFileError:
+    return ImageFileError(
+        f"{where}: readers may show different images of it: {reason}. Save it as a plain 8-bit RGB PNG or JPEG and try "
+        "again."
+    )
 
 
 def _turned(flat: Image.Image, stored: StoredImage) -> Iterator[Named]:
@@ -90,6 +94,8 @@ def _flat(image: Image.Image, stored: StoredImage, where: str) -> Iterator[Named
     """Yield RGB images, not turned, the usual one first."""
     colour, alpha = _split(image, stored, where)
     for way, version in _colours(image, colour, stored):
+        if way and alpha is not None and stored.alpha == "premultiplied":
+            raise _unclear(where, f"its colours are multiplied by its transparency, and others when {way}")
         for name, flat in [("", version)] if alpha is None else _composited(version, alpha, stored):
             yield ", ".join(part for part in (name, way) if part), flat
         if stored.frame is not None:

@@ -54,7 +54,9 @@ def packed(samples_HW: Levels, depth: int) -> bytes:
 
 def bmp(pixels: bytes, width: int, height: int, bits: int, *, compression: int = 0, palette: bytes = b"") -> bytes:
     """Return a Windows bitmap with the header of version 3."""
-    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, len(pixels), 0, 0, len(palette) // 4, 0)
+    header = struct.pack(
+        "<IiiHHIIiiII", 40, width, height, 1, bits, compression, len(pixels), 0, 0, len(palette) // 4, 0
+    )
     start = 54 + len(palette)
     return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + palette + pixels
 
@@ -90,7 +92,7 @@ def _xyz(*values: float) -> bytes:
 
 
 def as_others_read(content: bytes) -> Iterator[tuple[str, Levels]]:
-    """Yield what OpenCV and libvips make of a file, each in all its ways, as RGB of 8 bits; nothing where they refuse."""
+    """Yield what OpenCV and libvips make of a file, each in its ways, as RGB of 8 bits; nothing where they refuse."""
     yield from _opencv(content)
     yield from _libvips(content)
 

@@ -86,7 +86,7 @@ def by_pillow(draw: st.DrawFn) -> tuple[bytes, float]:
         content = encoded(image.convert("RGB"), "PNG")
     if kind == "TIFF" and mode == "RGBA":
         content = with_extra_samples(content, draw(st.integers(0, 2)))
-    return content, 26.0 if mode == "CMYK" else 9.0 if kind in LOSSY else 3.0
+    return content, 50.0 if mode == "CMYK" else 9.0 if kind in LOSSY else 3.0
 
 
 @st.composite
@@ -108,6 +108,8 @@ def png_by_hand(draw: st.DrawFn) -> tuple[bytes, float]:
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(st.one_of(by_pillow(), by_pillow(), png_by_hand()))
 def test_what_another_reader_shows_is_among_the_views_or_the_file_is_refused(made: tuple[bytes, float]) -> None:
+    pytest.importorskip("cv2", reason="reading images as others do needs the dev extra")
+    pytest.importorskip("pyvips", reason="reading images as others do needs the dev extra")
     content, tolerance = made
     try:
         views = seen(content)
@@ -214,7 +216,7 @@ def test_padding_that_could_be_alpha_is_judged_both_ways() -> None:
     rgbx = np.dstack([np.asarray(HIDDEN)[::-1, :, ::-1], np.zeros((HEIGHT, WIDTH), np.uint8)])
     assert list(seen(bmp(rgbx.tobytes(), WIDTH, HEIGHT, 32))) == ["usual"], "all zero is no alpha"
     rgbx[0, 0, 3] = 1
-    assert list(seen(bmp(rgbx.tobytes(), WIDTH, HEIGHT, 32)))[0] == "transparency ignored"
+    assert next(iter(seen(bmp(rgbx.tobytes(), WIDTH, HEIGHT, 32)))) == "transparency ignored"
 
 
 # -- refused: what other readers show cannot be told --------------------------------------------------------
@@ -235,7 +237,10 @@ ONE_ROW = packed(np.asarray(SHOWN), 8)
         (b"P2 2 1 9\n1 2\n", "go to 9"),
         (png(WIDTH, HEIGHT, 8, 2, ONE_ROW, (b"cICP", bytes((9, 16, 0, 1)))), "HDR"),
         (png(WIDTH, HEIGHT, 8, 2, ONE_ROW, *[(b"gAMA", struct.pack(">I", value)) for value in (45_455, 1)]), "twice"),
-        (png(WIDTH, HEIGHT, 8, 2, ONE_ROW, (b"cHRM", struct.pack(">8I", *[31_270, 32_900, 30_000, 60_000] * 2))), "cHRM"),
+        (
+            png(WIDTH, HEIGHT, 8, 2, ONE_ROW, (b"cHRM", struct.pack(">8I", *[31_270, 32_900, 30_000, 60_000] * 2))),
+            "cHRM",
+        ),
         (encoded(SHOWN.convert("CMYK"), "TIFF", tiffinfo={330: 8}), "SubIFDs"),
     ],
 )
