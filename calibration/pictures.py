@@ -20,7 +20,7 @@ from models.errors import ImageFileError, InputError, MissingExtraError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
 from models.image import open_image, to_rgb
-from models.image_folder import no_images, read_folder
+from models.image_folder import no_images, not_read, read_folder
 from models.preprocessing import Preprocessing
 
 __all__ = ["BuiltIn", "Folder", "HubDataset", "PictureSource", "Pictures", "load_pictures", "picture_source"]
@@ -59,7 +59,7 @@ class Folder:
         if not content.images:
             raise no_images(self.path, content)
         for path, problem in content.unreadable:
-            yield str(path), ImageFileError(f"{path}: it cannot be read ({problem}).")
+            yield str(path), ImageFileError(not_read(path, problem))
         for file in content.images:
             yield str(file), _open(file)
 

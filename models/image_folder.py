@@ -16,7 +16,7 @@ from models.commandline import printable
 from models.errors import ImageFileError, InputError
 from models.image import open_regular
 
-__all__ = ["FolderContent", "read_folder", "shown_names"]
+__all__ = ["FolderContent", "image_files", "no_images", "not_read", "read_folder", "shown_names"]
 
 PREFIX = 64
 """Bytes that tell an image file."""
@@ -60,9 +60,9 @@ class FolderContent:
     images: tuple[Path, ...]
     """To be judged; what is damaged or of a format that is not read is found out there."""
     others: tuple[Path, ...]
-    """Neither content nor name says image: labels, archives, pipes, links to folders."""
+    """Neither content nor name says image: labels, archives; and pipes and devices, whatever their names."""
     unreadable: tuple[tuple[Path, str], ...]
-    """Files and folders that cannot be looked into, and why: there may be images in them."""
+    """Files, folders and links to folders that are not looked into, and why: there may be images in them."""
 
 
 def read_folder(folder: Path) -> FolderContent:
@@ -89,7 +89,7 @@ def image_files(folder: Path) -> tuple[Path, ...]:
     """
     content = read_folder(folder)
     for path, problem in content.unreadable:
-        raise ImageFileError(f"{path}: it cannot be read ({problem}). Repair or remove it.")
+        raise ImageFileError(not_read(path, problem))
     if not content.images:
         raise no_images(folder, content)
     return content.images
@@ -99,6 +99,11 @@ def no_images(folder: Path, content: FolderContent) -> InputError:
     """Return the error for a folder without images."""
     there = f"; it has {shown_names(content.others)}" if content.others else ""
     return InputError(f"{folder} is a folder without image files{there}. Give a folder of images, or image files.")
+
+
+def not_read(path: Path, problem: str) -> str:
+    """Return the message about a path that cannot be looked into."""
+    return f"{path}: it cannot be read ({problem}). Remove it, repair it, or give what it leads to."
 
 
 def shown_names(paths: Sequence[Path]) -> str:
@@ -117,6 +122,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, str | None]]:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(place / entry.name)
+                    elif entry.is_dir():
+                        yield place / entry.name, "a link to a folder, which is not followed"
                     else:
                         yield place / entry.name, None
         except OSError as error:

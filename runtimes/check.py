@@ -136,14 +136,13 @@ class _Found:
         self.others += content.others
 
     def judge(self, guard: Guard) -> list[Judgement]:
+        from models.image_folder import not_read
         from runtimes.verdict import Judgement
 
         readable = [path for path, problem in self.images if problem is None]
         judged = _with_progress(guard.stream(readable), len(readable))
         return [
-            next(judged)
-            if problem is None
-            else Judgement(str(path), "error", error=f"{path}: it cannot be read ({problem}). Check its permissions.")
+            next(judged) if problem is None else Judgement(str(path), "error", error=not_read(path, problem))
             for path, problem in self.images
         ]
 

@@ -56,7 +56,7 @@ def dangling(path: Path) -> None:
 
 SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
     "pipe": (fifo, "others"),
-    "circle": (loop, "others"),
+    "circle": (loop, "unreadable"),
     "dangling": (dangling, "unreadable"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "others"),
 }
