@@ -83,7 +83,7 @@ def raw_mode(image: Image.Image) -> str:
 
 def _chunks(stream: IO[bytes]) -> list[tuple[bytes, bytes]]:
     """Return the names of a PNG's chunks up to IEND, each with the first 32 of its bytes."""
-    found = []
+    found: list[tuple[bytes, bytes]] = []
     stream.seek(8)
     while len(head := stream.read(8)) == 8 and len(found) < MOST_CHUNKS:
         length, name = struct.unpack(">I4s", head)

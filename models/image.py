@@ -67,9 +67,7 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     Raises ImageFileError for a file that is missing, empty, no image, damaged or truncated, holds more than
     one image, has a mode of no plain colour, or states more than ``max_pixels``; it is not decoded then.
     """
-    for view in open_views(source, max_pixels=max_pixels):
-        return view.image
-    raise AssertionError("an image has at least one view")
+    return next(open_views(source, max_pixels=max_pixels)).image
 
 
 def open_views(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[View]:
@@ -94,9 +92,7 @@ def open_views(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterato
 
 def to_rgb(image: Image.Image, *, where: str = "the given image") -> Image.Image:
     """Turn an opened image upright and into RGB, as :func:`open_image` does with a file."""
-    for view in to_views(image, where=where):
-        return view.image
-    raise AssertionError("an image has at least one view")
+    return next(to_views(image, where=where)).image
 
 
 def to_views(image: Image.Image, *, where: str = "the given image") -> Iterator[View]:
@@ -145,8 +141,11 @@ def _decoded(image: Image.Image, where: str) -> Iterator[View]:
 
 
 def _content(stream: BinaryIO, where: str) -> bytes:
-    stream.seek(0)
-    content = stream.read(MAX_JPEG_BYTES + 1)
+    try:
+        stream.seek(0)
+        content = stream.read(MAX_JPEG_BYTES + 1)
+    except OSError as error:
+        _refuse(where, f"it cannot be read ({error.strerror})", error)
     if len(content) > MAX_JPEG_BYTES:
         _refuse(where, f"it has more than {MAX_JPEG_BYTES:,} bytes, which no JPEG needs")
     return content

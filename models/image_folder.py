@@ -67,7 +67,8 @@ class FolderContent:
 
 def read_folder(folder: Path) -> FolderContent:
     """Look at every file in a folder and below it. Raises InputError for a folder that cannot be read itself."""
-    images, others = [], []
+    images: list[Path] = []
+    others: list[Path] = []
     unreadable: list[tuple[Path, str]] = []
     for path, problem in _files(folder):
         if problem is None:

@@ -71,14 +71,14 @@ def _keep_fourth(image: ImageFile) -> Fourth:
     else:
         return "straight"
     image._mode = WITH_ALPHA[image.mode]
-    tiles = [tile._replace(args=(kept + semicolon + depth, *tile.args[1:])) for tile in image.tile]
-    image.tile = tiles
+    kept += semicolon + depth
+    image.tile = [tile._replace(args=(kept, *tuple(tile.args or ())[1:])) for tile in image.tile]
     return meaning
 
 
 def _raw_samples(image: ImageFile) -> npt.NDArray[np.uint16] | None:
     codec, _, offset, arguments = image.tile[0]
-    if codec != "ppm" or image.fp is None or arguments[1] == 65_535:
+    if codec != "ppm" or image.fp is None or not isinstance(arguments, tuple) or arguments[1] == 65_535:
         return None
     width, height = image.size
     shape = (height, width, 3) if image.mode == "RGB" else (height, width)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -135,7 +136,7 @@ def _deep_versions(levels: npt.NDArray[np.uint16]) -> Iterator[Named]:
         yield "levels stretched", _grey_or_rgb((levels.astype(np.float32) - least) * (255 / (most - least)))
 
 
-def _grey_or_rgb(levels: npt.NDArray[np.uint16] | npt.NDArray[np.float32]) -> Image.Image:
+def _grey_or_rgb(levels: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
 
 
