@@ -7,7 +7,6 @@ in two parts of a split.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ from PIL import Image
 from models.errors import ImageFileError, InputError, MissingExtraError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
-from models.image import IMAGE_SUFFIXES, open_image, to_rgb
+from models.image import open_image, to_rgb
+from models.image_folder import no_images, not_read, read_folder
 from models.preprocessing import Preprocessing
 
 __all__ = ["BuiltIn", "Folder", "HubDataset", "PictureSource", "Pictures", "load_pictures", "picture_source"]
@@ -44,7 +44,7 @@ def _open(picture: Path | Image.Image, where: str = "") -> Image.Image | ImageFi
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """All image files in a folder and below it, by name."""
+    """All image files in a folder and below it, told by content, by name."""
 
     path: Path
 
@@ -55,11 +55,12 @@ class Folder:
         """Yield names and pictures, or why one cannot be read. Errors: InputError for an empty folder."""
         if not self.path.is_dir():
             raise InputError(f"{self.path} is not a folder. Give --images a folder of pictures, or hub:NAME.")
-        inside = (Path(folder) / name for folder, _, names in os.walk(self.path) for name in names)
-        files = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise InputError(f"{self.path} has no pictures; looked for {', '.join(sorted(IMAGE_SUFFIXES))} files.")
-        for file in files:
+        content = read_folder(self.path)
+        if not content.images:
+            raise no_images(self.path, content)
+        for path, problem in content.unreadable:
+            yield str(path), ImageFileError(not_read(path, problem))
+        for file in content.images:
             yield str(file), _open(file)
 
 

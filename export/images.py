@@ -15,11 +15,11 @@ from models.errors import InputError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
 from models.image import open_image
+from models.image_folder import image_files
 from models.preprocessing import Preprocessing
 
 __all__ = ["FEWEST_HELD_OUT", "MOST_HELD_OUT", "PicturesOnDemand", "int8_images", "parity_images"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEWEST_HELD_OUT = 200
 """Fewer cannot show a flip of one label in a thousand, nor a change of the ranking."""
 MOST_HELD_OUT = 1000
@@ -38,10 +38,7 @@ def parity_images(preprocessing: Preprocessing, count: int, folder: Path | None 
         spread = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int)
         images = [draw(pictures[i].scene) for i in spread]
     else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:count]
-        if not paths:
-            raise InputError(f"{folder} has no pictures; {', '.join(SUFFIXES)} files are looked for.")
-        images = [open_image(path) for path in paths]
+        images = [open_image(path) for path in image_files(folder)[:count]]
     return np.stack([preprocessing.apply(image) for image in images])
 
 
@@ -79,7 +76,7 @@ def int8_images(
         makers = [partial(draw, picture.scene) for picture in chosen]
         unsafe = np.array([picture.scene.label != 0 for picture in chosen[calibration:]])
     else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = image_files(folder)
         least = min(FEWEST_HELD_OUT, held_out)
         if len(paths) < calibration + least:
             raise InputError(

@@ -1,4 +1,4 @@
-"""From an image file to the picture a person would see: RGB, 8 bit, upright.
+"""From an image file to the image a person would see, and to those that other readers show: RGB, 8 bit.
 
 Only Pillow's own decoders of the formats below are tried; those that start other programs (EPS) are not.
 """
@@ -6,67 +6,37 @@ Only Pillow's own decoders of the formats below are tried; those that start othe
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import ImageFileError
+from models.jpeg_images import images_behind
 from models.regular_file import open_regular
+from models.views import USUAL, View, views
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "MAX_SIDE", "open_image", "to_rgb"]
+__all__ = ["MAX_PIXELS", "MAX_SIDE", "View", "open_image", "open_views", "to_rgb", "to_views"]
 
 MAX_PIXELS = 50_000_000
 """A larger picture is refused before it is decoded."""
 MAX_SIDE = 65_535
 """The longest side JPEG can state, in pixels; a longer one is no photograph."""
+MAX_JPEG_BYTES = 1 << 30
+MOST_IMAGES = 16
+"""Images in one JPEG file, MPO included; a camera's burst or panorama has fewer."""
 
 EAGER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 """Loaded with Pillow itself; the others only when a file is none of these."""
 LATE_FORMATS = ("WEBP", "TIFF", "MPO", "JPEG2000", "AVIF")
 FORMATS_TEXT = "JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF or PPM"
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".bmp",
-        ".gif",
-        ".jp2",
-        ".j2k",
-        ".avif",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-    ]
-)
-"""File names that are taken for images when a folder is searched, in lower case."""
-
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF 2.3, tag 274: what turns the stored picture upright."""
-
-OPAQUE_MODES = frozenset(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"))
-ALPHA_MODES = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
-SIXTEEN_BIT_MODES = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
-
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -88,46 +58,96 @@ _OPENING = threading.Lock()
 
 
 def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file, or the bytes of one, to an upright RGB picture of 8 bits a channel.
+    """Decode an image file, or the bytes of one, to an upright RGB image of 8 bits a channel: its usual view.
 
     Transparency (alpha, palette or colour key) is composited on white, as a viewer shows it. CMYK is
     converted as Pillow does, Adobe's inverted kind included; 16 bits keep their upper eight; EXIF
-    orientation is applied. A phone's JPEG with further pictures behind the first (MPO) is its first picture.
+    orientation is applied. A phone's JPEG with further images behind the first (MPO) is its first image.
 
     Raises ImageFileError for a file that is missing, empty, no image, damaged or truncated, holds more than
-    one picture, has a mode of no plain colour, or states more than ``max_pixels``; it is not decoded then.
+    one image, has a mode of no plain colour, or states more than ``max_pixels``; it is not decoded then.
+    """
+    return next(open_views(source, max_pixels=max_pixels)).image
+
+
+def open_views(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[View]:
+    """Yield the views of an image file, or of the bytes of one, the usual one first; see ``models.views``.
+
+    Raises what :func:`open_image` does, at any view, and ImageFileError after the usual view where other readers show
+    what cannot be told: only a file whose views all came has been seen as a whole.
     """
     where = "the given bytes" if isinstance(source, bytes) else str(source)
+    with _stream(source, where) as stream:
+        with _open(stream, where) as image:
+            _check_header(image, where, max_pixels)
+            is_jpeg = image.format in ("JPEG", "MPO")
+            indexed = "mp" in image.info
+            yield from _decoded(image, where)
+        if is_jpeg:
+            for number, content in enumerate(images_behind(_content(stream, where), indexed=indexed), 2):
+                if number > MOST_IMAGES:
+                    _refuse(where, f"more than {MOST_IMAGES} images are in it")
+                yield from _further(content, f"image {number}", where, max_pixels)
+
+
+def to_rgb(image: Image.Image, *, where: str = "the given image") -> Image.Image:
+    """Turn an opened image upright and into RGB, as :func:`open_image` does with a file."""
+    return next(to_views(image, where=where)).image
+
+
+def to_views(image: Image.Image, *, where: str = "the given image") -> Iterator[View]:
+    """Yield the views of an opened image, as :func:`open_views` does of a file; of an MPO, those of its frame alone."""
+    return _decoded(image, where)
+
+
+@contextmanager
+def _stream(source: Path | bytes, where: str) -> Iterator[BinaryIO]:
+    """Open a regular file that is not empty, or bytes."""
     if isinstance(source, bytes):
         if not source:
             _refuse(where, "it is empty (0 bytes)")
-        return _decode(io.BytesIO(source), where, max_pixels)
+        yield io.BytesIO(source)
+        return
     try:
-        if not source.is_file():
-            _refuse(where, "it is not a file" if source.exists() else "there is no such file")
-        if source.stat().st_size == 0:
+        stream = open_regular(source)
+    except FileNotFoundError as error:
+        _refuse(where, "there is no such file", error)
+    except OSError as error:
+        _refuse(where, f"it cannot be read ({error.strerror or error})", error)
+    with stream:
+        if os.fstat(stream.fileno()).st_size == 0:
             _refuse(where, "it is empty (0 bytes)")
-        with open_regular(source) as stream:
-            return _decode(stream, where, max_pixels)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        _refuse(where, f"it cannot be read ({getattr(error, 'strerror', None) or error})", error)
+        yield stream
 
 
-def to_rgb(image: Image.Image, *, where: str = "the given picture") -> Image.Image:
-    """Turn an opened picture upright and into RGB, as :func:`open_image` does with a file."""
+def _decoded(image: Image.Image, where: str) -> Iterator[View]:
     try:
-        image.load()
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
-        rgb = _rgb(image, where)
-        return rgb if turn is None else rgb.transpose(turn)
+        yield from views(image, where)
     except DECODER_ERRORS as error:
         _refuse(where, f"its pixels cannot be decoded ({error})", error)
 
 
-def _decode(stream: BinaryIO, where: str, max_pixels: int) -> Image.Image:
-    with _open(stream, where) as image:
+def _content(stream: BinaryIO, where: str) -> bytes:
+    try:
+        stream.seek(0)
+        content = stream.read(MAX_JPEG_BYTES + 1)
+    except OSError as error:
+        _refuse(where, f"it cannot be read ({error.strerror})", error)
+    if len(content) > MAX_JPEG_BYTES:
+        _refuse(where, f"it has more than {MAX_JPEG_BYTES:,} bytes, which no JPEG needs")
+    return content
+
+
+def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator[View]:
+    """Yield the views of an image behind the first of a JPEG; none where what is there is no image after all."""
+    try:
+        image = _open(io.BytesIO(content), where)
+    except ImageFileError:
+        return
+    with image:
         _check_header(image, where, max_pixels)
-        return to_rgb(image, where=where)
+        for view in _decoded(image, where):
+            yield View(name if view.name == USUAL else f"{name}, {view.name}", view.image)
 
 
 def _open(stream: BinaryIO, where: str) -> Image.Image:
@@ -165,44 +185,6 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
             f"{where}: it is animated or has several pages. Allowed is one picture a file: a verdict on the "
             "first would say nothing of the others. Save each frame as a file and judge all of them."
         )
-
-
-def _rgb(image: Image.Image, where: str) -> Image.Image:
-    """Convert every mode that stands for plain colour; ImageFileError for the others."""
-    mode = image.mode
-    if mode in SIXTEEN_BIT_MODES or (mode == "I" and image.format in ("PNG", "PPM")):
-        return _from_sixteen_bit(image)
-    if mode in ALPHA_MODES or (mode in OPAQUE_MODES and _has_colour_key(image)):
-        return _on_white(image)
-    if mode in OPAQUE_MODES:
-        return image.convert("RGB")
-    raise ImageFileError(
-        f"{where}: mode {mode} is not supported. Allowed are grey, palette, RGB, CMYK and YCbCr "
-        "with or without transparency, at 8 or 16 bits; save it as an RGB PNG and try again."
-    )
-
-
-def _has_colour_key(image: Image.Image) -> bool:
-    """Say whether a palette has transparent entries, or one colour stands for transparent.
-
-    A key above 255 belongs to a 16-bit file, whose pixels are no longer there to be compared with it.
-    """
-    if not image.has_transparency_data:
-        return False
-    key = image.info.get("transparency")
-    values = key if isinstance(key, tuple) else (key,)
-    return not any(isinstance(value, int) and value > 255 for value in values)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, layer).convert("RGB")
-
-
-def _from_sixteen_bit(image: Image.Image) -> Image.Image:
-    grey = np.clip(np.asarray(image).astype(np.int64), 0, 65_535) >> 8
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def _refuse(where: str, reason: str, cause: BaseException | None = None) -> NoReturn:

@@ -1,24 +1,28 @@
 """``python -m runtimes.check BUNDLE IMAGE…``: judge image files with a guard bundle.
 
-Exit codes: 0 every image is allowed; 10 at least one is blocked, or unsure, which is not allowed either;
-2 none of these but an image could not be judged. A block is the answer that safety depends on, so it is
-told before an unreadable file is; read the verdicts (or ``--json``) to tell errors apart.
+A folder stands for every file in it: images are judged, whatever their names, and what is not an image is named.
+Exit codes: 0 every file was judged and is allowed; 10 at least one is blocked, or unsure, which is not allowed either;
+2 none of these but a file was not judged. A block is the answer that safety depends on, so it is reported before an
+unreadable file is; read the verdicts (or ``--json``) to tell errors apart.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from models.commandline import printable, run
+from models.commandline import run
+from models.printable import one_line
 
 if TYPE_CHECKING:
+    from models.image_folder import FolderContent
+    from runtimes.judge import Guard
     from runtimes.verdict import Judgement
 
 __all__ = ["BLOCKED", "exit_code", "main", "table"]
@@ -43,6 +47,9 @@ PROGRESS_FROM = 16
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@click.option(
+    "--allow-others", is_flag=True, help="Exit with 0 although a folder has files that are not images, such as labels."
+)
 def main(
     bundle: Path,
     images: tuple[Path, ...],
@@ -50,76 +57,118 @@ def main(
     runtime: str,
     precision: str | None,
     threads: int | None,
+    allow_others: bool,
 ) -> int:
-    """Judge each IMAGE with the guard in the folder BUNDLE; a folder stands for the image files in it.
+    """Judge each IMAGE with the guard in the folder BUNDLE; a folder stands for all files in it and below.
 
-    Exits with 0 when every image is allowed, 10 when one is blocked or unsure, 2 when one cannot be judged
+    Exits with 0 when every file was judged and is allowed, 10 when one is blocked or unsure, 2 when one was not judged
     and none is blocked.
     """
     from runtimes.judge import Guard
     from runtimes.random_weights import warn_of_random_weights
 
-    files = list(_expand(images))
+    found = _expand(images)
     opened = Guard.open(bundle, runtime, precision=precision, threads=threads)
     warn_of_random_weights(bundle)
     with opened as guard:
-        judgements = list(_with_progress(guard.stream(files), len(files)))
+        judgements = found.judge(guard)
     for judgement in judgements:
         if judgement.error is not None:
-            click.echo(f"error: {printable(judgement.error)}", err=True)
+            click.echo(f"error: {one_line(judgement.error)}", err=True)
+    if found.others:
+        click.echo(found.told(), err=True)
     if as_json:
-        click.echo(json.dumps([judgement.to_json() for judgement in judgements], indent=2, allow_nan=False))
+        stated = [*(judgement.to_json() for judgement in judgements), *map(_not_image, found.others)]
+        click.echo(json.dumps(stated, indent=2, allow_nan=False))
     else:
         click.echo("\n".join(table(judgements, colour=sys.stdout.isatty())))
-    return exit_code(judgements)
+    return exit_code(judgements, others=0 if allow_others else len(found.others))
 
 
-def exit_code(judgements: Iterable[Judgement]) -> int:
-    """Return 10 when an image is blocked or unsure, else 2 when one could not be judged, else 0."""
+def exit_code(judgements: Iterable[Judgement], *, others: int = 0) -> int:
+    """Return 10 when an image is blocked or unsure, otherwise 2 when a file, one of ``others`` too, was not judged."""
     verdicts = {judgement.verdict for judgement in judgements}
     if verdicts & {"block", "unsure"}:
         return BLOCKED
-    return UNREADABLE if "error" in verdicts else 0
+    return UNREADABLE if "error" in verdicts or others else 0
 
 
 def table(judgements: Sequence[Judgement], *, colour: bool) -> list[str]:
-    """Return the aligned lines of a table: verdict, p(unsafe), class, its probability, file."""
-    rows = [("verdict", "p(unsafe)", "class", "p(class)", "file"), *map(_row, judgements)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    """Return the aligned lines of a table: verdict, p(unsafe), class, its probability, file.
+
+    Where a file was judged in several ways, a column before the file names the one whose verdict this is.
+    """
+    rows = [("verdict", "p(unsafe)", "class", "p(class)", "view", "file"), *map(_row, judgements)]
+    if all(judgement.view is None for judgement in judgements):
+        rows = [(*row[:4], *row[5:]) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     lines = []
     for row in rows:
-        verdict, p_unsafe, label, p_label = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         if colour and row[0] in COLOURS:
-            verdict = click.style(verdict, fg=COLOURS[row[0]])
-        lines.append("  ".join((verdict, p_unsafe, label, p_label, row[4])))
+            cells[0] = click.style(cells[0], fg=COLOURS[row[0]])
+        lines.append("  ".join((*cells, row[-1])))
     return lines
 
 
-def _row(judgement: Judgement) -> tuple[str, str, str, str, str]:
-    file = printable(judgement.file).replace("\n", "\\n")
+def _row(judgement: Judgement) -> tuple[str, ...]:
+    file = one_line(judgement.file)
     if judgement.label is None or judgement.p_unsafe is None:
-        return judgement.verdict, "-", "-", "-", file
-    p_label = judgement.probs[judgement.label]
-    return judgement.verdict, f"{judgement.p_unsafe:.4f}", printable(judgement.label), f"{p_label:.4f}", file
+        return judgement.verdict, "-", "-", "-", "-", file
+    p_unsafe, p_label = f"{judgement.p_unsafe:.4f}", f"{judgement.probs[judgement.label]:.4f}"
+    return judgement.verdict, p_unsafe, one_line(judgement.label), p_label, judgement.view or "-", file
 
 
-def _expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Replace each folder by the image files in it and below, in order of name."""
-    from models.errors import InputError
-    from models.image import IMAGE_SUFFIXES
+@dataclass
+class _Found:
+    """What the arguments stand for, in order: images to judge, and what could not be looked into with the reason."""
 
+    images: list[tuple[Path, str | None]] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    """Files in folders that are not images."""
+
+    def add(self, content: FolderContent) -> None:
+        unreadable = dict(content.unreadable)
+        self.images += [(path, unreadable.get(path)) for path in sorted((*content.images, *unreadable))]
+        self.others += content.others
+
+    def judge(self, guard: Guard) -> list[Judgement]:
+        from models.image_folder import not_read
+        from runtimes.verdict import Judgement
+
+        readable = [path for path, problem in self.images if problem is None]
+        judged = _with_progress(guard.stream(readable), len(readable))
+        return [
+            next(judged) if problem is None else Judgement(str(path), "error", error=not_read(path, problem))
+            for path, problem in self.images
+        ]
+
+    def told(self) -> str:
+        """Return the line that names what was not judged."""
+        from models.image_folder import shown_names
+
+        are = "file is not an image and was" if len(self.others) == 1 else "files are not images and were"
+        return f"{len(self.others)} {are} not judged: {shown_names(self.others)}"
+
+
+def _expand(paths: Iterable[Path]) -> _Found:
+    """Look into each folder. Raises InputError for one without images."""
+    from models.image_folder import no_images, read_folder
+
+    found = _Found()
     for path in paths:
         if not path.is_dir():
-            yield path
+            found.images.append((path, None))
             continue
-        inside = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise InputError(
-                f"{path} is a folder without image files; looked for {', '.join(sorted(IMAGE_SUFFIXES))}. "
-                "Name the files themselves if theirs end otherwise."
-            )
-        yield from found
+        content = read_folder(path)
+        if not content.images and not content.unreadable:
+            raise no_images(path, content)
+        found.add(content)
+    return found
+
+
+def _not_image(path: Path) -> dict[str, object]:
+    return {"file": str(path), "verdict": "not_image", "label": None, "p_unsafe": None, "probs": {}}
 
 
 def _with_progress(judgements: Iterator[Judgement], length: int) -> Iterator[Judgement]:

@@ -12,7 +12,8 @@ The exact verdict falls out of the prefill that the answer needs, so it costs no
 
 The gate fails closed. Whatever a guard or language runner raises, a deadline that passes, an answer that is no row of
 probabilities, an image that cannot be read: the verdict is block, the stage ``error``, and the reason in the result.
-What the guard judged is what the language model is shown: one decode, flattened to upright RGB, never the file.
+What the guard judged is what the language model is shown: one decode, flattened to upright RGB, never the file. Where
+other readers show the file in another way (see ``models.views``), that is judged, too, and may block.
 
 The command ``python -m runtimes.gate --bundle DIR IMAGE --question TEXT`` is in ``runtimes.gate_command``.
 """
@@ -25,24 +26,23 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from models.errors import BusyError, ImageFileError, InputError, SafeVLMError
-from models.image import open_image, to_rgb
 from runtimes.gate_result import GateResult
 from runtimes.judge import Guard, ImageSource
 from runtimes.lane import Lane, OverranError
 from runtimes.language import LanguageRunner
 from runtimes.policy import Finding, Policy, find
+from runtimes.seen import Seen, see
+from runtimes.verdict import worst
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,17 +53,6 @@ Part = Literal["guard", "exact", "generate"]
 MAX_NEW_TOKENS = 256
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """An image as the guard saw it; without a guard only the picture."""
-
-    picture: Image.Image
-    pixels: npt.NDArray[np.uint8] | None = None
-    probs: npt.NDArray[np.float32] | None = None
-    embeddings: npt.NDArray[np.float32] | None = None
-    ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Gate:
@@ -197,6 +186,10 @@ class _Request:
         self.on_text = on_text
         self.known = known
         self.part: Part = "guard"
+        self.view: str | None = None
+        """What was decided on, where readers show the image in several ways."""
+        self.hidden = False
+        """Whether that is not what the language model is shown."""
         self.over = False
         """Set when the request has its result: an answer that is still being written is for nobody."""
         self.ms: dict[str, float] = {}
@@ -212,26 +205,33 @@ class _Request:
         seen = self._see()
         found = self._guard_finding(seen)
         if found is not None and found.verdict == "block":
-            return self._blocked("guard", found, "the standalone guard blocks the image")
-        settled = gate.language is not None and gate.language.classes is not None
+            return self._blocked("guard", found, f"the standalone guard blocks the image{self._as_others_show_it()}")
+        settled = gate.language is not None and gate.language.classes is not None and not self.hidden
         if found is not None and found.verdict == "unsure" and not settled and self._stops_unsure(found.review):
-            reason = "the standalone guard is unsure, and there is no exact verdict to settle it"
+            about = f" of the image{self._as_others_show_it()}" if self.hidden else ""
+            reason = f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
             return self._blocked("guard", found, reason)
         if gate.language is not None:
             return self._answer(gate.language, seen, found)
         assert found is not None  # a gate has a guard or a language model
         return self._allowed("guard", found, None)
 
-    def _answer(self, language: LanguageRunner, seen: _Seen, found: Finding | None) -> GateResult:
+    def _answer(self, language: LanguageRunner, seen: Seen, found: Finding | None) -> GateResult:
         """Prefill once; judge that; go on generating from it."""
         lane, exact = self.gate.language_lane, None
         with ExitStack() as turn:
             with self._timed("exact"):
                 left = turn.enter_context(lane.turn(self.gate.timeout))
+                for at in range(1, len(seen.looks.pixels) if found is None else 0):
+                    refusal = self._look_of_others(language, seen, at, left)
+                    if refusal is not None:
+                        return refusal
+                if found is None:
+                    self._decided_on(seen, 0)
                 prefilled = lane.run(lambda: language.prefill(*self._input(language, seen)), left).get()
                 if prefilled.exact_probs is not None or found is None:
                     exact = self._exact_finding(language, prefilled.exact_probs)
-            refusal = None if exact is None else self._refusal(found, exact)
+            refusal = None if exact is None else self._refusal(found, exact, seen)
             if refusal is not None:
                 return refusal
             with self._timed("generate"):
@@ -243,6 +243,12 @@ class _Request:
             return self._allowed("exact", exact, answer)
         assert found is not None  # without a guard there is an exact verdict, or an error
         return self._allowed("guard", found, answer)
+
+    def _look_of_others(self, language: LanguageRunner, seen: Seen, at: int, seconds: float) -> GateResult | None:
+        """Return the block that the exact verdict on a view demands which the language model is not to answer about."""
+        pixels = seen.looks.pixels[at]
+        prefilled = self.gate.language_lane.run(lambda: language.prefill(pixels, self.question, None), seconds).get()
+        return self._refusal(None, self._exact_finding(language, prefilled.exact_probs), seen, at)
 
     def _generate(self, language: LanguageRunner, handle: Any) -> str:
         if self.on_text is None:
@@ -256,24 +262,36 @@ class _Request:
                 pieces.append(piece)
         return "".join(pieces)
 
-    def _refusal(self, found: Finding | None, exact: Finding) -> GateResult | None:
-        """Return the block that the exact verdict demands, or None."""
+    def _refusal(self, found: Finding | None, exact: Finding, seen: Seen, at: int = 0) -> GateResult | None:
+        """Return the block that the exact verdict on a view demands, or None."""
         before = None if found is None else found.verdict
         if exact.verdict == "allow" or (before == "allow" and not self.gate.policy.confirm):
             return None
         review = exact.review or (found is not None and found.review)
         if exact.verdict == "unsure" and not self._stops_unsure(review):
             return None
+        self._decided_on(seen, at)
         does = "blocks the image" if exact.verdict == "block" else "is unsure of the image"
         after = {"allow": ", which the standalone guard allowed", "unsure": "; the standalone guard was unsure"}
-        return self._blocked("exact", exact, f"the exact verdict {does}{after.get(before or '', '')}", review=review)
+        return self._blocked(
+            "exact",
+            exact,
+            f"the exact verdict {does}{self._as_others_show_it()}{after.get(before or '', '')}",
+            review=review,
+        )
+
+    def _as_others_show_it(self) -> str:
+        return f" as other readers show it ({self.view})" if self.hidden else ""
 
     # -- its parts --------------------------------------------------------------------------------------
 
-    def _see(self) -> _Seen:
+    def _see(self) -> Seen:
         lane = self.gate.guard_lane
+        size = None if self.gate.language is None else self.gate.language.preprocessing
         with self._timed("guard"), lane.turn(self.gate.timeout) as left:
-            seen = lane.run(lambda: _look(self.image, self.gate.guard, self._share(), self.known), left).get()
+            seen = lane.run(
+                lambda: see(self.image, self.gate.guard, size, share=self._share(), known=self.known), left
+            ).get()
         self.ms = dict(seen.ms)
         return seen
 
@@ -282,25 +300,28 @@ class _Request:
         return self.gate.share_embeddings and self.gate.language is not None and self.gate.language.takes_embeddings
 
     def _input(
-        self, language: LanguageRunner, seen: _Seen
+        self, language: LanguageRunner, seen: Seen
     ) -> tuple[npt.NDArray[np.uint8], str, npt.NDArray[np.float32] | None]:
         """Return the picture at the language model's size, which is the guard's very pixels where sizes agree."""
         size, guard = language.preprocessing, self.gate.guard
         if size is None:
-            return np.array(seen.picture, dtype=np.uint8), self.question, None
-        if seen.pixels is None or guard is None or guard.runner.preprocessing != size:
-            return size.apply(seen.picture), self.question, None
-        return seen.pixels, self.question, seen.embeddings
+            return np.array(seen.looks.picture, dtype=np.uint8), self.question, None
+        if guard is not None and guard.runner.preprocessing != size:
+            return size.apply(seen.looks.picture), self.question, None
+        return seen.looks.pixels[0], self.question, seen.embeddings
 
-    def _guard_finding(self, seen: _Seen) -> Finding | None:
+    def _guard_finding(self, seen: Seen) -> Finding | None:
         guard = self.gate.guard
         if guard is None:
             return None
-        if seen.probs is None:
-            raise SafeVLMError("the guard gave no probabilities")
-        found = find(seen.probs, guard.classes, self.gate.policy, "guard", guard.thresholds)
-        self.probs = dict(zip(guard.classes, map(float, seen.probs), strict=True))
-        return found
+        findings = [find(row, guard.classes, self.gate.policy, "guard", guard.thresholds) for row in seen.probs]
+        at = worst(findings)
+        self._decided_on(seen, at)
+        self.probs = dict(zip(guard.classes, map(float, seen.probs[at]), strict=True))
+        return findings[at]
+
+    def _decided_on(self, seen: Seen, at: int) -> None:
+        self.view, self.hidden = seen.looks.named(at), at > 0
 
     def _exact_finding(self, language: LanguageRunner, probs: npt.NDArray[np.float32] | None) -> Finding:
         if probs is None or language.classes is None:
@@ -365,30 +386,9 @@ class _Request:
             exact_probs=self.exact_probs,
             policy=self.gate.policy,
             bundle=self.gate.digest,
+            view=self.view,
             **more,
         )
-
-
-def _look(image: ImageSource, guard: Guard | None, share: bool, known: npt.NDArray[np.float32] | None = None) -> _Seen:
-    """Decode an image once and judge it, if there is a guard and its verdict is not known."""
-    begun = time.perf_counter()
-    if isinstance(image, Image.Image):
-        picture = to_rgb(image)
-    elif isinstance(image, (str, os.PathLike, bytes)):
-        picture = open_image(image if isinstance(image, bytes) else Path(image))
-    else:
-        raise ImageFileError(f"an image is a file's name, its bytes or an opened picture, not {type(image).__name__}")
-    decoded = time.perf_counter()
-    ms = {"decode": (decoded - begun) * 1000}
-    if guard is None:
-        return _Seen(picture, ms=ms)
-    pixels = guard.runner.preprocessing.apply(picture)
-    if known is not None:
-        return _Seen(picture, pixels, known, ms=ms)
-    output = guard.runner.infer(pixels[None], embeddings=guard.runner.gives_embeddings and share)
-    embeddings = output.embeddings
-    ms["guard"] = (time.perf_counter() - decoded) * 1000
-    return _Seen(picture, pixels, output.probs[0], None if embeddings is None else embeddings[0], ms)
 
 
 if __name__ == "__main__":

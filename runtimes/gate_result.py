@@ -46,6 +46,8 @@ class GateResult:
     policy: Policy = field(default_factory=Policy)
     bundle: str | None = None
     """SHA-256 of the bundle's manifest, None without a bundle."""
+    view: str | None = None
+    """Which of the views of the image was decided on; None where there is only one."""
     ms: Mapping[str, float] = field(default_factory=dict)
 
     def refusal(self) -> str:
@@ -75,6 +77,8 @@ class GateResult:
             "bundle": self.bundle,
             "ms": {name: round(value, 3) for name, value in self.ms.items()},
         }
+        if self.view is not None:
+            stated["view"] = self.view
         if self.error is not None:
             quotable = text or self.error_in == "guard"  # the guard never sees the question
             stated["error"] = self.error if quotable else self.error.partition(":")[0]

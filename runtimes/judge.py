@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from models.errors import BusyError, ImageFileError, SafeVLMError
-from models.image import open_image, to_rgb
 from models.manifest import Thresholds
 from runtimes.bundle import open_bundle
+from runtimes.looks import ImageSource, Looks, look
 from runtimes.runner import GuardRunner
 from runtimes.select import Runtime, select_runner
-from runtimes.verdict import Judgement, decide
+from runtimes.verdict import Judgement, decide, worst
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Guard", "ImageSource"]
 
-ImageSource: TypeAlias = "Path | str | bytes | Image.Image"
-_Pixels: TypeAlias = "npt.NDArray[np.uint8]"
+_Row: TypeAlias = "npt.NDArray[np.float32] | SafeVLMError"
 BATCH = 8
 
 
@@ -87,41 +85,37 @@ class Guard:
     def stream(self, images: Iterable[ImageSource]) -> Iterator[Judgement]:
         """Yield a judgement for each image, in order, a batch at a time.
 
-        An image that cannot be read, or that the runner cannot judge, gets the verdict ``error`` with the
-        reason, and the others are judged all the same.
+        A file that readers show in several ways (see ``models.views``) is judged in all of them, and the worst verdict
+        counts. An image that cannot be read, or that the runner cannot judge in one of them and blocks in none, gets
+        the verdict ``error`` with the reason, and the others are judged all the same.
         """
-        batch: list[tuple[str, _Pixels | SafeVLMError]] = []
+        batch: list[tuple[str, Looks | ImageFileError]] = []
         for position, image in enumerate(images):
             name = _name(image, position)
-            batch.append((name, self._pixels(image, name)))
+            batch.append((name, self._looks(image, name)))
             if len(batch) == self.batch:
                 yield from self._judge_batch(batch)
                 batch = []
         yield from self._judge_batch(batch)
 
-    def _pixels(self, image: ImageSource, name: str) -> _Pixels | SafeVLMError:
+    def _looks(self, image: ImageSource, name: str) -> Looks | ImageFileError:
         try:
-            if isinstance(image, Image.Image):
-                opened = to_rgb(image, where=name)
-            else:
-                opened = open_image(Path(image) if isinstance(image, str) else image)
+            return look(image, self.runner.preprocessing, name)
         except ImageFileError as error:
             return error
-        return self.runner.preprocessing.apply(opened)
 
-    def _judge_batch(self, batch: list[tuple[str, _Pixels | SafeVLMError]]) -> Iterator[Judgement]:
-        rows = iter(self._rows([pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]))
-        for name, pixels in batch:
-            answer = next(rows) if isinstance(pixels, np.ndarray) else pixels
-            if isinstance(answer, SafeVLMError):
-                yield Judgement(file=name, verdict="error", error=str(answer))
+    def _judge_batch(self, batch: list[tuple[str, Looks | ImageFileError]]) -> Iterator[Judgement]:
+        pixels = [view for _, looks in batch if isinstance(looks, Looks) for view in looks.pixels]
+        parts = (pixels[start : start + self.batch] for start in range(0, len(pixels), self.batch))
+        rows = iter([row for part in parts for row in self._rows(part)])
+        for name, looks in batch:
+            if isinstance(looks, Looks):
+                yield self._judgement(name, looks, [next(rows) for _ in looks.pixels])
             else:
-                yield self._judgement(name, answer)
+                yield Judgement(file=name, verdict="error", error=str(looks))
 
-    def _rows(self, pictures: list[_Pixels]) -> list[npt.NDArray[np.float32] | SafeVLMError]:
+    def _rows(self, pictures: list[npt.NDArray[np.uint8]]) -> list[_Row]:
         """Return a row of probabilities for each; a batch that fails is judged one by one."""
-        if not pictures:
-            return []
         try:
             return list(self.runner.infer(np.stack(pictures)).probs)
         except SafeVLMError as error:
@@ -129,14 +123,22 @@ class Guard:
                 return [error] * len(pictures)
         return [row for picture in pictures for row in self._rows([picture])]
 
-    def _judgement(self, name: str, row: npt.NDArray[np.float32]) -> Judgement:
-        decision = decide(row, self.classes, self.thresholds)
+    def _judgement(self, name: str, looks: Looks, rows: list[_Row]) -> Judgement:
+        read = [(at, row) for at, row in enumerate(rows) if not isinstance(row, SafeVLMError)]
+        decisions = [decide(row, self.classes, self.thresholds) for _, row in read]
+        failure = next((row for row in rows if isinstance(row, SafeVLMError)), None)
+        if failure is not None and not any(decision.verdict == "block" for decision in decisions):
+            return Judgement(file=name, verdict="error", error=str(failure))
+        chosen = worst(decisions)
+        at, row = read[chosen]
         return Judgement(
             file=name,
-            verdict=decision.verdict,
-            label=decision.label,
-            p_unsafe=decision.p_unsafe,
+            verdict=decisions[chosen].verdict,
+            label=decisions[chosen].label,
+            p_unsafe=decisions[chosen].p_unsafe,
             probs=dict(zip(self.classes, map(float, row), strict=True)),
+            view=looks.named(at),
+            views=looks.names if len(looks.names) > 1 else (),
         )
 
 

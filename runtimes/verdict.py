@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,10 @@ import numpy.typing as npt
 from models.errors import InputError
 from models.manifest import Thresholds
 
-__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "harms", "safe_index"]
+__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "harms", "safe_index", "worst"]
 
 Verdict = Literal["allow", "block", "unsure", "error"]
+SEVERITY = {"allow": 0, "unsure": 1, "block": 2}
 
 DEFAULT_BLOCK = 0.5
 """p(unsafe) from which an image is blocked until thresholds are fitted."""
@@ -35,7 +36,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one image, by the name it was given; with ``error`` nothing else is known of it."""
+    """The verdict on one image, by the name it was given; with ``error`` nothing else is known of it.
+
+    Where readers show the file in several ways, ``views`` names those that were judged, and ``view`` the one whose
+    verdict this is: the worst.
+    """
 
     file: str
     verdict: Verdict
@@ -43,9 +48,14 @@ class Judgement:
     p_unsafe: float | None = None
     probs: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    view: str | None = None
+    views: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """Return the object that ``runtimes.check --json`` prints; ``error`` is there only for errors."""
+        """Return the object that ``runtimes.check --json`` prints; ``error`` is there only for errors.
+
+        ``view`` and ``views`` are there only for a file that readers show in several ways.
+        """
         stated: dict[str, object] = {
             "file": self.file,
             "verdict": self.verdict,
@@ -53,7 +63,27 @@ class Judgement:
             "p_unsafe": self.p_unsafe,
             "probs": dict(self.probs),
         }
+        if self.view is not None:
+            stated |= {"view": self.view, "views": list(self.views)}
         return stated if self.error is None else stated | {"error": self.error}
+
+
+class _Judged(Protocol):
+    @property
+    def verdict(self) -> Verdict: ...
+    @property
+    def p_unsafe(self) -> float: ...
+
+
+def worst(views: Sequence[_Judged]) -> int:
+    """Return which verdict on the views of an image counts.
+
+    Being unsure of a view other than the first weighs more than of the first, which alone can be settled elsewhere.
+    """
+    return max(
+        range(len(views)),
+        key=lambda at: (SEVERITY[views[at].verdict], views[at].verdict == "unsure" and at > 0, views[at].p_unsafe, -at),
+    )
 
 
 def safe_index(classes: Sequence[str]) -> int:

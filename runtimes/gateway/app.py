@@ -189,11 +189,13 @@ class _Running:
     def _stops(self, judged: Judged) -> str | None:
         """Return why an image is not answered about, None where it may be."""
         finding, policy = judged.finding, self.gateway.gate.policy
+        image = f"the image as other readers show it ({judged.view})" if judged.hidden else "the image"
         if finding.verdict == "block":
-            return "the standalone guard blocks the image"
-        settled = self.embedded is not None and self.embedded.settles
+            return f"the standalone guard blocks {image}"
+        settled = self.embedded is not None and self.embedded.settles and not judged.hidden
         if finding.verdict == "unsure" and not settled and (finding.review or policy.still_unsure == "block"):
-            return "the standalone guard is unsure, and there is no exact verdict to settle it"
+            about = f" of {image}" if judged.hidden else ""
+            return f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
         return None
 
     def _blocked(

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.errors import ImageFileError, SafeVLMError
-from models.image import open_image
 from models.machine import core_count
 from runtimes.gateway.batching import Batching
 from runtimes.gateway.metrics import Metrics
@@ -26,22 +25,31 @@ from runtimes.gateway.refusal import bad_request, guard_error, overloaded
 from runtimes.gateway.remote import fetch_image
 from runtimes.gateway.requests import ImageReference
 from runtimes.judge import Guard
+from runtimes.looks import Looks, look
 from runtimes.policy import Finding, Policy, find
+from runtimes.verdict import worst
 
 __all__ = ["Judged", "Judging"]
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """One image: the upright RGB picture that was judged, its C probabilities, and what the policy makes of them."""
+    """One image: the upright RGB picture that was judged, its C probabilities, and what the policy makes of them.
+
+    Where readers show the image in several ways, ``view`` names the one that these are of, the worst; ``hidden`` says
+    that it is another than the picture.
+    """
 
     picture: Image.Image
     probs: npt.NDArray[np.float32]
     finding: Finding
+    view: str | None = None
+    hidden: bool = False
 
     def stated(self, index: int) -> dict[str, Any]:
         """Return what a client is told of it."""
         finding = self.finding
+        view = {} if self.view is None else {"view": self.view}
         return {
             "index": index,
             "verdict": finding.verdict,
@@ -49,6 +57,7 @@ class Judged:
             "harm": finding.harm,
             "p_unsafe": round(finding.p_unsafe, 6),
             "review": finding.review,
+            **view,
         }
 
 
@@ -96,16 +105,17 @@ class Judging:
                 assert image.url is not None
                 content = await fetch_image(image.url, image.where, self.options)
             loop = asyncio.get_running_loop()
-            picture, pixels = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
-            self._hold(picture)
+            looks = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
+            self._hold(looks.picture)
         finally:
             self.batching.coming -= 1
-        probs = await self.batching.judge(pixels)
+        rows = [await self.batching.judge(pixels) for pixels in looks.pixels]  # one at a time: one place in the queue
         try:
-            finding = find(probs, self.guard.classes, self.policy, "guard", self.guard.thresholds)
+            findings = [find(row, self.guard.classes, self.policy, "guard", self.guard.thresholds) for row in rows]
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
-        return Judged(picture, probs, finding)
+        at = worst(findings)
+        return Judged(looks.picture, rows[at], findings[at], looks.named(at), hidden=at > 0)
 
     def _hold(self, picture: Image.Image) -> None:
         """Count a decoded picture for as long as it lives: small files of large pictures must not fill the memory."""
@@ -117,13 +127,12 @@ class Judging:
         self._held += size
         weakref.finalize(picture, self._freed.append, size).atexit = False  # called in whichever thread lets go of it
 
-    def _decoded(self, content: bytes, where: str) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
+    def _decoded(self, content: bytes, where: str) -> Looks:
         try:
-            picture = open_image(content, max_pixels=self.options.max_pixels)
+            return look(content, self.guard.runner.preprocessing, where, max_pixels=self.options.max_pixels)
         except ImageFileError as error:
             reason = str(error).removeprefix("the given bytes: ")
             raise bad_request(f"{where}: {reason}", code="invalid_image", param=where) from None
-        return picture, self.guard.runner.preprocessing.apply(picture)
 
 
 def _png(picture: Image.Image) -> str:

@@ -49,7 +49,7 @@ def test_few_unreadable_pictures_are_named_and_passed_over(tmp_path: Path) -> No
         load_pictures(Folder(path=tmp_path), SIZE)
 
 
-@pytest.mark.parametrize(("made", "said"), [(False, "is not a folder"), (True, r"has no pictures; looked for .*\.png")])
+@pytest.mark.parametrize(("made", "said"), [(False, "is not a folder"), (True, "a folder without image files")])
 def test_an_empty_or_missing_folder_is_refused(tmp_path: Path, made: bool, said: str) -> None:
     folder = tmp_path / "pictures"
     if made:

@@ -220,7 +220,7 @@ def test_a_bundle_is_replaced_and_an_abandoned_draft_removed(bundle: Path, tmp_p
 def test_an_unreadable_parity_image_and_an_empty_folder_are_named(written: Written, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(written.folder))
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(InputError, match="pictures has no pictures"):
+    with pytest.raises(InputError, match="pictures is a folder without image files"):
         export_guard(checkpoint, tmp_path / "guard", ExportOptions(images=tmp_path / "pictures"))
     (tmp_path / "pictures" / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(ImageFileError, match=r"broken\.png"):

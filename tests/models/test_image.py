@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
-import struct
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from models.errors import ImageFileError
-from models.image import MAX_PIXELS, open_image, to_rgb
+from models.image import MAX_PIXELS, open_image, open_views, to_rgb
+from tests.models.image_files import encoded, png
 
 RNG = np.random.default_rng(7)
 NOISE = Image.fromarray(RNG.integers(0, 256, (37, 53, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **settings)
-    return stream.getvalue()
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
-    """Write a PNG by hand, for kinds that Pillow does not write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    body = b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def levels(image: Image.Image) -> np.ndarray[Any, Any]:
@@ -113,13 +97,15 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
     assert (levels(open_image(png(ramp.shape[1], 1, 16, 6, b"\0" + rgba))) == expected[..., None]).all()
 
 
-def test_a_colour_key_of_sixteen_bits_makes_nothing_transparent() -> None:
+def test_a_colour_key_of_sixteen_bits_counts_all_of_them() -> None:
     row = np.array([0x1234, 0x1200], ">u2").tobytes()
     content = png(2, 1, 16, 0, b"\0" + row, (b"tRNS", b"\x12\x34"))
-    assert levels(open_image(content))[0, :, 0].tolist() == [0x12, 0x12]
-    colour = np.array([0x1234] * 3 + [0x1200] * 3, ">u2").tobytes()
+    assert levels(open_image(content))[0, :, 0].tolist() == [255, 0x12]
+    colour = np.array([0x1234] * 3 + [0x1200] * 3, ">u2").tobytes()  # of these, Pillow keeps the upper eight bits
     content = png(2, 1, 16, 2, b"\0" + colour, (b"tRNS", b"\x12\x34" * 3))
     assert levels(open_image(content))[0, :, 0].tolist() == [0x12, 0x12]
+    with pytest.raises(ImageFileError, match="16 bits a channel is transparent"):
+        list(open_views(content))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr"])
@@ -142,11 +128,14 @@ def test_an_empty_a_missing_and_a_strange_file_are_refused(tmp_path: Path) -> No
     empty, text = tmp_path / "empty.png", tmp_path / "text.png"
     empty.touch()
     text.write_text("no picture at all")
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
     for path, reason in [
         (empty, "it is empty"),
         (text, "not an image of a known format"),
         (tmp_path / "none.png", "no such file"),
         (tmp_path, "not a file"),
+        (pipe, "not a file"),
         (Path("/dev/null"), "not a file"),
         (Path("nul\0.png"), "no such file|cannot be read"),
     ]:

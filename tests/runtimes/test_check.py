@@ -75,19 +75,57 @@ def test_an_unreadable_image_exits_2_and_the_others_are_judged(bundle: Path, saf
     assert allowed["verdict"] == "allow" and "error" not in allowed
 
 
-def test_a_folder_stands_for_its_images(bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_stands_for_its_images_whatever_their_names(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
-    names = ["a.PNG", "b.jpg", "deep/c.webp"]
-    for name in names:
-        picture(folder / name, GREEN)
-    (folder / "notes.txt").write_text("not an image")
+    names = ["a.PNG", "b.jpg", "c.jfif", "d.JPG~", "deep/.hidden.webp", "deep/e.mpo", "deep/f.pnm", "g"]
+    kinds = ["PNG", "JPEG", "JPEG", "JPEG", "WEBP", "MPO", "PPM", "GIF"]
+    for name, kind in zip(names, kinds, strict=True):
+        Image.new("RGB", (20, 20), GREEN).save(folder / name, kind)
     done = check(bundle, folder, "--json")
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (0, "")
     assert [entry["file"] for entry in json.loads(done.stdout)] == [str(folder / name) for name in names]
     (tmp_path / "empty").mkdir()
     done = check(bundle, tmp_path / "empty")
     assert done.returncode == 2 and "a folder without image files" in done.stderr
+
+
+def test_what_is_no_image_in_a_folder_is_named_and_keeps_the_exit_code_from_0(
+    bundle: Path, safe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    safe.rename(folder / "safe.png")
+    others = [folder / name for name in ("a\x1b[31m\nb.txt", "labels.json", "void", "x1", "x2", "x3")]
+    for path in others:
+        path.write_text("" if path.name == "void" else "not an image")
+    os.mkfifo(folder / "x4")
+    done = check(bundle, folder, "--json")
+    assert done.returncode == 2 and "\x1b" not in done.stderr and done.stderr.count("\n") == 1
+    assert "7 files are not images and were not judged: " in done.stderr and r"\x1b[31m\nb.txt" in done.stderr
+    assert "x3" not in done.stderr and done.stderr.endswith(" and 2 more\n")
+    judged, *rest = json.loads(done.stdout)
+    assert judged["verdict"] == "allow" and [entry["file"] for entry in rest] == [*map(str, others), str(folder / "x4")]
+    assert {entry["verdict"] for entry in rest} == {"not_image"} and all(set(entry) == set(judged) for entry in rest)
+    assert check(bundle, folder, "--allow-others").returncode == 0
+    (folder / "bad.png").write_bytes(b"not an image, by its name a damaged one")
+    (folder / "phone").write_bytes(b"\0\0\0\x20ftypheic" + bytes(40))
+    done = check(bundle, folder, "--allow-others", "--json")
+    assert done.returncode == 2
+    verdicts = {Path(entry["file"]).name: entry["verdict"] for entry in json.loads(done.stdout)}
+    assert verdicts["bad.png"] == verdicts["phone"] == "error"
+
+
+def test_an_image_that_other_readers_show_is_judged_too(bundle: Path, safe: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden.png"
+    Image.new("RGBA", (20, 20), (*RED, 0)).save(hidden)
+    done = check(bundle, hidden, safe)
+    header, worst, ordinary = (line.split("  ") for line in done.stdout.splitlines())
+    assert done.returncode == 10 and [cell.strip() for cell in header if cell.strip()][4:] == ["view", "file"]
+    assert worst[0] == "block" and "transparency ignored" in map(str.strip, worst)
+    assert ordinary[0] == "allow" and "-" in map(str.strip, ordinary)
+    judged, _ = json.loads(check(bundle, hidden, safe, "--json").stdout)
+    assert judged["view"] == "transparency ignored" and judged["view"] in judged["views"] and len(judged["views"]) == 4
 
 
 def test_a_bad_bundle_is_one_message_and_no_traceback(bundle: Path, safe: Path) -> None:
@@ -126,6 +164,7 @@ def test_the_exit_code_puts_safety_first() -> None:
     assert exit_code([allow, error]) == 2
     assert exit_code([error, block]) == 10
     assert exit_code([allow, unsure]) == 10
+    assert exit_code([allow], others=1) == 2 and exit_code([block], others=1) == 10
 
 
 def test_colour_is_on_the_verdict_and_changes_no_width() -> None:

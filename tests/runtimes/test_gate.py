@@ -219,6 +219,57 @@ def test_another_size_is_made_from_the_same_decode(tmp_path: Path) -> None:
         assert language.embeddings == [None], "embeddings are of another size"
 
 
+class ByColour(FakeRunner):
+    """A guard that is ``verdict`` of red, and finds everything else safe."""
+
+    def __init__(self, verdict: Any) -> None:
+        super().__init__(PREPROCESSING, 3, probs=SAFE)
+        self.verdict = np.array(verdict, np.float32)
+
+    def _run(self, rgb: Any) -> GuardOutput:
+        red = (rgb[..., 0].mean(axis=(1, 2)) > 200) & (rgb[..., 1].mean(axis=(1, 2)) < 60)
+        rows = np.where(red[:, None], self.verdict, np.array(SAFE, np.float32)).astype(np.float32)
+        return GuardOutput(probs=rows, logits=rows)
+
+
+class ReadsRed(FakeLanguage):
+    """A language model whose exact verdict blocks red."""
+
+    def _prefill(self, rgb: Any, question: str, embeddings: Any) -> Prefilled:
+        self.exact = np.array(WEAPON if rgb[..., 0].mean() > 200 > 60 > rgb[..., 1].mean() else SAFE, np.float32)
+        return super()._prefill(rgb, question, embeddings)
+
+
+HIDDEN = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+"""White to a viewer and to the language model, red to a reader that drops alpha."""
+
+
+@pytest.mark.parametrize(
+    ("guard", "exact", "calls"),
+    [
+        (WEAPON, FakeLanguage, []),
+        (UNSURE, FakeLanguage, []),  # the exact verdict on white settles nothing about red
+        (None, ReadsRed, ["prefill"] * 3),  # black, grey, and red
+    ],
+)
+def test_what_only_other_readers_show_blocks_too(guard: Any, exact: Any, calls: list[str]) -> None:
+    language = exact()
+    with gate_of(None if guard is None else ByColour(guard), language) as gate:
+        result = gate.ask(HIDDEN, "Why?")
+        assert (result.verdict, result.view, language.calls) == ("block", "transparency ignored", calls)
+        assert "as other readers show it (transparency ignored)" in result.reason
+        assert result.to_json()["view"] == "transparency ignored"
+
+
+@pytest.mark.parametrize(("guard", "prefills"), [(SAFE, 1), (None, 4)])
+def test_of_several_views_the_language_model_answers_about_the_usual_one(guard: Any, prefills: int) -> None:
+    language = FakeLanguage()
+    with gate_of(None if guard is None else ByColour(guard), language) as gate:
+        result = gate.ask(HIDDEN, "Why?")
+        assert result.answer == f"answer from prefill {prefills} of Why?" and (language.pictures[-1] == 255).all()
+        assert "view" not in gate.ask(WHITE, "Why?").to_json()
+
+
 def test_embeddings_of_the_guard_spare_the_vision_tower() -> None:
     for share, takes in ((True, True), (False, True), (True, False)):
         language = FakeLanguage()

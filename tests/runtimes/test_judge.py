@@ -77,6 +77,30 @@ def test_odd_pictures_are_judged_by_what_a_viewer_shows(folder: Path) -> None:
     assert all(judgement.verdict != "error" for judgement in judgements)
 
 
+def hiding(colour: tuple[int, int, int]) -> Image.Image:
+    """Return an image that is white to a viewer, and a colour to a reader that drops alpha."""
+    return Image.new("RGBA", (9, 9), (*colour, 0))
+
+
+def test_the_worst_view_of_an_image_counts(folder: Path) -> None:
+    images = [hiding(RED), Image.new("RGB", (9, 9), GREEN), hiding(GREEN)]
+    for batch in (1, 2, 20):
+        with Guard.open(folder, threads=1, batch=batch) as guard:
+            red, plain, green = guard.judge(images)
+        assert (red.verdict, red.view, red.label) == ("block", "transparency ignored", "weapon")
+        assert (plain.verdict, plain.view, plain.views) == ("allow", None, ())
+        assert green.view != "transparency ignored", "its other views are worse"
+        assert len(red.views) == len(green.views) == 4
+
+
+def test_a_view_that_cannot_be_judged_is_an_error_unless_another_blocks() -> None:
+    black, red = hiding((0, 0, 0)), Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    with Guard(Picky(PREPROCESSING, 3, probs=[0.9, 0.1, 0]), CLASSES) as guard:
+        assert [j.verdict for j in guard.judge([black, red])] == ["error", "allow"]
+    with Guard(Picky(PREPROCESSING, 3, probs=[0.1, 0.9, 0]), CLASSES) as guard:
+        assert [j.verdict for j in guard.judge([black])] == ["block"]
+
+
 def test_batches_change_no_answer(folder: Path) -> None:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(7)]

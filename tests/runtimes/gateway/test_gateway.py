@@ -71,6 +71,21 @@ def test_upstream_is_shown_what_the_guard_saw(client: openai.OpenAI, upstream: U
     np.testing.assert_array_equal(np.asarray(sent), np.asarray(wanted))
 
 
+def test_an_image_behind_alpha_is_judged_and_never_reaches_upstream(
+    client: openai.OpenAI, address: str, upstream: Upstream
+) -> None:
+    hidden = UNSAFE.convert("RGBA")
+    hidden.putalpha(0)
+    url = data_url(png(hidden))
+    done = client.chat.completions.create(model="fake", messages=messages(url))  # type: ignore[arg-type]
+    stated = (done.model_extra or {})["safe_vlm"]
+    assert stated["verdict"] == "block" and "as other readers show it (" in stated["reason"]
+    assert stated["images"][0]["view"] != "on white" and not upstream.requests
+    row, plain = httpx.post(f"{address}/v1/guard", json={"images": [url, UNSAFE_URL]}).json()["data"]
+    assert row["verdict"] == "block" and row["p_unsafe"] >= plain["p_unsafe"] - 1e-4
+    assert "view" not in plain
+
+
 @pytest.mark.parametrize("place", ["user", "system", "tool", "second of two"])
 def test_a_blocked_image_never_reaches_upstream(client: openai.OpenAI, upstream: Upstream, place: str) -> None:
     asked = messages(SAFE_URL, UNSAFE_URL) if place == "second of two" else messages(UNSAFE_URL)
