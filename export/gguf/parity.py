@@ -20,7 +20,7 @@ from runtimes.llamacpp_language import LlamaCppLanguageRunner
 __all__ = ["check_finite", "guard_parity"]
 
 PROBABILITY_TOLERANCE = {"f32": 0.02, "f16": 0.02, "bf16": 0.08}
-"""By the coarser of the two files: bfloat16 has three bits less than float16, and so are activations."""
+"""By the coarser of the two files: bfloat16 has three bits less than float16, also for activations."""
 
 
 def check_finite(numbers: npt.NDArray[np.float32], what: str, where: str, remedy: str) -> None:
