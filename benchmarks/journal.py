@@ -6,13 +6,15 @@ What the run record and the stored scores of a judge have in common.
 from __future__ import annotations
 
 import os
+from io import FileIO
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from models.errors import InputError
 from models.json_file import first_problem
+from models.storage import storing
 
 __all__ = ["append", "read_lines"]
 
@@ -46,8 +48,13 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
     return lines, end, end == len(data)
 
 
-def append(stream: IO[bytes], line: bytes) -> None:
-    """Write a line so that it is on disk when this returns. Errors: OSError."""
-    stream.write(line)
-    stream.flush()
-    os.fsync(stream.fileno())
+def append(stream: FileIO, line: bytes) -> None:
+    """Write a line to an unbuffered file so that it is on disk when this returns.
+
+    Errors: StorageError; a part of the line may be there then, which :func:`read_lines` drops.
+    """
+    with storing(Path(stream.name), kept="What was written is kept.", advice="give another --out"):
+        rest = memoryview(line)
+        while rest:
+            rest = rest[stream.write(rest) :]
+        os.fsync(stream.fileno())

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.errors import GuardHeadError, InputError
+from models.errors import GuardHeadError
 from models.family import HEAD_PREFIX
 from models.json_file import replace_file
 from models.pooling import POOLINGS, Pooling, pooled_width
 from models.reference import GuardHead
+from models.storage import storing
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -70,13 +71,9 @@ class DistilledHead:
             "fidelity": self.fidelity,
         }
         content = save(tensors, metadata={METADATA: json.dumps(stated, sort_keys=True)})
-        try:
+        with storing(path, advice="name a file in a folder that can be written to"):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, content)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that can be written to."
-            ) from error
         return replace(self, sha256=hashlib.sha256(content).hexdigest())
 
     @classmethod

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.draft import PARTIAL, remove_abandoned
 from models.errors import CheckpointError
+from models.storage import storing
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -66,13 +71,20 @@ def first_problem(error: ValidationError) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a file another content, all of it or none; it is on disk when this returns. Errors: OSError."""
-    unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with unfinished.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Give a file another content, all of it or none; it is on disk when this returns.
+
+    Errors: StorageError; what was there before is unchanged then.
+    """
+    unfinished = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{secrets.token_hex(3)}")
+    with storing(path, kept="Nothing there was changed."):
+        try:
+            with unfinished.open("wb") as stream:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+                unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        remove_abandoned(path)

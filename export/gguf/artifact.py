@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from export.gguf.writing import StoredType, write_gguf
 from export.images import parity_images
 from models.checkpoint import Checkpoint
 from models.distilled_head import DistilledHead
+from models.draft import draft_of, publish
 from models.errors import InputError, ParityError
 from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
@@ -30,11 +30,11 @@ from models.machine import now
 from models.manifest import Parity
 from models.preprocessing import Preprocessing
 from models.reference import GuardHead, build_head, build_vision, guard_sha256
+from models.storage import check_room, storing
 from models.transformers_config import build_config
 from models.version import VERSION
 from quantize.drift import exact_probs
 from quantize.estimate import available_memory
-from quantize.unfinished import disk_errors
 from runtimes.bundle import sha256_of
 from runtimes.gguf_artifact import open_gguf
 from runtimes.llamacpp import LlamaCpp
@@ -90,22 +90,14 @@ def export_gguf(
     options = _settled(checkpoint, options)
     if out.exists():
         raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
-    unfinished = out.with_name(f".{out.name}.partial")
-    with disk_errors(out):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
-        with disk_errors(out):
-            manifest = _Writing(checkpoint, unfinished, options, report).all()
-            manifest.write(unfinished)
-        parity = None
+    with draft_of(out) as draft, storing(out, advice="give --out another place"):
+        manifest = _Writing(checkpoint, draft, options, report).all()
+        manifest.write(draft)
         if options.parity_images:
-            parity = _parity(checkpoint, unfinished, options, report)
+            parity = _parity(checkpoint, draft, options, report)
             manifest = manifest.model_copy(update={"parity": parity})
-            manifest.write(unfinished)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            manifest.write(draft)
+        publish(draft, out)
     return manifest
 
 
@@ -173,12 +165,7 @@ class _Writing:
         if self.type not in PLAIN_TYPES:
             needed = int(needed * 1.6)
         needed += sum(tensor.nbytes for tensor in vision_tensors(self.checkpoint, self.options.mmproj_type))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise InputError(
-                f"{self.folder.parent}: about {needed / 2**30:.1f} GiB are needed on this disk, {free / 2**30:.1f} GiB "
-                "are free. Make room, or give --out another place."
-            )
+        check_room(self.folder.parent, needed)
 
     def _importance(self) -> Measured | None:
         if self.options.importance is None or self.type in PLAIN_TYPES:
