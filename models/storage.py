@@ -17,7 +17,7 @@ from pathlib import Path
 
 from models.errors import InputError, StorageError
 
-__all__ = ["check_room", "locale_problem", "shown_bytes", "storage_problem", "storing"]
+__all__ = ["check_room", "locale_problem", "refusal_to_write", "shown_bytes", "storage_problem", "storing"]
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 REASONS = {
@@ -94,10 +94,16 @@ def storing(place: Path, kept: str = "Nothing was left behind.", advice: str = "
     except InputError:
         raise
     except Exception as error:
-        number = _number_of(error)
-        if number is None:
+        told = refusal_to_write(error, place, kept, advice)
+        if told is None:
             raise
-        raise StorageError(_told(number, _where(error, number, place), kept, advice)) from error
+        raise StorageError(told) from error
+
+
+def refusal_to_write(error: BaseException, place: Path, kept: str, advice: str) -> str | None:
+    """Return what to tell of an exception that comes from writing to ``place``, None for any other."""
+    number = _number_of(error)
+    return None if number is None else _told(number, _where(error, number, place), kept, advice)
 
 
 def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str | None:

@@ -199,7 +199,7 @@ def test_a_hub_that_cannot_be_reached_or_fails_is_refused(hub: StandInHub, tmp_p
     for kind, text in python(code, tmp_path, "http://127.0.0.1:9").values():
         assert kind == "HubError"
         assert "the hub http://127.0.0.1:9 cannot be reached for 'some/model'" in text
-        assert "Check the network and HF_ENDPOINT" in text
+        assert "Set HTTPS_PROXY or HF_ENDPOINT" in text and "--model FOLDER" in text
     hub.broken = 403
     ((kind, text),) = python("print(json.dumps([refusal('some/model')]))", tmp_path, hub.url)
     assert kind == "HubError"
