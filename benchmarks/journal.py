@@ -16,9 +16,10 @@ from models.errors import InputError
 from models.json_file import first_problem
 from models.storage import storing
 
-__all__ = ["append", "read_lines"]
+__all__ = ["KEPT", "append", "read_lines"]
 
 
+KEPT = "What was written is kept: --resume goes on with it."
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -53,7 +54,7 @@ def append(stream: FileIO, line: bytes) -> None:
 
     Errors: StorageError; a part of the line may be there then, which :func:`read_lines` drops.
     """
-    with storing(Path(stream.name), kept="What was written is kept.", advice="give another --out"):
+    with storing(Path(stream.name), KEPT, "give another --out"):
         rest = memoryview(line)
         while rest:
             rest = rest[stream.write(rest) :]

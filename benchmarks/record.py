@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.journal import append, read_lines
+from benchmarks.journal import KEPT, append, read_lines
 from models.draft import PARTIAL
 from models.errors import InputError
 from models.json_file import first_problem, replace_file
@@ -247,7 +247,7 @@ class RunWriter:
             end = len(data)
         begun = begun.model_copy(update={"resumed": (*begun.resumed, now())})
         replace_file(folder / RECORD_NAME, _document(begun))
-        with storing(path, kept="What was written is kept."):
+        with storing(path, kept=KEPT):
             return cls(folder, begun, frozenset(row.id for row in kept), end)
 
     @property

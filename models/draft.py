@@ -57,15 +57,13 @@ def publish(draft: Path, out: Path, *, replace: bool = False) -> None:
     """
     out = _place(out)
     with storing(out, advice="give --out another place"):
-        while True:
-            try:
-                draft.rename(out)  # takes the place of an empty folder, too
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not out.is_dir():
-                    raise
+        try:
+            draft.rename(out)  # takes the place of an empty folder, too
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not out.is_dir():
+                raise
             if not replace:
-                raise InputError(f"{out} exists by now. Move it away and run the command again.")
+                raise InputError(f"{out} exists by now. Move it away and run the command again.") from error
             if not _exchange(draft, out):
                 _move_aside(draft, out)
 
@@ -131,8 +129,7 @@ def _exchange(draft: Path, out: Path) -> bool:
     if call is None:
         return False
     if call(AT_FDCWD, os.fsencode(draft), AT_FDCWD, os.fsencode(out), RENAME_EXCHANGE) == 0:
-        shutil.rmtree(draft, ignore_errors=True)  # the old one by now
-        return True
+        return True  # draft is the old one by now
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False

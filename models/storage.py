@@ -31,7 +31,7 @@ REASONS = {
     errno.ENAMETOOLONG: "a name in it is too long",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "it is a folder, not a file",
-    errno.EEXIST: "it exists already",
+    errno.EEXIST: "there is a file of that name",
     errno.ENOTEMPTY: "it exists already and is not empty",
     errno.ELOOP: "its symbolic links lead round in a circle",
     errno.EBUSY: "it is in use, or a mount point",
@@ -149,15 +149,20 @@ def _told(number: int, place: Path | None, kept: str, advice: str) -> str:
     if number in FULL:
         room = ""
         if place is not None:
-            folder = _existing(place)
-            usage = shutil.disk_usage(folder)
-            room = (
-                f": the file system {_mount(folder)} has {shown_bytes(usage.free)} of {shown_bytes(usage.total)} free"
-            )
+            room = f": {_room(_existing(place))}"
         parts = (f"{where}: {reason}{room}.", kept, f"Make room there and run the command again, or {advice}.")
     else:
         parts = (f"{where} cannot be written: {reason}.", kept, ADVICE.get(number, f"{advice[0].upper()}{advice[1:]}."))
     return " ".join(part for part in parts if part)
+
+
+def _room(folder: Path) -> str:
+    """Return what is free on a folder's file system: bytes, or files where these have run out."""
+    usage, mount = shutil.disk_usage(folder), _mount(folder)
+    files = os.statvfs(folder)
+    if files.f_files and not files.f_favail:
+        return f"the file system {mount} can hold no more files ({files.f_files:,} are there)"
+    return f"the file system {mount} has {shown_bytes(usage.free)} of {shown_bytes(usage.total)} free"
 
 
 def _where(error: BaseException, number: int, place: Path) -> Path:
@@ -165,7 +170,9 @@ def _where(error: BaseException, number: int, place: Path) -> Path:
     named = _named(error)
     if number in FULL:
         return next(_full_places([str(place)]), named or place)
-    return place if named is None or named.absolute().is_relative_to(place.absolute().parent) else named
+    inside = named is not None and named.absolute().is_relative_to(place.absolute().parent)
+    above = named is not None and place.absolute().is_relative_to(named.absolute())
+    return named if named is not None and (above or not inside) else place
 
 
 def _advice(place: Path | None) -> str:

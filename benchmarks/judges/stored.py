@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
-from benchmarks.journal import append, read_lines
+from benchmarks.journal import KEPT, append, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "ScoreWriter", "StoredJudge", "StoredLine", "check_label", "stored_judges"]
 
 FOLDER = "judges"
-KEPT = "Scores that were written are kept."
 BUILT_IN = ("string", "exact")
 """Judges that need no stored scores; no label may claim to be one of them."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
