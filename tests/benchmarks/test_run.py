@@ -138,7 +138,7 @@ def test_a_run_that_was_killed_ends_with_the_same_rows(tmp_path: Path) -> None:
         return [sys.executable, "-m", "benchmarks.run", "--model", "tiny-safegem", *options, *more]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True, timeout=600)
     child = subprocess.Popen(command(killed), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     rows = killed / ROWS_NAME
     begun = time.monotonic()
@@ -148,9 +148,9 @@ def test_a_run_that_was_killed_ends_with_the_same_rows(tmp_path: Path) -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert rows.read_bytes().count(b"\n") < len(read_run(whole).rows)
-    refused = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    subprocess.run(command(killed, "--resume"), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run(command(killed, "--resume"), cwd=ROOT, check=True, capture_output=True, timeout=600)
     one, other = read_run(whole), read_run(killed)
     untimed = [[row.model_copy(update={"ms": None}) for row in run.rows] for run in (one, other)]
     assert untimed[0] == untimed[1]

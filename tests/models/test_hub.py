@@ -76,7 +76,7 @@ def python(code: str, tmp_path: Path, url: str, **variables: str) -> Any:
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

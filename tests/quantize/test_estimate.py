@@ -65,7 +65,7 @@ def test_the_promise_of_memory_is_kept_as_seen_from_outside(tmp_path: Path) -> N
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 <= 0.7 * 2**30
