@@ -33,6 +33,7 @@ MODULES = (
     "benchmarks.judge",
     "benchmarks.judges.endpoint",
     "runtimes.onnxruntime_runner",
+    "tests.replacing",
     "transformers",
     "onnxscript",
 )
@@ -92,11 +93,11 @@ def _count(under: str, kill_at: int | None, report: int) -> None:
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             if writes and isinstance(path, (str, bytes)) and os.fsdecode(path).startswith(under):
                 happened()
-        elif event in KINDS and os.fsdecode(arguments[0]).startswith(under):
+        elif event in KINDS and _place(event, arguments).startswith(under):
             happened()
 
     def fsync(descriptor: int) -> None:
@@ -107,12 +108,19 @@ def _count(under: str, kill_at: int | None, report: int) -> None:
     sys.addaudithook(audit)
 
 
+def _place(event: str, arguments: tuple[Any, ...]) -> str:
+    """Return the path that an audit event is about; those below an open folder are told relative to it."""
+    folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+    name = os.fsdecode(arguments[0])
+    return name if folder == -1 else str(Path(f"/proc/self/fd/{folder}").readlink() / name)
+
+
 def _child(request: dict[str, Any], report: int, said: int) -> None:
     from models.commandline import run
 
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(said, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
     _count(request["under"], request["kill_at"], report)
     code = 1
