@@ -63,6 +63,8 @@ HIDDEN = (
     (errno.EMFILE, re.compile(r"too many open files|os error 24\b", re.IGNORECASE)),
 )
 """Words in which libraries (safetensors, SQLite, ONNX Runtime, llama.cpp) pass the system's refusal on."""
+_STRANGE = re.compile(r"[\ud800-\udfff]|\\udc[89a-f][0-9a-f]|surrogates not allowed")
+"""Bytes of a name that are no letters in the locale's encoding, as Python holds and shows them, or refuses them."""
 NO_ROOM = 64 * 2**10
 """Free bytes below which a file system is full: not even a small file fits."""
 
@@ -121,6 +123,8 @@ def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str 
         if place is None and number not in FULL:
             place = next((path for path in _places(arguments) if not os.access(_existing(path), os.W_OK)), None)
         return _told(number, place, "", _advice(place))
+    if isinstance(error, FileNotFoundError) and _is_output(_named(error), arguments):
+        return f"{_named(error)} cannot be written: no file or folder can be made there. Give another place."
     full = next(_full_places(arguments), None)
     if full is not None:
         return f"{_told(errno.ENOSPC, full, '', _advice(full))} ({type(error).__name__}: {error})"
@@ -129,9 +133,9 @@ def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str 
 
 def locale_problem(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     """Return what to tell of letters that this locale, or a library, cannot take; None for any other exception."""
-    strange = [each for each in arguments if any("\ud800" <= sign <= "\udfff" for sign in each)]
+    strange = [each for each in arguments if _STRANGE.search(each)]
     narrow = sys.getfilesystemencoding().lower() not in ("utf-8", "utf8")
-    unicode = any(isinstance(each, UnicodeError) or "surrogates not allowed" in str(each) for each in _chain(error))
+    unicode = any(isinstance(each, UnicodeError) or _STRANGE.search(str(each)) for each in _chain(error))
     if not unicode or not (strange or narrow):
         return None
     given = f"{strange[0]!a}: " if strange else ""
@@ -212,12 +216,23 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _places(arguments: Sequence[str]) -> Iterator[Path]:
     """Yield the places that a command may write to: paths among its arguments, what temporary files go to, here."""
     values = [text.partition("=")[2] if text.startswith("--") and "=" in text else text for text in arguments]
-    after_out = [value for option, value in zip(arguments, values[1:], strict=False) if option == "--out"]
-    for text in (*after_out, *values):
+    for text in (*_outputs(arguments), *values):
         if text and not text.startswith("-") and "\0" not in text and "://" not in text:
             yield Path(text)
     yield _temporary()
     yield Path()
+
+
+def _outputs(arguments: Sequence[str]) -> list[str]:
+    beside = [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--out"]
+    return beside + [text.partition("=")[2] for text in arguments if text.startswith("--out=")]
+
+
+def _is_output(named: Path | None, arguments: Sequence[str]) -> bool:
+    """Say whether a path lies where a command was to write."""
+    return named is not None and any(
+        named.absolute().is_relative_to(Path(text).absolute().parent) for text in _outputs(arguments)
+    )
 
 
 def _temporary() -> Path:
@@ -226,7 +241,12 @@ def _temporary() -> Path:
 
 
 def _full_places(arguments: Sequence[str]) -> Iterator[Path]:
-    return (path for path in _places(arguments) if shutil.disk_usage(_existing(path)).free < NO_ROOM)
+    return (path for path in _places(arguments) if _is_full(_existing(path)))
+
+
+def _is_full(folder: Path) -> bool:
+    usage = shutil.disk_usage(folder)
+    return usage.free < NO_ROOM and usage.total > 0  # /proc and its like have no size
 
 
 def _existing(place: Path) -> Path:

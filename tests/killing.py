@@ -57,7 +57,7 @@ class Warm:
     def run(self, module: str, *arguments: str, under: Path, kill_at: int | None = None) -> Ended:
         """Run a command; what it does below ``under`` is counted, and it is killed at event ``kill_at``."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"module": module, "arguments": arguments, "under": str(under), "kill_at": kill_at}
+        request: dict[str, Any] = {"module": module, "arguments": arguments, "under": str(under), "kill_at": kill_at}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
