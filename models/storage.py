@@ -56,6 +56,7 @@ ADVICE = {
 }
 HIDDEN = (
     (errno.ENOSPC, re.compile(r"no space left on device|database or disk is full|os error 28\b", re.IGNORECASE)),
+    (errno.ENOSPC, re.compile(r"\d requested and \d+ written|iostream error|inline_container.*unexpected pos")),
     (errno.EDQUOT, re.compile(r"disk quota exceeded|os error 122\b", re.IGNORECASE)),
     (errno.EFBIG, re.compile(r"file too large|os error 27\b", re.IGNORECASE)),
     (errno.EROFS, re.compile(r"read-only file system|readonly database|os error 30\b", re.IGNORECASE)),
@@ -63,7 +64,7 @@ HIDDEN = (
     (errno.EIO, re.compile(r"disk i/o error|input/output error|os error 5\b", re.IGNORECASE)),
     (errno.EMFILE, re.compile(r"too many open files|os error 24\b", re.IGNORECASE)),
 )
-"""Words in which libraries (safetensors, SQLite, ONNX Runtime, llama.cpp) pass the system's refusal on."""
+"""Words in which libraries (safetensors, SQLite, numpy, torch's writer) pass the system's refusal on."""
 _STRANGE = re.compile(r"[\ud800-\udfff]|\\udc[89a-f][0-9a-f]|surrogates not allowed")
 """Bytes of a name that are no letters in the locale's encoding, as Python holds and shows them, or refuses them."""
 NO_ROOM = 64 * 2**10

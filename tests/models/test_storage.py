@@ -78,7 +78,7 @@ def save_graph(path: Path) -> None:
     ids=["safetensors", "torch", "numpy", "onnx", "Pillow"],
 )
 def test_libraries_words_for_what_cannot_be_written_are_known(save: Callable[[Path], None], tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="file would be larger|disk is full"), storing(tmp_path):  # noqa: SIM117
+    with pytest.raises(StorageError, match=r"file would be larger|disk is full"), storing(tmp_path):  # noqa: SIM117
         with files_of_at_most(2000):
             save(tmp_path / "file")
 
