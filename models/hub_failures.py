@@ -134,11 +134,12 @@ def out_of_reach(error: Exception, wanted: Wanted) -> HubError | None:
 
 def _root(error: Exception) -> Exception:
     """Return the exception that says most: below those that only say that something was not fetched."""
+    import httpx
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while isinstance(error, LocalEntryNotFoundError) or type(error) is ConnectionError:
         cause = error.__cause__ or error.__context__
-        if not isinstance(cause, Exception):
+        if not isinstance(cause, (httpx.HTTPError, LocalEntryNotFoundError, ConnectionError)):
             break
         error = cause
     return error
@@ -198,8 +199,9 @@ def _reason(root: Exception) -> str | None:
         return "something else answers in its place, such as the login page of a network or proxy"
     if isinstance(root, UnicodeError) or "header value" in text:
         return "HF_TOKEN holds letters that no token has"
-    if isinstance(root, FileNotFoundError) and os.environ.get("SSL_CERT_FILE"):
-        return f"there is no file {os.environ['SSL_CERT_FILE']}, which SSL_CERT_FILE names"
+    certificates = os.environ.get("SSL_CERT_FILE")
+    if isinstance(root, FileNotFoundError) and certificates and not Path(certificates).exists():
+        return f"there is no file {certificates}, which SSL_CERT_FILE names"
     if isinstance(root, ImportError) and "SOCKS" in text:
         return "a SOCKS proxy needs another package: pip install 'httpx[socks]'"
     if isinstance(root, ValueError) and "proxy" in text.lower():

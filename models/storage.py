@@ -42,7 +42,6 @@ REASONS = {
     errno.ENODEV: "there is no such device",
     errno.EMFILE: "too many files are open in this process",
     errno.ENFILE: "too many files are open on this machine",
-    errno.EBADF: "it was closed",
 }
 """What the system's refusals to write mean. Anything else is no matter of the place."""
 ADVICE = {
@@ -99,6 +98,8 @@ def storing(place: Path, kept: str = "Nothing was left behind.", advice: str = "
         raise
     except Exception as error:
         told = refusal_to_write(error, place, kept, advice)
+        if told is None and _is_full(_existing(place)):  # llama.cpp says only that it failed
+            told = _told(errno.ENOSPC, place, kept, advice)
         if told is None:
             raise
         raise StorageError(told) from error
@@ -124,7 +125,7 @@ def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str 
         place = _named(error) or next(_full_places(arguments), None)
         if place is None and number not in FULL:
             place = next((path for path in _places(arguments) if not os.access(_existing(path), os.W_OK)), None)
-        return _told(number, place, "", _advice(place))
+        return _told(number, place, "", _advice(place), "cannot be read or written")
     if isinstance(error, FileNotFoundError) and _is_output(_named(error), arguments):
         return f"{_named(error)} cannot be written: no file or folder can be made there. Give another place."
     full = next(_full_places(arguments), None)
@@ -149,16 +150,14 @@ def locale_problem(error: BaseException, arguments: Sequence[str] = ()) -> str |
     return f"{given}the name is not valid UTF-8, which a library needs. Rename the file or folder."
 
 
-def _told(number: int, place: Path | None, kept: str, advice: str) -> str:
+def _told(number: int, place: Path | None, kept: str, advice: str, fault: str = "cannot be written") -> str:
     where = "this" if place is None else str(place)
     reason = REASONS.get(number, os.strerror(number).lower())
     if number in FULL:
-        room = ""
-        if place is not None:
-            room = f": {_room(_existing(place))}"
+        room = "" if place is None else f": {_room(_existing(place))}"
         parts = (f"{where}: {reason}{room}.", kept, f"Make room there and run the command again, or {advice}.")
     else:
-        parts = (f"{where} cannot be written: {reason}.", kept, ADVICE.get(number, f"{advice[0].upper()}{advice[1:]}."))
+        parts = (f"{where} {fault}: {reason}.", kept, ADVICE.get(number, f"{advice[0].upper()}{advice[1:]}."))
     return " ".join(part for part in parts if part)
 
 
@@ -191,7 +190,7 @@ def _number_of(error: BaseException) -> int | None:
     """Return the system's number of a refusal to write, found in an exception or what caused it."""
     for each in _chain(error):
         if isinstance(each, OSError) and each.errno in REASONS:
-            about_files = each.filename is not None or each.errno not in (errno.EPERM, errno.EACCES, errno.EBADF)
+            about_files = each.filename is not None or each.errno not in (errno.EPERM, errno.EACCES)
             if about_files and not isinstance(each, ConnectionError):
                 return each.errno
         elif not isinstance(each, OSError) or each.errno is None:
@@ -247,7 +246,10 @@ def _full_places(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _is_full(folder: Path) -> bool:
-    usage = shutil.disk_usage(folder)
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:  # gone, or not to be asked
+        return False
     return usage.free < NO_ROOM and usage.total > 0  # /proc and its like have no size
 
 

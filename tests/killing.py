@@ -117,7 +117,7 @@ def _count(under: str, kill_at: int | None, report: int) -> None:
         elif event in KINDS and _place(event, arguments).startswith(under):
             happened()
 
-    def fsync(descriptor: int) -> None:
+    def fsync(descriptor: Any) -> None:
         happened()
         real(descriptor)
 
@@ -141,7 +141,7 @@ def _child(request: dict[str, Any], report: int, said: int) -> None:
     if request["stdout"] is not None:
         os.open(request["stdout"], os.O_WRONLY)  # takes the number that is free
         stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = stdout  # type: ignore[assignment, misc]
+    sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     if request["most_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["most_bytes"], resource.RLIM_INFINITY))

@@ -156,18 +156,21 @@ def test_a_judge_whose_place_is_full_keeps_what_it_scored(parent: Warm, tmp_path
 
 
 SLOW = """
-import click, sys, time
+import click, signal, threading
 from pathlib import Path
 from models.commandline import run
 from models.draft import draft_of
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 @click.command()
 @click.argument("out", type=Path)
 def main(out):
     with draft_of(out) as draft:
         print("begun", flush=True)
-        sys.stdin.read()
-        time.sleep(600)
+        threading.Event().wait()
 
 run(main)
 """
@@ -178,7 +181,7 @@ def test_a_signal_ends_a_command_and_its_draft(tmp_path: Path, number: signal.Si
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(out)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"

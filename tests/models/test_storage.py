@@ -95,7 +95,7 @@ def test_a_full_device_and_a_full_database_are_known(tmp_path: Path) -> None:
 
 def test_room_is_asked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_room(tmp_path / "not" / "yet", 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9, 3 * 2**20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9, 3 * 2**20))
     with pytest.raises(StorageError, match=r"out: about 7\.0 GiB are needed, and the file system / has 3\.0 MiB free"):
         check_room(tmp_path / "out", 7 * 2**30)
 
@@ -106,7 +106,7 @@ def test_the_full_one_among_a_commands_places_is_found(tmp_path: Path, monkeypat
 
     def usage(folder: Path) -> object:
         free = 0 if Path(folder).is_relative_to(small) else 2**40
-        return shutil._ntuple_diskusage(2**40, 0, free)  # type: ignore[attr-defined]
+        return shutil._ntuple_diskusage(2**40, 0, free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     arguments = ["--model", "m", "--labels", str(tmp_path), f"--out={small / 'run'}"]
