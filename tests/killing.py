@@ -117,9 +117,9 @@ def _count(under: str, kill_at: int | None, report: int) -> None:
         elif event in KINDS and _place(event, arguments).startswith(under):
             happened()
 
-    def fsync(descriptor: Any) -> None:
+    def fsync(fd: Any) -> None:
         happened()
-        real(descriptor)
+        real(fd)
 
     real, os.fsync = os.fsync, fsync
     sys.addaudithook(audit)
