@@ -20,6 +20,7 @@ from benchmarks.isolation import available_memory, peak_rss, restart_peak
 from models.errors import InputError
 from models.family import TapSource
 from models.preprocessing import Preprocessing
+from models.storage import shown_bytes
 from runtimes.bundle import open_bundle
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import GuardRunner
@@ -155,7 +156,7 @@ def _lacking_memory(needed: int) -> str | None:
     free = available_memory()
     if free is None or needed - peak_rss() <= free:
         return None
-    return f"would need about {needed / 2**30:.0f} GiB, {(peak_rss() + free) / 2**30:.0f} GiB can be had here"
+    return f"would need about {shown_bytes(needed)}, {shown_bytes(peak_rss() + free)} can be had here"
 
 
 def random_images(preprocessing: Preprocessing, count: int, seed: int) -> NDArray[np.uint8]:

@@ -7,17 +7,17 @@ The folder has HoliSafe-Bench's published layout, ``holisafe_bench.json`` and ``
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from models.commandline import printable, run
+from models.draft import draft_of, publish
 from models.errors import InputError
 from models.holisafe_mini.scene import PARTS, draw
 from models.holisafe_mini.suite import Answered, Suite, build_suite
+from models.storage import storing
 
 __all__ = ["PAIRS_FILE", "QUESTIONS_FILE", "write_suite"]
 
@@ -33,21 +33,16 @@ def write_suite(suite: Suite, out: Path) -> None:
     """
     if out.exists():
         raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with draft_of(out) as draft, storing(out, advice="give --out another place"):
         for picture in suite.pictures:
-            path = unfinished / "images" / picture.path
+            path = draft / "images" / picture.path
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(picture.scene).save(path, optimize=False)
-        _write(unfinished / PAIRS_FILE, [item.row for item in suite.pairs])
-        _write(unfinished / QUESTIONS_FILE, [item.row for item in suite.questions])
+        _write(draft / PAIRS_FILE, [item.row for item in suite.pairs])
+        _write(draft / QUESTIONS_FILE, [item.row for item in suite.questions])
         answers = {PAIRS_FILE: _answers(suite.pairs), QUESTIONS_FILE: _answers(suite.questions)}
-        _write(unfinished / ANSWERS_FILE, answers)
-        unfinished.chmod(0o755)
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _write(draft / ANSWERS_FILE, answers)
+        publish(draft, out)
 
 
 def _answers(items: Iterable[Answered]) -> dict[str, str]:

@@ -6,8 +6,9 @@ What the run record and the stored scores of a judge have in common.
 from __future__ import annotations
 
 import os
+from io import FileIO
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -15,12 +16,14 @@ from models.errors import InputError
 from models.json_file import first_problem, validate_json
 from models.printable import shortened
 from models.regular_file import read_regular
+from models.storage import storing
 
-__all__ = ["append", "read_lines"]
+__all__ = ["KEPT", "append", "read_lines"]
 
 
 MAX_BYTES = 4 * 2**30
 """A row with its answer takes a kilobyte or two."""
+KEPT = "What was written is kept: --resume goes on with it."
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -50,8 +53,13 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
     return lines, end, end == len(data)
 
 
-def append(stream: IO[bytes], line: bytes) -> None:
-    """Write a line so that it is on disk when this returns. Errors: OSError."""
-    stream.write(line)
-    stream.flush()
-    os.fsync(stream.fileno())
+def append(stream: FileIO, line: bytes) -> None:
+    """Write a line to an unbuffered file so that it is on disk when this returns.
+
+    Errors: StorageError; a part of the line may be there then, which :func:`read_lines` drops.
+    """
+    with storing(Path(stream.name), KEPT, "give another --out"):
+        rest = memoryview(line)
+        while rest:
+            rest = rest[stream.write(rest) :]
+        os.fsync(stream.fileno())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -23,11 +22,13 @@ from benchmarks.random_vlm import config_and_class
 from benchmarks.shapes import VisionShape, find_shape, shape_names
 from models.checkpoint import RANDOM_KEY, open_checkpoint
 from models.commandline import printable, run
+from models.draft import draft_of, publish
 from models.errors import InputError
 from models.family import HEAD_PREFIX
 from models.filling import on_meta
 from models.guard_head import standard_classes
 from models.reference import GuardHead
+from models.storage import check_room, shown_bytes, storing
 from models.tiny.blueprints import BLUEPRINTS
 from quantize.artifact import Piece, copy_light_files, stored_name, write_bytes, write_shards
 
@@ -81,20 +82,14 @@ def write_random_checkpoint(
         *_pieces(model, "", seed, tied, name, sparse=sparse),
         *_pieces(head, HEAD_PREFIX, seed, set(), name, sparse=False),
     ]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(pieces, folder, sparse)
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        copy_light_files(open_checkpoint(tokenizer).folder, unfinished)
-        (unfinished / "preprocessor_config.json").unlink(missing_ok=True)  # the real size is the family's default
+    with draft_of(folder) as draft, storing(folder, advice="give --out another place"):
+        copy_light_files(open_checkpoint(tokenizer).folder, draft)
+        (draft / "preprocessor_config.json").unlink(missing_ok=True)  # the real size is the family's default
         stated = _config(config, model_class.__name__, tokenizer, layout)
-        (unfinished / "config.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
-        written = write_shards(pieces, unfinished, shard_bytes=shard_bytes)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (draft / "config.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
+        written = write_shards(pieces, draft, shard_bytes=shard_bytes)
+        publish(draft, folder)
     return written
 
 
@@ -139,13 +134,8 @@ def _class_keys(tokenizer: str) -> dict[str, Any]:
 
 def _check_disk(pieces: Sequence[Piece], folder: Path, sparse: bool) -> None:
     needed = sum(piece.nbytes for piece in pieces if not (sparse and _is_hole(piece.name)))
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed + MARGIN:
-        hint = "" if sparse else " --sparse leaves holes for the decoder layers;"
-        raise InputError(
-            f"{folder.parent}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free.{hint} --layers "
-            "shortens the language model; or give --out another disk."
-        )
+    hint = "" if sparse else "give --sparse, which leaves holes for the decoder layers, or "
+    check_room(folder, needed + MARGIN, f"{hint}give fewer --layers, or give --out another disk")
 
 
 def _is_hole(name: str) -> bool:
@@ -200,8 +190,8 @@ def main(shape: str, out: Path, layers: int | None, layout: Layout, sparse: bool
             find_shape(shape), out, layers=layers, seed=seed, layout=layout, sparse=sparse
         )
     disk = sum(path.stat().st_blocks * 512 for path in out.iterdir())
-    holes = f", {disk / 2**30:.1f} GiB on the disk" if sparse else ""
-    click.echo(printable(f"{out}: {written / 2**30:.1f} GiB of random weights at {shape}'s shape{holes}"))
+    holes = f", {shown_bytes(disk)} on the disk" if sparse else ""
+    click.echo(printable(f"{out}: {shown_bytes(written)} of random weights at {shape}'s shape{holes}"))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.journal import append, read_lines
+from benchmarks.journal import KEPT, append, read_lines
+from models.draft import PARTIAL
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from models.machine import now
 from models.regular_file import read_regular
+from models.storage import storing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,6 +43,7 @@ __all__ = [
     "RunWriter",
     "Runtime",
     "SuiteRecord",
+    "check_new",
     "read_run",
     "write_run",
 ]
@@ -134,6 +138,8 @@ class RunRecord(_Frozen):
     created: str
     finished: str | None = None
     """When the last row was written; None while rows are missing."""
+    resumed: tuple[str, ...] = ()
+    """When runs went on with what an earlier one had left."""
     artifact: Artifact
     runtime: Runtime
     suite: SuiteRecord
@@ -176,6 +182,16 @@ def read_run(folder: Path) -> Run:
     return Run(folder=folder, record=record, rows=tuple(rows))
 
 
+def check_new(folder: Path) -> None:
+    """Raise InputError when a run cannot begin in ``folder``; one that holds nothing but a draft of ours is free."""
+    with storing(folder, kept="", advice="give another --out"):
+        there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
+    if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
+        raise InputError(
+            f"{folder} exists. Give --out a folder that does not, or --resume to go on with the run in it."
+        )
+
+
 def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:
     """Write a whole run record at once. Errors: InputError when ``folder`` exists or cannot be written."""
     with RunWriter.begin(folder, record) as writer:
@@ -191,48 +207,49 @@ class RunWriter:
         self.folder = folder
         self.record = record
         self._done = set(done)
-        self._stream = (folder / ROWS_NAME).open("r+b" if (folder / ROWS_NAME).exists() else "w+b")
+        rows = folder / ROWS_NAME
+        self._stream = rows.open("r+b" if rows.exists() else "w+b", buffering=0)
         self._stream.truncate(end)
         self._stream.seek(end)
 
     @classmethod
     def begin(cls, folder: Path, record: RunRecord) -> Self:
-        """Start a new record in ``folder``. Errors: InputError when it exists or cannot be written."""
-        if folder.exists():
-            raise InputError(
-                f"{folder} exists. Give --out a folder that does not, or --resume to go on with the run in it."
-            )
-        try:
-            folder.mkdir(parents=True)
+        """Start a new record in ``folder``. Errors: InputError when it exists or cannot be written.
+
+        A folder in which nothing was written yet, as a kill or a full disk leaves it, is none.
+        """
+        check_new(folder)
+        with storing(folder, kept="", advice="give another --out"):
+            folder.mkdir(parents=True, exist_ok=True)
             replace_file(folder / RECORD_NAME, _document(record))
             return cls(folder, record, frozenset(), 0)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
     @classmethod
     def resume(cls, folder: Path, record: RunRecord) -> Self:
         """Go on with a record that was begun as ``record``; rows that failed are dropped, to be tried again.
 
+        The record says when it was resumed.
+
         Errors: InputError when there is none, or its artifact, runtime, suite or settings are others.
         """
         begun = _read_record(folder / RECORD_NAME)
-        changing = ("created", "finished", "machine", "versions")
-        before, now = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
-        differ = sorted(key for key in before if before[key] != now[key])
+        changing = ("created", "finished", "resumed", "machine", "versions")
+        before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
+        differ = sorted(key for key in before if before[key] != wanted[key])
         if differ:
-            told = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in differ)
+            told = "; ".join(f"{key} was {before[key]!r}, is {wanted[key]!r}" for key in differ)
             raise InputError(f"{folder} holds another run: {told}. Give another --out, or the settings of that run.")
         path = folder / ROWS_NAME
         rows, end = _read_rows(path)
         kept = [row for row in rows if row.error is None]
         if len(kept) < len(rows):
             data = b"".join(_line(row) for row in kept)
-            try:
-                replace_file(path, data)
-            except OSError as error:
-                raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+            replace_file(path, data)
             end = len(data)
-        return cls(folder, begun, frozenset(row.id for row in kept), end)
+        begun = begun.model_copy(update={"resumed": (*begun.resumed, now())})
+        replace_file(folder / RECORD_NAME, _document(begun))
+        with storing(path, kept=KEPT):
+            return cls(folder, begun, frozenset(row.id for row in kept), end)
 
     @property
     def done(self) -> frozenset[str]:
@@ -243,25 +260,13 @@ class RunWriter:
         """Append a row. Errors: InputError for an id that has one already, or a disk that is full."""
         if row.id in self._done:
             raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
-        try:
-            append(self._stream, _line(row))
-        except OSError as error:
-            raise InputError(
-                f"{self.folder / ROWS_NAME} cannot be written: {error.strerror or error}. What was written is kept; "
-                "make room and go on with --resume."
-            ) from error
+        append(self._stream, _line(row))
         self._done.add(row.id)
 
     def finish(self, when: str) -> None:
         """Say in ``run.json`` that all rows are there. Errors: InputError for a disk that is full."""
         self.record = self.record.model_copy(update={"finished": when})
-        try:
-            replace_file(self.folder / RECORD_NAME, _document(self.record))
-        except OSError as error:
-            raise InputError(
-                f"{self.folder / RECORD_NAME} cannot be written: {error.strerror or error}. All rows are kept; make "
-                "room and go on with --resume."
-            ) from error
+        replace_file(self.folder / RECORD_NAME, _document(self.record))
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.answering.answerer import Answerer, failed
 from benchmarks.answering.select import Request, open_answerer
-from benchmarks.record import RECORD_NAME, Row, RunRecord, RunWriter, read_run
+from benchmarks.record import RECORD_NAME, Row, RunRecord, RunWriter, check_new, read_run
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import Suite
 from models.commandline import grid_option, printable, run
@@ -163,8 +163,8 @@ def main(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if out.exists() and not resume:
-        raise InputError(f"{out} exists. Give --out a folder that does not, or --resume to go on with the run in it.")
+    if not resume:
+        check_new(out)
     suite = open_suite(suite_name, data, limit=limit)
     tokens = given.pop("max_new_tokens") or suite.max_new_tokens
     request = Request(**{**given, "grid": grid_option(given["grid"])}, max_new_tokens=tokens)

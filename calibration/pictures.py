@@ -19,6 +19,7 @@ from PIL import Image
 from models.errors import ImageFileError, InputError, MissingExtraError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
+from models.hub_failures import Wanted, bound_waiting, hub_failures, out_of_reach
 from models.image import open_image, to_rgb
 from models.image_folder import no_images, not_read, read_folder
 from models.preprocessing import Preprocessing
@@ -81,10 +82,11 @@ class HubDataset:
             import datasets
         except ImportError as error:
             raise MissingExtraError("datasets", "datasets", f"reading {self}") from error
+        bound_waiting()
         try:
             rows: Any = datasets.load_dataset(self.name, split=self.split, revision=self.revision, streaming=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
+        except hub_failures() as error:
+            raise out_of_reach(error, self._wanted) or InputError(
                 f"{self}: the data set cannot be loaded ({error}). Check name, split ({self.split}) and network, or "
                 "give a folder."
             ) from error
@@ -98,8 +100,14 @@ class HubDataset:
         """Yield rows; rows come over the network one by one. Errors: InputError when that breaks off."""
         try:
             yield from rows
-        except OSError as error:
-            raise InputError(f"{self}: reading broke off ({error}). Try again, or give a folder.") from error
+        except hub_failures() as error:
+            raise out_of_reach(error, self._wanted) or InputError(
+                f"{self}: reading broke off ({error}). Try again, or give a folder."
+            ) from error
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(self.name, self.revision, kind="dataset")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from calibration.mix import Mix, choose
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.hub import TINY_CHECKPOINTS
+from models.storage import shown_bytes
 
 __all__ = ["Answers", "Calibration", "CalibrationOptions", "answers_of", "calibrate_on"]
 
@@ -97,8 +98,8 @@ def answers_of(
     fits = size + ANSWERING <= max_memory or device != "cpu"
     if options.answers == "own" and not fits:
         raise InputError(
-            f"--answers own: the model takes {size / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')} and "
-            f"must fit into --max-memory ({max_memory / 2**30:.1f} GiB) to answer. Give more memory, --dtype bfloat16, "
+            f"--answers own: the model takes {shown_bytes(size)} in {str(dtype).removeprefix('torch.')} and "
+            f"must fit into --max-memory ({shown_bytes(max_memory)}) to answer. Give more memory, --dtype bfloat16, "
             "or answers in the file and --answers given."
         )
     if options.answers == "own" or (options.answers == "auto" and fits):
@@ -116,7 +117,7 @@ def answers_of(
     given = [None if options.answers == "none" or each.answer is None else Answer(text=each.answer) for each in samples]
     if options.answers == "auto":
         say(
-            f"the 16-bit model ({size / 2**30:.1f} GiB) does not fit into memory to answer by itself: "
+            f"the 16-bit model ({shown_bytes(size)}) does not fit into memory to answer by itself: "
             f"{sum(answer is not None for answer in given)} of {len(given)} samples have an answer in the file, the "
             "others are prompts alone. A larger machine can answer them beforehand: python -m calibration.answers"
         )

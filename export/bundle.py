@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.draft import draft_of, publish
 from models.errors import InputError
 from models.manifest import MANIFEST_NAME, GuardFile, Manifest, Source, Tap
+from models.storage import storing
 from runtimes.bundle import sha256_of
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
 __all__ = [
-    "PARTIAL",
     "bundle_draft",
     "check_destination",
     "data_beside",
     "origin_of",
-    "remove_abandoned",
     "remove_file",
     "write_manifest",
 ]
-
-PARTIAL = ".partial-"
-"""Stands before the process number in the name of what is unfinished."""
 
 
 def check_destination(out: Path) -> None:
@@ -37,7 +32,9 @@ def check_destination(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file. Give --out the name of a folder.")
-    if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
+    with storing(out, kept="", advice="give --out another place"):
+        filled = any(out.iterdir())
+    if filled and not (out / MANIFEST_NAME).is_file():
         raise InputError(
             f"{out} holds something else than a guard bundle and is left as it is. "
             "Give --out a folder that is empty, new or a bundle."
@@ -54,16 +51,10 @@ def bundle_draft(out: Path) -> Iterator[Path]:
     Errors: InputError when ``out`` holds something that is not a bundle.
     """
     check_destination(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out)
-    draft = out.parent / f".{out.name}{PARTIAL}{os.getpid()}"
-    draft.mkdir()
-    try:
+    with draft_of(out) as draft, storing(out, advice="give --out another place"):
         yield draft
         Manifest.read(draft)
-        _put_in_place(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        publish(draft, out, replace=True)
 
 
 def origin_of(checkpoint: Checkpoint, *, standalone: bool) -> tuple[Source, Tap]:
@@ -110,29 +101,3 @@ def remove_file(path: Path) -> None:
     """Remove an ONNX file of a draft, and its weights beside it."""
     for each in (path, path.with_name(path.name + ".data")):
         each.unlink(missing_ok=True)
-
-
-def _put_in_place(draft: Path, out: Path) -> None:
-    replaced = draft.with_name(draft.name + ".replaced")
-    if out.exists():
-        out.replace(replaced)
-    draft.replace(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_abandoned(out: Path) -> None:
-    """Remove drafts of ``out`` whose process is gone."""
-    for draft in out.parent.glob(f".{out.name}{PARTIAL}*"):
-        pid = draft.name.rsplit("-", 1)[1].split(".")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -5,11 +5,9 @@ Shapes: n pictures, H × W pixels, C classes.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import PARTIAL, remove_abandoned, write_manifest
+from export.bundle import write_manifest
 from export.parity import TOLERANCES, Tolerance, check_embeddings, check_parity
 from export.tensorrt_builder import EngineOptions, Report, build_engine, builder_api
+from models.draft import draft_of
 from models.errors import BundleError, EngineUnavailableError
 from models.machine import machine_name
 from models.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
+from models.storage import shown_bytes, storing
 from runtimes.bundle import Bundle, sha256_of
 from runtimes.cuda import Gpu
 from runtimes.runner import GuardOutput, GuardRunner
@@ -86,15 +86,15 @@ def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_b
     disk = shutil.disk_usage(bundle.folder).free
     if disk < weights:
         raise EngineUnavailableError(
-            f"{bundle.folder}: an engine of about {weights / 2**20:.0f} MiB does not fit on this disk, which has "
-            f"{disk / 2**20:.0f} MiB free. Make room, or copy the bundle to another disk."
+            f"{bundle.folder}: an engine of about {shown_bytes(weights)} does not fit on this disk, which has "
+            f"{shown_bytes(disk)} free. Make room, or copy the bundle to another disk."
         )
     size = bundle.manifest.preprocessing
     needed = 2 * weights + options.max_batch * size.height * size.width * 3 * ACTIVATION_BYTES
     if free_bytes is not None and free_bytes < needed:
         raise EngineUnavailableError(
-            f"the build needs {needed / 2**20:.0f} MiB of GPU memory or more at --max-batch {options.max_batch}, and "
-            f"{free_bytes / 2**20:.0f} MiB are free. Close what else uses the GPU, or try a smaller --max-batch."
+            f"the build needs {shown_bytes(needed)} of GPU memory or more at --max-batch {options.max_batch}, and "
+            f"{shown_bytes(free_bytes)} are free. Close what else uses the GPU, or try a smaller --max-batch."
         )
 
 
@@ -132,7 +132,7 @@ def add_engine(
     info = _info(bundle, options, device)
     size = bundle.manifest.preprocessing
     check_room(bundle, _source(bundle, options, device), options, device.free_bytes)
-    with _scratch(bundle.folder) as scratch:
+    with draft_of(bundle.folder / "engine") as scratch, storing(bundle.folder, advice="copy the bundle elsewhere"):
         plan = scratch / "guard.plan"
         source = bundle.path(_source(bundle, options, device))
         report(f"TensorRT {device.version}: reading {source.name}")
@@ -290,15 +290,3 @@ def _plan_path(entry: GuardFile, taken: set[str]) -> str:
     stem = f"engines/{entry.precision}-sm{capability}-trt{entry.engine.tensorrt_version}"
     names = (f"{stem}{suffix}.plan" for suffix in ("", *(f"-{number}" for number in range(2, len(taken) + 3))))
     return next(name for name in names if name not in taken)
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """Give a folder in the bundle for unfinished files; one whose process died is removed by the next."""
-    remove_abandoned(folder / "engine")
-    scratch = folder / f".engine{PARTIAL}{os.getpid()}"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -18,9 +18,10 @@ from typing import Any, Literal, get_args
 
 from export.rewrites.opset17 import FLOAT32, lower_to_opset17
 from export.rewrites.standard_operators import to_standard
-from models.errors import EngineUnavailableError, InputError, SafeVLMError
+from models.errors import EngineUnavailableError, InputError, SafeVLMError, StorageError
 from models.json_file import replace_file
 from models.printable import one_line
+from models.storage import storing
 
 __all__ = [
     "BUILDER_APIS",
@@ -297,7 +298,8 @@ def _save_timing_cache(config: Any, file: Path | None, report: Report) -> None:
     if file is None or cache is None:
         return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, cache.serialize())
-    except OSError as error:
-        report(f"timing cache {file} is not saved: {error.strerror or error}")
+        with storing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, cache.serialize())
+    except StorageError as error:
+        report(f"timing cache is not saved: {error}")

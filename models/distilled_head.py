@@ -20,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models.class_names import class_names_problem
-from models.errors import CheckpointError, GuardHeadError, InputError
+from models.errors import CheckpointError, GuardHeadError
 from models.family import HEAD_PREFIX
 from models.json_file import parse_json, replace_file
 from models.pooling import POOLINGS, Pooling, pooled_width
 from models.reference import GuardHead
 from models.regular_file import read_regular
 from models.shard_header import read_header
+from models.storage import storing
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -76,13 +77,9 @@ class DistilledHead:
             "fidelity": self.fidelity,
         }
         content = save(tensors, metadata={METADATA: json.dumps(stated, sort_keys=True)})
-        try:
+        with storing(path, advice="name a file in a folder that can be written to"):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, content)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that can be written to."
-            ) from error
         return replace(self, sha256=hashlib.sha256(content).hexdigest())
 
     @classmethod

@@ -12,11 +12,13 @@
     │   ├── HubError                a checkpoint could not be fetched
     │   ├── BundleError             a guard bundle is altered, incomplete or unknown
     │   ├── ImageFileError          an image file cannot be judged
+    │   ├── StorageError            a place is full, or cannot be written
     │   └── MissingExtraError       an optional library is not installed
     └── EngineUnavailableError   6  the bundle is complete, no engine could be built here
 
 A message says what was wrong (the value, the shape, the tensor's name), what is allowed, and what to do
-next. Nothing else is caught at the command line: any other exception is a bug and keeps its traceback.
+next. At the command line an exception that the machine caused (a full disk, a folder that may not be written) is told
+as StorageError, too: see :mod:`models.storage`. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ __all__ = [
     "ParityError",
     "PrecisionError",
     "SafeVLMError",
+    "StorageError",
 ]
 
 
@@ -95,6 +98,10 @@ class BundleError(InputError):
 
 class ImageFileError(InputError):
     """An image file is unreadable, animated, of an unsupported mode or too large."""
+
+
+class StorageError(InputError):
+    """A place to write is full, read-only, forbidden or gone."""
 
 
 class MissingExtraError(InputError):

@@ -13,13 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from models.errors import CheckpointError, HubError, InputError
+from models.errors import CheckpointError, InputError
+from models.hub_failures import Wanted, bound_waiting, hub_error, hub_failures
 from models.tap import MAX_SOURCE_BYTES, MAX_SOURCE_FILES
-
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
 
 __all__ = [
     "KNOWN_CHECKPOINTS",
@@ -129,6 +126,7 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> HubCheckpoint
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
+    bound_waiting()
     try:
         folder = Path(
             snapshot_download(
@@ -138,8 +136,8 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> HubCheckpoint
                 ignore_patterns=list(HEAVY_PATTERNS),
             )
         )
-    except _hub_failures() as error:
-        raise HubError(_explain(error, repo_id, revision)) from error
+    except hub_failures() as error:
+        raise hub_error(error, Wanted(repo_id, revision), _allowed()) from error
     commit = folder.name
     try:
         sizes = {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=commit)}
@@ -211,72 +209,8 @@ def _allowed() -> str:
 def _fetch_file(repo_id: str, filename: str, commit: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    bound_waiting()
     try:
         return Path(hf_hub_download(repo_id, filename, revision=commit))
-    except _hub_failures() as error:
-        raise HubError(_explain(error, repo_id, commit, filename)) from error
-
-
-def _hub_failures() -> tuple[type[Exception], ...]:
-    """Everything huggingface_hub raises for a bad id, a refusal, a network or a disk that fails."""
-    import httpx
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    return (httpx.HTTPError, OSError, EntryNotFoundError, HFValidationError)
-
-
-def _explain(error: Exception, repo_id: str, revision: str | None, filename: str | None = None) -> str:
-    """Return one sentence on what failed and one on what to do, for an error of huggingface_hub."""
-    from huggingface_hub import constants, errors
-
-    what = f"'{repo_id}'" + (f" at revision '{revision}'" if revision else "")
-    if filename is not None:
-        what = f"'{filename}' of {what}"
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-    root = cause if isinstance(cause, Exception) else error
-    if isinstance(root, errors.HFValidationError):
-        return f"'{repo_id}' is not a hub id. {_allowed()}"
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"{what} is not complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it. "
-            "Unset HF_HUB_OFFLINE once to fetch it, or give a folder."
-        )
-    if isinstance(root, errors.HfHubHTTPError):
-        return _explain_refusal(root, what, f"{constants.ENDPOINT}/{repo_id}")
-    if isinstance(root, _network_failures()):
-        return (
-            f"the hub {constants.ENDPOINT} cannot be reached for {what} ({type(root).__name__}), and the cache "
-            f"{constants.HF_HUB_CACHE} lacks it. Check the network and HF_ENDPOINT, or give a folder."
-        )
-    return f"{what} could not be fetched or stored ({root}). Check the disk that holds {constants.HF_HUB_CACHE}."
-
-
-def _explain_refusal(refusal: HfHubHTTPError, what: str, page: str) -> str:
-    """Say what an HTTP status of the hub means for the user."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(refusal, errors.GatedRepoError):
-        return (
-            f"{what} is gated and the hub refuses it to you. Accept its terms at {page}, then set HF_TOKEN to a "
-            "token of that account (or run `hf auth login`)."
-        )
-    status = refusal.response.status_code
-    if isinstance(refusal, errors.RepositoryNotFoundError) or status == 401:
-        return (
-            f"the hub {constants.ENDPOINT} shows no model {what}: it does not exist, or is private or gated and no "
-            "valid token was sent. Check the spelling; if the model is private, set HF_TOKEN or run `hf auth login`."
-        )
-    if isinstance(refusal, errors.RevisionNotFoundError):
-        return (
-            f"the hub has no such revision: {what}. A branch, a tag or a full commit hash is allowed; "
-            f"see {page}/commits/main."
-        )
-    advice = "Check that HF_TOKEN is valid and may read this model." if status == 403 else "Try again later."
-    return f"the hub {constants.ENDPOINT} answered {status} for {what}. {advice}"
-
-
-def _network_failures() -> tuple[type[Exception], ...]:
-    import httpx
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    return (httpx.HTTPError, LocalEntryNotFoundError)
+    except hub_failures() as error:
+        raise hub_error(error, Wanted(repo_id, commit, filename), _allowed()) from error

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from models.draft import PARTIAL, remove_abandoned
 from models.errors import CheckpointError
 from models.printable import shortened
 from models.regular_file import read_regular
+from models.storage import storing
 
 __all__ = [
     "MAX_JSON_BYTES",
@@ -175,13 +180,20 @@ def first_problem(error: ValueError) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a file another content, all of it or none; it is on disk when this returns. Errors: OSError."""
-    unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with unfinished.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Give a file another content, all of it or none; it is on disk when this returns.
+
+    Errors: StorageError; what was there before is unchanged then.
+    """
+    unfinished = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{secrets.token_hex(3)}")
+    with storing(path, kept="Nothing there was changed."):
+        try:
+            with unfinished.open("wb") as stream:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+                unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        remove_abandoned(path)

@@ -30,6 +30,7 @@ from models.finite import check_values
 from models.machine import machine_name, peak_rss
 from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
+from models.storage import check_room
 from models.version import VERSION
 from quantize.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.auto_bits import sensitivity_of
@@ -38,7 +39,7 @@ from quantize.estimate import Estimate, available_memory, check_memory, estimate
 from quantize.layers import Caches, Rounded, round_layers
 from quantize.record import calibration_record, identity, jsonable, summary, token_counts
 from quantize.settings import Plan, Progress, RunOptions
-from quantize.unfinished import Unfinished, disk_errors
+from quantize.unfinished import ANSWERS, RECORD, Unfinished
 
 __all__ = ["Compressed", "check_place", "compress"]
 
@@ -111,6 +112,7 @@ def compress(
             "random_weights": checkpoint.random_weights,
             "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
             "consumers": list(run.plan.consumers),
+            "resumed": unfinished.resumed,
             "answers": outcome.answers | {"are": _whose(answers)},
         }
         record["summary"] = summary(checkpoint, record["layers"])
@@ -128,8 +130,8 @@ def compress(
                 "transformers": transformers.__version__,
                 "safevlm-edge": VERSION,
             }
-            with disk_errors(artifact):
-                (artifact / "compression.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            with unfinished.storing():
+                (artifact / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             unfinished.publish(artifact)
     return Compressed(
         out=out if outcome.answers else None,
@@ -153,6 +155,7 @@ def check_place(checkpoint: Checkpoint, out: Path) -> None:
             "error. Give the 16-bit checkpoint."
         )
     if out.exists():
+        Unfinished.remove_finished(out)
         raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
 
 
@@ -262,17 +265,12 @@ class _Run:
         self.seconds_per_layer = float(np.mean(times)) if times else None
 
     def _check_disk(self, needed: Estimate) -> None:
-        free = shutil.disk_usage(self.unfinished.folder).free
-        if free < needed.disk:
-            raise InputError(
-                f"{self.unfinished.folder}: about {needed.disk / 2**30:.1f} GiB are needed on this disk, "
-                f"{free / 2**30:.1f} GiB are free. Make room, or give --out another place."
-            )
+        check_room(self.unfinished.out, needed.disk)
 
     def write(self, record: dict[str, Any]) -> Path:
         """Write the artifact's folder, still under a hidden name; sizes go into ``record``."""
         folder = self.unfinished.folder / "artifact"
-        with disk_errors(folder):
+        with self.unfinished.storing():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             copy_light_files(self.checkpoint.folder, folder)
@@ -330,7 +328,7 @@ def _answers(
     progress: Progress,
 ) -> list[Answer | None]:
     """Return one answer a sample, or ``None``; kept for a run that goes on."""
-    kept = unfinished.kept("answers.json")
+    kept = unfinished.kept(ANSWERS)
     if kept is not None:
         return [None if each is None else Answer(text=each["text"], ids=_ids(each["ids"])) for each in kept]
     answers = answers_of(
@@ -343,7 +341,7 @@ def _answers(
         say=progress.say,
         report=progress.status,
     )
-    unfinished.keep("answers.json", [None if answer is None else asdict(answer) for answer in answers])
+    unfinished.keep(ANSWERS, [None if answer is None else asdict(answer) for answer in answers])
     return answers
 
 

@@ -6,6 +6,7 @@ product of matrices that is timed for a moment on the device.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ import torch
 from calibration.batches import Row
 from models.checkpoint import Checkpoint
 from models.errors import InputError
+from models.storage import shown_bytes
 from quantize.layers import SHARED_INPUTS, linear_names
 from quantize.solver import rows_together
 
-__all__ = ["Estimate", "available_memory", "check_memory", "estimate", "shown_bytes", "shown_seconds"]
+__all__ = ["Estimate", "available_memory", "check_memory", "estimate", "shown_seconds"]
 
 INTERPRETER = 600 * 2**20
 """Python, torch and transformers themselves."""
@@ -111,16 +113,8 @@ def check_memory(needed: Estimate, max_memory: int) -> None:
     if needed.memory > max_memory:
         raise InputError(
             f"--max-memory {max_memory / GIBIBYTE:g}: about {shown_bytes(needed.memory)} are needed with hidden states "
-            f"in a file. Give {needed.memory / GIBIBYTE:.1f} or more, or --dtype bfloat16."
+            f"in a file. Give {math.ceil(10 * needed.memory / GIBIBYTE) / 10} or more, or --dtype bfloat16."
         )
-
-
-def shown_bytes(count: float) -> str:
-    """Return bytes as people read them."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 2**10:.0f} KiB"
 
 
 def shown_seconds(seconds: float) -> str:

@@ -16,8 +16,9 @@ from calibration.batches import TokenWeights
 from calibration.mix import Mix, read_mix
 from calibration.samples import CalibrationOptions
 from models.commandline import grid_option, printable
+from models.storage import shown_bytes
 from quantize.compress import Compressed
-from quantize.estimate import shown_bytes, shown_seconds
+from quantize.estimate import shown_seconds
 from quantize.settings import Progress, RunOptions
 
 __all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]

@@ -7,7 +7,6 @@ the run's recipe, and only a run with the same recipe goes on with it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -16,15 +15,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import InputError
+from models.machine import now
+from models.storage import storing
 from quantize.layers import Rounded
 
-__all__ = ["Unfinished", "disk_errors"]
+__all__ = ["Unfinished"]
 
+ANSWERS, RESUMED = "answers.json", "resumed.json"
+RECORD = "compression.json"
 LAYER = "layer"
 """The one metadata key of a layer's file: safetensors writes several in an order that changes."""
 
@@ -35,19 +38,34 @@ class Unfinished:
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
         """Errors: InputError for a folder of another recipe, or one that another process works in."""
         self.out = out
-        self.folder = out.parent / f".{out.name}.unfinished"
-        with disk_errors(self.folder):
+        self.folder = _folder(out)
+        with self.storing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check(json.loads(json.dumps(recipe)))
-        except OSError as error:
+            self._note_resumption()
+        except BlockingIOError as error:
             self._lock.close()
             raise InputError(f"{self.folder}: another process is writing {out}. Wait for it, or stop it.") from error
         except InputError:
             self._lock.close()
             raise
+
+    @staticmethod
+    def remove_finished(out: Path) -> None:
+        """Remove the folder that a run left which was killed just after ``out`` had been put in its place."""
+        folder = _folder(out)
+        if not (out / RECORD).is_file() or not (folder / "lock").is_file():
+            return
+        with (folder / "lock").open() as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _note_resumption(self) -> None:
+        if self.finished() or (self.folder / ANSWERS).exists():
+            self.keep(RESUMED, [*self.resumed, now()])
 
     def _check(self, recipe: dict[str, Any]) -> None:
         path = self.folder / "recipe.json"
@@ -57,7 +75,8 @@ class Unfinished:
         there = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in {*there, *recipe} if there.get(key) != recipe.get(key))
         if differing and not self.finished():
-            (self.folder / "answers.json").unlink(missing_ok=True)
+            for name in (ANSWERS, RESUMED):
+                (self.folder / name).unlink(missing_ok=True)
             self.keep("recipe.json", recipe)
         elif differing:
             key = differing[0]
@@ -73,11 +92,22 @@ class Unfinished:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Turn a full disk, and a place that cannot be written, into StorageError."""
+        with storing(self.out, "Layers that are finished are kept.", "give --out another place"):
+            yield
+
+    @property
+    def resumed(self) -> list[str]:
+        """When runs went on with what an earlier one had left; empty for a run that was never stopped."""
+        return self.kept(RESUMED) or []
+
     # -- small facts ------------------------------------------------------------------------------------
 
     def keep(self, name: str, data: Any) -> None:
         """Write a JSON file in one step."""
-        with disk_errors(self.folder), self._whole(self.folder / name) as path:
+        with self.storing(), self._whole(self.folder / name) as path:
             path.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
     def kept(self, name: str) -> Any | None:
@@ -94,7 +124,7 @@ class Unfinished:
     def save_layer(self, index: int, rounded: Rounded) -> None:
         """Write a layer in one step. Errors: InputError when the disk is full; finished layers stay."""
         tensors = {name: tensor.contiguous() for name, tensor in rounded.tensors.items()}
-        with disk_errors(self.folder), self._whole(self.layer_file(index)) as path:
+        with self.storing(), self._whole(self.layer_file(index)) as path:
             save_file(tensors, path, metadata={LAYER: json.dumps(rounded.report)})
 
     def layer(self, index: int) -> dict[str, Tensor] | None:
@@ -118,7 +148,7 @@ class Unfinished:
 
     def publish(self, finished: Path) -> None:
         """Move a complete folder to ``out`` and remove the rest. Errors: InputError when ``out`` is there by now."""
-        with disk_errors(self.out):
+        with self.storing():
             if self.out.exists():
                 raise InputError(f"{self.out} exists by now. Move it away and run the command again.")
             finished.rename(self.out)
@@ -136,19 +166,8 @@ class Unfinished:
             unfinished.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written into InputError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
-        raise InputError(
-            f"{folder}: {what}. Layers that are finished are kept; make room and run the command again to go on."
-            if full
-            else f"{folder} cannot be written: {what}. Give --out another place."
-        ) from error
+def _folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.unfinished"
 
 
 def _short(value: Any) -> str:

@@ -56,7 +56,7 @@ def test_nothing_imports_upwards(folder: str) -> None:
 def test_a_device_loads_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print(*sorted(name for name in sys.modules if '.' not in name))"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
     assert not set(done.stdout.split()) & HEAVY
 
 

@@ -16,19 +16,22 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-from benchmarks.journal import append, read_lines
+from benchmarks.journal import KEPT, append, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from models.machine import now
 from models.regular_file import read_regular
+from models.storage import storing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,6 +66,8 @@ class _Identity(BaseModel):
     name: str
     identity: dict[str, Any]
     endpoint: str | None = None
+    resumed: tuple[str, ...] = ()
+    """When judging went on with scores that were there."""
 
 
 class StoredJudge:
@@ -126,19 +131,17 @@ class ScoreWriter:
         self._resume = resume
         self.kept: dict[str, StoredLine] = {}
         self._done: set[str] = set()
-        self._stream: BinaryIO | None = None
+        self._stream: FileIO | None = None
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as held:
-            try:
+            with storing(self.path, kept=KEPT):
                 self.path.parent.mkdir(exist_ok=True)
                 lock = held.enter_context(self.path.with_name(f".{self._wanted.name}.lock").open("w"))
                 self._lock(lock.fileno())
                 self._begin()
-                self._stream = held.enter_context(self.path.open("ab"))
-            except OSError as error:
-                raise self._unwritable(error) from error
+                self._stream = held.enter_context(self.path.open("ab", buffering=0))
             self._held = held.pop_all()
         return self
 
@@ -157,10 +160,7 @@ class ScoreWriter:
         assert self._stream is not None, "entered first"
         if row.id in self._done:
             raise InputError(f"{self.path}: row {row.id} has a score already.")
-        try:
-            append(self._stream, _dump(StoredLine(id=row.id, ok=score.ok, why=score.why, row=row_digest(row))))
-        except OSError as error:
-            raise self._unwritable(error) from error
+        append(self._stream, _dump(StoredLine(id=row.id, ok=score.ok, why=score.why, row=row_digest(row))))
         self._done.add(row.id)
 
     def _lock(self, descriptor: int) -> None:
@@ -179,11 +179,13 @@ class ScoreWriter:
 
     def _take_up(self) -> None:
         """Keep what is there and still holds; rewrite the file, all at once, when anything else is in it."""
-        before, now = _read_identity(self._identity_path).identity, self._wanted.identity
-        differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        begun = _read_identity(self._identity_path)
+        before, wanted = begun.identity, self._wanted.identity
+        differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
         if differ:
-            told = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differ)
+            told = "; ".join(f"{key} was {before.get(key)!r}, is {wanted.get(key)!r}" for key in differ)
             raise InputError(f"{self.path} holds another judge's scores: {told}. Give another --name, or its settings.")
+        self._wanted = self._wanted.model_copy(update={"resumed": (*begun.resumed, now())})
         if not self.path.exists():
             return
         lines, _, whole = read_lines(self.path, StoredLine)
@@ -193,12 +195,6 @@ class ScoreWriter:
         if not whole or len(self.kept) < len(lines):
             replace_file(self.path, b"".join(map(_dump, self.kept.values())))
         self._done = set(self.kept)
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path} cannot be written: {error.strerror or error}. What was written is kept; make room and go on "
-            "with --resume."
-        )
 
 
 def stored_judges(run_folder: Path) -> tuple[str, ...]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.errors import InputError
+from models.draft import draft_of, publish
+from models.storage import storing
 
 __all__ = ["not_numbers", "strict_json", "write_files"]
 
@@ -18,25 +17,16 @@ __all__ = ["not_numbers", "strict_json", "write_files"]
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:
     """Write files, by name, into the folder ``out``: a new one, or one where files of these names are replaced.
 
-    Errors: InputError when ``out`` cannot be written; a full disk leaves nothing behind.
+    Errors: StorageError when ``out`` cannot be written; a full disk leaves nothing behind.
     """
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
+    with draft_of(out) as draft, storing(out, advice="give another --out"):
         for name, data in files.items():
-            (unfinished / name).write_bytes(data)
+            (draft / name).write_bytes(data)
         if out.is_dir():
             for name in files:
-                (unfinished / name).replace(out / name)
+                (draft / name).replace(out / name)
         else:
-            unfinished.rename(out)
-    except OSError as error:
-        raise InputError(
-            f"{out} cannot be written: {error.strerror or error}. Nothing was left behind; make room or give another "
-            "--out."
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # gone already when all went well
+            publish(draft, out)
 
 
 def strict_json(content: Any) -> bytes:

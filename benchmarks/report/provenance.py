@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.findings import Findings
 from benchmarks.report.text import count, plain
+from models.storage import shown_bytes
 
 __all__ = ["Field", "Part", "artifact_of", "provenance_of", "suites_of"]
 
@@ -75,7 +76,7 @@ def artifact_of(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     told = (
         plain(first["kind"]) if first.get("kind") else "",
         f"{plain(bits)} bit" if isinstance(bits, (int, float)) else "",
-        _size(size) if isinstance(size, (int, float)) else "",
+        shown_bytes(size) if isinstance(size, (int, float)) else "",
         plain(_under(runs[0], "runtime").get("name")) if _under(runs[0], "runtime").get("name") else "",
     )
     return ", ".join(names), " · ".join(each for each in told if each)
@@ -90,14 +91,6 @@ def suites_of(runs: Sequence[Mapping[str, Any]]) -> str:
 def _under(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = record.get(name)
     return found if isinstance(found, Mapping) else {}
-
-
-def _size(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def _side(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:

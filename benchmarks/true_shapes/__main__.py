@@ -24,6 +24,7 @@ from models.commandline import printable, run
 from models.errors import InputError
 from models.holisafe_mini.suite import build_suite
 from models.machine import machine_name, now
+from models.storage import shown_bytes
 from models.version import VERSION
 
 __all__ = ["main"]
@@ -88,7 +89,7 @@ def _measure(shape: str, layers: int | None, sparse: bool, step: Step) -> dict[s
     if seen.code not in step.codes:
         problem = f"ended with {seen.code}: {(seen.said.strip().splitlines() or ['nothing was said'])[-1]}"
     elif step.most_bytes is not None and seen.peak_bytes > step.most_bytes:
-        problem = f"took {seen.peak_bytes / 2**30:.2f} GiB; {step.most_bytes / 2**30:.0f} are promised"
+        problem = f"took {shown_bytes(seen.peak_bytes)}; {shown_bytes(step.most_bytes)} are promised"
     row = {"shape": shape, "layers": layers, "sparse": sparse, "step": step.name, "problem": problem}
     return {**row, "most_bytes": step.most_bytes, **asdict(seen)}
 

@@ -21,7 +21,7 @@ from models.family import TapSource
 from models.gguf_manifest import GgufManifest
 from models.hub import TINY_CHECKPOINTS
 from models.machine import return_freed_memory
-from quantize.estimate import shown_bytes
+from models.storage import shown_bytes
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)

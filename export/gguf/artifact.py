@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,16 +33,17 @@ from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_libr
 from export.images import parity_images
 from models.checkpoint import Checkpoint
 from models.distilled_head import DistilledHead
+from models.draft import draft_of, publish
 from models.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
 from models.machine import now
 from models.preprocessing import Preprocessing
 from models.reference import GuardHead, build_head, build_vision, guard_sha256
+from models.storage import check_room, storing
 from models.transformers_config import build_config
 from models.version import VERSION
 from quantize.estimate import available_memory
-from quantize.unfinished import disk_errors
 from runtimes.bundle import sha256_of
 from runtimes.llamacpp import LlamaCpp
 from runtimes.llamacpp_language import probe_of, probe_picture
@@ -96,30 +96,24 @@ def export_gguf(
     have been made from; ParityError when llama.cpp's embeddings or, at 16 bits and more, its exact guard differ from
     the checkpoint's.
     """
-    unfinished = out.with_name(f".{out.name}.partial")
-    writing = _Writing(checkpoint, unfinished, options, report)
+    writing = _Writing(checkpoint, options, report)
     writing.check()
     if out.exists():
         raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
-    with disk_errors(out):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
-        with disk_errors(out):
-            manifest = writing.all()
-            manifest.write(unfinished)
-        if options.parity_images:
-            images = parity_images(writing.preprocessing, options.parity_images, options.images)
-            parity = guard_parity(checkpoint, unfinished, images, options.max_memory, report)
-            manifest = manifest.model_copy(update={"parity": parity})
-            manifest.write(unfinished)
-        unfinished.rename(out)
-    except SafeVLMError as error:
-        if writing.unfit is not None:  # the type that is left is no better
-            raise writing.unfit from error
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with draft_of(out) as draft, storing(out, advice="give --out another place"):
+        try:
+            manifest = writing.all(draft)
+            manifest.write(draft)
+            if options.parity_images:
+                images = parity_images(writing.preprocessing, options.parity_images, options.images)
+                parity = guard_parity(checkpoint, draft, images, options.max_memory, report)
+                manifest = manifest.model_copy(update={"parity": parity})
+                manifest.write(draft)
+        except SafeVLMError as error:
+            if writing.unfit is not None:  # the type that is left is no better
+                raise writing.unfit from error
+            raise
+        publish(draft, out)
     if writing.unfit is not None:
         raise CheckpointError(f"{writing.unfit} {out} holds the whole model in {manifest.file('model').type} instead.")
     return manifest
@@ -128,8 +122,9 @@ def export_gguf(
 class _Writing:
     """The files of one folder, one after another."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, options: GgufOptions, report: Report) -> None:
-        self.checkpoint, self.folder, self.options, self.report = checkpoint, folder, options, report
+    def __init__(self, checkpoint: Checkpoint, options: GgufOptions, report: Report) -> None:
+        self.checkpoint, self.options, self.report = checkpoint, options, report
+        self.folder = Path()
         self.type = type_of(options.type)
         self.unfit: UnfitTensorError | None = None
         """Why the model is not in the type that was asked for."""
@@ -158,9 +153,9 @@ class _Writing:
         """llama.cpp's name of the language model's architecture."""
         return ARCHITECTURES[self.checkpoint.family.key].name
 
-    def all(self) -> GgufManifest:
-        """Write the files, small ones first: a number that cannot be stored is found before the gigabytes."""
-        checkpoint = self.checkpoint
+    def all(self, folder: Path) -> GgufManifest:
+        """Write the files into a folder, small ones first: numbers that do not fit are found before the gigabytes."""
+        checkpoint, self.folder = self.checkpoint, folder
         self._check_disk()
         heads, head_files = self._heads()
         mmproj = self._write_projector()
@@ -197,12 +192,7 @@ class _Writing:
         if self.type not in PLAIN_TYPES:
             needed = int(needed * 1.6)
         needed += sum(tensor.nbytes for tensor in vision_tensors(self.checkpoint, self.options.mmproj_type))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise InputError(
-                f"{self.folder.parent}: about {needed / 2**30:.1f} GiB are needed on this disk, {free / 2**30:.1f} GiB "
-                "are free. Make room, or give --out another place."
-            )
+        check_room(self.folder.parent, needed)
 
     def _language_tensors(self) -> list[GgufTensor]:
         return language_tensors(self.checkpoint, stored_type(self.checkpoint, self.type))

@@ -31,7 +31,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("gate") / "gate.json"
     quick = ["--rounds=1", "--repeats=1", "--max-new-tokens=3", "--threads=1", "--json", "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.speed", "gate", "--model", "tiny-safellava", *quick]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     printed, written = json.loads(done.stdout), json.loads(out.read_text())
     assert printed == written

@@ -36,7 +36,7 @@ def test_one_command_writes_the_published_layout(tmp_path: Path) -> None:
     out = tmp_path / "mini"
     command = [sys.executable, "-m", "benchmarks.holisafe_mini", "--out", str(out)]
     command += ["--pairs", "100", "--questions", "4"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     assert "100 pairs, 4 questions" in said
     rows = json.loads((out / PAIRS_FILE).read_text(encoding="utf-8"))
     assert [row["id"] for row in rows] == list(range(100))

@@ -96,7 +96,7 @@ def test_the_command_writes_a_checkpoint_that_can_be_compressed(tmp_path: Path) 
         str(tmp_path / "out"),
     ]
     options = ["--calibration", str(tmp_path / "rows.jsonl"), "--samples", "4", "--mix", "text=1", "--layers", "1"]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 layers are finished" in done.stdout and "the whole model: about" in done.stdout
     assert "memory: " in done.stderr and "disk: " in done.stderr and "time: " in done.stderr
@@ -105,6 +105,6 @@ def test_the_command_writes_a_checkpoint_that_can_be_compressed(tmp_path: Path) 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     assert help_text.returncode == 2 and "exists" in help_text.stderr

@@ -106,7 +106,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     writer = RunWriter.begin(tmp_path / "run", record_of(rows))
     writer.write(rows[0])
     writer._stream.close()
-    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(InputError, match=r"No space left.*--resume"):
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(InputError, match=r"disk is full.*--resume"):
         writer._stream = full  # type: ignore[assignment]
         writer.write(rows[1])
     assert [row.id for row in read_run(tmp_path / "run").rows] == [rows[0].id]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def regress(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.regress", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path) -> None:

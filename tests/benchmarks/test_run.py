@@ -1,12 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +15,7 @@ from benchmarks.answering.answerer import Description, class_order, failed
 from benchmarks.answering.bundle import BundleAnswerer, GatedAnswerer
 from benchmarks.answering.select import Request, open_answerer
 from benchmarks.answering.torch_model import TorchAnswerer
-from benchmarks.record import ROWS_NAME, Artifact, Row, Runtime, read_run
+from benchmarks.record import Artifact, Row, Runtime, read_run
 from benchmarks.run import batches, main, run_suite
 from benchmarks.suites.select import open_suite
 from benchmarks.suites.suite import Suite
@@ -130,31 +125,6 @@ def test_answers_and_guard_are_the_model_s_own(name: str, tmp_path: Path) -> Non
     assert np.mean(right) > 0.95
     assert record.artifact.kind == "checkpoint" and record.artifact.sha256 is not None
     assert record.prompt is not None and record.prompt.index("{image}") < record.prompt.index("{question}")
-
-
-def test_a_run_that_was_killed_ends_with_the_same_rows(tmp_path: Path) -> None:
-    def command(out: Path, *more: str) -> list[str]:
-        options = ("--suite", "holisafe-mini", "--limit", "400", "--batch", "4", "--out", str(out))
-        return [sys.executable, "-m", "benchmarks.run", "--model", "tiny-safegem", *options, *more]
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    child = subprocess.Popen(command(killed), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    rows = killed / ROWS_NAME
-    begun = time.monotonic()
-    while not rows.exists() or rows.read_bytes().count(b"\n") < 30:
-        assert child.poll() is None and time.monotonic() - begun < 120
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert rows.read_bytes().count(b"\n") < len(read_run(whole).rows)
-    refused = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and "--resume" in refused.stderr
-    subprocess.run(command(killed, "--resume"), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    one, other = read_run(whole), read_run(killed)
-    untimed = [[row.model_copy(update={"ms": None}) for row in run.rows] for run in (one, other)]
-    assert untimed[0] == untimed[1]
-    assert one.record.settings() == other.record.settings()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ SUITE = open_suite("holisafe-mini", limit=40)
 
 
 def answerer(url: str, **changes: object) -> ServerAnswerer:
-    settings = {"max_new_tokens": 16, "concurrency": 3, "timeout": 5.0, "tries": 2, "base": 0.01} | changes
+    settings = {"max_new_tokens": 16, "concurrency": 3, "timeout": 600.0, "tries": 2, "base": 0.01} | changes
     return ServerAnswerer(url, "some-model", **settings)  # type: ignore[arg-type]
 
 

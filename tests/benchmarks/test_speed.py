@@ -67,7 +67,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     model, out = write_checkpoint("gemma3", "hf", folder / "model").folder, folder / "speed.json"
     quick = ["--embeddings", "--batch=2", "--batch=1", "--rounds=1", "--repeats=2", "--seconds=0.05", "--threads=1"]
     command = [sys.executable, "-m", "benchmarks.speed", "guard", "--model", str(model), *quick, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
     return json.loads(out.read_text()), done.stdout

@@ -27,7 +27,7 @@ def test_a_file_is_answered_by_the_model(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     command = [sys.executable, "-m", "calibration.answers", "--model", "tiny-safegem", "--calibration"]
     command += [str(tmp_path / "rows.json"), "--out", str(tmp_path / "answered.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     answered = read_conversations(tmp_path / "answered.jsonl").samples
     assert [sample.question for sample in answered] == [row["query"] for row in rows]
@@ -38,5 +38,5 @@ def test_a_file_is_answered_by_the_model(tmp_path: Path) -> None:
     assert sum(right) >= 10, "a model that is right 99 times in 100"
     refusals = sum(is_refusal(str(sample.answer)) for sample in answered)
     assert f"13 answers, {refusals} of them refusals" in done.stdout
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 2 and "exists" in again.stderr

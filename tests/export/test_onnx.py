@@ -247,7 +247,7 @@ def test_the_grid_is_read_and_checked(tmp_path: Path) -> None:
 def test_the_command_writes_and_describes_a_bundle(written: Written, tmp_path: Path) -> None:
     out = tmp_path / "guard"
     command = [sys.executable, "-m", "export.onnx", "--model", str(written.folder), "--out", str(out), "--json"]
-    done = subprocess.run([*command, "--parity-images", "4"], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*command, "--parity-images", "4"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["bundle"] == str(out)
@@ -283,7 +283,7 @@ def test_bad_checkpoints_end_with_code_2_and_one_message(
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(folder))
     command = [sys.executable, "-m", "export.onnx", "--model", str(folder), "--out", str(tmp_path / "guard")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,7 +83,7 @@ def python(code: str, tmp_path: Path, url: str, **variables: str) -> Any:
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -204,11 +206,96 @@ def test_a_hub_that_cannot_be_reached_or_fails_is_refused(hub: StandInHub, tmp_p
     for kind, text in python(code, tmp_path, "http://127.0.0.1:9").values():
         assert kind == "HubError"
         assert "the hub http://127.0.0.1:9 cannot be reached for 'some/model'" in text
-        assert "Check the network and HF_ENDPOINT" in text
+        assert "Set HTTPS_PROXY or HF_ENDPOINT" in text and "--model FOLDER" in text
     hub.broken = 403
     ((kind, text),) = python("print(json.dumps([refusal('some/model')]))", tmp_path, hub.url)
     assert kind == "HubError"
     assert "answered 403 for 'some/model'. Check that HF_TOKEN is valid" in text
+
+
+OUT_OF_REACH = """
+import http.server, socket, ssl, threading
+import models.hub_failures
+from models.hub import fetch_checkpoint
+
+class Says(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self):
+        page = b'<html>Please log in</html>'
+        self.send_response(STATUS)
+        self.send_header('Content-Length', str(len(page)))
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(page)
+    do_HEAD = do_CONNECT = do_GET
+
+server = http.server.ThreadingHTTPServer(('127.0.0.1', PORT), Says)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+models.hub_failures.SECONDS = 0.3 if SILENT else 600
+found = {}
+try:
+    fetch_checkpoint('owner/name')
+except InputError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "variables", "reason"),
+    [
+        (
+            200,
+            {"HF_ENDPOINT": "http://me:secret@127.0.0.1:9"},
+            r"the hub http://127\.0\.0\.1:9 .*\(Connection refused\)",
+        ),
+        (200, {"HF_ENDPOINT": "https://nowhere.invalid"}, r"its name cannot be resolved \(DNS\)"),
+        (200, {"HF_ENDPOINT": "hub.example"}, "no address such as https://huggingface.co"),
+        (200, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "login page of a network"),
+        (511, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "login page of a network"),
+        (404, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 404 .*Check that HF_ENDPOINT"),
+        (429, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 429 .*asked too often"),
+        (503, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 503 .*Try again later"),
+        (200, {"HF_ENDPOINT": "https://127.0.0.1:{port}"}, "TLS fails, wrong version number"),
+        (
+            407,
+            {"HTTPS_PROXY": "http://me:secret@127.0.0.1:{port}"},
+            "the proxy http://127.* a name and password",
+        ),
+        (403, {"HTTPS_PROXY": "http://me:secret@127.0.0.1:{port}"}, "the proxy refuses: 403"),
+        (407, {"HF_ENDPOINT": "http://hub.example", "HTTP_PROXY": "me:secret@127.0.0.1:{port}"}, "a name and password"),
+        (200, {"HTTPS_PROXY": "http://me:secret@127.0.0.1:9"}, r"through the proxy http://127.*\(Connection refused\)"),
+        (200, {"HTTPS_PROXY": "ftp://me:secret@127.0.0.1:9"}, "begins with neither http"),
+        (200, {"HTTPS_PROXY": "socks5://me:secret@127.0.0.1:9"}, r"pip install 'httpx\[socks\]'"),
+        (200, {"SSL_CERT_FILE": "/nowhere/ca.pem"}, "there is no file /nowhere/ca.pem"),
+        (200, {"HF_TOKEN": "hf_secretü"}, "HF_TOKEN holds letters"),
+    ],
+)
+def test_a_hub_out_of_reach_is_told_with_the_ways_out(
+    status: int, variables: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {key: value.format(port=port) for key, value in variables.items()}
+    endpoint = settings.pop("HF_ENDPOINT", "https://huggingface.co")
+    settings = {"NO_PROXY": "", "no_proxy": "", "HTTPS_PROXY": "", "HTTP_PROXY": "", "HF_TOKEN": "hf_secret"} | settings
+    told = python(f"STATUS, PORT, SILENT = {status}, {port}, False\n{OUT_OF_REACH}", tmp_path, endpoint, **settings)
+    assert re.search(reason, told), told
+    assert "secret" not in told and "https_proxy" not in told
+    for way in ("HTTPS_PROXY or HF_ENDPOINT", "hf download owner/name --local-dir name", "--model FOLDER"):
+        assert way in told
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        told = python(f"STATUS, PORT, SILENT = 200, 0, True\n{OUT_OF_REACH}", tmp_path, endpoint)
+    assert "no answer in time; a firewall may drop the packets" in told and "--model FOLDER" in told
+
+
+def test_a_cache_that_cannot_be_written_is_a_matter_of_the_place(hub: StandInHub, tmp_path: Path) -> None:
+    code = f"print(json.dumps(refusal('{SAFELLAVA}')))"
+    kind, told = python(code, tmp_path, hub.url, HF_HUB_CACHE="/dev/null/hub")
+    assert kind == "StorageError" and "/dev/null" in told and "HF_HOME" in told
 
 
 def test_the_six_names_are_what_the_hub_calls_them() -> None:

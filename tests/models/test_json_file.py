@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from models.errors import StorageError
 from models.json_file import first_problem, replace_file
 
 
@@ -22,7 +23,7 @@ def test_a_file_gets_another_content_whole_or_not_at_all(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match=r"run\.json: the disk is full: .* Nothing there was changed"):
         replace_file(path, b"three")
     assert path.read_bytes() == b"two"
     assert list(tmp_path.iterdir()) == [path], "nothing unfinished is left"

@@ -33,6 +33,6 @@ print(held() - before)
 def test_freed_memory_goes_back_to_the_system() -> None:
     def left(how: str) -> int:
         command = [sys.executable, "-c", HOLES, how]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout)
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600).stdout)
 
     assert left("returned") < 5 < 20 < left("kept")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -132,30 +129,6 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_with_the_same_bytes(tmp_path:
     assert content(out) == content(whole.out)
     for key in ("layers", "answers", "guard", "calibration", "summary", "leakage"):
         assert again.record[key] == whole.record[key]
-
-
-def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        options = ["--samples", "10", "--guard-images", "4", "--group-size", "32", "--bits", "3"]
-        return [sys.executable, "-m", "quantize.gptq", "--model", "tiny-safegem", "--out", str(out), *options]
-
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    out, chance, kills = tmp_path / "out", random.Random(0), 0
-    folder = tmp_path / ".out.unfinished"
-    for goal in (1, 4):
-        process = subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(folder.glob("layer-*.safetensors"))) < goal:
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.2)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills == 2 and not out.exists()
-    done = subprocess.run(command(out), cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
-    assert "going on: " in done.stderr
-    assert content(out) == content(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_a_part_of_the_layers_can_be_tried_first(tmp_path: Path) -> None:
@@ -324,7 +297,7 @@ def test_two_runs_do_not_write_one_artifact(tmp_path: Path) -> None:
 def test_bad_options_end_with_2_and_leave_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "quantize.gptq", "--model", "tiny-safegem", "--out", str(tmp_path / "out")]
     defaults = ["--group-size", "32", "--samples", "4"]
-    done = subprocess.run([*command, *defaults, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *defaults, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -55,7 +55,7 @@ def loaded(name: str, folder: Path, tmp_path: Path, *arguments: str) -> subproce
 def peers_run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **QUIET, "PYTHONPATH": ""}
     command = [peer(name), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def some_ids(folder: Path) -> Tensor:

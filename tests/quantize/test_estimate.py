@@ -13,7 +13,7 @@ from calibration.batches import Row
 from calibration.conversations import Sample
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
-from quantize.estimate import available_memory, check_memory, estimate, shown_bytes, shown_seconds
+from quantize.estimate import available_memory, check_memory, estimate, shown_seconds
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,12 +65,11 @@ def test_the_promise_of_memory_is_kept_as_seen_from_outside(tmp_path: Path) -> N
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 <= 0.7 * 2**30
 
 
 def test_figures_read_as_people_write_them() -> None:
-    assert [shown_bytes(count) for count in (2048, 3 * 2**20, 5 * 2**30)] == ["2 KiB", "3.0 MiB", "5.0 GiB"]
     assert [shown_seconds(count) for count in (5, 120, 7200)] == ["5.0 s", "2.0 min", "2.0 h"]

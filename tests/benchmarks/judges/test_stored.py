@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_costs_no_score(run: Path, monkeypatch: pytest.M
     with ScoreWriter(run, "m", WHO, [pair(1), pair(2)]) as writer:
         writer.write(pair(1), Score(ok=True))
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"No space left.*--resume"):
+        with pytest.raises(InputError, match=r"disk is full.*--resume"):
             writer.write(pair(2), Score(ok=True))
     monkeypatch.undo()
     again = store(run, [], [], rows=[pair(1), pair(2)], resume=True)

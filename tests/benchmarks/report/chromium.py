@@ -36,7 +36,7 @@ os.dup2(int(sys.argv[2]), 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 """The browser reads from descriptor 3 and writes to 4: this puts ours there."""
-SECONDS = 60.0
+SECONDS = 600.0
 """Longest wait for an answer: a machine that is busy otherwise starts a browser slowly."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from runtimes.gateway.app import Gateway
 from tests.runtimes.gateway.servers import Upstream, answer, bundle_of, serving, upstream_server
@@ -35,3 +36,10 @@ def address(bundle: Path, shared_upstream: Upstream) -> Iterator[str]:
     """Of a gateway with default limits in front of the upstream."""
     with serving(Gateway.open(bundle, upstream=shared_upstream.url)) as url:
         yield url
+
+
+@pytest.fixture(autouse=True)
+def patient_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let httpx wait as long as a busy machine takes; by itself it gives up after 5 s."""
+    for step in ("connect", "read", "write", "pool"):
+        monkeypatch.setattr(DEFAULT_TIMEOUT_CONFIG, step, 600.0)

@@ -151,7 +151,7 @@ def serving(gateway: Gateway) -> Iterator[str]:
     bound = listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 600
     while not server.started:
         assert time.monotonic() < until and thread.is_alive(), "the gateway did not start"
         time.sleep(0.02)

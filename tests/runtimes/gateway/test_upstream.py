@@ -30,7 +30,7 @@ def impatient(bundle: Path, shared_upstream: Upstream) -> Iterator[str]:
 
 @pytest.fixture
 def client(impatient: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{impatient}/v1", api_key="sk-none", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=f"{impatient}/v1", api_key="sk-none", max_retries=0, timeout=600) as client:
         yield client
 
 
@@ -39,7 +39,16 @@ def ask(client: openai.OpenAI, *, stream: bool = False) -> Any:
 
 
 def silent(handler: Any, _: Any) -> None:
-    time.sleep(1.5)
+    wait_until_left(handler)
+
+
+def wait_until_left(handler: Any) -> None:
+    """Return when the gateway has closed its connection; what it may still send is read."""
+    handler.connection.settimeout(600)
+    with contextlib.suppress(OSError):
+        while handler.connection.recv(1):
+            pass
+    handler.close_connection = True
 
 
 def hung_up(handler: Any, _: Any) -> None:
@@ -68,7 +77,7 @@ def dripping(handler: Any, _: Any) -> None:
     handler.begin_stream()
     handler.event(piece("The "))
     with contextlib.suppress(OSError):  # who is told nothing whole for too long hangs up
-        for _ in range(40):
+        while True:
             handler.wfile.write(b"d")
             handler.wfile.flush()
             time.sleep(0.2)
@@ -126,11 +135,17 @@ def events(*bodies: Any, end: Any = None) -> Any:
     return behave
 
 
+def stalling(handler: Any, _: Any) -> None:
+    handler.begin_stream()
+    handler.event(piece("The "))
+    wait_until_left(handler)
+
+
 STREAMS = {
     "dies midway": (events(piece("The ")), "ended before its end"),
     "garbage": (events(piece("The "), b"<html>"), "not JSON"),
     "no events": (events(piece("The "), end=b"what is this\n\n"), "something else than events"),
-    "stalls": (events(piece("The "), lambda: time.sleep(1.5)), "in time"),
+    "stalls": (stalling, "in time"),
     "drips": (dripping, "in time"),
     "never ends": (events(piece("The "), *[piece("x" * 5000)] * 40), "more than 100000 bytes"),
 }
@@ -139,12 +154,11 @@ STREAMS = {
 @pytest.mark.parametrize("fault", STREAMS)
 def test_a_stream_that_fails_says_so(client: openai.OpenAI, upstream: Upstream, fault: str) -> None:
     upstream.behave, word = STREAMS[fault]
-    said, begun = "", time.monotonic()
+    said = ""
     with pytest.raises(openai.APIError, match=word), ask(client, stream=True) as stream:
         for each in stream:
             said += each.choices[0].delta.content or ""
     assert said.startswith("The "), "what came before was passed on"
-    assert time.monotonic() - begun < 5, "a drip keeps no request beyond its total time"
 
 
 def test_other_fields_of_events_are_no_garbage(client: openai.OpenAI, upstream: Upstream) -> None:
@@ -211,33 +225,24 @@ def test_an_upstream_that_is_down(bundle: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_client_that_leaves_ends_its_request_upstream(address: str, upstream: Upstream, stream: bool) -> None:
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def watch(handler: Any, _: Any) -> None:
         if stream:
             handler.begin_stream()
             handler.event(piece("The "))
-        until = time.monotonic() + 10
-        while time.monotonic() < until:  # the gateway closes its connection
-            handler.connection.settimeout(0.1)
-            try:
-                if handler.connection.recv(1) == b"":
-                    ended.set()
-                    break
-            except TimeoutError:
-                continue
-        handler.close_connection = True
+        begun.set()
+        wait_until_left(handler)
+        ended.set()
 
     upstream.behave = watch
-    body = {"messages": messages(SAFE_URL), "stream": stream}
-    with httpx.Client(timeout=httpx.Timeout(30, read=1.0)) as client:
-        try:
-            with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
-                for _ in response.iter_bytes():
-                    break
-        except httpx.ReadTimeout:
-            pass
-    assert ended.wait(8), "the request went on upstream after its client had left"
+    body = json.dumps({"messages": messages(SAFE_URL), "stream": stream}).encode()
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        assert begun.wait(600)
+    assert ended.wait(600), "the request went on upstream after its client had left"
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://user:pw@x/v1", "http://x/v1?key=1", "nonsense", "http://"])
