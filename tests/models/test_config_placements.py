@@ -116,7 +116,7 @@ def placed(draw: st.DrawFn) -> tuple[str, Any, dict[str, Any]]:
     return family, model, config
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(placed())
 def test_any_placement_means_what_it_means_to_transformers(drawn: tuple[str, Any, dict[str, Any]]) -> None:
     family, model, config = drawn
@@ -134,7 +134,7 @@ def whole(family: str) -> tuple[Any, dict[str, Any]]:
     return model, json.loads(model.config.to_json_string(use_diff=False))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_a_wrong_value_is_refused_or_means_the_same(data: st.DataObject) -> None:
     """Nothing but a CheckpointError comes out, and what is computed is what transformers computes."""
