@@ -43,9 +43,9 @@ NEVER, BETWEEN = Limits.model_construct(block=2.0, allow=2.0), Limits.model_cons
 """Not checked: no policy may say so, but each way must be walked whatever the picture."""
 POLICIES = {
     "block": Policy(guard=ALWAYS, exact=ALWAYS),
-    "unsure, block": Policy(guard=BETWEEN, exact=ALWAYS),
-    "answer": Policy(guard=NEVER, exact=NEVER),
-    "unsure, answer": Policy(guard=BETWEEN, exact=NEVER),
+    "unsure, block": Policy.model_construct(guard=BETWEEN, exact=ALWAYS),
+    "answer": Policy.model_construct(guard=NEVER, exact=NEVER),
+    "unsure, answer": Policy.model_construct(guard=BETWEEN, exact=NEVER),
 }
 Call = Callable[[], None]
 

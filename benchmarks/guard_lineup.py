@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benchmarks.guard_peers import PLAIN, Device, Peer, Runtime, Work
+from benchmarks.guard_peers import NNCF_FILE, PLAIN, Device, Peer, Runtime, Work
 from benchmarks.isolation import Outcome
 from models.manifest import GuardFile
 from runtimes.bundle import Bundle, open_bundle
@@ -77,8 +76,7 @@ def _others(stored: int, scratch: Bundle, python: str, nncf: Outcome) -> list[Me
     plain = open_bundle(scratch.folder / PLAIN, verify=False)
     peers = [Measured(Peer(runtime="compile", precision="fp32"), stored)]
     for file in plain.files("onnx"):
-        runtimes: tuple[Runtime, ...] = ("openvino",) if file.precision == INT8 else ("onnxruntime", "openvino")
-        for runtime in runtimes:
+        for runtime in ("onnxruntime", "openvino"):
             peer = Peer(
                 runtime=runtime,
                 precision=file.precision,
@@ -87,9 +85,9 @@ def _others(stored: int, scratch: Bundle, python: str, nncf: Outcome) -> list[Me
                 python=python if runtime == "openvino" else None,
             )
             peers.append(Measured(peer, _bytes(plain, file)))
-    if nncf.problem is not None:
-        missing = Peer(runtime="openvino", precision=INT8, bundle=str(plain.folder), path="guard.int8.xml")
-        peers.append(Measured(missing, None, problem=nncf.problem, exit_code=nncf.exit_code))
+    quantized = Peer(runtime="openvino", precision=INT8, bundle=str(plain.folder), path=NNCF_FILE, python=python)
+    size = nncf.answers[0]["bytes"] if nncf.problem is None else None
+    peers.append(Measured(quantized, size, problem=nncf.problem, exit_code=nncf.exit_code))
     return peers
 
 
@@ -115,8 +113,7 @@ def _runtime(file: GuardFile) -> Runtime:
 
 
 def _bytes(bundle: Bundle, file: GuardFile) -> int:
-    beside = (Path(file.path).with_suffix(".bin").name, file.path + ".data")
-    return file.bytes + sum(data.bytes for data in bundle.files("onnx_data") if data.path in beside)
+    return file.bytes + sum(data.bytes for data in bundle.files("onnx_data") if data.path == file.path + ".data")
 
 
 def _work(file: GuardFile) -> Work:

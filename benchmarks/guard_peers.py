@@ -47,6 +47,8 @@ PACKAGES: Mapping[Runtime, tuple[str, ...]] = {
 }
 PLAIN = "plain"
 """Folder, in the scratch bundle, of what peers run: the same guard in standard operators, and what they make of it."""
+NNCF_FILE = "guard.int8.xml"
+"""What NNCF makes in there, in OpenVINO's own format; no manifest lists it."""
 WORK: Mapping[Work, str] = {"guard": "", "shared": ", guard with embeddings", "vision": ", vision tower alone"}
 
 
@@ -88,7 +90,7 @@ class Peer:
     def title(self) -> str:
         """The runtime's name, with the bundle's where the caller gave one, and its work where it is not the guard's."""
         name = NAMES[self.runtime] + WORK[self.work]
-        if self.path is not None and self.path.endswith(".xml"):
+        if self.path == NNCF_FILE:
             name += ", NNCF"
         elif self.bundle is not None and not self.ours and not self.given:
             name += ", plain graph"
@@ -185,7 +187,10 @@ def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
     assert peer.bundle is not None
     bundle = open_bundle(peer.bundle, verify=False)
     if peer.runtime in ("onnxruntime", "openvino"):
-        file = next(file for file in bundle.manifest.files if file.path == peer.path)
+        if peer.path == NNCF_FILE:  # not a bundle's: OpenVINO's own format
+            file = bundle.file().model_copy(update={"path": NNCF_FILE, "precision": peer.precision})
+        else:
+            file = next(file for file in bundle.manifest.files if file.path == peer.path)
         if peer.runtime == "openvino":
             from runtimes.openvino_runner import OpenVinoRunner
 

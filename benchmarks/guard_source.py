@@ -28,6 +28,8 @@ from models.pooling import pool
 from models.preprocessing import Preprocessing
 from models.reference import GuardModel, build_reference_guard
 from models.version import VERSION
+from runtimes.bundle import specs
+from runtimes.onnx_file import read_onnx
 from runtimes.runner import GuardOutput, GuardRunner
 
 __all__ = ["ReferenceRunner", "prepare", "write_scratch_bundle"]
@@ -121,7 +123,7 @@ def write_scratch_bundle(
         path = folder / f"{work}.{precision}.onnx"
         graph = _graph(guard, precision, work)
         write_onnx(graph, example, path)
-        files += _entries(path, precision, work, graph.outputs)
+        files += _entries(path, precision, work)
     write_manifest(folder, _manifest(guard, name, files))
 
 
@@ -139,14 +141,15 @@ def _manifest(guard: GuardModel, name: str, files: Sequence[GuardFile]) -> Manif
     )
 
 
-def _entries(path: Path, precision: str, work: Work, outputs: Sequence[str]) -> list[GuardFile]:
+def _entries(path: Path, precision: str, work: Work) -> list[GuardFile]:
     """Return the manifest's entries of a graph and, where there is one, of the weights beside it."""
     written = ((path, "onnx"), (path.with_name(path.name + ".data"), "onnx_data"))
-    return [_entry(file, kind, precision, work, outputs) for file, kind in written if file.is_file()]
+    return [_entry(file, kind, precision, work) for file, kind in written if file.is_file()]
 
 
-def _entry(path: Path, kind: str, precision: str, work: Work, outputs: Sequence[str]) -> GuardFile:
+def _entry(path: Path, kind: str, precision: str, work: Work) -> GuardFile:
     """Return the manifest's entry of a file, unhashed."""
+    facts = read_onnx(path) if kind == "onnx" else None
     return GuardFile.model_validate(
         {
             "path": path.name,
@@ -155,9 +158,8 @@ def _entry(path: Path, kind: str, precision: str, work: Work, outputs: Sequence[
             "kind": kind,
             "precision": precision,
             "role": "vision" if work == "vision" else "guard",
-            "outputs": [
-                {"name": output, "shape": ("N",), "dtype": "float32"} for output in (outputs if kind == "onnx" else ())
-            ],
+            "inputs": () if facts is None else specs(facts.inputs, str(path)),
+            "outputs": () if facts is None else specs(facts.outputs, str(path)),
         }
     )
 
@@ -173,7 +175,7 @@ def add_int8_files(folder: Path, calibration: NDArray[np.uint8]) -> None:
     for flavour in FLAVOURS:
         path = folder / f"guard.{flavour}.onnx"
         quantize(folder / "guard.fp32.onnx", path, flavour, calibration, head_layers=head_layers)
-        files += _entries(path, flavour, "guard", OUTPUTS)
+        files += _entries(path, flavour, "guard")
     write_manifest(folder, manifest.model_copy(update={"files": tuple(files)}))
 
 
@@ -182,7 +184,7 @@ def write_plain_bundle(guard: GuardModel, name: str, plain: Path) -> None:
     plain.mkdir(parents=True)
     path = plain / "guard.fp32.onnx"
     write_onnx(StepByStep(guard).eval(), random_images(guard.preprocessing, 2, seed=0), path, fused_attention=False)
-    write_manifest(plain, _manifest(guard, name, _entries(path, "fp32", "guard", OUTPUTS)))
+    write_manifest(plain, _manifest(guard, name, _entries(path, "fp32", "guard")))
 
 
 class StepByStep(Graph):

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guard_peers import random_images
+from benchmarks.guard_peers import NNCF_FILE, random_images
 from models.errors import MissingExtraError
-from models.manifest import GuardFile, Manifest
+from models.manifest import Manifest
 
 __all__ = ["quantize"]
 
@@ -17,7 +17,7 @@ CALIBRATION = 2
 
 
 def quantize(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Write ``guard.int8.xml`` beside the float32 file of the bundle ``folder``, and its entry in the manifest.
+    """Write ``guard.int8.xml`` beside the float32 file of the bundle ``folder``; answer with its path and bytes.
 
     Errors: MissingExtraError where the environment lacks OpenVINO or NNCF.
     """
@@ -34,18 +34,7 @@ def quantize(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     images = random_images(size, CALIBRATION, seed=1 + int(request["seed"]))
     dataset = nncf.Dataset([image[None] for image in images])
     quantized = nncf.quantize(model, dataset, subset_size=CALIBRATION, model_type=nncf.ModelType.TRANSFORMER)
-    path = folder / "guard.int8.xml"
+    path = folder / NNCF_FILE
     openvino.save_model(quantized, str(path), compress_to_fp16=False)
     weights = path.with_suffix(".bin")
-    entries = [
-        manifest.files[0].model_copy(update={"path": path.name, "precision": "int8", "bytes": path.stat().st_size}),
-        GuardFile(
-            path=weights.name,
-            sha256=manifest.files[0].sha256,
-            bytes=weights.stat().st_size,
-            kind="onnx_data",
-            precision="int8",
-        ),
-    ]
-    manifest.model_copy(update={"files": (*manifest.files, *entries)}).write(folder)
-    yield {"path": path.name}
+    yield {"path": path.name, "bytes": path.stat().st_size + weights.stat().st_size}

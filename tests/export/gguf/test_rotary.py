@@ -88,7 +88,8 @@ def test_logits_are_those_of_transformers(
         size = runner.artifact.manifest.preprocessing
         rgb = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), np.uint8)
         logits = runner.prefill(rgb, QUESTION).handle[0]
-        assert runner.session.position > 2 * ORIGINAL
+        with runner.session.prompting() as llama:
+            assert llama.position > 2 * ORIGINAL
     wanted, unscaled = torch_logits(scaled, rgb), torch_logits(plain, rgb)
     off, felt = np.abs(logits - wanted).max(), np.abs(unscaled - wanted).max()
     assert off < 0.02 * np.abs(wanted).max()

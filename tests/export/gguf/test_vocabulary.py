@@ -38,14 +38,14 @@ def test_prompts_have_the_same_tokens(name: str, gguf_folder: Callable[[str], Pa
     tokenizer, prompt = load_tokenizer(checkpoint.folder), checkpoint.family.prompt
     suite = build_suite("test", pairs=100, questions=20)
     questions = [*ODD, *(each.row["query"] for each in (*suite.pairs, *suite.questions))]
-    with open_session(open_gguf(gguf_folder(name))) as session:
+    with open_session(open_gguf(gguf_folder(name))) as session, session.using() as llama:
         for question in questions:
             ids = prompt_ids(tokenizer, prompt, question, 1)
             at = ids.index(IMAGE)
-            assert session.tokens(prompt.before_image) == ids[:at]
-            assert session.tokens(prompt.after_image + question + prompt.after_question) == ids[at + 1 :], question
+            assert llama.tokens(prompt.before_image) == ids[:at]
+            assert llama.tokens(prompt.after_image + question + prompt.after_question) == ids[at + 1 :], question
             text = question.strip()
-            assert session.text(tokenizer.encode(text, add_special_tokens=False)).strip() == text
+            assert llama.text(tokenizer.encode(text, add_special_tokens=False)).strip() == text
 
 
 @pytest.mark.parametrize("name", sorted(TINY_CHECKPOINTS))
