@@ -27,7 +27,7 @@ from models.hub import fetch_checkpoint, find_model
 from models.ignored import NOTHING, Ignored, report_ignored
 from models.json_file import read_json_object
 from models.processor_files import read_processor_settings
-from models.quantized import Quantization, QuantizedTensors, read_quantization
+from models.quantized import Quantization, QuantizedTensors, read_quantization, refuse_scales
 from models.shards import Shards
 from models.tap import Tap, find_tap
 from models.tensors import TensorStore
@@ -133,6 +133,7 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
     config = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
     quantization = read_quantization(name, config)
     if quantization is None:
+        refuse_scales(name, shards.stored)
         tensors = TensorStore(shards, family.canonical)
     else:
         tensors = QuantizedTensors(shards, family.canonical, quantization)
