@@ -126,8 +126,8 @@ def _check_newer_keys(section: Section, version: Version, config_class: type, so
         if value is not None and value != held:
             raise CheckpointError(
                 f"{source}: config.json states {key} = {shown(value)}, which transformers {version[0]}.{version[1]} "
-                f"(transformers_version) does not read: its keys say {shown(held)}. Keep the setting that the model was "
-                "trained with, as rope_theta and rope_scaling."
+                f"(transformers_version) does not read: its keys say {shown(held)}. Keep the setting that the model "
+                "was trained with, as rope_theta and rope_scaling."
             )
     if inner is not None:
         section["rope_scaling"] = scaling

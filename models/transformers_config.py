@@ -195,8 +195,8 @@ def _of_layout(raw: Mapping[str, Any], keys: tuple[str, str], usual: Any, source
     if stated.get(other, value) != value:
         raise CheckpointError(
             f"{source}: config.json states {other} = {shown(raw[other])}, but this layout's code reads {read}, "
-            f"which is {shown(value)}{'' if read in stated else ' by default'}. State what the checkpoint was trained with in "
-            "both, or remove the wrong one."
+            f"which is {shown(value)}{'' if read in stated else ' by default'}. State in both what the checkpoint was "
+            "trained with, or remove the wrong one."
         )
     return value
 
