@@ -133,12 +133,13 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
     config = read_json_object(folder / "config.json", needed_for="a checkpoint's configuration")
     quantization = read_quantization(name, config)
     if quantization is None:
-        refuse_scales(name, shards.stored)
         tensors = TensorStore(shards, family.canonical)
     else:
         tensors = QuantizedTensors(shards, family.canonical, quantization)
     head = read_head(name, tensors)
     check_width(name, head, hidden_size_of(config, tensors))
+    if quantization is None:
+        refuse_scales(name, shards.stored)
     ignored = _find_ignored(shards, family)
     report_ignored(name, ignored)
     return Checkpoint(

@@ -57,7 +57,8 @@ def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     found = values.to(dtype)
     if not is_finite(found):
         check_finite(values, name)
-        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, and {_range(dtype)}.")
+        advice = " Fetch the file again; if it is as published, ask its authors." if dtype == torch.float32 else ""
+        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, and {_range(dtype)}.{advice}")
     return found
 
 
