@@ -64,7 +64,8 @@ def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | No
     """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
-    stated = config.get("quantization_config", nested)
+    stated = config.get("quantization_config")
+    stated = nested if stated is None else stated
     if stated is None:
         return None
     method = stated.get("quant_method") if isinstance(stated, dict) else stated
