@@ -14,8 +14,12 @@ from models.errors import CheckpointError
 
 __all__ = ["refuse_adapter_files", "refuse_adapter_tensors"]
 
-FILES = re.compile(r"adapter_config\.json|adapter_model[-.].*|non_lora_trainables\.bin")
-"""PEFT's, and what LLaVA's LoRA training stores of the parts that it trains whole."""
+FILES = re.compile(
+    r"adapter_config\.json|adapter_model[-.].*|non_lora_trainables\.bin|"
+    r"(?:.*[-_.])?(?:lora|dora|qlora)(?:[-_.].*)?\.(?:safetensors|bin|pt|pth|ckpt)",
+    re.IGNORECASE,
+)
+"""PEFT's, what LLaVA's LoRA training stores of the parts that it trains whole, and weights that are called so."""
 
 TENSORS = re.compile(
     r"(?:^|\.)(?:"

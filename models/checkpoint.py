@@ -27,7 +27,7 @@ from models.hub import fetch_checkpoint, find_model
 from models.ignored import NOTHING, Ignored, report_ignored
 from models.json_file import read_json_object
 from models.processor_files import read_processor_settings
-from models.quantized import Quantization, QuantizedTensors, read_quantization
+from models.quantized import Quantization, QuantizedTensors, read_quantization, refuse_scales
 from models.shards import Shards
 from models.tap import Tap, find_tap
 from models.tensors import TensorStore
@@ -138,6 +138,8 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
         tensors = QuantizedTensors(shards, family.canonical, quantization)
     head = read_head(name, tensors)
     check_width(name, head, hidden_size_of(config, tensors))
+    if quantization is None:
+        refuse_scales(name, shards.stored)
     ignored = _find_ignored(shards, family)
     report_ignored(name, ignored)
     return Checkpoint(

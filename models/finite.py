@@ -46,12 +46,19 @@ def check_finite(values: Tensor, name: str) -> None:
 def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return a checkpoint's tensor in a dtype.
 
-    Raises: CheckpointError for values that are not finite; PrecisionError for values that the dtype cannot hold.
+    Raises: CheckpointError for values that are not finite, or whole numbers, which a quantized weight without its
+    scales is; PrecisionError for values that the dtype cannot hold.
     """
+    if not values.is_floating_point():
+        raise CheckpointError(
+            f"tensor '{name}' holds whole numbers ({str(values.dtype).removeprefix('torch.')}), as quantized weights "
+            "do, and no scale. Give the checkpoint in 16 bit."
+        )
     found = values.to(dtype)
     if not is_finite(found):
         check_finite(values, name)
-        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, and {_range(dtype)}.")
+        advice = " Fetch the file again; if it is as published, ask its authors." if dtype == torch.float32 else ""
+        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, and {_range(dtype)}.{advice}")
     return found
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["NOTHING", "Ignored", "report_ignored"]
+if TYPE_CHECKING:
+    from models.tensors import TensorStore
+
+__all__ = ["NOTHING", "Ignored", "report_ignored", "report_unplaced"]
 
 SHOWN_NAMES, SHOWN_SIGNS = 5, 80
+COMPUTED = (".inv_freq", ".position_ids")
+"""Endings of what older releases stored and every release computes."""
 
 _log = logging.getLogger(__name__)
 _reported: set[str] = set()
@@ -47,10 +53,34 @@ def report_ignored(name: str, ignored: Ignored) -> None:
     A command that sets no logging up has it on its standard error, where it disturbs no data.
     """
     for note in ignored.notes():
-        line = f"{_shown(name)}: {note}"
-        if line not in _reported:
-            _reported.add(line)
-            _log.warning("%s", line)
+        _report(name, note)
+
+
+def report_unplaced(name: str, tensors: TensorStore, placed: Collection[str]) -> None:
+    """Log the same way the tensors that lie in a part of the model and that its config has no place for.
+
+    ``placed`` are the canonical names that were read. A bias of linears that config.json lays out without one is
+    what transformers calls unexpected, and leaves out.
+    """
+    parts = {".".join(one.split(".")[:2]) + "." for one in placed}
+    found = [
+        one
+        for one in tensors.names()
+        if one.startswith(tuple(parts)) and one not in placed and not one.endswith(COMPUTED)
+    ]
+    if found:
+        share = tensors.share(found)
+        told = "" if share is None else f" ({100 * share:.1f} % of the bytes)"
+        _report(
+            name, f"ignored: {_count(found, 'tensor')}{told} that config.json leaves no place for: {_listed(found)}"
+        )
+
+
+def _report(name: str, note: str) -> None:
+    line = f"{_shown(name)}: {note}"
+    if line not in _reported:
+        _reported.add(line)
+        _log.warning("%s", line)
 
 
 def _count(names: Sequence[str], what: str) -> str:

@@ -7,8 +7,10 @@ running the releases 4.49 to 5.17 on the same weights (``tests/fixtures/world/co
   replaced ``factor`` by ``max_position_embeddings`` over it; ``truncate`` is read since 4.55;
 - longrope: before 5 ``original_max_position_embeddings`` was read beside ``rope_scaling``, not in it; before 4.51
   the short factors held at every length;
+- ``rope_parameters``, and ``rope_theta`` in ``rope_scaling``: before 5 not read;
 - ``rope_scaling`` with both ``type`` and ``rope_type``: before 5 the first held (but in Gemma-3);
 - Qwen2.5-VL: before 4.53 a sliding window held in every layer, before 4.52 even with ``use_sliding_window`` false;
+- Gemma-3: before 5 an image's tokens saw each other beyond a sliding window that is smaller than the image;
 - ``tie_word_embeddings``: before 5 the language model's own key decided.
 """
 
@@ -17,12 +19,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from models.errors import CheckpointError
-from models.stated_shapes import Section, default_of
+from models.stated_shapes import Section, default_of, shown
 
-__all__ = ["Version", "is_tied", "todays_text", "version_of"]
+__all__ = ["Version", "check_image_in_window", "is_tied", "todays_text", "version_of"]
 
 Version = tuple[int, int]
 TODAY: Version = (999, 0)
@@ -42,6 +44,9 @@ def todays_text(section: Section, version: Version, config_class: type, source: 
     Errors: CheckpointError for a setting whose old meaning today's transformers cannot compute.
     """
     gemma = "query_pre_attn_scalar" in config_class.__dataclass_fields__  # type: ignore[attr-defined]
+    _check_rotary_kinds(section, source, by_layer=gemma)
+    if version < (5, 0):
+        _check_newer_keys(section, version, config_class, source)
     scaling = section.get("rope_scaling")
     if isinstance(scaling, Mapping):
         if gemma and "type" in scaling and "rope_type" not in scaling:
@@ -60,6 +65,79 @@ def todays_text(section: Section, version: Version, config_class: type, source: 
             f"{source}: config.json states final_logit_softcapping, which transformers before 4.52 applied to "
             "Gemma-3's answers and later ones do not. Remove the key to have today's answers."
         )
+
+
+def check_image_in_window(section: Section, version: Version, tokens: int, config_class: type, source: str) -> None:
+    """Refuse Gemma-3's windows of before 5 that an image of ``tokens`` tokens does not fit into: today's end inside it.
+
+    Errors: CheckpointError.
+    """
+    stated = window = section.get("sliding_window", default_of(config_class, "sliding_window"))
+    if type(window) is int and section.get("use_bidirectional_attention"):
+        window = window // 2 + 1  # as the config class does
+    if version < (5, 0) and type(window) is int and 0 < window < tokens:
+        raise CheckpointError(
+            f"{source}: config.json states sliding_window = {stated}, less than the {tokens} tokens of an image, which "
+            "transformers before 5 let see each other and later ones do not. Save the checkpoint again with "
+            "transformers 5 to have today's answers."
+        )
+
+
+def _check_rotary_kinds(section: Section, source: str, *, by_layer: bool) -> None:
+    """Refuse rotary settings that are no objects; Gemma-3's ``rope_parameters`` hold one for each kind of layer."""
+    scaling, parameters = section.get("rope_scaling"), section.get("rope_parameters")
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, Mapping):
+            _refuse_rotary(source, key, value, "an object is")
+    if by_layer and isinstance(parameters, Mapping):
+        needed = {"full_attention"} if isinstance(scaling, Mapping) else set()
+        kinds = {key for key, value in parameters.items() if isinstance(value, Mapping)}
+        if not parameters.keys() <= {"full_attention", "sliding_attention"} or not needed <= kinds:
+            _refuse_rotary(
+                source, "rope_parameters", parameters, "an object in full_attention and sliding_attention is"
+            )
+
+
+def _refuse_rotary(source: str, key: str, value: object, allowed: str) -> NoReturn:
+    raise CheckpointError(
+        f"{source}: config.json states {key} = {shown(value)}; {allowed} allowed. "
+        "Compare it with the base model's config.json."
+    )
+
+
+def _check_newer_keys(section: Section, version: Version, config_class: type, source: str) -> None:
+    """Drop rotary keys that only transformers 5 reads where they say what the older ones say; refuse others."""
+    thetas: Any = config_class.default_theta  # type: ignore[attr-defined]
+    by_layer = isinstance(thetas, Mapping)  # Gemma-3
+    scaling = section.get("rope_scaling")
+    scaling = dict(scaling) if isinstance(scaling, Mapping) else {}
+    inner = scaling.pop("rope_theta", None)
+    theta = section.get("rope_theta", thetas["global"] if by_layer else thetas)
+    older: dict[str, Any] = _rotary({"rope_theta": theta, **scaling})
+    if by_layer:
+        local = {"rope_theta": section.get("rope_local_base_freq", thetas["local"])}
+        older = {"full_attention": older, "sliding_attention": _rotary(local)}
+    newer = section.pop("rope_parameters", None)
+    if isinstance(newer, Mapping):
+        full: Mapping[str, Any] = {"rope_theta": theta} if not by_layer else {}
+        stated = {key: _rotary(value) if isinstance(value, Mapping) else value for key, value in newer.items()}
+        newer = stated if by_layer else _rotary({**full, **stated})
+    for key, value, held in (("rope_scaling.rope_theta", inner, theta), ("rope_parameters", newer, older)):
+        if value is not None and value != held:
+            raise CheckpointError(
+                f"{source}: config.json states {key} = {shown(value)}, which transformers {version[0]}.{version[1]} "
+                f"(transformers_version) does not read: its keys say {shown(held)}. Keep the setting that the model "
+                "was trained with, as rope_theta and rope_scaling."
+            )
+    if inner is not None:
+        section["rope_scaling"] = scaling
+
+
+def _rotary(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rotary settings with their kind named, by today's key."""
+    kept = {key: value for key, value in stated.items() if key not in ("type", "rope_type")}
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    return {"rope_type": "default" if kind == "mrope" else kind, **kept}
 
 
 def _todays_rope(

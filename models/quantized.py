@@ -27,6 +27,7 @@ __all__ = [
     "QuantizedTensors",
     "dequantized",
     "read_quantization",
+    "refuse_scales",
     "unpack",
     "unpack_linear",
 ]
@@ -35,6 +36,12 @@ BITS = (2, 3, 4, 8)
 WORD = 32
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 INT8_PARTS = ("weight", "weight_scale")
+SCALES = (
+    *(".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale"),  # FP8, compressed-tensors, ModelOpt
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed"),  # GPTQ, AWQ, compressed-tensors
+    *(".SCB", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"),  # bitsandbytes
+)
+"""Endings of names that only a quantized weight's parts have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +59,13 @@ class Quantization:
 def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | None:
     """Return what ``quantization_config`` says, or ``None`` for a checkpoint that is not quantized.
 
+    As in transformers it may stand in ``text_config``.
     Errors: CheckpointError for a method or format that is not read here.
     """
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     stated = config.get("quantization_config")
+    stated = nested if stated is None else stated
     if stated is None:
         return None
     method = stated.get("quant_method") if isinstance(stated, dict) else stated
@@ -72,6 +83,20 @@ def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | No
         f"{name}: quantized by {method!r}{f' in the format {form!r}' if form else ''}; GPTQ (v1, v2) and "
         "compressed-tensors int-quantized are read. Give the checkpoint in 16 bit."
     )
+
+
+def refuse_scales(name: str, stored: Iterable[str]) -> None:
+    """Refuse a checkpoint that stores scales of quantized weights while its config says nothing of quantization.
+
+    Errors: CheckpointError.
+    """
+    found = sorted(tensor for tensor in stored if tensor.endswith(SCALES))
+    if found:
+        raise CheckpointError(
+            f"{name}: tensor '{found[0]}'{f' and {len(found) - 1} more' if len(found) > 1 else ''} scales a quantized "
+            "weight, but config.json has no quantization_config. Fetch config.json again, or give the checkpoint in "
+            "16 bit."
+        )
 
 
 def _rounds_inputs(name: str, stated: Mapping[str, Any]) -> bool:

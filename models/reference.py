@@ -19,6 +19,7 @@ from transformers import Gemma3Config, Gemma3Model, LlavaConfig, LlavaModel, Qwe
 from models.errors import GuardHeadError, InputError
 from models.family import HEAD_PREFIX, Family
 from models.filling import fill, on_meta
+from models.ignored import report_unplaced
 from models.pooling import Pooling, pool
 from models.preprocessing import Preprocessing
 from models.qwen_grid import flatten_patches, grid_thw
@@ -241,6 +242,7 @@ def build_vision(
     core = _lay_out_core(config)
     leave_out_unread(core, checkpoint.tensors)
     fill(core, checkpoint.tensors, prefix=MODEL_PREFIX, dtype=dtype, own=True)
+    report_unplaced(checkpoint.name, checkpoint.tensors, {MODEL_PREFIX + name for name, _ in core.named_parameters()})
     return VisionPath(core, config, preprocessing)
 
 

@@ -30,6 +30,7 @@ from models.decoding import greedy_steps
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
+from models.ignored import report_unplaced
 from models.preprocessing import Preprocessing
 from models.prompt_tokens import IMAGE, check_ids, fitting_tokenizer, prompt_ids, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
@@ -384,6 +385,7 @@ def load_safe_vlm(
     model: Any = on_meta(lambda: model_class_of(config)(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
+    report_unplaced(checkpoint.name, checkpoint.tensors, {name for name, _ in model.named_parameters()})
     if config.tie_word_embeddings:
         model.tie_weights()
     if checkpoint.quantization is not None and checkpoint.quantization.rounds_inputs:

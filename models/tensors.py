@@ -124,6 +124,10 @@ class TensorStore:
             self._count(name, entry)
         return digest.hexdigest()
 
+    def share(self, names: Iterable[str]) -> float | None:
+        """Return the named tensors' share of all tensor bytes, ``None`` while a shard is not on this machine."""
+        return self._shards.share([self._stored[name] for name in names if name in self._stored])
+
     @property
     def read_names(self) -> frozenset[str]:
         """Canonical names of the tensors whose bytes were read so far."""

@@ -35,6 +35,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 from models.config_checks import check_language, check_section, check_vision
 from models.errors import CheckpointError
 from models.families.llava import NAMED_TOWERS, UNNAMED_TOWER
+from models.older_configs import check_image_in_window, version_of
 from models.stated_shapes import Section, Shapes, Width, default_of, shown
 from models.text_section import EMBEDDING, check_second_embedding, known_keys, nested_section, text_section
 
@@ -163,14 +164,14 @@ def _llava(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:
     shapes.check(
         projector, (text["hidden_size"], read), "hidden_size of language model and of what is read of the tower"
     )
-    select = _first_of(raw, ("vision_feature_select_strategy", "mm_vision_select_feature"), "default")
+    select = _of_layout(raw, ("vision_feature_select_strategy", "mm_vision_select_feature"), "default", shapes.source)
     own = {key: raw[key] for key in ("projector_hidden_act", "multimodal_projector_bias") if key in raw}
     check_section(own, "", shapes.source)
     return LlavaConfig(
         text_config=LlamaConfig(**text),
         vision_config=CLIPVisionConfig(**vision),
         vision_feature_layer=layers,
-        vision_feature_select_strategy=SELECTED_FEATURES.get(select, select),
+        vision_feature_select_strategy=select,
         image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         tie_word_embeddings=text["tie_word_embeddings"],
@@ -178,9 +179,26 @@ def _llava(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:
     )
 
 
-def _first_of(raw: Mapping[str, Any], keys: tuple[str, ...], otherwise: Any) -> Any:
-    """Return the value of the first key that is stated."""
-    return next((raw[key] for key in keys if key in raw), otherwise)
+def _of_layout(raw: Mapping[str, Any], keys: tuple[str, str], usual: Any, source: str) -> Any:
+    """Return what the layout's own code reads: the first of ``keys`` is transformers', the second original LLaVA's.
+
+    Errors: CheckpointError when the other key says otherwise.
+    """
+    stated = {
+        key: SELECTED_FEATURES.get(raw[key], raw[key]) if isinstance(raw[key], str) else raw[key]
+        for key in keys
+        if key in raw
+    }
+    stock = raw.get("model_type") == "llava" and nested_section(raw, "text_config") is not None
+    read, other = keys if stock or keys[1] not in stated else keys[::-1]
+    value = stated.get(read, usual)
+    if stated.get(other, value) != value:
+        raise CheckpointError(
+            f"{source}: config.json states {other} = {shown(raw[other])}, but this layout's code reads {read}, "
+            f"which is {shown(value)}{'' if read in stated else ' by default'}. State in both what the checkpoint was "
+            "trained with, or remove the wrong one."
+        )
+    return value
 
 
 PARTS = {"text_config": "llama", "vision_config": "clip_vision_model"}
@@ -229,7 +247,7 @@ def _llava_feature_layers(raw: Mapping[str, Any], vision: Section, shapes: Shape
     stored = shapes.count(VISION_TOWER + "encoder.layers.")
     usual = default_of(CLIPVisionConfig, "num_hidden_layers")
     stated = shapes.whole(vision, "vision_config.", "num_hidden_layers", usual)
-    given = _first_of(raw, ("vision_feature_layer", "mm_vision_select_layer"), -2)
+    given = _of_layout(raw, ("vision_feature_layer", "mm_vision_select_layer"), -2, shapes.source)
     layers = given if isinstance(given, list) else [given]
     if not layers or not all(type(layer) is int and -stated - 1 <= layer <= stated for layer in layers):
         raise CheckpointError(
@@ -265,6 +283,7 @@ def _gemma3(raw: Mapping[str, Any], shapes: Shapes) -> Gemma3Config:
             f"{shapes.source}: config.json states mm_tokens_per_image = {tokens}; a square whose side "
             f"divides the {grid}x{grid} grid of patches is needed."
         )
+    check_image_in_window(text, version_of(raw), tokens, Gemma3TextConfig, shapes.source)
     indices = ("boi_token_index", "eoi_token_index", "image_token_index")
     vision["vision_use_head"] = False  # the pooling head is never read, whether it is stored or not
     return Gemma3Config(

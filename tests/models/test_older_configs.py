@@ -58,6 +58,47 @@ def test_gemma3_refuses_a_rope_type_by_its_former_name(writer: str | None, tmp_p
         ours(tmp_path)
 
 
+LLAMA_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "told"),
+    [
+        ("llava", {"rope_parameters": LLAMA_ROPE}, r"rope_parameters = .* transformers 4\.57 .* does not read"),
+        ("llava", {"rope_scaling": LLAMA_ROPE}, r"rope_scaling.rope_theta = 500.0, .* its keys say 10000.0"),
+        ("gemma3", {"rope_theta": 123.0, "rope_parameters": GEMMA_ROPE}, "rope_parameters = .* does not read"),
+        ("gemma3", {"sliding_window": 3}, "sliding_window = 3, less than the 4 tokens of an image"),
+        ("gemma3", {"rope_parameters": LLAMA_ROPE}, "an object in full_attention and sliding_attention is allowed"),
+        ("llava", {"rope_scaling": False}, "rope_scaling = False; an object is allowed"),
+        ("llava", {"rope_parameters": {"rope_type": "default"}}, None),
+        ("llava", {"rope_theta": 500.0, "rope_scaling": LLAMA_ROPE, "rope_parameters": LLAMA_ROPE}, None),
+        ("gemma3", {"rope_parameters": GEMMA_ROPE}, None),
+    ],
+)
+def test_keys_that_the_writer_does_not_read_agree_or_are_refused(
+    family: str, text: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    """transformers 4.57.6 computes from the other keys alone: off by up to 0.24 from what 5 reads in them."""
+    model = model_of(family, {})
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"transformers_version": "4.57.6"}
+    del config["text_config"]["rope_parameters"]
+    config["text_config"] |= json.loads(json.dumps(text))
+    write_folder(tmp_path, model, config)
+    if told is None:
+        text = {key: value for key, value in text.items() if key != "rope_parameters"}
+        agreed = ours(tmp_path).model.language_model.rotary_emb
+        wanted = model_of(family, text).model.language_model.rotary_emb
+        for (_, found), (_, same) in zip(agreed.named_buffers(), wanted.named_buffers(), strict=True):
+            torch.testing.assert_close(found, same)
+        return
+    with pytest.raises(CheckpointError, match=told):
+        ours(tmp_path)
+
+
 @pytest.mark.parametrize(("writer", "answer"), [("4.57.6", "refused"), ("5.17.0", "stored")])
 def test_a_second_embedding_beside_a_tied_config(writer: str, answer: str, tmp_path: Path) -> None:
     """transformers before 5 leaves it out, 5 computes with it, and a copy of the embedding is no second one."""

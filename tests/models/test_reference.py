@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,25 @@ def test_probabilities_equal_transformers(family: str, layout: str, tmp_path: Pa
     assert probs.max() > 0.2, "the test's head says nothing"
     assert len(guard.classes) == probs.shape[1]
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in guard.parameters())
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_tensors_without_a_place_are_reported(
+    family: str, layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers calls them unexpected: a bias that the config's linears do not have; ids were once stored."""
+    written = write_checkpoint(family, layout, tmp_path)
+    first = next(name for name in opened(written).tensors.names() if name.startswith(("model.vis", "model.visual")))
+    part = ".".join(first.split(".")[:2])
+    rewrite(written, {f"{part}.embeddings.position_ids": torch.zeros(1, 2, dtype=torch.int64)})
+    with caplog.at_level(logging.WARNING):
+        build_vision(opened(written), grid_of(written))
+        assert not caplog.records
+        rewrite(written, {f"{part}.extra.bias": torch.ones(3)})
+        build_vision(opened(written), grid_of(written))
+    assert f"ignored: 1 tensor (0.0 % of the bytes) that config.json leaves no place for: '{part}.extra.bias'" in (
+        caplog.records[-1].getMessage()
+    )
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

@@ -138,3 +138,29 @@ def test_vision_widths_are_checked(family: str, key: str, value: int, tmp_path: 
     vision = written.model.config.to_dict()["vision_config"] | {key: value}
     with pytest.raises(CheckpointError, match=rf"has shape .*vision_config\.{key} = {value}"):
         config_of(written, vision_config=vision)
+
+
+@pytest.mark.parametrize(
+    ("layout", "stated", "told"),
+    [
+        ("hf", {"mm_vision_select_layer": -1}, "mm_vision_select_layer = -1, but .* vision_feature_layer, which is -2"),
+        ("hf", {"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature = 'cls_patch', but"),
+        (
+            "original",
+            {"vision_feature_layer": -1},
+            "vision_feature_layer = -1, but .* mm_vision_select_layer, which is",
+        ),
+        ("hf", {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}, None),
+        ("original", {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, None),
+    ],
+)
+def test_the_other_layouts_key_agrees_or_is_refused(
+    layout: str, stated: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    written = write_checkpoint("llava", layout, tmp_path)
+    if told is not None:
+        with pytest.raises(CheckpointError, match=told):
+            config_of(written, **stated)
+        return
+    config = config_of(written, **stated)
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (2, "default")

@@ -201,6 +201,9 @@ ADAPTER_FILES = [
     "adapter_model.bin",
     "adapter_model-00001-of-00002.safetensors",
     "non_lora_trainables.bin",
+    "lora_weights.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "safellava-LoRA.bin",
 ]
 
 
@@ -213,6 +216,29 @@ def test_an_adapters_files_are_refused_with_the_way_to_merge_them(name: str, bas
     with pytest.raises(
         CheckpointError, match=rf"'{name}' belongs to an adapter.*Merge the adapter first.*merge_and_unload"
     ):
+        open_checkpoint(folder)
+
+
+def test_a_file_whose_name_only_sounds_like_an_adapter_is_named_as_ignored(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    save_file({"x": torch.zeros(1)}, folder / "explora.safetensors")
+    assert open_checkpoint(folder).ignored.files == ("explora.safetensors",)
+
+
+@pytest.mark.parametrize("ending", [".weight_scale_inv", ".scales", ".absmax"])
+def test_scales_of_a_config_that_says_nothing_of_quantization_are_refused(ending: str, tmp_path: Path) -> None:
+    """As a config that another tool rewrote leaves them: the weights alone would be other numbers."""
+    name = f"model.language_model.layers.0.self_attn.q_proj{ending}"
+    folder = write_folder(tmp_path, tensors={**random_tensors("new Qwen"), name: torch.ones(1)})
+    with pytest.raises(CheckpointError, match=rf"'{name}' scales a quantized weight, .* no quantization_config"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes"])
+def test_a_quantization_that_the_language_models_section_states_is_read(method: str, tmp_path: Path) -> None:
+    text = {"hidden_size": WIDTH, "quantization_config": {"quant_method": method}}
+    folder = write_folder(tmp_path, config={"text_config": text})
+    with pytest.raises(CheckpointError, match=f"quantized by '{method}'"):
         open_checkpoint(folder)
 
 
