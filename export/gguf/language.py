@@ -133,15 +133,11 @@ def head_width(text: Any) -> int:
 
 def _check(text: Any, architecture: Architecture) -> None:
     """Refuse what llama.cpp would fail on when it loads or first computes, where it ends the whole process."""
-    heads, groups, width = text.num_attention_heads, text.num_key_value_heads, head_width(text)
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
     if heads % groups:
         raise CheckpointError(
             f"config.json states {heads} attention heads and {groups} key-value heads; the first must be a multiple of "
             "the second. Correct num_attention_heads or num_key_value_heads."
-        )
-    if width % 2:
-        raise CheckpointError(
-            f"config.json gives heads a width of {width}; rotary embeddings turn pairs, so use an even one."
         )
     if not 1 <= text.num_hidden_layers <= MOST_LAYERS:
         raise CheckpointError(

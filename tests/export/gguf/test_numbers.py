@@ -51,7 +51,7 @@ def shrunk(tensors: dict[str, Tensor]) -> None:
         (DOWN, float("nan"), torch.float16, "f16", "holds NaN; only finite"),
         (NORM, float("nan"), torch.bfloat16, "q8_0", "holds NaN; only finite"),
         (PROJECTOR, float("-inf"), torch.float16, "f16", "holds infinity; only finite"),
-        (HEAD, float("nan"), torch.float32, "f32", "holds NaN; only finite"),
+        (HEAD, float("nan"), torch.float32, "f32", "holds 1 NaN and 0 infinite values"),
         (DOWN, -7e4, torch.bfloat16, "f16", r"holds 7\.\d+e\+04, float16 ends at 65504\. Use --type bf16 or f32"),
         (PROJECTOR, 7e4, torch.float32, "f32", r"holds 7e\+04, float16 ends at 65504\. .* --mmproj-type bf16 or f32"),
     ],
@@ -91,7 +91,7 @@ def test_the_command_says_it_is_the_checkpoint(tmp_path: Path, capsys: pytest.Ca
     folder = write_geometry("gemma3", tmp_path / "checkpoint", change=holding(HEAD, float("nan")))
     with pytest.raises(SystemExit) as ended:
         run(main, ["--model", str(folder), "--out", str(tmp_path / "out"), "--type", "q8_0"])
-    assert ended.value.code == 2 and f"'{HEAD}' holds NaN" in capsys.readouterr().err
+    assert ended.value.code == 2 and f"'{HEAD}' holds 1 NaN" in capsys.readouterr().err
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
