@@ -216,8 +216,8 @@ def main(
 
 def _append(path: Path, text: str) -> None:
     try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
+        with open_to_append(path) as stream:
+            stream.write(text.encode())
     except OSError as error:
         raise InputError(f"--log {path} cannot be written: {error.strerror or error}.") from error
 

@@ -28,7 +28,7 @@ from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
-from models.regular_file import read_regular
+from models.regular_file import open_to_append, read_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -136,7 +136,7 @@ class ScoreWriter:
                 lock = held.enter_context(self.path.with_name(f".{self._wanted.name}.lock").open("w"))
                 self._lock(lock.fileno())
                 self._begin()
-                self._stream = held.enter_context(self.path.open("ab"))
+                self._stream = held.enter_context(open_to_append(self.path))
             except OSError as error:
                 raise self._unwritable(error) from error
             self._held = held.pop_all()
