@@ -19,7 +19,7 @@ from typing import BinaryIO, NoReturn
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import ImageFileError
-from models.jpeg_images import images_behind
+from models.jpeg_images import has_more_scans, images_behind
 from models.regular_file import open_regular
 from models.views import USUAL, View, views
 
@@ -30,9 +30,8 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 65_535
 """The longest side JPEG can state, in pixels; a longer one is no photograph."""
 MAX_JPEG_BYTES = 1 << 30
-SCAN = b"\xff\xda"
 MOST_SCANS = 500
-"""Scans of all images in one JPEG file; a progressive image has about ten. A few bytes can make each as slow as any."""
+"""Scans of one JPEG; a progressive one has about ten. A few bytes can make each take as long as the whole image."""
 MOST_IMAGES = 16
 """Images in one JPEG file, MPO included; a camera's burst or panorama has fewer."""
 
@@ -141,9 +140,13 @@ def _jpeg_content(stream: BinaryIO, where: str) -> bytes:
         _refuse(where, f"it cannot be read ({error.strerror})", error)
     if len(content) > MAX_JPEG_BYTES:
         _refuse(where, f"it has more than {MAX_JPEG_BYTES:,} bytes, which no JPEG needs")
-    if content.count(SCAN) > MOST_SCANS:
-        _refuse(where, f"it has more than {MOST_SCANS} scans, which no JPEG needs")
+    _check_scans(content, where)
     return content
+
+
+def _check_scans(content: bytes, where: str) -> None:
+    if has_more_scans(content, MOST_SCANS):
+        _refuse(where, f"it has more than {MOST_SCANS} scans, which no JPEG needs")
 
 
 def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator[View]:
@@ -154,6 +157,7 @@ def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator
         return
     with image:
         _check_header(image, where, max_pixels)
+        _check_scans(content, where)
         for view in _decoded(image, where):
             yield View(name if view.name == USUAL else f"{name}, {view.name}", view.image)
 

@@ -234,8 +234,8 @@ class Thresholds(Frozen):
             raise ValueError("learn_then_test promises nothing without a delta")
         if self.method == "conformal_risk_control" and (self.miss_rate > self.alpha or self.fpr > self.max_fpr):
             raise ValueError(
-                f"rates of {self.miss_rate} misses and {self.fpr} false blocks break the promise of at most {self.alpha} "
-                f"and {self.max_fpr}"
+                f"a rate of {self.miss_rate} misses and {self.fpr} false blocks breaks the promise of at most "
+                f"{self.alpha} and {self.max_fpr}"
             )
         return self
 

@@ -11,6 +11,7 @@ import click
 from models.commandline import leave, printable
 from models.errors import InputError
 from models.family import TapSource
+from models.regular_file import open_to_append
 from runtimes.check import BLOCKED
 from runtimes.gate_result import GateResult
 from runtimes.policy import Policy, read_policy

@@ -55,7 +55,7 @@ LimitsFrom = Literal["policy", "bundle", "default"]
 
 
 class Limits(Frozen):
-    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; an ``allow`` of 1 would allow nearly all."""
+    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; with 1 for ``allow`` all would pass."""
 
     block: Probability
     allow: BelowOne
