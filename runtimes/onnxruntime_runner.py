@@ -80,7 +80,7 @@ class OnnxRuntimeRunner(GuardRunner):
                 "Export the bundle again, or install a newer onnxruntime."
             ) from error
         self._check_fit(session, str(path))
-        self.session, self.failures = session, (*GuardRunner.failures, *refusals)
+        self.session, self.failures = session, (*GuardRunner.failures, ValueError, *refusals)
 
     def _check_fit(self, session: Any, path: str) -> None:
         """Compare what was loaded with the manifest: the file could have been swapped since the bundle was opened."""

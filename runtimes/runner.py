@@ -45,8 +45,8 @@ class GuardRunner(Activated):
     preprocessing: Preprocessing
     class_count: int | None = None
     """C, where it is known before the first answer."""
-    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, MemoryError)
-    """What the runtime raises when a call fails; complete from activation on."""
+    failures: tuple[type[Exception], ...] = (MemoryError,)
+    """What the runtime raises when it fails on an image; complete from activation on."""
     gives_embeddings = False
     """Whether :meth:`infer` can return image embeddings, for a language model that shares the vision tower."""
 
