@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from io import BufferedReader, FileIO
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 __all__ = ["is_file", "is_folder", "open_regular", "open_to_append", "read_regular", "require_regular"]
@@ -64,7 +64,7 @@ def read_regular(path: Path | str, limit: int) -> bytes:
     return content
 
 
-def open_to_append(path: Path | str) -> FileIO:
+def open_to_append(path: Path | str) -> BufferedWriter:
     """Open a file, or a pipe that is being read, for writing behind what it holds, without ever waiting for a reader.
 
     Raises:
@@ -78,7 +78,7 @@ def open_to_append(path: Path | str) -> FileIO:
             raise OSError(errno.ENXIO, "a FIFO that nobody reads, a socket or a device", str(path)) from None
         raise
     os.set_blocking(descriptor, True)
-    return FileIO(descriptor, "a")
+    return os.fdopen(descriptor, "ab")
 
 
 def require_regular(path: Path | str) -> None:
