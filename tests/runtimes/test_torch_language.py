@@ -182,7 +182,7 @@ def test_the_command_answers_and_blocks(
         str(log),
     ]
     arguments += ["--max-new-tokens", "5"]
-    policy.write_text('{"default": "allow"}')
+    policy.write_text('{"exact": {"block": 1, "allow": 0.9}, "still_unsure": "allow"}')
     assert ended_with(arguments) == 0
     wanted = vlm.answer(torch.from_numpy(rgb[None]), [QUESTION], max_new_tokens=5)[0].text
     assert wanted in capsys.readouterr().out
