@@ -182,7 +182,7 @@ def test_the_command_answers_and_blocks(
         str(log),
     ]
     arguments += ["--max-new-tokens", "5"]
-    other = min(harm for harm in vlm.checkpoint.classes if harm != "safe")
+    other = min(harm for harm in vlm.classes if harm != "safe")
     policy.write_text(json.dumps({"default": "allow", "classes": {other: "block"}}))
     assert ended_with(arguments) == 0
     wanted = vlm.answer(torch.from_numpy(rgb[None]), [QUESTION], max_new_tokens=5)[0].text
