@@ -26,6 +26,8 @@ from models.manifest import Band
 __all__ = ["Bands", "Method", "Promise", "Rates", "fewest", "fit_bands", "hits_allowed", "measure"]
 
 Method = Literal["conformal_risk_control", "learn_then_test"]
+NEARLY_ONE = math.nextafter(1.0, 0.0)
+"""The largest ``allow``: below 1 nearly everything would be."""
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
@@ -162,7 +164,7 @@ def _band(unsafe_scores: Floats, safe_scores: Floats, block: float, promise: Pro
     allow = float(np.sort(unsafe_scores)[misses])  # at most so many lie below it
     if allow >= block:
         allow = block = _between(block, allow, unsafe_scores, safe_scores)
-    return Band(allow=allow, block=block, n_unsafe=len(unsafe_scores))
+    return Band(allow=min(allow, NEARLY_ONE), block=block, n_unsafe=len(unsafe_scores))
 
 
 def _between(low: float, high: float, unsafe_scores: Floats, safe_scores: Floats) -> float:

@@ -21,6 +21,7 @@ from export.rewrites.standard_operators import to_standard
 from models.errors import EngineUnavailableError, InputError, SafeVLMError, StorageError
 from models.json_file import replace_file
 from models.printable import one_line
+from models.regular_file import read_regular
 from models.storage import storing
 
 __all__ = [
@@ -37,6 +38,7 @@ Report = Callable[[str], None]
 INPUT = "rgb"
 OLDEST = (8, 6)
 MIB = 2**20
+MAX_CACHE_BYTES = 2**30
 _MEMORY = re.compile(r"out ?of ?memory|insufficient (memory|workspace)|MemoryAllocation", re.IGNORECASE)
 
 _log = logging.getLogger(__name__)
@@ -279,7 +281,7 @@ def _load_timing_cache(config: Any, file: Path | None, report: Report) -> None:
         return
     content = b""
     try:
-        content = file.read_bytes()
+        content = read_regular(file, MAX_CACHE_BYTES)
     except FileNotFoundError:
         pass
     except OSError as error:

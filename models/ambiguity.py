@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from PIL import Image
+from PIL.ImagePalette import ImagePalette
 
-__all__ = ["ambiguity", "png_background", "raw_mode"]
+__all__ = ["ambiguity", "gif_background", "png_background", "raw_mode"]
 
 ONCE = (b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"iCCP", b"cICP", b"bKGD")
 MOST_CHUNKS = 100_000
@@ -26,7 +27,6 @@ CHROMATICITY_REACH = (0.06, 0.3, 0.3, 0.3)
 SDR_TRANSFERS = (1, 4, 6, 13, 14, 15)
 """ITU-T H.273: curves close to sRGB's; the others, PQ and HLG among them, show another image where they are ignored."""
 BITS, COMPRESSION, PHOTOMETRIC, PLANAR, SUB_IFDS, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 259, 262, 284, 330, 338, 339
-SUBSAMPLING = 530
 WHITE_IS_ZERO, YCBCR, JPEG, SIGNED = 0, 6, (6, 7), 2
 """Values of these TIFF tags."""
 
@@ -60,10 +60,19 @@ def png_background(image: Image.Image) -> tuple[int, int, int] | None:
     return _colour(found, image)
 
 
+def gif_background(image: Image.Image) -> tuple[int, int, int] | None:
+    """Return the colour that a GIF states for what its frame leaves out, which some readers show through it."""
+    return _entry(getattr(image, "global_palette", None), image.info.get("background", 0))
+
+
+def _entry(palette: ImagePalette | None, at: int) -> tuple[int, int, int] | None:
+    table = b"" if palette is None else palette.getdata()[1][3 * at : 3 * at + 3]
+    return (table[0], table[1], table[2]) if len(table) == 3 else None
+
+
 def _colour(chunk: bytes, image: Image.Image) -> tuple[int, int, int] | None:
-    if len(chunk) == 1 and image.mode == "P" and image.palette is not None:
-        table = image.palette.getdata()[1][3 * chunk[0] : 3 * chunk[0] + 3]
-        return (table[0], table[1], table[2]) if len(table) == 3 else None
+    if len(chunk) == 1 and image.mode == "P":
+        return _entry(image.palette, chunk[0])
     if len(chunk) not in (2, 6):
         return None
     most = {"1": 1, "L;2": 3, "L;4": 15}.get(raw_mode(image), 65_535 if "16" in raw_mode(image) else 255)
@@ -199,8 +208,8 @@ def _tiff(image: Image.Image, _: IO[bytes]) -> str | None:
         return "its 16-bit levels run from white to black, which some readers ignore"
     if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED:
         return "its levels are signed, which some readers ignore"
-    if photometric == YCBCR and tags.get(COMPRESSION) not in JPEG and tags.get(SUBSAMPLING) != (1, 1):
-        return "it is YCbCr with fewer samples of colour, which readers arrange in different ways"
+    if photometric == YCBCR and tags.get(COMPRESSION) not in JPEG:
+        return "it is YCbCr, which some readers take for RGB or arrange in another way"
     return None
 
 

@@ -19,17 +19,19 @@ from typing import BinaryIO, NoReturn
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import ImageFileError
-from models.jpeg_images import images_behind
+from models.jpeg_images import has_more_scans, images_behind
 from models.regular_file import open_regular
 from models.views import USUAL, View, views
 
 __all__ = ["MAX_PIXELS", "MAX_SIDE", "View", "open_image", "open_views", "to_rgb", "to_views"]
 
 MAX_PIXELS = 50_000_000
-"""A larger picture is refused before it is decoded."""
+"""A larger image is refused before it is decoded."""
 MAX_SIDE = 65_535
 """The longest side JPEG can state, in pixels; a longer one is no photograph."""
 MAX_JPEG_BYTES = 1 << 30
+MOST_SCANS = 500
+"""Scans of one JPEG; a progressive one has about ten. A few bytes can make each take as long as the whole image."""
 MOST_IMAGES = 16
 """Images in one JPEG file, MPO included; a camera's burst or panorama has fewer."""
 
@@ -80,14 +82,14 @@ def open_views(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterato
     with _stream(source, where) as stream:
         with _open(stream, where) as image:
             _check_header(image, where, max_pixels)
-            is_jpeg = image.format in ("JPEG", "MPO")
-            indexed = "mp" in image.info
+            further: Iterator[bytes] = iter(())
+            if image.format in ("JPEG", "MPO"):
+                further = images_behind(_jpeg_content(stream, where), indexed="mp" in image.info)
             yield from _decoded(image, where)
-        if is_jpeg:
-            for number, content in enumerate(images_behind(_content(stream, where), indexed=indexed), 2):
-                if number > MOST_IMAGES:
-                    _refuse(where, f"more than {MOST_IMAGES} images are in it")
-                yield from _further(content, f"image {number}", where, max_pixels)
+        for number, content in enumerate(further, 2):
+            if number > MOST_IMAGES:
+                _refuse(where, f"more than {MOST_IMAGES} images are in it")
+            yield from _further(content, f"image {number}", where, max_pixels)
 
 
 def to_rgb(image: Image.Image, *, where: str = "the given image") -> Image.Image:
@@ -127,15 +129,24 @@ def _decoded(image: Image.Image, where: str) -> Iterator[View]:
         _refuse(where, f"its pixels cannot be decoded ({error})", error)
 
 
-def _content(stream: BinaryIO, where: str) -> bytes:
+def _jpeg_content(stream: BinaryIO, where: str) -> bytes:
+    """Return the whole of a JPEG file, its position left as it is, if it can be decoded in reasonable time."""
+    position = stream.tell()
     try:
         stream.seek(0)
         content = stream.read(MAX_JPEG_BYTES + 1)
+        stream.seek(position)
     except OSError as error:
         _refuse(where, f"it cannot be read ({error.strerror})", error)
     if len(content) > MAX_JPEG_BYTES:
         _refuse(where, f"it has more than {MAX_JPEG_BYTES:,} bytes, which no JPEG needs")
+    _check_scans(content, where)
     return content
+
+
+def _check_scans(content: bytes, where: str) -> None:
+    if has_more_scans(content, MOST_SCANS):
+        _refuse(where, f"it has more than {MOST_SCANS} scans, which no JPEG needs")
 
 
 def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator[View]:
@@ -146,6 +157,7 @@ def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator
         return
     with image:
         _check_header(image, where, max_pixels)
+        _check_scans(content, where)
         for view in _decoded(image, where):
             yield View(name if view.name == USUAL else f"{name}, {view.name}", view.image)
 
@@ -173,7 +185,7 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ImageFileError(
-            f"{where}: the picture has {width} x {height} pixels. Allowed are {max_pixels:,} pixels and "
+            f"{where}: the image has {width} x {height} pixels. Allowed are {max_pixels:,} pixels and "
             f"{MAX_SIDE:,} a side; make it smaller and try again."
         )
     try:
@@ -182,12 +194,12 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
         _refuse(where, f"its frames cannot be counted ({error})", error)
     if several:
         raise ImageFileError(
-            f"{where}: it is animated or has several pages. Allowed is one picture a file: a verdict on the "
+            f"{where}: it is animated or has several pages. Allowed is one image a file: a verdict on the "
             "first would say nothing of the others. Save each frame as a file and judge all of them."
         )
 
 
 def _refuse(where: str, reason: str, cause: BaseException | None = None) -> NoReturn:
     raise ImageFileError(
-        f"{where}: {reason}. Allowed is one complete {FORMATS_TEXT} picture; save or download it again."
+        f"{where}: {reason}. Allowed is one complete {FORMATS_TEXT} image; save or download it again."
     ) from cause

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["images_behind"]
+__all__ = ["has_more_scans", "images_behind"]
 
 START = b"\xff\xd8\xff"
 END = b"\xff\xd9"
 PADDING = 1 << 16
 """Zero bytes that may lie between two images."""
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""Any but those within a scan: a stuffed zero, a restart."""
 WITHOUT_LENGTH = re.compile(rb"\xff[\x01\xd0-\xd8]")
 
 
@@ -29,6 +31,19 @@ def images_behind(content: bytes, *, indexed: bool) -> Iterator[bytes]:
         if indexed or before.endswith(END):
             yield content[at:]
         at = content.find(START, at + 2)
+
+
+def has_more_scans(content: bytes, most: int) -> bool:
+    """Say whether the first image of a JPEG has more scans than that, by the markers that a decoder would follow."""
+    at = scans = 0
+    while scans <= most and (found := MARKER.search(content, at)) is not None:
+        marker, at = found[0], found.end()
+        if marker == END:
+            return False
+        scans += marker == b"\xff\xda"
+        if not WITHOUT_LENGTH.match(marker):
+            at += int.from_bytes(content[at : at + 2], "big")
+    return scans > most
 
 
 def _scans(content: bytes) -> int:

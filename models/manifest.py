@@ -21,6 +21,7 @@ from models.graph_fit import Role, TensorSpec, misfit
 from models.json_file import first_problem, parse_json, replace_file, validate_json
 from models.manifest_fields import (
     Batch,
+    BelowOne,
     BundlePath,
     Classes,
     Count,
@@ -189,7 +190,7 @@ class Band(Frozen):
     """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; fitted on so many unsafe images."""
 
     block: Probability
-    allow: Probability
+    allow: BelowOne
     n_unsafe: Positive
 
     @model_validator(mode="after")
@@ -231,6 +232,11 @@ class Thresholds(Frozen):
             raise ValueError(f"{self.n_unsafe} of {self.n} images cannot be unsafe")
         if self.method == "learn_then_test" and self.delta is None:
             raise ValueError("learn_then_test promises nothing without a delta")
+        if self.method == "conformal_risk_control" and (self.miss_rate > self.alpha or self.fpr > self.max_fpr):
+            raise ValueError(
+                f"a rate of {self.miss_rate} misses and {self.fpr} false blocks breaks the promise of at most "
+                f"{self.alpha} and {self.max_fpr}"
+            )
         return self
 
     def band(self, harm: str) -> Band:

@@ -16,6 +16,7 @@ from models.printable import is_plain, shortened
 
 __all__ = [
     "Batch",
+    "BelowOne",
     "BundlePath",
     "Classes",
     "Count",
@@ -78,6 +79,7 @@ BundlePath = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, AfterValidator(_name)]
 Classes = Annotated[tuple[str, ...], Field(min_length=2, max_length=MAX_CLASSES), AfterValidator(_classes)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0, le=MAX_FILE)]
 Positive = Annotated[int, Field(gt=0, le=MAX_FILE)]
 Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]

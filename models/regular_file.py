@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 
-__all__ = ["is_file", "is_folder", "open_regular", "read_regular", "require_regular"]
+__all__ = ["is_file", "is_folder", "open_regular", "open_to_append", "read_regular", "require_regular"]
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -62,6 +62,26 @@ def read_regular(path: Path | str, limit: int) -> bytes:
     if max(size, len(content)) > limit:
         raise OSError(errno.EFBIG, f"{max(size, len(content)):,} bytes, {limit:,} are allowed", str(path))
     return content
+
+
+def open_to_append(path: Path | str) -> FileIO:
+    """Open a file, or a pipe that is being read, for writing behind what it holds, without ever waiting for a reader.
+
+    Nothing is buffered: a write that fails is not tried again when the file is closed.
+
+    Raises:
+        OSError: It cannot be written, or is a FIFO that nobody reads.
+    """
+    try:
+        stream = FileIO(
+            path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+        )
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "a FIFO that nobody reads, a socket or a device", str(path)) from None
+        raise
+    os.set_blocking(stream.fileno(), True)
+    return stream
 
 
 def require_regular(path: Path | str) -> None:

@@ -1,7 +1,8 @@
 """The colours of an image as a reader shows them that honours its ICC profile or its gamma.
 
-Most profiles (sRGB, Display P3, Adobe RGB) leave an image what it is, a little more or less saturated: that counts for
-nothing here. One that turns light to dark, or a gamma far from a display's, shows another image.
+Most profiles (sRGB, Display P3, grey at a display's gamma) leave an image what it is, a little more or less saturated:
+that counts for nothing here. One of far wider colours (Adobe RGB, ProPhoto) or that turns light to dark, and a gamma
+far from a display's, show another image.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ DISPLAY_GAMMA = 2.2
 TONE_TOLERANCE = 24
 """Grey levels by which a tone may move: gamma 1.8 shown at 2.2 moves by 17."""
 COLOUR_TOLERANCE = 120
-"""Levels by which a channel of a saturated colour may move: Adobe RGB's are cut off at 0 or 255."""
+"""Levels by which a channel of a saturated colour may move: Display P3's by 96, Adobe RGB's by 128."""
 LUT_TAGS = (b"A2B0", b"A2B1", b"A2B2", b"D2B0", b"D2B1", b"D2B2")
 
 

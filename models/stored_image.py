@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from models.ambiguity import png_background, raw_mode
+from models.ambiguity import gif_background, png_background, raw_mode
 
 __all__ = ["StoredImage", "before_loading"]
 
@@ -35,7 +35,7 @@ class StoredImage:
     orientation: int = 1
     turned_on_loading: bool = False
     background: tuple[int, int, int] | None = None
-    """What a PNG wants to be shown on."""
+    """What a PNG or GIF wants to be shown on."""
     alpha: Fourth = "straight"
     frame: tuple[int, int, int, int] | None = None
     key_scale: int = 1
@@ -49,7 +49,7 @@ def before_loading(image: Image.Image) -> StoredImage:
         box = image.tile[0][1]
         stored = StoredImage(
             turned_on_loading=image.format == "TIFF",
-            background=png_background(image),
+            background=gif_background(image) if image.format == "GIF" else png_background(image),
             alpha=_keep_fourth(image),
             frame=box if image.format == "GIF" and box != (0, 0, *image.size) else None,
             key_scale={"L;2": 85, "L;4": 17}.get(raw_mode(image), 1),

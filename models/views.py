@@ -125,7 +125,10 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _deep(image: Image.Image) -> npt.NDArray[np.uint16]:
-    return np.clip(np.asarray(image).astype(np.int64), 0, 65_535).astype(np.uint16)
+    levels: npt.NDArray[Any] = np.asarray(image)
+    if levels.dtype.itemsize > 2:
+        levels = np.clip(levels, 0, 65_535)
+    return levels.astype(np.uint16, copy=False)
 
 
 def _deep_versions(levels: npt.NDArray[np.uint16]) -> Iterator[Named]:
@@ -152,7 +155,7 @@ def _split(image: Image.Image, stored: StoredImage, where: str) -> tuple[Image.I
         layer = image
         if mode in PREMULTIPLIED_MODES:
             layer = Image.frombytes(PREMULTIPLIED_MODES[mode], image.size, image.tobytes())
-        layer = layer.convert("RGBA")
+        layer = layer if layer.mode == "RGBA" else layer.convert("RGBA")
         colour, alpha = layer.convert("RGB"), layer.getchannel("A")
     elif mode in OPAQUE_MODES:
         colour = image if mode in ("L", "RGB", "CMYK") else image.convert("RGB")
@@ -180,7 +183,9 @@ def _key_alpha(image: Image.Image, stored: StoredImage) -> Image.Image | None:
         same = _deep(image) == wanted
     else:
         same = np.asarray(image.convert("L") if image.mode == "1" else image) == wanted
-    return Image.fromarray(np.where(same.all(axis=2) if same.ndim == 3 else same, 0, 255).astype(np.uint8))
+    if same.ndim == 3:
+        same = same[..., 0] & same[..., 1] & same[..., 2]
+    return Image.fromarray(np.where(same, np.uint8(0), np.uint8(255)))
 
 
 def _composited(colour: Image.Image, alpha: Image.Image, stored: StoredImage) -> Iterator[Named]:

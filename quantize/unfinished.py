@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import InputError
+from models.json_file import MAX_JSON_BYTES, parse_json
 from models.machine import now
+from models.regular_file import read_regular
 from models.storage import storing
 from quantize.layers import Rounded
 
@@ -68,11 +70,10 @@ class Unfinished:
             self.keep(RESUMED, [*self.resumed, now()])
 
     def _check(self, recipe: dict[str, Any]) -> None:
-        path = self.folder / "recipe.json"
-        if not path.exists():
+        there = self.kept("recipe.json")
+        if there is None:
             self.keep("recipe.json", recipe)
             return
-        there = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in {*there, *recipe} if there.get(key) != recipe.get(key))
         if differing and not self.finished():
             for name in (ANSWERS, RESUMED):
@@ -111,9 +112,15 @@ class Unfinished:
             path.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
     def kept(self, name: str) -> Any | None:
-        """Return what :meth:`keep` wrote, or ``None``."""
+        """Return what :meth:`keep` wrote, or ``None``. Raises InputError for what it did not write."""
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return parse_json(read_regular(path, MAX_JSON_BYTES), rows=True)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} cannot be read: {reason}. Remove {self.folder} to begin anew.") from error
 
     # -- layers -----------------------------------------------------------------------------------------
 

@@ -27,8 +27,10 @@ FileKind = Literal["onnx", "onnx_data", "engine"]
 CHUNK = 2**20
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 """Whose operators a guard may use: the standard's, and those of ONNX Runtime's quantizer."""
-LOADERS = frozenset({"EPContext"})
-"""Operators that make a runtime open a further file."""
+UNWANTED = frozenset(
+    ("EPContext", "Loop", "Scan", "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform")
+) | {"RandomUniformLike"}
+"""Operators that open a further file, need not end, or answer differently each time."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def _check_graph(bundle: Bundle, file: GuardFile) -> None:
     strangers = sorted(place for place in facts.external if str(beside / place) not in listed)
     if problem is None and strangers:
         problem = f"it keeps weights in '{shortened(strangers[0])}', which the manifest does not list"
-    foreign = sorted(facts.domains - DOMAINS) or sorted(facts.operators & LOADERS)
+    foreign = sorted(facts.domains - DOMAINS) or sorted(facts.operators & UNWANTED)
     if problem is None and foreign:
         problem = f"it needs the operators '{shortened(foreign[0])}', which no guard uses"
     if problem is not None:

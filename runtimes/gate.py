@@ -37,12 +37,12 @@ import numpy.typing as npt
 
 from models.errors import BusyError, ImageFileError, InputError, SafeVLMError
 from runtimes.gate_result import GateResult
-from runtimes.judge import Guard, ImageSource
+from runtimes.judge import Guard
 from runtimes.lane import Lane, OverranError
 from runtimes.language import LanguageRunner
 from runtimes.policy import Finding, Policy, find
-from runtimes.seen import Seen, see
 from runtimes.verdict import worst
+from runtimes.views import ImageSource, JudgedViews, judge_views
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -202,8 +202,8 @@ class _Request:
     def decide(self) -> GateResult:
         """Go through the stages; whatever is raised on the way is an error of ``part``."""
         gate = self.gate
-        seen = self._see()
-        found = self._guard_finding(seen)
+        judged = self._judge()
+        found = self._guard_finding(judged)
         if found is not None and found.verdict == "block":
             return self._blocked("guard", found, f"the standalone guard blocks the image{self._as_others_show_it()}")
         settled = gate.language is not None and gate.language.classes is not None and not self.hidden
@@ -212,26 +212,26 @@ class _Request:
             reason = f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
             return self._blocked("guard", found, reason)
         if gate.language is not None:
-            return self._answer(gate.language, seen, found)
+            return self._answer(gate.language, judged, found)
         assert found is not None  # a gate has a guard or a language model
         return self._allowed("guard", found, None)
 
-    def _answer(self, language: LanguageRunner, seen: Seen, found: Finding | None) -> GateResult:
+    def _answer(self, language: LanguageRunner, judged: JudgedViews, found: Finding | None) -> GateResult:
         """Prefill once; judge that; go on generating from it."""
         lane, exact = self.gate.language_lane, None
         with ExitStack() as turn:
             with self._timed("exact"):
                 left = turn.enter_context(lane.turn(self.gate.timeout))
-                for at in range(1, len(seen.looks.pixels) if found is None else 0):
-                    refusal = self._look_of_others(language, seen, at, left)
+                for at in range(1, len(judged.views.pixels) if found is None else 0):
+                    refusal = self._other_view(language, judged, at, left)
                     if refusal is not None:
                         return refusal
                 if found is None:
-                    self._decided_on(seen, 0)
-                prefilled = lane.run(lambda: language.prefill(*self._input(language, seen)), left).get()
+                    self._decided_on(judged, 0)
+                prefilled = lane.run(lambda: language.prefill(*self._input(language, judged)), left).get()
                 if prefilled.exact_probs is not None or found is None:
                     exact = self._exact_finding(language, prefilled.exact_probs)
-            refusal = None if exact is None else self._refusal(found, exact, seen)
+            refusal = None if exact is None else self._refusal(found, exact, judged)
             if refusal is not None:
                 return refusal
             with self._timed("generate"):
@@ -244,11 +244,11 @@ class _Request:
         assert found is not None  # without a guard there is an exact verdict, or an error
         return self._allowed("guard", found, answer)
 
-    def _look_of_others(self, language: LanguageRunner, seen: Seen, at: int, seconds: float) -> GateResult | None:
+    def _other_view(self, language: LanguageRunner, judged: JudgedViews, at: int, seconds: float) -> GateResult | None:
         """Return the block that the exact verdict on a view demands which the language model is not to answer about."""
-        pixels = seen.looks.pixels[at]
+        pixels = judged.views.pixels[at]
         prefilled = self.gate.language_lane.run(lambda: language.prefill(pixels, self.question, None), seconds).get()
-        return self._refusal(None, self._exact_finding(language, prefilled.exact_probs), seen, at)
+        return self._refusal(None, self._exact_finding(language, prefilled.exact_probs), judged, at)
 
     def _generate(self, language: LanguageRunner, handle: Any) -> str:
         if self.on_text is None:
@@ -262,7 +262,7 @@ class _Request:
                 pieces.append(piece)
         return "".join(pieces)
 
-    def _refusal(self, found: Finding | None, exact: Finding, seen: Seen, at: int = 0) -> GateResult | None:
+    def _refusal(self, found: Finding | None, exact: Finding, judged: JudgedViews, at: int = 0) -> GateResult | None:
         """Return the block that the exact verdict on a view demands, or None."""
         before = None if found is None else found.verdict
         if exact.verdict == "allow" or (before == "allow" and not self.gate.policy.confirm):
@@ -270,7 +270,7 @@ class _Request:
         review = exact.review or (found is not None and found.review)
         if exact.verdict == "unsure" and not self._stops_unsure(review):
             return None
-        self._decided_on(seen, at)
+        self._decided_on(judged, at)
         does = "blocks the image" if exact.verdict == "block" else "is unsure of the image"
         after = {"allow": ", which the standalone guard allowed", "unsure": "; the standalone guard was unsure"}
         return self._blocked(
@@ -285,43 +285,43 @@ class _Request:
 
     # -- its parts --------------------------------------------------------------------------------------
 
-    def _see(self) -> Seen:
+    def _judge(self) -> JudgedViews:
         lane = self.gate.guard_lane
         size = None if self.gate.language is None else self.gate.language.preprocessing
         with self._timed("guard"), lane.turn(self.gate.timeout) as left:
-            seen = lane.run(
-                lambda: see(self.image, self.gate.guard, size, share=self._share(), known=self.known), left
+            judged = lane.run(
+                lambda: judge_views(self.image, self.gate.guard, size, share=self._share(), known=self.known), left
             ).get()
-        self.ms = dict(seen.ms)
-        return seen
+        self.ms = dict(judged.ms)
+        return judged
 
     def _share(self) -> bool:
         """Whether the language model can take image embeddings from the guard."""
         return self.gate.share_embeddings and self.gate.language is not None and self.gate.language.takes_embeddings
 
     def _input(
-        self, language: LanguageRunner, seen: Seen
+        self, language: LanguageRunner, judged: JudgedViews
     ) -> tuple[npt.NDArray[np.uint8], str, npt.NDArray[np.float32] | None]:
         """Return the picture at the language model's size, which is the guard's very pixels where sizes agree."""
         size, guard = language.preprocessing, self.gate.guard
         if size is None:
-            return np.array(seen.looks.picture, dtype=np.uint8), self.question, None
+            return np.array(judged.views.image, dtype=np.uint8), self.question, None
         if guard is not None and guard.runner.preprocessing != size:
-            return size.apply(seen.looks.picture), self.question, None
-        return seen.looks.pixels[0], self.question, seen.embeddings
+            return size.apply(judged.views.image), self.question, None
+        return judged.views.pixels[0], self.question, judged.embeddings
 
-    def _guard_finding(self, seen: Seen) -> Finding | None:
+    def _guard_finding(self, judged: JudgedViews) -> Finding | None:
         guard = self.gate.guard
         if guard is None:
             return None
-        findings = [find(row, guard.classes, self.gate.policy, "guard", guard.thresholds) for row in seen.probs]
+        findings = [find(row, guard.classes, self.gate.policy, "guard", guard.thresholds) for row in judged.probs]
         at = worst(findings)
-        self._decided_on(seen, at)
-        self.probs = dict(zip(guard.classes, map(float, seen.probs[at]), strict=True))
+        self._decided_on(judged, at)
+        self.probs = dict(zip(guard.classes, map(float, judged.probs[at]), strict=True))
         return findings[at]
 
-    def _decided_on(self, seen: Seen, at: int) -> None:
-        self.view, self.hidden = seen.looks.named(at), at > 0
+    def _decided_on(self, judged: JudgedViews, at: int) -> None:
+        self.view, self.hidden = judged.views.name(at), at > 0
 
     def _exact_finding(self, language: LanguageRunner, probs: npt.NDArray[np.float32] | None) -> Finding:
         if probs is None or language.classes is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import click
 from models.commandline import leave, printable
 from models.errors import InputError
 from models.family import TapSource
+from models.regular_file import open_to_append
 from runtimes.check import BLOCKED
 from runtimes.gate_result import GateResult
 from runtimes.policy import Policy, read_policy
@@ -216,8 +219,10 @@ def main(
 
 def _append(path: Path, text: str) -> None:
     try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
+        with open_to_append(path) as stream:
+            line = text.encode()
+            if stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     except OSError as error:
         raise InputError(f"--log {path} cannot be written: {error.strerror or error}.") from error
 

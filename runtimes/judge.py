@@ -13,10 +13,10 @@ import numpy.typing as npt
 from models.errors import BusyError, ImageFileError, SafeVLMError
 from models.manifest import Thresholds
 from runtimes.bundle import open_bundle
-from runtimes.looks import ImageSource, Looks, look
 from runtimes.runner import GuardRunner
 from runtimes.select import Runtime, select_runner
 from runtimes.verdict import Judgement, decide, worst
+from runtimes.views import ImageSource, ImageViews, read_views
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,30 +89,30 @@ class Guard:
         counts. An image that cannot be read, or that the runner cannot judge in one of them and blocks in none, gets
         the verdict ``error`` with the reason, and the others are judged all the same.
         """
-        batch: list[tuple[str, Looks | ImageFileError]] = []
+        batch: list[tuple[str, ImageViews | ImageFileError]] = []
         for position, image in enumerate(images):
             name = _name(image, position)
-            batch.append((name, self._looks(image, name)))
+            batch.append((name, self._views(image, name)))
             if len(batch) == self.batch:
                 yield from self._judge_batch(batch)
                 batch = []
         yield from self._judge_batch(batch)
 
-    def _looks(self, image: ImageSource, name: str) -> Looks | ImageFileError:
+    def _views(self, image: ImageSource, name: str) -> ImageViews | ImageFileError:
         try:
-            return look(image, self.runner.preprocessing, name)
+            return read_views(image, self.runner.preprocessing, name)
         except ImageFileError as error:
             return error
 
-    def _judge_batch(self, batch: list[tuple[str, Looks | ImageFileError]]) -> Iterator[Judgement]:
-        pixels = [view for _, looks in batch if isinstance(looks, Looks) for view in looks.pixels]
+    def _judge_batch(self, batch: list[tuple[str, ImageViews | ImageFileError]]) -> Iterator[Judgement]:
+        pixels = [each for _, views in batch if isinstance(views, ImageViews) for each in views.pixels]
         parts = (pixels[start : start + self.batch] for start in range(0, len(pixels), self.batch))
         rows = iter([row for part in parts for row in self._rows(part)])
-        for name, looks in batch:
-            if isinstance(looks, Looks):
-                yield self._judgement(name, looks, [next(rows) for _ in looks.pixels])
+        for name, views in batch:
+            if isinstance(views, ImageViews):
+                yield self._judgement(name, views, [next(rows) for _ in views.pixels])
             else:
-                yield Judgement(file=name, verdict="error", error=str(looks))
+                yield Judgement(file=name, verdict="error", error=str(views))
 
     def _rows(self, pictures: list[npt.NDArray[np.uint8]]) -> list[_Row]:
         """Return a row of probabilities for each; a batch that fails is judged one by one."""
@@ -123,7 +123,7 @@ class Guard:
                 return [error] * len(pictures)
         return [row for picture in pictures for row in self._rows([picture])]
 
-    def _judgement(self, name: str, looks: Looks, rows: list[_Row]) -> Judgement:
+    def _judgement(self, name: str, views: ImageViews, rows: list[_Row]) -> Judgement:
         read = [(at, row) for at, row in enumerate(rows) if not isinstance(row, SafeVLMError)]
         decisions = [decide(row, self.classes, self.thresholds) for _, row in read]
         failure = next((row for row in rows if isinstance(row, SafeVLMError)), None)
@@ -137,8 +137,8 @@ class Guard:
             label=decisions[chosen].label,
             p_unsafe=decisions[chosen].p_unsafe,
             probs=dict(zip(self.classes, map(float, row), strict=True)),
-            view=looks.named(at),
-            views=looks.names if len(looks.names) > 1 else (),
+            view=views.name(at),
+            views=views.names if len(views.names) > 1 else (),
         )
 
 

@@ -163,7 +163,10 @@ class _Reader:
     def _text(self, start: int, size: int) -> str:
         if size > MAX_TEXT:
             raise ValueError(f"a name of {size:,} bytes, {MAX_TEXT:,} are allowed")
-        return self.content[start : start + size].decode("utf-8", "replace")
+        try:
+            return self.content[start : start + size].decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("a name is not UTF-8 text") from None
 
     def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield number, wire type, and the value of a number or the place and size of bytes."""

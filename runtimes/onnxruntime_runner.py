@@ -63,21 +63,14 @@ class OnnxRuntimeRunner(GuardRunner):
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "cpu", "judging with ONNX Runtime") from error
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: a command prints one message, not a log
+        options.log_severity_level = 4  # errors are raised, too; printed, they show names out of the file as they are
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         there = onnxruntime.get_available_providers()
         wanted = self.providers or [name for name in PREFERRED_PROVIDERS if name in there]
         path = self.bundle.path(self.file)
-        refusals = (
-            state.Fail,
-            state.InvalidArgument,
-            state.InvalidGraph,
-            state.InvalidProtobuf,
-            state.NoModel,
-            state.NoSuchFile,
-            state.NotImplemented,
-            state.RuntimeException,
+        refusals = tuple(
+            kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
         )
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=list(wanted))
@@ -87,7 +80,7 @@ class OnnxRuntimeRunner(GuardRunner):
                 "Export the bundle again, or install a newer onnxruntime."
             ) from error
         self._check_fit(session, str(path))
-        self.session = session
+        self.session, self.failures = session, (*GuardRunner.failures, ValueError, *refusals)
 
     def _check_fit(self, session: Any, path: str) -> None:
         """Compare what was loaded with the manifest: the file could have been swapped since the bundle was opened."""

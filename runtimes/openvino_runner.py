@@ -59,6 +59,7 @@ class OpenVinoRunner(GuardRunner):
                 "Export the bundle again, or install a newer openvino."
             ) from error
         self._request = compiled.create_infer_request()
+        self.failures = (*GuardRunner.failures, RuntimeError, ValueError)
 
     def _check_fit(self, model: Any, path: str) -> None:
         """Compare what was loaded with the manifest: the file could have been swapped since the bundle was opened."""

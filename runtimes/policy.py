@@ -41,7 +41,7 @@ from models.class_names import MAX_LENGTH
 from models.errors import InputError, SafeVLMError
 from models.json_file import first_problem
 from models.manifest import Thresholds
-from models.manifest_fields import Frozen, Probability
+from models.manifest_fields import BelowOne, Frozen, Probability
 from models.printable import shortened
 from models.table_file import read_table
 from runtimes.runner import SUM_TOLERANCE
@@ -55,10 +55,10 @@ LimitsFrom = Literal["policy", "bundle", "default"]
 
 
 class Limits(Frozen):
-    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; above 1 nothing would ever block."""
+    """Block at p(unsafe) >= ``block``, allow below ``allow``, unsure between; with 1 for ``allow`` all would pass."""
 
     block: Probability
-    allow: Probability
+    allow: BelowOne
 
     @model_validator(mode="after")
     def _check(self) -> Limits:
@@ -85,7 +85,7 @@ class Policy(Frozen):
         return self.classes.get(harm, self.default)
 
     def check(self, classes: Sequence[str]) -> None:
-        """Raise InputError for a class that the guard does not know, and for the safe one."""
+        """Raise InputError for a class that the guard does not know, for the safe one, and where all are allowed."""
         safe = classes[safe_index(classes)]
         for name in self.classes:
             if name == safe:
@@ -95,6 +95,8 @@ class Policy(Frozen):
                 nearest = f" The nearest is {near[0]!r}." if near else ""
                 known = ", ".join(harm for harm in classes if harm != safe)
                 raise InputError(f"the policy names the class {shortened(name)!r}; this guard knows {known}.{nearest}")
+        if all(self.action(name) == "allow" for name in classes if name != safe):
+            raise InputError("the policy allows every class, so that nothing would be blocked. Name classes to block.")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from models.errors import InputError, SafeVLMError
 from models.preprocessing import Preprocessing
+from models.printable import shortened
 from runtimes.activation import Activated
 
 __all__ = ["GuardOutput", "GuardRunner"]
@@ -44,6 +45,8 @@ class GuardRunner(Activated):
     preprocessing: Preprocessing
     class_count: int | None = None
     """C, where it is known before the first answer."""
+    failures: tuple[type[Exception], ...] = (MemoryError,)
+    """What the runtime raises when it fails on an image; complete from activation on."""
     gives_embeddings = False
     """Whether :meth:`infer` can return image embeddings, for a language model that shares the vision tower."""
 
@@ -51,8 +54,8 @@ class GuardRunner(Activated):
         """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
 
         Raises InputError for another type or shape or for embeddings that this runner does not give, BusyError
-        while an earlier call runs (:attr:`exclusive`), SafeVLMError for an answer that is not N rows of finite
-        probabilities that sum to 1.
+        while an earlier call runs (:attr:`exclusive`), SafeVLMError when the runtime fails and for an answer that is
+        not N rows of finite probabilities that sum to 1.
         """
         self._check_active()
         self._check_input(rgb)
@@ -63,7 +66,15 @@ class GuardRunner(Activated):
             )
         rgb = np.ascontiguousarray(rgb)
         with self._call():
-            output = self._run_sharing(rgb) if embeddings else self._run(rgb)
+            try:
+                output = self._run_sharing(rgb) if embeddings else self._run(rgb)
+            except SafeVLMError:
+                raise
+            except self.failures as error:
+                reason = shortened(str(error).strip().partition("\n")[0], 300) or type(error).__name__
+                raise SafeVLMError(
+                    f"{self.runtime} could not run the guard: {reason}. Free memory, or export the guard again."
+                ) from error
         self._check_output(output, len(rgb))
         return output
 
@@ -93,7 +104,7 @@ class GuardRunner(Activated):
             if not np.isfinite(values).all():
                 raise SafeVLMError(
                     f"{self.runtime} returned {name} that are not finite numbers for "
-                    f"{int((~np.isfinite(values).all(axis=1)).sum())} of {count} pictures: no verdict can be "
+                    f"{int((~np.isfinite(values).all(axis=1)).sum())} of {count} images: no verdict can be "
                     "given; try the fp32 file of the bundle"
                 )
         if output.embeddings is not None and not np.isfinite(output.embeddings).all():

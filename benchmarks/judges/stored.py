@@ -30,7 +30,7 @@ from benchmarks.record import Row
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
 from models.machine import now
-from models.regular_file import read_regular
+from models.regular_file import open_to_append, read_regular
 from models.storage import storing
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class ScoreWriter:
                 lock = held.enter_context(self.path.with_name(f".{self._wanted.name}.lock").open("w"))
                 self._lock(lock.fileno())
                 self._begin()
-                self._stream = held.enter_context(self.path.open("ab", buffering=0))
+                self._stream = held.enter_context(open_to_append(self.path))
             self._held = held.pop_all()
         return self
 

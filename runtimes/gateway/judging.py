@@ -25,9 +25,9 @@ from runtimes.gateway.refusal import bad_request, guard_error, overloaded
 from runtimes.gateway.remote import fetch_image
 from runtimes.gateway.requests import ImageReference
 from runtimes.judge import Guard
-from runtimes.looks import Looks, look
 from runtimes.policy import Finding, Policy, find
 from runtimes.verdict import worst
+from runtimes.views import ImageViews, read_views
 
 __all__ = ["Judged", "Judging"]
 
@@ -105,17 +105,17 @@ class Judging:
                 assert image.url is not None
                 content = await fetch_image(image.url, image.where, self.options)
             loop = asyncio.get_running_loop()
-            looks = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
-            self._hold(looks.picture)
+            views = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
+            self._hold(views.image)
         finally:
             self.batching.coming -= 1
-        rows = [await self.batching.judge(pixels) for pixels in looks.pixels]  # one at a time: one place in the queue
+        rows = [await self.batching.judge(pixels) for pixels in views.pixels]  # one at a time: one place in the queue
         try:
             findings = [find(row, self.guard.classes, self.policy, "guard", self.guard.thresholds) for row in rows]
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
         at = worst(findings)
-        return Judged(looks.picture, rows[at], findings[at], looks.named(at), hidden=at > 0)
+        return Judged(views.image, rows[at], findings[at], views.name(at), hidden=at > 0)
 
     def _hold(self, picture: Image.Image) -> None:
         """Count a decoded picture for as long as it lives: small files of large pictures must not fill the memory."""
@@ -127,9 +127,9 @@ class Judging:
         self._held += size
         weakref.finalize(picture, self._freed.append, size).atexit = False  # called in whichever thread lets go of it
 
-    def _decoded(self, content: bytes, where: str) -> Looks:
+    def _decoded(self, content: bytes, where: str) -> ImageViews:
         try:
-            return look(content, self.guard.runner.preprocessing, where, max_pixels=self.options.max_pixels)
+            return read_views(content, self.guard.runner.preprocessing, where, max_pixels=self.options.max_pixels)
         except ImageFileError as error:
             reason = str(error).removeprefix("the given bytes: ")
             raise bad_request(f"{where}: {reason}", code="invalid_image", param=where) from None

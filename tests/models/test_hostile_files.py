@@ -22,7 +22,7 @@ from models.image import open_image
 from models.json_file import MAX_ITEMS, parse_json, read_json_object
 from models.manifest import Manifest
 from models.printable import is_plain, one_line, printable, shortened
-from models.regular_file import open_regular, read_regular
+from models.regular_file import open_regular, open_to_append, read_regular
 from models.shard_header import MAX_HEADER_BYTES, read_header
 from models.shards import Shards
 from models.table_file import read_table
@@ -105,6 +105,20 @@ def test_a_regular_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_regular(path, 4)
     with open_regular(path) as stream:
         assert not os.get_inheritable(stream.fileno())
+
+
+def test_a_log_is_appended_to_and_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path: Path) -> None:
+    for line in (b"one\n", b"two\n"):
+        with open_to_append(tmp_path / "log") as stream:
+            stream.write(line)
+    assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a FIFO that nobody reads"):
+        open_to_append(tmp_path / "pipe")
+    with open(tmp_path / "pipe", opener=lambda path, _: os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        with open_to_append(tmp_path / "pipe") as stream:
+            stream.write(b"line\n")
+        assert reader.read() == "line\n"
 
 
 @pytest.mark.parametrize(("header", "message"), HEADERS)

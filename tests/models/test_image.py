@@ -175,6 +175,17 @@ def test_a_bomb_is_refused_before_it_is_decoded(width: int, height: int) -> None
         open_image(png(width, height, 8, 2, b"\0" * 1000))
 
 
+def test_scans_without_end_are_refused_and_what_only_looks_like_them_is_not() -> None:
+    image = NOISE.convert("RGB")
+    content = encoded(image, "JPEG", progressive=True, comment=b"\xff\xda" * 600)
+    last = content.rindex(b"\xff\xda")
+    assert open_image(content + b"\xff\xda" * 600).size == image.size  # a phone's video behind it
+    slow = content[:last] + content[last:-2] * 501 + content[-2:]
+    for each in (slow, slow[:last] + b"\xff\xfe\0\4\xff\xd9" + slow[last:]):
+        with pytest.raises(ImageFileError, match="more than 500 scans"):
+            open_image(each)
+
+
 def test_the_pixel_limit_is_the_callers_and_is_stated() -> None:
     content = encoded(Image.new("RGB", (20, 10)), "PNG")
     assert open_image(content, max_pixels=200).size == (20, 10)

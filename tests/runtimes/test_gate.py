@@ -292,7 +292,7 @@ FAILURES = [
     GeneratorExit(),
 ]
 NEVER = Limits.model_construct(block=2.0, allow=2.0)
-LENIENT = Policy(default="allow", guard=NEVER, confirm=False, still_unsure="allow")
+LENIENT = Policy(default="allow", classes={"drug": "block"}, guard=NEVER, confirm=False, still_unsure="allow")
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)

@@ -138,6 +138,8 @@ def rgb_as_weight(model: onnx.ModelProto) -> None:
         (in_a_function, "keeps weights in 'elsewhere'"),
         (with_node("Evil", "com.example"), r"needs the operators 'com\.example'"),
         (with_node("EPContext", "com.microsoft"), "needs the operators 'EPContext'"),
+        (with_node("Loop", ""), "needs the operators 'Loop'"),
+        (with_node("RandomNormalLike", ""), "needs the operators 'RandomNormalLike'"),
         (fixed_batch, "not those that the manifest states"),
         (rgb_as_weight, "the input is rgb"),
     ],
@@ -310,6 +312,7 @@ def test_a_manifest_is_an_object_or_a_line(data: st.DataObject, tmp_path_factory
     [
         '{"guard": {"block": 2, "allow": 0}}',
         '{"exact": {"block": 1.0000001, "allow": 0.1}}',
+        '{"exact": {"block": 1, "allow": 1}}',
         '{"guard": {"block": true, "allow": 0}}',
         '{"guard": {"block": "0.5", "allow": 0}}',
         '{"guard": {"block": 1e999, "allow": 0}}',

@@ -53,6 +53,11 @@ def test_the_default_action_holds_for_the_classes_not_named() -> None:
     assert find(row(0, 1, 0), CLASSES, policy, "guard").verdict == "allow"
     assert find(row(0, 0, 1), CLASSES, policy, "guard").verdict == "block"
     assert find(row(0, 1, 0), CLASSES, Policy(default="allow"), "exact").harm is None
+    with pytest.raises(InputError, match="allows every class"):
+        Policy(default="allow").check(CLASSES)
+    with pytest.raises(InputError, match="allows every class"):
+        Policy(classes={name: "allow" for name in CLASSES if name != "safe"}).check(CLASSES)
+    policy.check(CLASSES)
 
 
 def test_a_class_under_review_is_never_blocked_by_the_guard_alone() -> None:

@@ -11,16 +11,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
+from PIL import Image
 
 from models.errors import BundleError, BusyError, InputError, MissingExtraError, SafeVLMError
+from models.printable import is_plain
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.fake_runner import FakeRunner
+from runtimes.judge import Guard
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.openvino_runner import OpenVinoRunner
 from runtimes.runner import GuardOutput, GuardRunner
 from runtimes.select import select_runner
 from runtimes.torch_runner import TorchRunner
-from tests.runtimes.bundles import CLASSES, PREPROCESSING, SIZE, WEIGHTS, listed, manifest_of, onnx_file, write_bundle
+from tests.runtimes.bundles import (
+    CLASSES,
+    PREPROCESSING,
+    SIZE,
+    WEIGHTS,
+    guard_graph,
+    listed,
+    manifest_of,
+    onnx_file,
+    write_bundle,
+)
 
 RGB = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
 
@@ -143,9 +157,34 @@ def test_an_answer_that_is_no_probability_is_refused(tmp_path: Path) -> None:
     bundle = open_bundle(write_bundle(tmp_path, graph))
     with (
         OnnxRuntimeRunner(bundle, bundle.file("fp16"), 1) as runner,
-        pytest.raises(SafeVLMError, match="not finite numbers for 2 of 2 pictures: no verdict"),
+        pytest.raises(SafeVLMError, match="not finite numbers for 2 of 2 images: no verdict"),
     ):
         runner.infer(RGB[:2])
+
+
+def test_a_runtime_that_fails_on_an_image_is_reported_and_not_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = guard_graph(output="softmax")
+    sizes = {"petabytes": np.array([2**50], np.int64), "nothing": np.float32(0)}
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(each), name) for name, each in sizes.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("ConstantOfShape", ["petabytes"], ["large"], name="\x1b[2J"),
+            helper.make_node("ReduceMax", ["large"], ["greatest"], keepdims=0),
+            helper.make_node("Mul", ["greatest", "nothing"], ["zero"]),
+            helper.make_node("Add", ["softmax", "zero"], ["probs"]),
+        ]
+    )
+    model.graph.output[0].name = "probs"
+    file = listed(tmp_path, "hungry.onnx", model.SerializeToString(), kind="onnx", precision="fp16")
+    bundle = open_bundle(write_bundle(tmp_path, file))
+    with OnnxRuntimeRunner(bundle, bundle.file("fp16"), 1) as runner:
+        with pytest.raises(SafeVLMError, match=r"onnxruntime could not run the guard: .*ConstantOfShape") as caught:
+            runner.infer(RGB[:2])
+        judged = Guard(runner, CLASSES).judge([Image.fromarray(RGB[0])])
+    assert [each.verdict for each in judged] == ["error"]
+    assert is_plain(str(caught.value)) and capfd.readouterr() == ("", "")
 
 
 class Stated(GuardRunner):

@@ -182,7 +182,8 @@ def test_the_command_answers_and_blocks(
         str(log),
     ]
     arguments += ["--max-new-tokens", "5"]
-    policy.write_text('{"default": "allow"}')
+    other = min(harm for harm in vlm.classes if harm != "safe")
+    policy.write_text(json.dumps({"default": "allow", "classes": {other: "block"}}))
     assert ended_with(arguments) == 0
     wanted = vlm.answer(torch.from_numpy(rgb[None]), [QUESTION], max_new_tokens=5)[0].text
     assert wanted in capsys.readouterr().out
