@@ -23,7 +23,7 @@ __all__ = ["KEPT", "append", "read_lines"]
 
 MAX_BYTES = 4 * 2**30
 """A row with its answer takes a kilobyte or two."""
-KEPT = "What was written is kept: --resume goes on with it."
+KEPT = "What was written is kept: continue with --resume."
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -47,7 +47,10 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
             raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
         name: str = line.id  # type: ignore[attr-defined]
         if name in stands:
-            raise InputError(f"{path}, line {number}: id {shortened(name)!r} stands in line {stands[name]} already.")
+            raise InputError(
+                f"{path}, line {number}: id {shortened(name)!r} is already on line {stands[name]}. "
+                "Remove one of the two lines."
+            )
         stands[name] = number
         lines.append(line)
     return lines, end, end == len(data)

@@ -139,7 +139,7 @@ class RunRecord(_Frozen):
     finished: str | None = None
     """When the last row was written; None while rows are missing."""
     resumed: tuple[str, ...] = ()
-    """When runs went on with what an earlier one had left."""
+    """When the run was resumed."""
     artifact: Artifact
     runtime: Runtime
     suite: SuiteRecord
@@ -187,9 +187,7 @@ def check_new(folder: Path) -> None:
     with storing(folder, kept="", advice="give another --out"):
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
     if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
-        raise InputError(
-            f"{folder} exists. Give --out a folder that does not, or --resume to go on with the run in it."
-        )
+        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue the run in it.")
 
 
 def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:

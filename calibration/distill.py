@@ -150,7 +150,7 @@ def _check_lesson(lesson: Lesson, read: Pictures, checkpoint: Checkpoint, option
     advice = "Check the checkpoint." if options.dtype == torch.float32 else "Try --dtype float32."
     raise CheckpointError(
         f"{checkpoint.name}: the {part} gives NaN or infinity for {len(wrong)} of {len(read)} images, such as "
-        f"{read.names[wrong[0]]}, so its guard has no verdict to learn from. {advice}"
+        f"{read.names[wrong[0]]}, so there is no verdict to learn from. {advice}"
     )
 
 

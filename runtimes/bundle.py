@@ -80,7 +80,7 @@ def inside(folder: Path, name: str) -> Path:
         end = path.resolve()
         stays = end.is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # Python < 3.13 calls a loop of links a RuntimeError
-        raise BundleError(f"{path} cannot be followed: {error}. Copy the whole bundle again.") from error
+        raise BundleError(f"{path} is a link that cannot be followed: {error}. Copy the whole bundle again.") from error
     if not stays:
         raise BundleError(
             f"{path} leads out of the bundle, to {end}. "
@@ -183,9 +183,7 @@ def specs(tensors: Iterable[OnnxTensor], where: str) -> tuple[TensorSpec, ...]:
             for each in tensors
         )
     except ValueError as error:
-        raise BundleError(
-            f"{where}: a name or shape of its graph is none that a guard has. Export it again."
-        ) from error
+        raise BundleError(f"{where}: its graph has a name or shape that no guard has. Export it again.") from error
 
 
 def _told(tensors: Iterable[TensorSpec]) -> list[tuple[str, str, tuple[int | str, ...]]]:

@@ -139,7 +139,7 @@ def test_a_place_that_is_full_or_cannot_be_written_is_named(
     full = parent.run(command, *given, "--out", str(out), under=tmp_path, most_bytes=2000)
     assert full.code == 2 and "Traceback" not in full.said, full.said
     assert str(out) in full.said and "the file would be larger than this file system" in full.said
-    assert "once that is mended: python -m " in full.said
+    assert "once this is fixed, run: python -m " in full.said
     assert ("--resume" in full.said) == (command == "benchmarks.run")
     assert all(path.name.startswith(".") or command == "benchmarks.run" for path in tmp_path.iterdir())
 

@@ -67,7 +67,7 @@ class _Identity(BaseModel):
     identity: dict[str, Any]
     endpoint: str | None = None
     resumed: tuple[str, ...] = ()
-    """When judging went on with scores that were there."""
+    """When judging was resumed with the scores already there."""
 
 
 class StoredJudge:

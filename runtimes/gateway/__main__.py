@@ -39,7 +39,7 @@ sends a request just when it is closed."""
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
 @click.option("--allow-private-hosts", is_flag=True, help="Let allowed hosts have addresses that are not public.")
-@click.option("--require-image", is_flag=True, help="Refuse requests without an image, which pass on else.")
+@click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)

@@ -79,7 +79,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
         ('{"kind": "pair"}', "id: Field required"),
         ('{"id": "x", "kind": "pair", "colour": 1}', "colour: Extra inputs"),
         ("{", "line 11: not valid JSON"),
-        ('{"id": "SSS-0", "kind": "pair"}', "id 'SSS-0' stands in line 1 already"),
+        ('{"id": "SSS-0", "kind": "pair"}', "id 'SSS-0' is already on line 1"),
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, line: str, told: str) -> None:

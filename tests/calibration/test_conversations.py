@@ -176,7 +176,7 @@ def test_what_is_left_out_and_what_was_guessed_is_counted(folder: Path) -> None:
         ({"query": "?", "image": "a.png", "images": ["images/b.png"]}, "line 2: the question shows several images"),
         ({"query": "<img>a.png</img><img>b.png</img>?"}, "line 2: the question shows several images"),
         ({"query": "?", "image": 5}, "line 2: the image is '5'; the name of an image file is needed"),
-        ('{"query": "?", "query": "!"}', "line 2 is not valid JSON .the key 'query' stands twice"),
+        ('{"query": "?", "query": "!"}', "line 2 is not valid JSON .the key 'query' appears twice"),
         (llava("<image>Why?"), "line 2: the question shows an image that the row does not name"),
         (llava("<image><image>Why?", image="a.png"), "line 2: the question shows several images"),
         (llava("Why?", "So.", "<image>And?", image="a.png"), "line 2: the image is shown in a later turn"),
