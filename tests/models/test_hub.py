@@ -266,8 +266,10 @@ except InputError as error:
         (200, {"HTTPS_PROXY": "http://me:secret@127.0.0.1:9"}, r"through the proxy http://127.*\(Connection refused\)"),
         (200, {"HTTPS_PROXY": "ftp://me:secret@127.0.0.1:9"}, "begins with neither http"),
         (200, {"HTTPS_PROXY": "socks5://me:secret@127.0.0.1:9"}, r"pip install 'httpx\[socks\]'"),
+        (200, {"HTTPS_PROXY": "http://me:secret@[::bad"}, "the proxy's address is not one such as http://HOST:PORT"),
+        (200, {"SSL_CERT_FILE": __file__}, "which holds no certificate"),
         (200, {"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE names /nowhere/ca.pem, which does not exist"),
-        (200, {"HF_TOKEN": "hf_secretü"}, "HF_TOKEN holds letters"),
+        (200, {"HF_TOKEN": "hf_secretü"}, "HF_TOKEN contains characters"),
     ],
 )
 def test_a_hub_out_of_reach_is_told_with_the_ways_out(
