@@ -25,7 +25,7 @@ from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
 from models.machine import now
 from models.regular_file import read_regular
-from models.storage import storing
+from models.storage import check_writable, storing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -183,11 +183,15 @@ def read_run(folder: Path) -> Run:
 
 
 def check_new(folder: Path) -> None:
-    """Raise InputError when a run cannot begin in ``folder``; one that holds nothing but a draft of ours is free."""
+    """Raise InputError when a run cannot begin in ``folder``; one that holds nothing but a draft of ours is free.
+
+    StorageError when nothing can be written there.
+    """
     with storing(folder, kept="", advice="give another --out"):
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
     if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
         raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue the run in it.")
+    check_writable(folder)
 
 
 def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:

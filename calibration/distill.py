@@ -31,6 +31,7 @@ from models.hub import TINY_CHECKPOINTS
 from models.pooling import POOLINGS, Pooling
 from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
+from models.storage import check_writable
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
 
@@ -279,6 +280,7 @@ def main(
     from rich.console import Console
     from rich.markup import escape
 
+    check_writable(out)
     checkpoint = open_checkpoint(model, revision=revision)
     options = DistillOptions(
         grid=grid_option(grid),

@@ -12,13 +12,22 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from models.errors import InputError, StorageError
 
-__all__ = ["check_room", "locale_problem", "refusal_to_write", "shown_bytes", "storage_problem", "storing"]
+__all__ = [
+    "check_room",
+    "check_writable",
+    "locale_problem",
+    "refusal_to_write",
+    "shown_bytes",
+    "storage_problem",
+    "storing",
+]
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 REASONS = {
@@ -87,6 +96,15 @@ def check_room(place: Path, needed: int, advice: str = "give --out another place
             f"{place}: about {shown_bytes(needed)} are needed, and the file system {_mount(folder)} has "
             f"{shown_bytes(free)} free. Make room there, or {advice}."
         )
+
+
+def check_writable(place: Path, advice: str = "give --out another place") -> None:
+    """Raise StorageError when nothing can be written where ``place`` is to be: before the work, not after it."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(place.absolute().parent), buffering=0) as file:
+            file.write(b"\0")  # a full disk takes an empty file
+    except OSError as error:
+        raise StorageError(_told(error.errno or errno.EIO, place, "", advice)) from error
 
 
 @contextmanager
@@ -173,8 +191,9 @@ def _room(folder: Path) -> str:
 def _where(error: BaseException, number: int, place: Path) -> Path:
     """Return the place that an exception is about: the one that was to be written, unless it shows another."""
     named = _named(error)
-    if number in FULL:
-        return next(_full_places([str(place)]), named or place)
+    full = next(_full_places([str(place)]), None) if number in FULL else None
+    if full is not None:
+        return full
     inside = named is not None and named.absolute().is_relative_to(place.absolute().parent)
     above = named is not None and place.absolute().is_relative_to(named.absolute())
     return named if named is not None and (above or not inside) else place

@@ -172,7 +172,9 @@ class ScoreWriter:
     def _begin(self) -> None:
         there = [path for path in (self.path, self._identity_path) if path.exists()]
         if there and not self._resume:
-            raise InputError(f"{there[0]} exists. Give another --name, or --resume to go on with the scores in it.")
+            raise InputError(
+                f"{there[0]} already exists. Give another --name, or --resume to continue the scores in it."
+            )
         if there:
             self._take_up()
         replace_file(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")

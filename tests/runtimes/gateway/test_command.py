@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ import httpx
 import pytest
 
 from models.commandline import run
+from models.errors import InputError
 from runtimes.gateway.__main__ import main
+from runtimes.gateway.serving import listening
 from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, messages, piece
 
 ROOT = Path(__file__).parents[3]
@@ -158,7 +161,7 @@ def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: 
         (["--bundle", "no such folder", "--upstream", "http://x"], "not a guard bundle"),
     ],
 )
-def test_what_cannot_be_served_is_told(
+def test_what_cannot_be_served_is_refused(
     arguments: list[str], word: str, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "NO_SUCH_KEY" not in os.environ
@@ -166,3 +169,14 @@ def test_what_cannot_be_served_is_told(
         run(main, [str(bundle) if each == "BUNDLE" else each for each in arguments])
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "Address already in use"), ("256.0.0.1", "")])
+def test_a_port_in_use_or_an_address_of_another_machine_is_refused(host: str, reason: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(
+            InputError, match=rf"--host {host} --port \d+ cannot be served on: .*{reason}.*0: any that is free"
+        ),
+    ):
+        listening(host, other.getsockname()[1])
