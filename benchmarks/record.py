@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.journal import KEPT, append, read_lines
+from benchmarks.journal import KEPT, append, changes, read_lines
 from models.draft import PARTIAL
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
@@ -237,10 +237,11 @@ class RunWriter:
         begun = _read_record(folder / RECORD_NAME)
         changing = ("created", "finished", "resumed", "machine", "versions")
         before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
-        differ = sorted(key for key in before if before[key] != wanted[key])
+        differ = changes(before, wanted)
         if differ:
-            told = "; ".join(f"{key} was {before[key]!r}, is {wanted[key]!r}" for key in differ)
-            raise InputError(f"{folder} holds another run: {told}. Give another --out, or the settings of that run.")
+            raise InputError(
+                f"{folder} holds another run: {'; '.join(differ[:3])}. Give another --out, or the settings of that run."
+            )
         path = folder / ROWS_NAME
         rows, end = _read_rows(path)
         kept = [row for row in rows if row.error is None]

@@ -22,7 +22,7 @@ from calibration.fidelity import fidelity
 from calibration.labels import content_of, read_labels
 from calibration.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
 from calibration.student import Fit, Split, fit_head, split_by_content
-from calibration.teacher import Lesson, teach
+from calibration.teacher import Lesson, check_tap, teach
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, printable, run
 from models.distilled_head import DistilledHead
@@ -95,6 +95,7 @@ def distill(
     Errors: InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
     reasons), for a guard that taps the projector; CheckpointError.
     """
+    check_tap(checkpoint)
     preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=options.grid)
     report(f"reading {pictures}")
     read = load_pictures(pictures, preprocessing)

@@ -182,12 +182,12 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
         _refuse(where, f"its frames cannot be counted ({error})", error)
     if several:
         raise ImageFileError(
-            f"{where}: it is animated or has several pages. Allowed is one picture a file: a verdict on the "
+            f"{where}: it is animated or has several pages. Allowed is one image a file: a verdict on the "
             "first would say nothing of the others. Save each frame as a file and judge all of them."
         )
 
 
 def _refuse(where: str, reason: str, cause: BaseException | None = None) -> NoReturn:
     raise ImageFileError(
-        f"{where}: {reason}. Allowed is one complete {FORMATS_TEXT} picture; save or download it again."
+        f"{where}: {reason}. Allowed is one complete {FORMATS_TEXT} image; save or download it again."
     ) from cause

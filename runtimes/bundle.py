@@ -52,9 +52,13 @@ class Bundle:
             if precision is None or file.precision == precision:
                 return file
         wanted = f"{kind} file" if precision is None else f"{kind} file of precision {precision!r}"
+        if kind == "engine" and not files:
+            raise BundleError(
+                f"{self.folder} has no {wanted}. Build one for this GPU: python -m export.trt --bundle {self.folder}"
+            )
         there = ", ".join(f"{file.precision} ({file.path})" for file in files) or "none"
         raise BundleError(
-            f"{self.folder} has no {wanted}; of this kind there is: {there}. "
+            f"{self.folder} has no {wanted}; it has: {there}. "
             "Choose one of these, or export the bundle again with --precision."
         )
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-from benchmarks.journal import KEPT, append, read_lines
+from benchmarks.journal import KEPT, append, changes, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
@@ -183,10 +183,12 @@ class ScoreWriter:
         """Keep what is there and still holds; rewrite the file, all at once, when anything else is in it."""
         begun = _read_identity(self._identity_path)
         before, wanted = begun.identity, self._wanted.identity
-        differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+        differ = changes(before, wanted)
         if differ:
-            told = "; ".join(f"{key} was {before.get(key)!r}, is {wanted.get(key)!r}" for key in differ)
-            raise InputError(f"{self.path} holds another judge's scores: {told}. Give another --name, or its settings.")
+            raise InputError(
+                f"{self.path} holds another judge's scores: {'; '.join(differ[:3])}. "
+                "Give another --name, or its settings."
+            )
         self._wanted = self._wanted.model_copy(update={"resumed": (*begun.resumed, now())})
         if not self.path.exists():
             return
