@@ -80,12 +80,17 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         timeout_graceful_shutdown=shutdown_timeout,
     )
     server = uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has ended in good order
         signal.signal(number, lambda *_: None)
     bound = listening(host, port)
     click.echo(f"serving on http://{host}:{bound.getsockname()[1]}", err=True)
     try:
         server.run(sockets=[bound])
+    except SystemExit:  # uvicorn's 3 for a start that failed; here 3 is REGRESSION
+        if app.state.failure is not None:
+            raise app.state.failure from None
+        return 1
     finally:
         bound.close()
     if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end

@@ -23,6 +23,7 @@ from models.commandline import run
 from models.errors import InputError
 from runtimes.gateway.__main__ import main
 from runtimes.gateway.serving import listening
+from tests.runtimes.bundles import write_bundle
 from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, messages, piece
 
 ROOT = Path(__file__).parents[3]
@@ -169,6 +170,23 @@ def test_what_cannot_be_served_is_refused(
         run(main, [str(bundle) if each == "BUNDLE" else each for each in arguments])
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
+
+
+def test_what_fails_when_it_is_loaded_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    """The classes of guard and language model are compared when both are there, in the server's own start."""
+    command = [
+        "-m",
+        "runtimes.gateway",
+        "--bundle",
+        str(write_bundle(tmp_path)),
+        "--model",
+        "tiny-safegem",
+        "--port",
+        "0",
+    ]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and "error: guard and language model have different classes" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "Address already in use"), ("256.0.0.1", "")])
