@@ -62,7 +62,7 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     for where, stored in rows_of(path, content, COLUMNS, what="labels"):
         row = _by_column(stored, where)
         if is_nothing(row.get("image")):
-            raise InputError(f"{where}: 'image', the name of an image file, is missing.")
+            raise InputError(f"{where}: 'image' is missing. It names an image file.")
         label = _label(row, classes, where)
         found[image_file(image_name(row["image"], where), folders, where).resolve()].add(label)
     if not found:

@@ -66,7 +66,7 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     other = record_of(rows).model_copy(update={"decoding": {"sampling": "greedy", "max_new_tokens": 7}})
     with pytest.raises(InputError, match=r"another run: decoding\.max_new_tokens was 32, is 7\. Give"):
         RunWriter.resume(tmp_path / "run", other)
-    with pytest.raises(InputError, match="--resume to go on"):
+    with pytest.raises(InputError, match="--resume to continue"):
         RunWriter.begin(tmp_path / "run", other)
 
 

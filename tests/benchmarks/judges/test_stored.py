@@ -103,7 +103,7 @@ def test_resume_begins_where_there_is_nothing(run: Path) -> None:
 
 def test_scores_that_exist_are_not_written_over(run: Path) -> None:
     store(run, [pair(1)], [Score(ok=True)])
-    with pytest.raises(InputError, match=r"m\.jsonl exists.*--resume"):
+    with pytest.raises(InputError, match=r"m\.jsonl already exists.*--resume"):
         store(run, [pair(2)], [Score(ok=True)])
     assert [line["id"] for line in lines(run)] == ["1"]
 
