@@ -133,9 +133,9 @@ def test_an_empty_a_missing_and_a_strange_file_are_refused(tmp_path: Path) -> No
         (empty, "it is empty"),
         (text, "not an image of a known format"),
         (tmp_path / "none.png", "no such file"),
-        (tmp_path, "not a file"),
-        (pipe, "not a file"),
-        (Path("/dev/null"), "not a file"),
+        (tmp_path, "not a regular file"),
+        (pipe, "not a regular file"),
+        (Path("/dev/null"), "not a regular file"),
         (Path("nul\0.png"), "no such file|cannot be read"),
     ]:
         with pytest.raises(ImageFileError, match=reason):
