@@ -29,7 +29,7 @@ from models.prompt_tokens import fitting_tokenizer
 from models.quantized import QuantizedTensors, round_inputs
 from models.reference import build_head, leave_out_unread
 from models.safe_vlm import Prefill, SafeVLM, model_class_of
-from models.storage import storing
+from models.storage import check_room, storing
 from models.transformers_config import build_config
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ class _Caught(Exception):  # noqa: N818  # control flow, not an error
 
 def _file_of(size: int, folder: Path) -> IO[bytes]:
     """Return a temporary file whose room is taken already: a full disk under a memory map ends the process (SIGBUS)."""
+    check_room(folder, size, "set TMPDIR to a folder with room")
     with storing(folder, "", "set TMPDIR to a folder with room"):
-        file = tempfile.TemporaryFile(prefix="safevlm-activations-", dir=folder)
+        file = tempfile.TemporaryFile(prefix="safevlm-activations-", dir=folder)  # noqa: SIM115  # kept open
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError:
