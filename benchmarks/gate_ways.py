@@ -40,7 +40,7 @@ __all__ = ["QUESTION", "measure"]
 QUESTION = "What is in the picture?"
 ALWAYS = Limits(block=0, allow=0)
 NEVER, BETWEEN = Limits.model_construct(block=2.0, allow=2.0), Limits.model_construct(block=2.0, allow=0.0)
-"""Not checked: no policy may say so, but each way must be walked whatever the picture."""
+"""Not checked: no policy may say so, but each way must be walked whatever the image."""
 POLICIES = {
     "block": Policy(guard=ALWAYS, exact=ALWAYS),
     "unsure, block": Policy.model_construct(guard=BETWEEN, exact=ALWAYS),

@@ -158,7 +158,7 @@ def _lacking_memory(needed: int) -> str | None:
     free = available_memory()
     if free is None or needed - peak_rss() <= free:
         return None
-    return f"would need about {shown_bytes(needed)}, {shown_bytes(peak_rss() + free)} can be had here"
+    return f"would need about {shown_bytes(needed)}; {shown_bytes(peak_rss() + free)} is available here"
 
 
 def random_images(preprocessing: Preprocessing, count: int, seed: int) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ def write_suite(suite: Suite, out: Path) -> None:
     Errors: InputError when ``out`` exists.
     """
     if out.exists():
-        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+        raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
     with draft_of(out) as draft, storing(out, advice="give --out another place"):
         for picture in suite.pictures:
             path = draft / "images" / picture.path

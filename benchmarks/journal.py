@@ -6,9 +6,10 @@ What the run record and the stored scores of a judge have in common.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -18,12 +19,12 @@ from models.printable import shortened
 from models.regular_file import read_regular
 from models.storage import storing
 
-__all__ = ["KEPT", "append", "read_lines"]
+__all__ = ["KEPT", "append", "changes", "read_lines"]
 
 
 MAX_BYTES = 4 * 2**30
 """A row with its answer takes a kilobyte or two."""
-KEPT = "What was written is kept: --resume goes on with it."
+KEPT = "What was written is kept: continue with --resume."
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -47,10 +48,25 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
             raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
         name: str = line.id  # type: ignore[attr-defined]
         if name in stands:
-            raise InputError(f"{path}, line {number}: id {shortened(name)!r} stands in line {stands[name]} already.")
+            raise InputError(
+                f"{path}, line {number}: id {shortened(name)!r} is already on line {stands[name]}. "
+                "Remove one of the two lines."
+            )
         stands[name] = number
         lines.append(line)
     return lines, end, end == len(data)
+
+
+def changes(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return what a resumed journal's settings were and are, one text a setting that differs."""
+    found: list[str] = []
+    for key in sorted({*before, *wanted}):
+        was, now_is = before.get(key), wanted.get(key)
+        if isinstance(was, Mapping) and isinstance(now_is, Mapping):
+            found += [f"{key}.{each}" for each in changes(was, now_is)]
+        elif was != now_is:
+            found.append(f"{key} was {shortened(repr(was))}, is {shortened(repr(now_is))}")
+    return found
 
 
 def append(stream: FileIO, line: bytes) -> None:

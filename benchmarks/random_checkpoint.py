@@ -72,7 +72,7 @@ def write_random_checkpoint(
     Errors: InputError when ``folder`` exists or the disk cannot hold it.
     """
     if folder.exists():
-        raise InputError(f"{folder} exists. Give --out a folder that does not, or remove this one.")
+        raise InputError(f"{folder} already exists. Give --out a new folder, or remove this one.")
     config, model_class, tokenizer = config_and_class(shape, layers or int(shape.language["num_hidden_layers"]))
     model: Any = on_meta(lambda: model_class(config))
     head = on_meta(lambda: GuardHead(shape.head_widths))

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.journal import KEPT, append, read_lines
+from benchmarks.journal import KEPT, append, changes, read_lines
 from models.draft import PARTIAL
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
 from models.machine import now
 from models.regular_file import read_regular
-from models.storage import storing
+from models.storage import check_writable, storing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,7 +139,7 @@ class RunRecord(_Frozen):
     finished: str | None = None
     """When the last row was written; None while rows are missing."""
     resumed: tuple[str, ...] = ()
-    """When runs went on with what an earlier one had left."""
+    """When the run was resumed."""
     artifact: Artifact
     runtime: Runtime
     suite: SuiteRecord
@@ -183,13 +183,15 @@ def read_run(folder: Path) -> Run:
 
 
 def check_new(folder: Path) -> None:
-    """Raise InputError when a run cannot begin in ``folder``; one that holds nothing but a draft of ours is free."""
+    """Raise InputError when a run cannot begin in ``folder``; one that holds nothing but a draft of ours is free.
+
+    StorageError when nothing can be written there.
+    """
     with storing(folder, kept="", advice="give another --out"):
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
     if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
-        raise InputError(
-            f"{folder} exists. Give --out a folder that does not, or --resume to go on with the run in it."
-        )
+        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue the run in it.")
+    check_writable(folder)
 
 
 def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:
@@ -235,10 +237,11 @@ class RunWriter:
         begun = _read_record(folder / RECORD_NAME)
         changing = ("created", "finished", "resumed", "machine", "versions")
         before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
-        differ = sorted(key for key in before if before[key] != wanted[key])
+        differ = changes(before, wanted)
         if differ:
-            told = "; ".join(f"{key} was {before[key]!r}, is {wanted[key]!r}" for key in differ)
-            raise InputError(f"{folder} holds another run: {told}. Give another --out, or the settings of that run.")
+            raise InputError(
+                f"{folder} holds another run: {'; '.join(differ[:3])}. Give another --out, or the settings of that run."
+            )
         path = folder / ROWS_NAME
         rows, end = _read_rows(path)
         kept = [row for row in rows if row.error is None]

@@ -19,6 +19,7 @@ from benchmarks.margins import Margins, read_margins
 from benchmarks.record import Run, read_run
 from models.commandline import printable, run
 from models.errors import InputError
+from models.storage import check_writable
 
 __all__ = ["main", "summary_lines"]
 
@@ -60,7 +61,8 @@ def main(
     from benchmarks.report.write import write_report
 
     if out.exists():
-        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+        raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
+    check_writable(out)
     with Console(stderr=True).status("comparing"):
         findings = compare(
             Comparison(

@@ -24,6 +24,7 @@ from models.errors import InputError
 from models.json_file import replace_file
 from models.prompt_tokens import answer_ids
 from models.safe_vlm import SafeVLM, load_safe_vlm
+from models.storage import check_writable
 
 __all__ = ["Answer", "own_answers", "pictures_of", "whole_model_bytes"]
 
@@ -120,9 +121,10 @@ def main(
     from rich.console import Console
     from rich.markup import escape
 
-    read = read_conversations(file, images)
     if out.exists():
-        raise InputError(f"{out} exists. Give --out a file that does not.")
+        raise InputError(f"{out} already exists. Give --out a new file, or remove this one.")
+    check_writable(out)
+    read = read_conversations(file, images)
     with Console(stderr=True).status("opening") as status:
         answers = own_answers(
             open_checkpoint(model, revision=revision),

@@ -182,7 +182,7 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[str, str | None, str | 
     if len(shapes) != 1:
         found = f"both {' and '.join(shapes)}" if shapes else f"none of {', '.join(SHAPES)}"
         filled = ", ".join(map(str, row)) or "nothing"
-        raise InputError(f"{where}: the row has {found}; exactly one of them is needed. Filled in it: {filled[:120]}.")
+        raise InputError(f"{where}: the row has {found}; exactly one of them is needed. The row has {filled[:120]}.")
     turns, system = _turns(row, shapes[0], where)
     if not turns or turns[0].role != "user":
         raise InputError(f"{where}: the conversation does not begin with a user turn. Begin it with the question.")

@@ -22,7 +22,7 @@ from calibration.fidelity import fidelity
 from calibration.labels import content_of, read_labels
 from calibration.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
 from calibration.student import Fit, Split, fit_head, split_by_content
-from calibration.teacher import Lesson, teach
+from calibration.teacher import Lesson, check_tap, teach
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.commandline import grid_option, printable, run
 from models.distilled_head import DistilledHead
@@ -31,6 +31,7 @@ from models.hub import TINY_CHECKPOINTS
 from models.pooling import POOLINGS, Pooling
 from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
+from models.storage import check_writable
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
 
@@ -94,6 +95,7 @@ def distill(
     Errors: InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
     reasons), for a guard that taps the projector; CheckpointError.
     """
+    check_tap(checkpoint)
     preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=options.grid)
     report(f"reading {pictures}")
     read = load_pictures(pictures, preprocessing)
@@ -150,7 +152,7 @@ def _check_lesson(lesson: Lesson, read: Pictures, checkpoint: Checkpoint, option
     advice = "Check the checkpoint." if options.dtype == torch.float32 else "Try --dtype float32."
     raise CheckpointError(
         f"{checkpoint.name}: the {part} gives NaN or infinity for {len(wrong)} of {len(read)} images, such as "
-        f"{read.names[wrong[0]]}, so its guard has no verdict to learn from. {advice}"
+        f"{read.names[wrong[0]]}, so there is no verdict to learn from. {advice}"
     )
 
 
@@ -279,6 +281,7 @@ def main(
     from rich.console import Console
     from rich.markup import escape
 
+    check_writable(out)
     checkpoint = open_checkpoint(model, revision=revision)
     options = DistillOptions(
         grid=grid_option(grid),

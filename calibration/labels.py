@@ -62,7 +62,7 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     for where, stored in rows_of(path, content, COLUMNS, what="labels"):
         row = _by_column(stored, where)
         if is_nothing(row.get("image")):
-            raise InputError(f"{where}: 'image' is missing, which names an image file.")
+            raise InputError(f"{where}: 'image' is missing. It names an image file.")
         label = _label(row, classes, where)
         found[image_file(image_name(row["image"], where), folders, where).resolve()].add(label)
     if not found:
@@ -100,7 +100,7 @@ def _by_column(row: Any, where: str) -> dict[str, Any]:
     for key, value in row.items() if isinstance(row, dict) else ():
         name = column_name(key)
         if name in found and name in ("image", *LABEL_FIELDS):
-            raise InputError(f"{where}: two columns are named '{name}'. Leave one.")
+            raise InputError(f"{where}: two columns are named '{name}'. Remove one of them.")
         found[name] = value
     return found
 
@@ -113,7 +113,7 @@ def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
     found = {field: _index(value, classes, where) for field, value in stated.items()}
     if len(set(found.values())) > 1:
         said = " and ".join(f"'{field}' is {value!r}" for field, value in stated.items())
-        raise InputError(f"{where}: {said}: two classes for one image. Leave one of the columns out.")
+        raise InputError(f"{where}: {said}: two classes for one image. Remove one of the columns.")
     return next(iter(found.values()))
 
 
@@ -133,7 +133,7 @@ def _index(value: Any, classes: Sequence[str], where: str) -> int:
     found |= {index for index in range(len(classes)) if index == number}
     if len(found) > 1:
         meant = " or ".join(f"{index} ({classes[index]})" for index in sorted(found))
-        raise InputError(f"{where}: label {value!r} may mean class {meant}. Write it in a way that only one is meant.")
+        raise InputError(f"{where}: label {value!r} may mean class {meant}. Write it so that it means only one.")
     if not found:
         only_whether = truth(value) is not None
         raise InputError(

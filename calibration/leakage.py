@@ -146,7 +146,8 @@ def find_leaks(
                 "questions": len(questions),
             }
         )
-        index, names = PictureIndex(_opened(sample) for sample in pictures), [sample.name for sample in pictures]
+        shown = pictures if any(sample.image is not None for sample in samples) else []
+        index, names = PictureIndex(_opened(sample) for sample in shown), [sample.name for sample in pictures]
         for sample in samples:
             leaks += _in_suite(sample, evaluation.name, index, names, questions)
     return Leakage(checked=len(samples), suites=tuple(suites), leaks=tuple(leaks))

@@ -55,7 +55,7 @@ class Folder:
     def opened(self) -> Iterator[Opened]:
         """Yield names and pictures, or why one cannot be read. Errors: InputError for an empty folder."""
         if not self.path.is_dir():
-            raise InputError(f"{self.path} is not a folder. Give --images a folder of pictures, or hub:NAME.")
+            raise InputError(f"{self.path} is not a folder. Give --images a folder of images, or hub:NAME.")
         content = read_folder(self.path)
         if not content.images:
             raise no_images(self.path, content)

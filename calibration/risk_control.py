@@ -189,8 +189,8 @@ def _block(safe_scores: Floats, promise: Promise) -> float:
     highest = np.sort(safe_scores)[::-1]
     if wrong < len(highest) and highest[wrong] >= 1:
         raise InputError(
-            f"{int((safe_scores >= 1).sum())} of {len(safe_scores)} safe images have p(unsafe) 1: no threshold from 0 "
-            f"to 1 keeps --max-fpr {promise.max_fpr}. Check the labels, or ask for less."
+            f"{int((safe_scores >= 1).sum())} of {len(safe_scores)} safe images have a p(unsafe) of 1: no threshold "
+            f"from 0 to 1 keeps --max-fpr {promise.max_fpr}. Check the labels, or raise --max-fpr."
         )
     return float(np.nextafter(highest[wrong], 2.0)) if wrong < len(highest) else 0.0
 

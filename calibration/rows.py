@@ -163,7 +163,7 @@ def _advice(text: str) -> str:
     """Return what to do about commas that JSON does not allow."""
     if text.rstrip().endswith("},"):
         return " The line ends with a comma: leave it out."
-    return " A comma stands before a closing bracket: leave it out." if re.search(r",\s*[\]}]", text) else ""
+    return " There is a comma before a closing bracket: remove it." if re.search(r",\s*[\]}]", text) else ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated[:40]!r} stands twice in one object")
+        raise ValueError(f"the key {repeated[:40]!r} appears twice in one object")
     return found
 
 

@@ -10,6 +10,7 @@ Shapes: B samples a batch, L positions, D width of the language model.
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from models.prompt_tokens import fitting_tokenizer
 from models.quantized import QuantizedTensors, round_inputs
 from models.reference import build_head, leave_out_unread
 from models.safe_vlm import Prefill, SafeVLM, model_class_of
+from models.storage import check_room, storing
 from models.transformers_config import build_config
 
 if TYPE_CHECKING:
@@ -51,6 +53,19 @@ class _Caught(Exception):  # noqa: N818  # control flow, not an error
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.arguments = arguments
+
+
+def _file_of(size: int, folder: Path) -> IO[bytes]:
+    """Return a temporary file whose room is taken already: a full disk under a memory map ends the process (SIGBUS)."""
+    check_room(folder, size, "set TMPDIR to a folder with room")
+    with storing(folder, "", "set TMPDIR to a folder with room"):
+        file = tempfile.TemporaryFile(prefix="safevlm-activations-", dir=folder)  # noqa: SIM115  # kept open
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            file.close()
+            raise
+        return file
 
 
 class _Gap(nn.Module):
@@ -93,8 +108,7 @@ class Activations:
         if max_bytes is not None and self.nbytes > max_bytes:
             whole_pages = [-(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY for size in self.sizes]
             self._starts = np.cumsum([0, *whole_pages]).tolist()
-            self._file = tempfile.TemporaryFile(prefix="safevlm-activations-", dir=folder)  # noqa: SIM115  # kept open
-            self._file.truncate(self._starts[-1])
+            self._file = _file_of(self._starts[-1], Path(folder or tempfile.gettempdir()))
         else:
             self._memory = [torch.empty(shape, dtype=dtype) for shape in shapes]
 

@@ -136,7 +136,8 @@ def _opened(
     repeated = columns.repeated(header)
     if repeated:
         raise InputError(
-            f"{path}, line {first + 1}: {header.count(repeated[0])} columns are named '{repeated[0]}'. Leave one."
+            f"{path}, line {first + 1}: {header.count(repeated[0])} columns are named '{repeated[0]}'. "
+            "Keep one of them."
         )
     return header, rows
 

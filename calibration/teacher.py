@@ -18,7 +18,7 @@ from models.pooling import POOLINGS, Pooling, pool
 from models.prompt_tokens import IMAGE
 from models.safe_vlm import Prefill, SafeVLM
 
-__all__ = ["Lesson", "teach", "without_embeddings"]
+__all__ = ["Lesson", "check_tap", "teach", "without_embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +35,15 @@ def guard_prefix(model: SafeVLM) -> list[int]:
     """Return the prompt's token ids up to the last image token: no later token is seen by the guard."""
     ids = model.prompt_ids("")
     return ids[: len(ids) - ids[::-1].index(IMAGE)]
+
+
+def check_tap(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a guard that taps the projector: it needs no teacher."""
+    if checkpoint.tap.source != "language_model":
+        raise InputError(
+            f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly; "
+            f"nothing has to be distilled. Use python -m export.onnx --model {checkpoint.name} --out DIR."
+        )
 
 
 @torch.no_grad()
@@ -55,11 +64,7 @@ def teach(
 
     Errors: InputError for a guard that taps the projector, which needs no teacher; CheckpointError.
     """
-    if checkpoint.tap.source != "language_model":
-        raise InputError(
-            f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly; "
-            f"nothing has to be distilled. Use python -m export.onnx --model {checkpoint.name} --out DIR."
-        )
+    check_tap(checkpoint)
     stream = LayerStream(checkpoint, grid=grid, dtype=dtype, device=device, token_ids=guard_prefix)
     prefix = guard_prefix(stream.skeleton)
     shapes = [(len(batch), len(prefix), checkpoint.hidden_size) for batch in images]

@@ -36,8 +36,8 @@ def check_destination(out: Path) -> None:
         filled = any(out.iterdir())
     if filled and not (out / MANIFEST_NAME).is_file():
         raise InputError(
-            f"{out} holds something else than a guard bundle and is left as it is. "
-            "Give --out a folder that is empty, new or a bundle."
+            f"{out} holds something other than a guard bundle and is left unchanged. "
+            "Give --out a new or empty folder, or a guard bundle to replace."
         )
 
 

@@ -1,4 +1,4 @@
-"""Precisions that a checkpoint's numbers do not fit: a bundle is completed without them, and its maker told why."""
+"""Precisions that a checkpoint's numbers do not fit: a bundle is completed without them, and the user is told why."""
 
 from __future__ import annotations
 

@@ -70,12 +70,12 @@ def _say_error(message: str) -> None:
 
 
 def _say_again(command: click.Command, arguments: Sequence[str]) -> None:
-    """Say which command goes on once the place is mended: the same, with ``--resume`` where it has that."""
+    """Print the command to run once the place is fixed: the same one, with ``--resume`` where it has that."""
     specification = getattr(sys.modules["__main__"], "__spec__", None)
     name = specification.name.removesuffix(".__main__") if specification is not None else str(command.name)
     resume = ["--resume"] if any(option.name == "resume" for option in command.params) else []
     typed = shlex.join([*arguments, *(each for each in resume if each not in arguments)])
-    click.echo(printable(f"once that is mended: python -m {name} {typed}"), err=True)
+    click.echo(printable(f"once this is fixed, run: python -m {name} {typed}"), err=True)
 
 
 @contextmanager

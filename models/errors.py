@@ -17,8 +17,8 @@
     └── EngineUnavailableError   6  the bundle is complete, no engine could be built here
 
 A message says what was wrong (the value, the shape, the tensor's name), what is allowed, and what to do
-next. At the command line an exception that the machine caused (a full disk, a folder that may not be written) is told
-as StorageError, too: see :mod:`models.storage`. Any other exception is a bug and keeps its traceback.
+next. At the command line an exception that the machine caused (a full disk, a folder that may not be written) is
+reported as StorageError, too: see :mod:`models.storage`. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def gguf_manifest_bytes(folder: Path) -> bytes:
         return read_regular(path, MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(
-            f"{path} is missing: without it nothing is known of the guard of these files. A folder with it is "
+            f"{path} is missing: without it the guard of these files is unknown. A folder with it is "
             "written by python -m export.gguf --model M --out DIR."
         ) from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What to tell of a hub that cannot be reached or refuses: the reason, and the ways out.
+"""Messages for a hub that cannot be reached or refuses: the reason, and the ways out.
 
 No message shows a token, or the name and password of a proxy.
 """
@@ -26,6 +26,8 @@ SECONDS = 30.0
 PORTAL = 511
 """Network Authentication Required."""
 PROXY = 407
+NOT_A_HUBS = (KeyError, TypeError, AttributeError)
+"""What huggingface_hub fails with on JSON that lacks what a hub states."""
 
 
 class Wanted:
@@ -66,12 +68,14 @@ def hub_failures() -> tuple[type[Exception], ...]:
     """Return everything huggingface_hub raises for a bad id, a refusal, a network, a proxy or a disk that fails.
 
     ValueError and ImportError come from httpx for a proxy that it cannot use, and for an answer that is no JSON;
-    UnicodeError is one, for a token with letters that no token has.
+    UnicodeError is one, for a token with letters that no token has. The last three are its own words for JSON that is
+    not a hub's.
     """
     import httpx
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-    return (httpx.HTTPError, httpx.InvalidURL, OSError, EntryNotFoundError, HFValidationError, ValueError, ImportError)
+    network = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError)
+    return (*network, EntryNotFoundError, HFValidationError, *NOT_A_HUBS)
 
 
 def bound_waiting() -> None:
@@ -80,7 +84,7 @@ def bound_waiting() -> None:
 
     try:
         session = get_session()
-    except (ValueError, ImportError, OSError):  # a proxy or certificate file that cannot be used: told at the request
+    except hub_failures():  # a proxy or certificate file that cannot be used: reported by the request
         return
     if _bound not in session.event_hooks["request"]:
         session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _bound]}
@@ -119,8 +123,8 @@ def out_of_reach(error: Exception, wanted: Wanted) -> HubError | None:
     root = _root(error)
     if constants.HF_HUB_OFFLINE:
         return HubError(
-            f"{wanted.name} is not complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching "
-            "it. Unset HF_HUB_OFFLINE once to fetch it, or give a folder."
+            f"{wanted.name} is not complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
+            "downloading it. Unset HF_HUB_OFFLINE once to fetch it, or give a folder."
         )
     if isinstance(root, errors.HfHubHTTPError) and root.response.status_code not in (PROXY, PORTAL):
         return HubError(_refusal(root, wanted))
@@ -168,7 +172,7 @@ def _refusal(refusal: HfHubHTTPError, wanted: Wanted) -> str:
     advice = {
         403: "Check that HF_TOKEN is valid and may read this model, and that no proxy refuses the hub. ",
         404: "Check that HF_ENDPOINT is the address of a hub. ",
-        429: "It was asked too often: wait some minutes, or set HF_TOKEN. ",
+        429: "There were too many requests: wait some minutes, or set HF_TOKEN. ",
     }.get(status, "Try again later. ")
     return f"the hub {_endpoint()} answered {status}{_proxy()} for {wanted.name}. {advice}{wanted.ways_out}"
 
@@ -176,6 +180,7 @@ def _refusal(refusal: HfHubHTTPError, wanted: Wanted) -> str:
 def _reason(root: Exception) -> str | None:
     """Return why the hub cannot be reached; None for what is no matter of the network."""
     import httpx
+    from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
 
     text = _first_line(root)
@@ -188,33 +193,47 @@ def _reason(root: Exception) -> str | None:
         why = text.partition("certificate verify failed:")[2].partition("(")[0].strip() or "unknown issuer"
         return f"its certificate is not trusted, {why}; behind a proxy that inspects TLS set SSL_CERT_FILE to its CA"
     if "[SSL" in text:
-        return f"TLS fails, {text.partition(']')[2].partition('(')[0].strip()}; is the address http:// in truth?"
+        return f"TLS fails, {text.partition(']')[2].partition('(')[0].strip()}; should the address begin with http://?"
     if isinstance(root, httpx.TimeoutException):
         return "no answer in time; a firewall may drop the packets"
     if isinstance(root, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
-        return "this is no address such as https://huggingface.co"
+        if _is_address(constants.ENDPOINT):
+            return "the proxy's address is not one such as http://HOST:PORT"
+        return "this is not an address such as https://huggingface.co"
     if re.search(r"Errno -\d|getaddrinfo|name resolution|nodename", text):
         return "its name cannot be resolved (DNS)"
-    if status == PORTAL or isinstance(root, FileMetadataError) or type(root).__name__ == "JSONDecodeError":
+    foreign = isinstance(root, (FileMetadataError, *NOT_A_HUBS)) or type(root).__name__ == "JSONDecodeError"
+    if status == PORTAL or foreign:
         return "something else answers in its place, such as the login page of a network or proxy"
     if isinstance(root, UnicodeError) or "header value" in text:
-        return "HF_TOKEN holds letters that no token has"
+        return "HF_TOKEN contains characters that no token has"
     certificates = os.environ.get("SSL_CERT_FILE")
+    if certificates and "[X509" in text:
+        return f"SSL_CERT_FILE names {certificates}, which holds no certificate"
     if isinstance(root, FileNotFoundError) and certificates and not Path(certificates).exists():
-        return f"there is no file {certificates}, which SSL_CERT_FILE names"
+        return f"SSL_CERT_FILE names {certificates}, which does not exist"
     if isinstance(root, ImportError) and "SOCKS" in text:
         return "a SOCKS proxy needs another package: pip install 'httpx[socks]'"
     if isinstance(root, ValueError) and "proxy" in text.lower():
         return "the proxy's address begins with neither http:// nor https://"
     if isinstance(root, (httpx.HTTPError, LocalEntryNotFoundError, ConnectionError)):
-        return text.partition("] ")[2] or text or type(root).__name__
+        return (text.partition("] ")[2] or text).rstrip(".") or type(root).__name__
     return None
 
 
 def _endpoint() -> str:
     from huggingface_hub import constants
 
-    return _without_secrets(constants.ENDPOINT)
+    return _without_secrets(constants.ENDPOINT) or "''"
+
+
+def _is_address(text: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.URL(text).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        return False
 
 
 def _proxy() -> str:

@@ -88,7 +88,7 @@ def open_views(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterato
             yield from _decoded(image, where)
         for number, content in enumerate(further, 2):
             if number > MOST_IMAGES:
-                _refuse(where, f"more than {MOST_IMAGES} images are in it")
+                _refuse(where, f"it holds more than {MOST_IMAGES} images")
             yield from _further(content, f"image {number}", where, max_pixels)
 
 

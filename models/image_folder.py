@@ -20,7 +20,7 @@ from models.regular_file import open_regular
 __all__ = ["FolderContent", "image_files", "no_images", "not_read", "read_folder", "shown_names"]
 
 PREFIX = 64
-"""Bytes that tell an image file."""
+"""Bytes by which an image file is recognised."""
 NAMES_SHOWN = 5
 
 JUDGED = re.compile(
@@ -105,7 +105,7 @@ def no_images(folder: Path, content: FolderContent) -> InputError:
 
 def not_read(path: Path, problem: str) -> str:
     """Return the message about a path that cannot be looked into."""
-    return f"{path}: it cannot be read ({problem}). Remove it, repair it, or give what it leads to."
+    return f"{path}: it cannot be read ({problem}). Remove it, repair it, or give the file that it points to."
 
 
 def shown_names(paths: Sequence[Path]) -> str:

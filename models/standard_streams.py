@@ -1,7 +1,7 @@
 """Standard input, output and error of a command, whatever they were started as.
 
 A stream that is closed (``>&-``), a pipe whose reader has gone, a full disk behind ``> file``, a locale that lacks a
-letter: none of them stops a command or changes what it decides. What is lost is told by :func:`settled`.
+letter: none of them stops a command or changes what it decides. What is lost is reported by :func:`settled`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def settled(code: int) -> int:
     sys.stdout.flush()
     failure = _failure(sys.stdout)
     if failure is not None and failure.errno != errno.EPIPE:
-        sys.stderr.write(f"error: standard output cannot be written: {failure.strerror}. What was said is lost.\n")
+        sys.stderr.write(
+            f"error: standard output cannot be written: {failure.strerror}. Part of the output is lost. "
+            "Write it elsewhere and run the command again.\n"
+        )
         code = code or LOST
     sys.stderr.flush()
     return code

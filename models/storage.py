@@ -1,6 +1,6 @@
 """Places that cannot be written: which one, why, what is free there, and what to do.
 
-Writers hold :func:`storing` around what they write; what slips through is told at the command line by
+Writers hold :func:`storing` around what they write; what slips through is reported at the command line by
 :func:`storage_problem`, which also knows libraries that hide the system's error in a text of their own.
 """
 
@@ -12,31 +12,40 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from models.errors import InputError, StorageError
 
-__all__ = ["check_room", "locale_problem", "refusal_to_write", "shown_bytes", "storage_problem", "storing"]
+__all__ = [
+    "check_room",
+    "check_writable",
+    "locale_problem",
+    "refusal_to_write",
+    "shown_bytes",
+    "storage_problem",
+    "storing",
+]
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file would be larger than this file system or `ulimit -f` allows",
-    errno.EROFS: "it lies on a read-only file system",
+    errno.EROFS: "it is on a read-only file system",
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
     errno.EIO: "the device reports an input/output error",
     errno.ENAMETOOLONG: "a name in it is too long",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "it is a folder, not a file",
-    errno.EEXIST: "there is a file of that name",
+    errno.EEXIST: "a file of that name exists",
     errno.ENOTEMPTY: "it exists already and is not empty",
-    errno.ELOOP: "its symbolic links lead round in a circle",
+    errno.ELOOP: "its symbolic links form a loop",
     errno.EBUSY: "it is in use, or a mount point",
-    errno.EXDEV: "it lies on another file system, or is a mount point",
+    errno.EXDEV: "it is on another file system, or is a mount point",
     errno.ESTALE: "the network file system has lost it",
     errno.ENXIO: "there is no such device",
     errno.ENODEV: "there is no such device",
@@ -71,7 +80,7 @@ NO_ROOM = 64 * 2**10
 
 
 def shown_bytes(count: float) -> str:
-    """Return bytes as people read them, in the unit that tells."""
+    """Return bytes as people read them, in the largest unit that fits."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -87,6 +96,15 @@ def check_room(place: Path, needed: int, advice: str = "give --out another place
             f"{place}: about {shown_bytes(needed)} are needed, and the file system {_mount(folder)} has "
             f"{shown_bytes(free)} free. Make room there, or {advice}."
         )
+
+
+def check_writable(place: Path, advice: str = "give --out another place") -> None:
+    """Raise StorageError when nothing can be written where ``place`` is to be: before the work, not after it."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(place.absolute().parent), buffering=0) as file:
+            file.write(b"\0")  # a full disk takes an empty file
+    except OSError as error:
+        raise StorageError(_told(error.errno or errno.EIO, place, "", advice)) from error
 
 
 @contextmanager
@@ -106,18 +124,18 @@ def storing(place: Path, kept: str = "Nothing was left behind.", advice: str = "
 
 
 def refusal_to_write(error: BaseException, place: Path, kept: str, advice: str) -> str | None:
-    """Return what to tell of an exception that comes from writing to ``place``, None for any other."""
+    """Return the message for an exception that comes from writing to ``place``, None for any other."""
     number = _number_of(error)
     return None if number is None else _told(number, _where(error, number, place), kept, advice)
 
 
 def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
-    """Return what to tell of an exception that a place to write caused, None for any other.
+    """Return the message for an exception that a place to write caused, None for any other.
 
     ``arguments`` of the command are looked through for the place where the exception does not name it.
     """
     if not _has_current_directory():
-        return "the current directory was removed. Change into one that is there, and run the command again."
+        return "the current directory has been removed. Change to an existing one and run the command again."
     if "No usable temporary directory" in str(error):
         return f"no temporary file can be written ({error}). Make room, or set TMPDIR to a folder with room."
     number = _number_of(error)
@@ -127,7 +145,7 @@ def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str 
             place = next((path for path in _places(arguments) if not os.access(_existing(path), os.W_OK)), None)
         return _told(number, place, "", _advice(place), "cannot be read or written")
     if isinstance(error, FileNotFoundError) and _is_output(_named(error), arguments):
-        return f"{_named(error)} cannot be written: no file or folder can be made there. Give another place."
+        return f"{_named(error)} cannot be written: no file or folder can be created there. Give another place."
     full = next(_full_places(arguments), None)
     if full is not None:
         return f"{_told(errno.ENOSPC, full, '', _advice(full))} ({type(error).__name__}: {error})"
@@ -135,7 +153,7 @@ def storage_problem(error: BaseException, arguments: Sequence[str] = ()) -> str 
 
 
 def locale_problem(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
-    """Return what to tell of letters that this locale, or a library, cannot take; None for any other exception."""
+    """Return the message for letters that this locale, or a library, cannot take; None for any other exception."""
     strange = [each for each in arguments if _STRANGE.search(each)]
     narrow = sys.getfilesystemencoding().lower() not in ("utf-8", "utf8")
     unicode = any(isinstance(each, UnicodeError) or _STRANGE.search(str(each)) for each in _chain(error))
@@ -144,7 +162,7 @@ def locale_problem(error: BaseException, arguments: Sequence[str] = ()) -> str |
     given = f"{strange[0]!a}: " if strange else ""
     if narrow:
         return (
-            f"{given}the locale's encoding, {sys.getfilesystemencoding()}, cannot express a name or text that is "
+            f"{given}the locale's encoding, {sys.getfilesystemencoding()}, cannot represent a name or text that is "
             "needed. Run the command with PYTHONUTF8=1 (or LC_ALL=C.UTF-8), or use plain letters."
         )
     return f"{given}the name is not valid UTF-8, which a library needs. Rename the file or folder."
@@ -173,8 +191,9 @@ def _room(folder: Path) -> str:
 def _where(error: BaseException, number: int, place: Path) -> Path:
     """Return the place that an exception is about: the one that was to be written, unless it shows another."""
     named = _named(error)
-    if number in FULL:
-        return next(_full_places([str(place)]), named or place)
+    full = next(_full_places([str(place)]), None) if number in FULL else None
+    if full is not None:
+        return full
     inside = named is not None and named.absolute().is_relative_to(place.absolute().parent)
     above = named is not None and place.absolute().is_relative_to(named.absolute())
     return named if named is not None and (above or not inside) else place

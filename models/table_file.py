@@ -40,5 +40,7 @@ def _text(path: Path, what: str) -> str:
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} is a few lines.") from error
-        raise InputError(f"the {what} {path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(
+            f"the {what} {path} cannot be read: {error.strerror or error}. Give a TOML or JSON file."
+        ) from error
     return decode_text(content, str(path))

@@ -16,7 +16,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 SEEN = 400
-"""Bytes by which text without a mark is told."""
+"""Bytes by which text without a mark is recognised."""
 BINARY = (
     (b"PK\x03\x04", "an Excel or OpenDocument workbook, or another ZIP file"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook"),

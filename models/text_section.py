@@ -85,7 +85,7 @@ def text_section(raw: Mapping[str, Any], classes: tuple[type, type], shapes: Sha
     widths = (*TEXT_WIDTHS, HEAD_WIDTH) if config_class is Gemma3TextConfig else TEXT_WIDTHS
     gaps = shapes.settle(section, where, widths, config_class)
     gaps += shapes.layers(section, where, "num_hidden_layers", "model.language_model.layers.", config_class)
-    if config_class is Gemma3TextConfig:  # whose q_norm shows the width of a head, and so their number
+    if config_class is Gemma3TextConfig:  # its q_norm shows the width of a head, and so their number
         shapes.whole(section, where, "query_pre_attn_scalar", default_of(config_class, "query_pre_attn_scalar"))
     else:
         shapes.need_stated(section, where, ["num_attention_heads"], gaps)

@@ -251,7 +251,7 @@ def _llava_feature_layers(raw: Mapping[str, Any], vision: Section, shapes: Shape
     layers = given if isinstance(given, list) else [given]
     if not layers or not all(type(layer) is int and -stated - 1 <= layer <= stated for layer in layers):
         raise CheckpointError(
-            f"{shapes.source}: config.json asks for layer {shown(given)} of a vision tower of {stated} layers; "
+            f"{shapes.source}: config.json asks for layer {shown(given)} of a vision tower with {stated} layers; "
             f"a whole number from {-stated - 1} to {stated}, or a list of them, is allowed (LLaVA-1.5: -2)."
         )
     read = [layer if layer >= 0 else stated + 1 + layer for layer in layers]

@@ -30,7 +30,7 @@ from models.finite import check_values
 from models.machine import machine_name, peak_rss
 from models.preprocessing import Preprocessing
 from models.reference import guard_sha256
-from models.storage import check_room
+from models.storage import check_room, check_writable
 from models.version import VERSION
 from quantize.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.auto_bits import sensitivity_of
@@ -148,7 +148,7 @@ def _kept_in(checkpoint: Checkpoint, name: str) -> torch.dtype | None:
 
 
 def check_place(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise InputError for a checkpoint that is quantized already and for a folder that exists."""
+    """Raise InputError for a checkpoint that is quantized already, and a folder that exists or cannot be written."""
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.name} is quantized already ({checkpoint.quantization.method}): rounding it again only adds "
@@ -156,7 +156,8 @@ def check_place(checkpoint: Checkpoint, out: Path) -> None:
         )
     if out.exists():
         Unfinished.remove_finished(out)
-        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+        raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
+    check_writable(out)
 
 
 @dataclass(frozen=True, kw_only=True)

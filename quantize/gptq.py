@@ -160,8 +160,10 @@ def main(
 
 
 def whole_bits(text: str) -> int:
-    """Return ``--bits`` as a number; what is none is refused as a number of bits that is not allowed."""
-    return int(text) if text.isdigit() else -1
+    """Return ``--bits`` as a number of bits that is allowed. Raises InputError for any other text."""
+    if text not in map(str, BITS):
+        raise InputError(f"--bits {text}: use one of {', '.join(map(str, BITS))}, or auto.")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Unfinished:
 
     @property
     def resumed(self) -> list[str]:
-        """When runs went on with what an earlier one had left; empty for a run that was never stopped."""
+        """When the run was resumed; empty if it never was."""
         return self.kept(RESUMED) or []
 
     # -- small facts ------------------------------------------------------------------------------------

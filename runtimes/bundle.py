@@ -54,9 +54,13 @@ class Bundle:
             if precision is None or file.precision == precision:
                 return file
         wanted = f"{kind} file" if precision is None else f"{kind} file of precision {precision!r}"
+        if kind == "engine" and not files:
+            raise BundleError(
+                f"{self.folder} has no {wanted}. Build one for this GPU: python -m export.trt --bundle {self.folder}"
+            )
         there = ", ".join(f"{file.precision} ({file.path})" for file in files) or "none"
         raise BundleError(
-            f"{self.folder} has no {wanted}; of this kind there is: {there}. "
+            f"{self.folder} has no {wanted}; it has: {there}. "
             "Choose one of these, or export the bundle again with --precision."
         )
 
@@ -82,7 +86,7 @@ def inside(folder: Path, name: str) -> Path:
         end = path.resolve()
         stays = end.is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # Python < 3.13 calls a loop of links a RuntimeError
-        raise BundleError(f"{path} cannot be followed: {error}. Copy the whole bundle again.") from error
+        raise BundleError(f"{path} is a link that cannot be followed: {error}. Copy the whole bundle again.") from error
     if not stays:
         raise BundleError(
             f"{path} leads out of the bundle, to {end}. "
@@ -185,9 +189,7 @@ def specs(tensors: Iterable[OnnxTensor], where: str) -> tuple[TensorSpec, ...]:
             for each in tensors
         )
     except ValueError as error:
-        raise BundleError(
-            f"{where}: a name or shape of its graph is none that a guard has. Export it again."
-        ) from error
+        raise BundleError(f"{where}: its graph has a name or shape that no guard has. Export it again.") from error
 
 
 def _told(tensors: Iterable[TensorSpec]) -> list[tuple[str, str, tuple[int | str, ...]]]:

@@ -48,7 +48,7 @@ PROGRESS_FROM = 16
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
 @click.option(
-    "--allow-others", is_flag=True, help="Exit with 0 although a folder has files that are not images, such as labels."
+    "--allow-others", is_flag=True, help="Exit with 0 even if a folder has files that are not images, such as labels."
 )
 def main(
     bundle: Path,

@@ -44,7 +44,7 @@ class FakeRunner(GuardRunner):
 
     @property
     def judged(self) -> int:
-        """Pictures answered since the runner was activated."""
+        """Images answered since the runner was activated."""
         return self._judged[0]
 
     def _activate(self) -> None:

@@ -96,7 +96,7 @@ def read_onnx(path: Path) -> OnnxFacts:
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise BundleError(f"{path} is no ONNX file that can be read: {error}. Export the bundle again.") from error
+        raise BundleError(f"{path} is not a readable ONNX file: {error}. Export the bundle again.") from error
 
 
 @dataclass
@@ -135,7 +135,7 @@ class _Reader:
     def _message(self, kind: str, start: int, end: int, depth: int) -> _Message:
         """Read one message; what lies deep in a graph is collected, not kept."""
         if depth > MAX_DEPTH:
-            raise ValueError(f"messages lie more than {MAX_DEPTH} deep in each other")
+            raise ValueError(f"messages are nested more than {MAX_DEPTH} deep")
         found = _Message()
         children, texts, numbers = (table.get(kind, {}) for table in (CHILDREN, TEXTS, NUMBERS))
         for number, wire, value, size in self._fields(start, end):
@@ -207,7 +207,7 @@ def _tensor(value: _Message) -> OnnxTensor:
     kinds = [tensor for kind in value.inner.get(2, []) for tensor in kind.inner.get(1, [])]
     shapes = [shape for kind in kinds for shape in kind.inner.get(2, [])]
     if len(kinds) != 1 or len(shapes) != 1:
-        raise ValueError(f"'{shortened(value.texts.get('name', ''))}' is no tensor of a stated shape")
+        raise ValueError(f"'{shortened(value.texts.get('name', ''))}' is not a tensor of a stated shape")
     elem_type = kinds[0].numbers.get("elem_type", 0)
     sides = [side.numbers.get("dim_value") for side in shapes[0].inner.get(1, [])]
     return OnnxTensor(value.texts.get("name", ""), DTYPES.get(elem_type, f"type {elem_type}"), tuple(sides))

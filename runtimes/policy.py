@@ -89,7 +89,7 @@ class Policy(Frozen):
         safe = classes[safe_index(classes)]
         for name in self.classes:
             if name == safe:
-                raise InputError(f"the policy names the class {shortened(name)!r}, which is no harm; leave it out.")
+                raise InputError(f"the policy names the class {shortened(name)!r}, which is not a harm. Remove it.")
             if name not in classes:
                 near = difflib.get_close_matches(name[:MAX_LENGTH], classes, n=1)
                 nearest = f" The nearest is {near[0]!r}." if near else ""

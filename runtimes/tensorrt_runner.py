@@ -147,7 +147,7 @@ class TensorRTRunner(GuardRunner):
     ) -> dict[str, npt.NDArray[np.float32]]:
         if len(rgb) < loaded.least:
             raise InputError(
-                f"this engine takes {loaded.least} to {loaded.most} pictures at once, not {len(rgb)}: build "
+                f"this engine takes {loaded.least} to {loaded.most} images at once, not {len(rgb)}: build "
                 f"one from 1 up with `{_rebuild(self.bundle)}`"
             )
         return loaded.run(rgb, outputs)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.killing import Warm, warm
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,10 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def parent() -> Iterator[Warm]:
+    """Return the process that has imported the commands and forks a child for each run."""
+    with warm() as running:
+        yield running

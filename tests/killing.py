@@ -13,7 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,10 @@ from typing import Any
 __all__ = ["Ended", "Warm", "warm"]
 
 ROOT = Path(__file__).parents[1]
+TEXT_ROW = '{"query": "Why is the sky blue?", "answer": "Air scatters blue light more than red light."}\n'
+"""Calibration rows without an image, which take no time."""
+STEPS = 30
+"""Of fitting a distilled head: how good it is matters to no test here."""
 KINDS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 MODULES = (
     "quantize.gptq",
@@ -72,12 +76,19 @@ class Warm:
 
         No file that it writes may have more than ``most_bytes``; its standard output is a file, None closed.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
         request: dict[str, Any] = {"module": module, "arguments": arguments, "under": str(under), "kill_at": kill_at}
-        request |= {"most_bytes": most_bytes, "stdout": stdout}
-        self._process.stdin.write(json.dumps(request) + "\n")
+        return self._ask([request | {"most_bytes": most_bytes, "stdout": stdout}])[0]
+
+    def run_at_once(self, module: str, arguments: Sequence[Sequence[str]], under: Path) -> list[Ended]:
+        """Run a command several times at once, each with its own arguments."""
+        request = {"module": module, "under": str(under), "kill_at": None, "most_bytes": None, "stdout": os.devnull}
+        return self._ask([{**request, "arguments": list(each)} for each in arguments])
+
+    def _ask(self, requests: list[dict[str, Any]]) -> list[Ended]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(requests) + "\n")
         self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+        return [Ended(**each) for each in json.loads(self._process.stdout.readline())]
 
 
 @contextmanager
@@ -160,23 +171,34 @@ def _child(request: dict[str, Any], report: int, said: int) -> None:
 def _serve() -> None:
     import torch
 
+    from calibration.student import fit_head
+
     torch.set_num_threads(1)
     for name in MODULES:
         importlib.import_module(name)
+    fit_head.__kwdefaults__["steps"] = STEPS
     for line in sys.stdin:
-        request = json.loads(line)
-        report, said = os.memfd_create("report"), os.memfd_create("said")
-        process = os.fork()
-        if not process:
-            _child(request, report, said)
-        _, status = os.waitpid(process, 0)
-        events = int(os.pread(report, 20, 0) or b"0")
-        text = os.pread(said, 1 << 20, 0).decode(errors="replace")
-        answer = {"code": os.waitstatus_to_exitcode(status), "events": events, "said": text}
-        for descriptor in (report, said):
-            os.close(descriptor)
-        sys.stdout.write(json.dumps(answer) + "\n")
+        begun = [_begin(request) for request in json.loads(line)]
+        sys.stdout.write(json.dumps([_end(*each) for each in begun]) + "\n")
         sys.stdout.flush()
+
+
+def _begin(request: dict[str, Any]) -> tuple[int, int, int]:
+    """Return the number of a process that runs a command, and what its events and its words are written to."""
+    report, said = os.memfd_create("report"), os.memfd_create("said")
+    process = os.fork()
+    if not process:
+        _child(request, report, said)
+    return process, report, said
+
+
+def _end(process: int, report: int, said: int) -> dict[str, Any]:
+    _, status = os.waitpid(process, 0)
+    events = int(os.pread(report, 20, 0) or b"0")
+    text = os.pread(said, 1 << 20, 0).decode(errors="replace")
+    for descriptor in (report, said):
+        os.close(descriptor)
+    return {"code": os.waitstatus_to_exitcode(status), "events": events, "said": text}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from models.draft import remove_abandoned
 from models.manifest import Manifest
 from runtimes.bundle import open_bundle
 from tests.benchmarks.judges.server import judging, make_run, pairs
-from tests.killing import Warm, warm
+from tests.killing import TEXT_ROW, Warm
 from tests.runtimes.bundles import write_bundle
 
 VARIES = {
@@ -49,22 +49,22 @@ class Case:
 CASES = {
     "gptq": Case(
         module="quantize.gptq",
-        arguments=("--model", "tiny-safegem", "--out", "{out}", "--samples", "1", "--guard-images", "0", "--answers",
-                   "given", "--group-size", "32", "--bits", "8"),
-        kills=2,
+        arguments=("--model", "tiny-safegem", "--out", "{out}", "--calibration", "{rows}", "--mix", "text=1",
+                   "--samples", "1", "--guard-images", "0", "--answers", "given", "--group-size", "32", "--bits", "8"),
+        kills=3,
         record="compression.json",
     ),
     "int8": Case(
         module="quantize.int8",
-        arguments=("--model", "tiny-safegem", "--out", "{out}", "--samples", "1", "--guard-images", "0", "--answers",
-                   "given"),
+        arguments=("--model", "tiny-safegem", "--out", "{out}", "--calibration", "{rows}", "--mix", "text=1",
+                   "--samples", "1", "--guard-images", "0", "--answers", "given"),
         kills=2,
         record="compression.json",
     ),
     "onnx": Case(
         module="export.onnx",
         arguments=("--model", "tiny-safegem", "--out", "{out}", "--parity-images", "1"),
-        kills=2,
+        kills=1,
     ),
     "gguf": Case(
         module="export.gguf.__main__",
@@ -104,15 +104,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def parent() -> Iterator[Warm]:
-    with warm() as running:
-        yield running
-
-
 @pytest.fixture
 def given(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Inputs of the commands: 200 images and their labels, the URL of a judge."""
+    """Inputs of the commands: 200 images and their labels, a calibration row, the URL of a judge."""
     folder = tmp_path / "given"
     (folder / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), ["image,label"]
@@ -123,10 +117,12 @@ def given(tmp_path: Path) -> Iterator[dict[str, str]]:
         Image.fromarray(rgb).save(folder / "images" / f"{number:03d}.png")
         rows.append(f"images/{number:03d}.png,{(1, 0, 2)[number % 3]}")
     (folder / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "rows.jsonl").write_text(TEXT_ROW, encoding="utf-8")
     with judging() as server:
         yield {
             "images": str(folder / "images"),
             "labels": str(folder / "labels.csv"),
+            "rows": str(folder / "rows.jsonl"),
             "url": server.url,
         }
 

@@ -39,5 +39,8 @@ def _text(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     if len(data) > MAX_BYTES:
-        raise InputError(f"{path}: more than {MAX_BYTES:,} bytes of text; that is no log of a benchmark.")
+        raise InputError(
+            f"{path}: more than {MAX_BYTES:,} bytes of text, too many for the log of a benchmark. "
+            "Give the per-sample log itself."
+        )
     return decode_text(data, str(path))

@@ -95,7 +95,7 @@ def read_labels(path: Path) -> Mapping[str, bool]:
             raise InputError(f"{where}: {first_problem(error)}. {_EXAMPLE}") from error
         name = str(label.id)
         if name in labels:
-            raise InputError(f"{where}: id {name!r} stands in {stands[name].removeprefix(f'{path}, ')} already.")
+            raise InputError(f"{where}: id {name!r} is already on {stands[name].removeprefix(f'{path}, ')}.")
         labels[name], stands[name] = label.ok, where
     if not labels:
         raise InputError(f"{path} holds no label. {_EXAMPLE}")

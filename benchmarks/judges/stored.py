@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-from benchmarks.journal import KEPT, append, read_lines
+from benchmarks.journal import KEPT, append, changes, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
 from benchmarks.record import Row
@@ -67,7 +67,7 @@ class _Identity(BaseModel):
     identity: dict[str, Any]
     endpoint: str | None = None
     resumed: tuple[str, ...] = ()
-    """When judging went on with scores that were there."""
+    """When judging was resumed with the scores already there."""
 
 
 class StoredJudge:
@@ -172,7 +172,9 @@ class ScoreWriter:
     def _begin(self) -> None:
         there = [path for path in (self.path, self._identity_path) if path.exists()]
         if there and not self._resume:
-            raise InputError(f"{there[0]} exists. Give another --name, or --resume to go on with the scores in it.")
+            raise InputError(
+                f"{there[0]} already exists. Give another --name, or --resume to continue the scores in it."
+            )
         if there:
             self._take_up()
         replace_file(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
@@ -181,10 +183,12 @@ class ScoreWriter:
         """Keep what is there and still holds; rewrite the file, all at once, when anything else is in it."""
         begun = _read_identity(self._identity_path)
         before, wanted = begun.identity, self._wanted.identity
-        differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+        differ = changes(before, wanted)
         if differ:
-            told = "; ".join(f"{key} was {before.get(key)!r}, is {wanted.get(key)!r}" for key in differ)
-            raise InputError(f"{self.path} holds another judge's scores: {told}. Give another --name, or its settings.")
+            raise InputError(
+                f"{self.path} holds another judge's scores: {'; '.join(differ[:3])}. "
+                "Give another --name, or its settings."
+            )
         self._wanted = self._wanted.model_copy(update={"resumed": (*begun.resumed, now())})
         if not self.path.exists():
             return

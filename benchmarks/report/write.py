@@ -33,7 +33,7 @@ def write_report(findings: Findings, out: Path, *, images: Path | None = None) -
     number.
     """
     if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+        raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
     files = {
         "report.json": _json(findings),  # first: it refuses what is no number
         "report.html": page(findings, images=images).encode("utf-8"),

@@ -99,7 +99,7 @@ def export_gguf(
     writing = _Writing(checkpoint, options, report)
     writing.check()
     if out.exists():
-        raise InputError(f"{out} exists. Give --out a folder that does not, or remove this one.")
+        raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
     with draft_of(out) as draft, storing(out, advice="give --out another place"):
         try:
             manifest = writing.all(draft)

@@ -39,7 +39,7 @@ sends a request just when it is closed."""
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
 @click.option("--allow-private-hosts", is_flag=True, help="Let allowed hosts have addresses that are not public.")
-@click.option("--require-image", is_flag=True, help="Refuse requests without an image, which pass on else.")
+@click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
@@ -80,12 +80,17 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         timeout_graceful_shutdown=shutdown_timeout,
     )
     server = uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has ended in good order
         signal.signal(number, lambda *_: None)
     bound = listening(host, port)
     click.echo(f"serving on http://{host}:{bound.getsockname()[1]}", err=True)
     try:
         server.run(sockets=[bound])
+    except SystemExit:  # uvicorn's 3 for a start that failed; here 3 is REGRESSION
+        if app.state.failure is not None:
+            raise app.state.failure from None
+        return 1
     finally:
         bound.close()
     if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end

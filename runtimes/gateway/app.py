@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from models.errors import InputError
+from models.errors import InputError, SafeVLMError
 from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult, refusal_text
@@ -124,9 +124,13 @@ class _Running:
             self.http = HttpUpstream(gateway.upstream, gateway.options, metrics, key=gateway.key)
 
     @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as opened:
-            opened.enter_context(self.gateway.gate)
+            try:
+                opened.enter_context(self.gateway.gate)
+            except SafeVLMError as error:
+                app.state.failure = error
+                raise
             async with AsyncExitStack() as held:
                 await held.enter_async_context(self.judging)
                 if self.http is not None:
@@ -292,10 +296,14 @@ class _Running:
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """Return the application, for uvicorn or any other ASGI server; its parts are opened when it starts."""
+    """Return the application, for uvicorn or any other ASGI server; its parts are opened when it starts.
+
+    ``app.state.failure`` is the error that kept them from opening, if one did.
+    """
     metrics = Metrics()
     running = _Running(gateway, metrics)
     app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.failure = None
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
     for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):
         app.add_exception_handler(error, handler)

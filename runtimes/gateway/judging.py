@@ -34,7 +34,7 @@ __all__ = ["Judged", "Judging"]
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """One image: the upright RGB picture that was judged, its C probabilities, and what the policy makes of them.
+    """One image: the upright RGB image that was judged, its C probabilities, and what the policy makes of them.
 
     Where readers show the image in several ways, ``view`` names the one that these are of, the worst; ``hidden`` says
     that it is another than the picture.

@@ -148,7 +148,10 @@ def listening(host: str, port: int) -> socket.socket:
             bound.close()
             raise
     except OSError as error:
-        raise InputError(f"--host {host} --port {port}: {error.strerror or error}. Take another.") from error
+        raise InputError(
+            f"--host {host} --port {port} cannot be served on: {error.strerror or error}. "
+            "Give another --host, or another --port (0: any that is free)."
+        ) from error
     return bound
 
 

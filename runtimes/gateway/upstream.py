@@ -133,7 +133,7 @@ class HttpUpstream:
                 if not line or line.startswith(b":") or line.startswith(FIELDS):
                     continue
                 if not line.startswith(b"data:"):
-                    raise self._broken("the upstream's stream holds something else than events")
+                    raise self._broken("the upstream's stream holds something other than events")
                 data = line[len(b"data:") :].strip()
                 if data == b"[DONE]":
                     yield DONE

@@ -49,6 +49,6 @@ def test_one_command_writes_the_published_layout(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="Give --out a folder that does not"):
+    with pytest.raises(InputError, match="Give --out a new folder"):
         write_suite(build_suite("test", pairs=100, questions=0), tmp_path)
     assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "mine"

@@ -60,13 +60,13 @@ def test_rows_that_failed_are_tried_again(tmp_path: Path) -> None:
     assert {row.id: row for row in read_run(tmp_path / "run").rows} == {row.id: row for row in rows}
 
 
-def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     rows = pair_rows(2)
     stored(tmp_path / "run", rows)
     other = record_of(rows).model_copy(update={"decoding": {"sampling": "greedy", "max_new_tokens": 7}})
-    with pytest.raises(InputError, match=r"decoding was .*32.*, is .*7"):
+    with pytest.raises(InputError, match=r"another run: decoding\.max_new_tokens was 32, is 7\. Give"):
         RunWriter.resume(tmp_path / "run", other)
-    with pytest.raises(InputError, match="--resume to go on"):
+    with pytest.raises(InputError, match="--resume to continue"):
         RunWriter.begin(tmp_path / "run", other)
 
 
@@ -79,7 +79,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
         ('{"kind": "pair"}', "id: Field required"),
         ('{"id": "x", "kind": "pair", "colour": 1}', "colour: Extra inputs"),
         ("{", "line 11: not valid JSON"),
-        ('{"id": "SSS-0", "kind": "pair"}', "id 'SSS-0' stands in line 1 already"),
+        ('{"id": "SSS-0", "kind": "pair"}', "id 'SSS-0' is already on line 1"),
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, line: str, told: str) -> None:

@@ -302,7 +302,7 @@ def test_what_a_later_version_adds_is_kept_and_not_shown(tmp_path: Path) -> None
         ("missing.json --out out", r"missing\.json: there is no such file"),
         (". --out out", r"cannot be read \(a folder, not a regular file\)"),
         ("gateway.json --out gateway.json", r"--out gateway\.json is a file\. Give a folder"),
-        ("gateway.json --out gateway.json/out", r"gateway\.json cannot be written: there is a file of that name"),
+        ("gateway.json --out gateway.json/out", r"gateway\.json cannot be written: a file of that name exists"),
         ("gateway.json", "Missing option '--out'"),
         ("--out out", "Missing argument 'RECORDS"),
     ],

@@ -160,7 +160,7 @@ def test_what_is_left_out_and_what_was_guessed_is_counted(folder: Path) -> None:
         ("[]", "line 2: list is no row"),
         ({}, "line 2: the row has none of messages, conversations, query"),
         ({"query": "?", "messages": [{}]}, "line 2: the row has both"),
-        ({"messages": [], "query": None}, "line 2: the row has none of .*Filled in it: nothing"),
+        ({"messages": [], "query": None}, "line 2: the row has none of .*The row has nothing"),
         ({"messages": [{"role": "assistant", "content": "?"}]}, "line 2: the conversation does not begin"),
         ({"messages": [{"role": "robot", "content": "?"}]}, "line 2: 'role' is 'robot'"),
         ({"messages": [{"role": "user", "content": 5}]}, "line 2: 'content' must be a text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import tempfile
 import weakref
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from calibration.sequential import Activations, LayerStream
 from models.checkpoint import open_checkpoint
+from models.errors import StorageError
 from models.safe_vlm import Prefill, SafeVLM, load_safe_vlm
 from tests.models.random_checkpoints import QUESTIONS, SIZE, Written, write_checkpoint
 
@@ -183,3 +185,14 @@ def test_bfloat16_is_near(written: Written) -> None:
             outcomes.append(hidden[1].float())
     error = (outcomes[0] - outcomes[1]).norm() / outcomes[0].norm()
     assert 0 < error < 0.05
+
+
+def test_hidden_states_that_do_not_fit_on_the_disk_are_refused_before_they_are_mapped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(StorageError, match=r"the disk is full.*TMPDIR"):
+        Activations([(4, 8, 16)], torch.float32, 0, tmp_path)

@@ -196,7 +196,7 @@ def test_parity_counts_flips_and_refuses_what_is_not_finite() -> None:
 
 def test_what_is_no_bundle_is_not_replaced(written: Written, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(InputError, match="holds something else than a guard bundle"):
+    with pytest.raises(InputError, match="holds something other than a guard bundle"):
         export_guard(open_checkpoint(str(written.folder)), tmp_path, QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

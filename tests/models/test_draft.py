@@ -28,7 +28,7 @@ def test_a_folder_is_replaced_only_where_that_is_asked_for(
         monkeypatch.setattr(models.draft, "_exchange", lambda *_: False)
     out = tmp_path / "deep" / "out [1]*"
     put(out, "one")
-    with pytest.raises(InputError, match="exists by now"):
+    with pytest.raises(InputError, match="was created meanwhile"):
         put(out, "two")
     put(out, "three", replace=True)
     assert (out / "file").read_text(encoding="utf-8") == "three"
@@ -47,7 +47,7 @@ def test_places_that_cannot_be_had_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out, word in (
         (Path("/proc"), "mount point"),
-        (tmp_path / "file" / "out", "there is a file of that name"),
+        (tmp_path / "file" / "out", "a file of that name exists"),
         (tmp_path / ("x" * 250), "too long"),
     ):
         with pytest.raises(StorageError, match=word):

@@ -197,7 +197,7 @@ def test_offline_with_a_cold_cache_is_refused_without_a_request(hub: StandInHub,
     for kind, text in found.values():
         assert kind == "HubError"
         assert "'etri-vilab/SafeGem-12B'" in text
-        assert "HF_HUB_OFFLINE forbids fetching it. Unset HF_HUB_OFFLINE" in text
+        assert "HF_HUB_OFFLINE forbids downloading it. Unset HF_HUB_OFFLINE" in text
     assert hub.log == []
 
 
@@ -249,11 +249,11 @@ except InputError as error:
             r"the hub http://127\.0\.0\.1:9 .*\(Connection refused\)",
         ),
         (200, {"HF_ENDPOINT": "https://nowhere.invalid"}, r"its name cannot be resolved \(DNS\)"),
-        (200, {"HF_ENDPOINT": "hub.example"}, "no address such as https://huggingface.co"),
+        (200, {"HF_ENDPOINT": "hub.example"}, "not an address such as https://huggingface.co"),
         (200, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "login page of a network"),
         (511, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "login page of a network"),
         (404, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 404 .*Check that HF_ENDPOINT"),
-        (429, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 429 .*asked too often"),
+        (429, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 429 .*too many requests"),
         (503, {"HF_ENDPOINT": "http://127.0.0.1:{port}"}, "answered 503 .*Try again later"),
         (200, {"HF_ENDPOINT": "https://127.0.0.1:{port}"}, "TLS fails, wrong version number"),
         (
@@ -266,8 +266,10 @@ except InputError as error:
         (200, {"HTTPS_PROXY": "http://me:secret@127.0.0.1:9"}, r"through the proxy http://127.*\(Connection refused\)"),
         (200, {"HTTPS_PROXY": "ftp://me:secret@127.0.0.1:9"}, "begins with neither http"),
         (200, {"HTTPS_PROXY": "socks5://me:secret@127.0.0.1:9"}, r"pip install 'httpx\[socks\]'"),
-        (200, {"SSL_CERT_FILE": "/nowhere/ca.pem"}, "there is no file /nowhere/ca.pem"),
-        (200, {"HF_TOKEN": "hf_secretü"}, "HF_TOKEN holds letters"),
+        (200, {"HTTPS_PROXY": "http://me:secret@[::bad"}, "the proxy's address is not one such as http://HOST:PORT"),
+        (200, {"SSL_CERT_FILE": __file__}, "which holds no certificate"),
+        (200, {"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE names /nowhere/ca.pem, which does not exist"),
+        (200, {"HF_TOKEN": "hf_secretü"}, "HF_TOKEN contains characters"),
     ],
 )
 def test_a_hub_out_of_reach_is_told_with_the_ways_out(

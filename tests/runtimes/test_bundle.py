@@ -36,7 +36,7 @@ def test_a_precision_or_kind_that_is_not_there_is_refused_with_what_is(tmp_path:
     bundle = open_bundle(write_bundle(tmp_path))
     with pytest.raises(BundleError, match=r"no onnx file of precision 'int8'.*fp32 \(guard\.fp32\.onnx\)"):
         bundle.file("int8")
-    with pytest.raises(BundleError, match=r"no engine file; of this kind there is: none"):
+    with pytest.raises(BundleError, match=r"no engine file\. Build one .*export\.trt --bundle"):
         bundle.file(kind="engine")
 
 

@@ -127,5 +127,5 @@ def test_files_that_are_no_policy(tmp_path: Path) -> None:
 def test_unknown_classes_are_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match=r"'wepon'; this guard knows weapon, drug\. The nearest is 'weapon'"):
         Policy(classes={"wepon": "allow"}).check(CLASSES)
-    with pytest.raises(InputError, match="'safe', which is no harm"):
+    with pytest.raises(InputError, match="'safe', which is not a harm"):
         Policy(classes={"safe": "allow"}).check(CLASSES)

@@ -187,7 +187,7 @@ def test_a_batch_below_the_profile_is_refused(
     monkeypatch.setattr(FakeEngine, "least", 2)
     with (
         TensorRTRunner(write()) as runner,
-        pytest.raises(InputError, match="takes 2 to 4 pictures at once, not 1"),
+        pytest.raises(InputError, match="takes 2 to 4 images at once, not 1"),
     ):
         runner.infer(RGB[:1])
 

@@ -73,7 +73,7 @@ def test_labels_are_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "holds no label"),
-        ('{"id": "1", "ok": true}\n{"id": 1, "ok": false}\n', "line 2: id '1' stands in line 1"),
+        ('{"id": "1", "ok": true}\n{"id": 1, "ok": false}\n', "line 2: id '1' is already on line 1"),
         ('{"id": "1", "ok": true}\n{"id": "2"}\n', "line 2: ok: Field required"),
         ('{"id": "1", "ok": 1}\n', "line 1: ok: .*bool"),
         ('{"id": "1", "ok": null}\n', "line 1: ok: .*bool"),

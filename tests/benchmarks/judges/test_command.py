@@ -185,7 +185,7 @@ def test_every_run_is_looked_at_before_the_first_question(tmp_path: Path) -> Non
         asked = len(server.asked)
         done = judge(run, server.url, "--run", other)
         assert done.returncode == 2
-        assert "other/judges/maker-judge-1.jsonl exists" in done.stderr
+        assert "other/judges/maker-judge-1.jsonl already exists" in done.stderr
         assert len(server.asked) == asked
 
 

@@ -103,7 +103,7 @@ def test_resume_begins_where_there_is_nothing(run: Path) -> None:
 
 def test_scores_that_exist_are_not_written_over(run: Path) -> None:
     store(run, [pair(1)], [Score(ok=True)])
-    with pytest.raises(InputError, match=r"m\.jsonl exists.*--resume"):
+    with pytest.raises(InputError, match=r"m\.jsonl already exists.*--resume"):
         store(run, [pair(2)], [Score(ok=True)])
     assert [line["id"] for line in lines(run)] == ["1"]
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_told_and_costs_no_score(run: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": "1", "ok": true}\n{"id": "1", "ok": true}\n', r"line 2: id '1' stands in line 1"),
+        ('{"id": "1", "ok": true}\n{"id": "1", "ok": true}\n', r"line 2: id '1' is already on line 1"),
         ('{"id": "1", "ok": true}\n\n', "line 2: not valid JSON"),
         ('{"id": "1", "ok": "true"}\n', "line 1: ok"),
         ('{"id": "1", "ok": NaN}\n', "line 1"),

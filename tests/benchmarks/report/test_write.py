@@ -64,7 +64,7 @@ def test_what_exists_is_not_written_over(tmp_path: Path, kind: str) -> None:
         out.write_text("mine", encoding="utf-8")
     else:
         out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"report exists\. Give --out a folder that does not"):
+    with pytest.raises(InputError, match=r"report already exists\. Give --out a new folder"):
         write_report(sample_findings(), out)
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 

@@ -167,7 +167,7 @@ def test_a_head_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint("tiny-safellava")
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match=r"there exists\. Give --out"):
+    with pytest.raises(InputError, match=r"there already exists\. Give --out"):
         export_gguf(checkpoint, tmp_path / "there", GgufOptions(type="f16"))
     with pytest.raises(InputError, match="no such type; allowed: f32"):
         GgufOptions(type="q9_z")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,10 @@ import httpx
 import pytest
 
 from models.commandline import run
+from models.errors import InputError
 from runtimes.gateway.__main__ import main
+from runtimes.gateway.serving import listening
+from tests.runtimes.bundles import write_bundle
 from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, messages, piece
 
 ROOT = Path(__file__).parents[3]
@@ -158,7 +162,7 @@ def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: 
         (["--bundle", "no such folder", "--upstream", "http://x"], "not a guard bundle"),
     ],
 )
-def test_what_cannot_be_served_is_told(
+def test_what_cannot_be_served_is_refused(
     arguments: list[str], word: str, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "NO_SUCH_KEY" not in os.environ
@@ -166,3 +170,31 @@ def test_what_cannot_be_served_is_told(
         run(main, [str(bundle) if each == "BUNDLE" else each for each in arguments])
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
+
+
+def test_what_fails_when_it_is_loaded_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    """The classes of guard and language model are compared when both are there, in the server's own start."""
+    command = [
+        "-m",
+        "runtimes.gateway",
+        "--bundle",
+        str(write_bundle(tmp_path)),
+        "--model",
+        "tiny-safegem",
+        "--port",
+        "0",
+    ]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and "error: guard and language model have different classes" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "Address already in use"), ("256.0.0.1", "")])
+def test_a_port_in_use_or_an_address_of_another_machine_is_refused(host: str, reason: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(
+            InputError, match=rf"--host {host} --port \d+ cannot be served on: .*{reason}.*0: any that is free"
+        ),
+    ):
+        listening(host, other.getsockname()[1])

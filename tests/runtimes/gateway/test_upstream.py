@@ -144,7 +144,7 @@ def stalling(handler: Any, _: Any) -> None:
 STREAMS = {
     "dies midway": (events(piece("The ")), "ended before its end"),
     "garbage": (events(piece("The "), b"<html>"), "not JSON"),
-    "no events": (events(piece("The "), end=b"what is this\n\n"), "something else than events"),
+    "no events": (events(piece("The "), end=b"what is this\n\n"), "something other than events"),
     "stalls": (stalling, "in time"),
     "drips": (dripping, "in time"),
     "never ends": (events(piece("The "), *[piece("x" * 5000)] * 40), "more than 100000 bytes"),
