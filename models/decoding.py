@@ -13,7 +13,8 @@ import torch
 from models.prompt_tokens import stop_ids
 
 if TYPE_CHECKING:
-    from models.safe_vlm import Begun, SafeVLM
+    from models.prefill import Begun
+    from models.safe_vlm import SafeVLM
 
 __all__ = ["greedy_steps"]
 

@@ -31,6 +31,7 @@ from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.ignored import report_unplaced
+from models.prefill import Answer, Begun, Prefill
 from models.preprocessing import Preprocessing
 from models.prompt_tokens import IMAGE, check_ids, fitting_tokenizer, prompt_ids, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
@@ -43,51 +44,6 @@ if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
 __all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "load_safe_vlm", "model_class_of"]
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What the model says to one question, and the guard's C probabilities (float32) for its image."""
-
-    text: str
-    guard_probs: np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prefill:
-    """N prompts, padded on the left to L positions, with their images' features in place.
-
-    ``masks`` go to the language model as they are: ``attention_mask`` N × L, 0 at padding, and for Gemma-3
-    ``token_type_ids`` N × L, 1 at image tokens, which see each other both ways.
-    """
-
-    inputs_embeds: Tensor
-    """N × L × D."""
-    position_ids: Tensor
-    """N × L, for Qwen2.5-VL 3 × N × L (time, row, column)."""
-    masks: dict[str, Tensor]
-    image_mask: Tensor
-    """N × L, true at the T image tokens of every row."""
-    features: Tensor
-    """N × T × D, the projector's output before it became part of ``inputs_embeds``."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Begun:
-    """N prefilled prompts: the guard's verdict on their images, and what decoding goes on from.
-
-    Decoding extends ``cache``, so each is finished at most once.
-    """
-
-    guard_probs: np.ndarray[Any, np.dtype[np.float32]]
-    """N × C, float32, of the exact guard."""
-    last_hidden: Tensor
-    """N × 1 × D, at the prompts' last position; nothing else of the last hidden state is kept."""
-    attention_mask: Tensor
-    """N × L."""
-    last_position: Tensor
-    """N × 1, for Qwen2.5-VL 3 × N × 1."""
-    cache: DynamicCache
 
 
 @dataclass(frozen=True)

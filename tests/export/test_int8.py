@@ -179,6 +179,7 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1 is needed"):
         ExportOptions(int8=True, int8_images=0)
     (tmp_path / "few").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "few" / "one.png")
     with pytest.raises(InputError, match="at least 200 more to be judged on"):
         int8_images(preprocessing(), 8, tmp_path / "few")
 

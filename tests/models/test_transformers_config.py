@@ -104,7 +104,7 @@ def test_qwen_old_rope(tmp_path: Path) -> None:
         ("llava", "original", {"num_hidden_layers": 3}, "num_hidden_layers = 3, the files hold 2 layers"),
         ("llava", "original", {"num_attention_heads": 3}, "q_proj.weight' has shape"),
         ("llava", "original", {"mm_projector_type": "linear"}, "mm_projector_type = 'linear'"),
-        ("llava", "original", {"mm_vision_select_layer": -9}, "asks for layer -9 of a vision tower of 3"),
+        ("llava", "original", {"mm_vision_select_layer": -9}, "asks for layer -9 of a vision tower with 3"),
         (
             "llava",
             "original",
