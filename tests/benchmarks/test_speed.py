@@ -30,6 +30,7 @@ from runtimes.bundle import open_bundle
 from runtimes.cuda import Gpu
 from tests.benchmarks.test_random_guard import small_shape
 from tests.models.random_checkpoints import write_checkpoint
+from tests.runtimes.bundles import guard_graph
 
 QUICK = SpeedOptions(batches=(2, 1), rounds=1, repeats=2, seconds=0.05, threads=1)
 
@@ -44,6 +45,11 @@ def in_process(function: str, request: Mapping[str, Any], *, threads: int) -> Ou
         return Outcome(answers=(), problem=str(error), exit_code=error.exit_code)
 
 
+def _write_small(_graph: Any, example: Any, path: Path) -> None:
+    """Write a graph of the example's size and 20 classes, without exporting anything."""
+    path.write_bytes(guard_graph(np.zeros((3, 20), np.float32), size=example.shape[1:3]).SerializeToString())
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -54,7 +60,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write some bytes where an ONNX file would stand: exporting has its own tests."""
-    monkeypatch.setattr(guard_source, "write_onnx", lambda _graph, _example, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(guard_source, "write_onnx", _write_small)
 
 
 # -- the real thing -------------------------------------------------------------------------------------
@@ -221,7 +227,7 @@ def test_measure_skips_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch
     Growing(monkeypatch)
     first, second, third = measure({**BUDGET, "batches": [1, 4, 5]})
     assert first["peak_rss_bytes"] == 2 * 2**30 and len(second["probs"]) == 4, "4 images just fit"
-    assert third == {"batch": 5, "skipped": "batch 5 would need about 6 GiB, 5 GiB can be had here"}
+    assert third == {"batch": 5, "skipped": "batch 5 would need about 6.0 GiB; 5.0 GiB is available here"}
 
 
 # -- rounds ---------------------------------------------------------------------------------------------
