@@ -296,7 +296,7 @@ def test_killed_peer_is_told_and_not_started_again(scratch_model: str, monkeypat
     found = scripted(script, scratch_model, monkeypatch)
     row = cpu_row(found, "onnxruntime")
     assert (row.status, row.latency, row.reason) == ("failed", None, "the process was ended by SIGKILL")
-    assert row.size_bytes == len(b"graph"), "the file was written"
+    assert row.size_bytes is not None and row.size_bytes > 500, "the file was written"
     assert script.order.count("onnxruntime") == 1 and script.order.count("torch") == 3
     line = "not measured: ONNX Runtime fp32 on cpu, batch 4: the process was ended by SIGKILL"
     assert line in speed.guard_table(found)
