@@ -7,12 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.printable import shortened
+
 if TYPE_CHECKING:
     from models.tensors import TensorStore
 
 __all__ = ["NOTHING", "Ignored", "report_ignored", "report_unplaced"]
 
-SHOWN_NAMES, SHOWN_SIGNS = 5, 80
+SHOWN_NAMES = 5
 COMPUTED = (".inv_freq", ".position_ids")
 """Endings of what older releases stored and every release computes."""
 
@@ -77,7 +79,7 @@ def report_unplaced(name: str, tensors: TensorStore, placed: Collection[str]) ->
 
 
 def _report(name: str, note: str) -> None:
-    line = f"{_shown(name)}: {note}"
+    line = f"{shortened(name)}: {note}"
     if line not in _reported:
         _reported.add(line)
         _log.warning("%s", line)
@@ -89,10 +91,4 @@ def _count(names: Sequence[str], what: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = ", …" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(repr(_shown(name)) for name in names[:SHOWN_NAMES]) + more
-
-
-def _shown(name: str) -> str:
-    """Shorten a name that a file states; ``repr`` and this escape what would move the cursor."""
-    short = name if len(name) <= SHOWN_SIGNS else name[:SHOWN_SIGNS] + "…"
-    return "".join(sign if sign.isprintable() else "?" for sign in short)
+    return ", ".join(f"'{shortened(name)}'" for name in names[:SHOWN_NAMES]) + more

@@ -18,7 +18,7 @@ from models.json_file import parse_json
 from models.printable import shortened
 from models.regular_file import open_regular
 
-__all__ = ["MAX_HEADER_BYTES", "TensorEntry", "read_header"]
+__all__ = ["GIT_LFS_MARK", "MAX_HEADER_BYTES", "TensorEntry", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 """The header of 3,000 tensors has half a megabyte. The format itself allows 100 MB."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from models.errors import CheckpointError
 from models.json_file import read_json_object
+from models.shard_header import GIT_LFS_MARK
 
 __all__ = ["refused_tokenizer"]
 
 JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-GIT_LFS_MARK = b"version https://git-lfs"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COPY = "copy the tokenizer's files from the base model"
 

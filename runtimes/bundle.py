@@ -21,7 +21,7 @@ from models.printable import shortened
 from models.regular_file import is_folder, open_regular, read_regular
 from runtimes.onnx_file import OnnxTensor, read_onnx
 
-__all__ = ["Bundle", "FileKind", "inside", "open_bundle", "sha256_of", "specs"]
+__all__ = ["Bundle", "FileKind", "inside", "open_bundle", "sha256_of", "size_and_sha256", "specs"]
 
 FileKind = Literal["onnx", "onnx_data", "engine"]
 CHUNK = 2**20
@@ -134,12 +134,17 @@ def _sha256(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def size_and_sha256(path: Path, wanted: int, *, verify: bool) -> tuple[int, str | None]:
+    """Return how many bytes a regular file has and, with ``verify`` and if they are ``wanted``, its SHA-256."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return size, _sha256(stream) if verify and size == wanted else None
+
+
 def _check_file(bundle: Bundle, file: GuardFile, *, verify: bool) -> None:
     path = bundle.path(file)
     try:
-        with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            found = _sha256(stream) if verify and size == file.bytes else None
+        size, found = size_and_sha256(path, file.bytes, verify=verify)
     except FileNotFoundError as error:
         raise BundleError(f"{path} is listed in the manifest but missing. Copy the whole bundle again.") from error
     except OSError as error:

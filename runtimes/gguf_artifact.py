@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from models.gguf_manifest import (
     GgufManifest,
     gguf_manifest_bytes,
 )
-from models.regular_file import is_file, open_regular, read_regular
+from models.regular_file import is_file, read_regular
 from models.shard_header import read_header
-from runtimes.bundle import inside, sha256_of
+from runtimes.bundle import inside, size_and_sha256
 
 __all__ = ["GgufArtifact", "HeadWeights", "is_gguf", "open_gguf"]
 
@@ -106,9 +105,7 @@ def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
 def _check(artifact: GgufArtifact, file: GgufFile, *, verify: bool) -> None:
     path = artifact.path(file)
     try:
-        with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-        digest = sha256_of(path) if verify and size == file.bytes else None
+        size, digest = size_and_sha256(path, file.bytes, verify=verify)
     except FileNotFoundError as error:
         raise BundleError(f"{path} is listed in {GGUF_MANIFEST_NAME} but missing. {COPY_AGAIN}") from error
     except OSError as error:

@@ -24,8 +24,10 @@ from benchmarks.guard_speed import GuardSpeed, Row, SpeedOptions, measure_guard
 from benchmarks.isolation import Outcome
 from benchmarks.random_guard import build_random_guard
 from export.engine import Device
+from models.checkpoint import open_checkpoint
 from models.commandline import run
 from models.errors import InputError, SafeVLMError
+from models.preprocessing import Preprocessing
 from runtimes.bundle import open_bundle
 from runtimes.cuda import Gpu
 from tests.benchmarks.test_random_guard import small_shape
@@ -45,9 +47,13 @@ def in_process(function: str, request: Mapping[str, Any], *, threads: int) -> Ou
         return Outcome(answers=(), problem=str(error), exit_code=error.exit_code)
 
 
+def _small(size: tuple[int, int]) -> bytes:
+    return guard_graph(np.zeros((3, 20), np.float32), size=size).SerializeToString()
+
+
 def _write_small(_graph: Any, example: Any, path: Path) -> None:
     """Write a graph of the example's size and 20 classes, without exporting anything."""
-    path.write_bytes(guard_graph(np.zeros((3, 20), np.float32), size=example.shape[1:3]).SerializeToString())
+    path.write_bytes(_small(example.shape[1:3]))
 
 
 @pytest.fixture
@@ -296,7 +302,8 @@ def test_killed_peer_is_told_and_not_started_again(scratch_model: str, monkeypat
     found = scripted(script, scratch_model, monkeypatch)
     row = cpu_row(found, "onnxruntime")
     assert (row.status, row.latency, row.reason) == ("failed", None, "the process was ended by SIGKILL")
-    assert row.size_bytes is not None and row.size_bytes > 500, "the file was written"
+    size = Preprocessing.from_processor(open_checkpoint(scratch_model).processor, family="gemma3")
+    assert row.size_bytes == len(_small((size.height, size.width))), "the file was written"
     assert script.order.count("onnxruntime") == 1 and script.order.count("torch") == 3
     line = "not measured: ONNX Runtime fp32 on cpu, batch 4: the process was ended by SIGKILL"
     assert line in speed.guard_table(found)
