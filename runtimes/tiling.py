@@ -5,10 +5,10 @@ away, the whole is judged and overlapping tiles of it, nine at most; an image th
 until they can. ``judged``: nothing but the guard's own view is shown. ``whole``: the image is shown in full whatever
 the guard sees of it.
 
-Every tile is a frame of the guard's own proportions, at most twice its size, so that nothing in it is distorted or
-shrunk more than twofold; where the image is narrower than a frame, the rest is filled with the mean colour. Frames
-overlap by half: an object of up to half a frame's width and height is whole in one of them, wherever it stands. Of a
-larger image that is an object of up to the guard's own size, in the pixels that are shown.
+Every tile is a frame of the guard's own proportions, between its size and twice that, so that nothing in it is
+distorted or shrunk more than twofold; the finest frames that nine hold are taken. Where the image is narrower than a
+frame, the rest is filled with the mean colour. Frames overlap by half: an object of up to half a frame's width and
+height is whole in one of them, wherever it stands. That is a quarter of a square image's side.
 
 Legend: pixels are (width, height) as in Pillow; ``W x H`` is the guard's size.
 """
@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.errors import InputError
 from models.preprocessing import Preprocessing
 
-__all__ = ["MOST_SHRUNK", "MOST_TILES", "Tiles", "ViewMode", "judged_pixels", "shown", "tiles_of"]
+__all__ = ["MOST_SHRUNK", "MOST_TILES", "Tiles", "ViewMode", "checked_mode", "judged_pixels", "shown", "tiles_of"]
 
 ViewMode = Literal["tiles", "judged", "whole"]
 
@@ -50,6 +51,13 @@ class Tiles:
     frame: tuple[int, int]
     boxes: tuple[Box, ...]
     """Left, top, right and bottom of each tile, within the image; the rest of its frame is empty."""
+
+
+def checked_mode(mode: ViewMode) -> ViewMode:
+    """Return a mode as it was given. Raises InputError for another word."""
+    if mode not in get_args(ViewMode):
+        raise InputError(f"view is {mode!r}; allowed: {', '.join(get_args(ViewMode))}.")
+    return mode
 
 
 def shown(image: Image.Image, preprocessing: Preprocessing, mode: ViewMode) -> Image.Image:
@@ -146,10 +154,10 @@ def _shrunk(size: tuple[int, int], guard: tuple[int, int]) -> tuple[int, int]:
 
 
 def _frame(size: tuple[int, int], guard: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of a frame: twice the guard's, or what the image's narrower side fills, if nine are enough."""
-    in_guards = [Fraction(length, side) for length, side in zip(size, guard, strict=True)]
-    in_one_row = max(in_guards) * 2 / (MOST_TILES + 1)
-    scale = min(Fraction(MOST_SHRUNK), max(min(in_guards), in_one_row))
+    """Return the finest frame of which nine cover an image; finer than the guard's size only for a narrow image."""
+    across, down = (Fraction(length, side) for length, side in zip(size, guard, strict=True))
+    finest = min(max(2 * across / (columns + 1), 2 * down / (rows + 1)) for columns, rows in GRIDS)
+    scale = min(Fraction(MOST_SHRUNK), max(finest, min(Fraction(1), across, down)))
     return ceil(guard[0] * scale), ceil(guard[1] * scale)
 
 
