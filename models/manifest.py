@@ -31,6 +31,7 @@ from models.manifest_fields import (
     Positive,
     Probability,
     Sha256,
+    ViewMode,
     Width,
     unique,
 )
@@ -226,7 +227,7 @@ class Thresholds(Frozen):
     miss_rate: Probability
     fpr: Probability
     unsure_rate: Probability
-    view: Literal["tiles", "judged", "whole"] = "whole"
+    view: ViewMode = "whole"
     """Of thresholds that do not say it, which are from before there were tiles, ``whole``."""
 
     @model_validator(mode="after")

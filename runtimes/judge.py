@@ -17,8 +17,8 @@ from runtimes.bundle import open_bundle
 from runtimes.runner import GuardRunner
 from runtimes.select import Runtime, select_runner
 from runtimes.tiling import ViewMode, checked_mode
-from runtimes.view_option import view_note
 from runtimes.verdict import Judgement, decide, worst
+from runtimes.view_option import view_note
 from runtimes.views import ImageSource, ImageViews, read_views
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ class Guard:
         """Yield a judgement for each image, in order, a batch at a time.
 
         A file that readers show in several ways (see ``models.views``) is judged in all of them, a large one in tiles,
-        too (see ``runtimes.tiling``), and the worst verdict counts. An image that cannot be read, or that the runner cannot judge in one of them and blocks in none, gets
-        the verdict ``error`` with the reason, and the others are judged all the same.
+        too (see ``runtimes.tiling``), and the worst verdict counts. An image that cannot be read, or that the runner
+        cannot judge in one of these and blocks in none, gets the verdict ``error`` with the reason, and the others are
+        judged all the same.
         """
         batch: list[tuple[str, ImageViews | ImageFileError]] = []
         for position, image in enumerate(images):

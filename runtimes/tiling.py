@@ -20,18 +20,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from math import ceil
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from models.errors import InputError
+from models.manifest_fields import ViewMode
 from models.preprocessing import Preprocessing
 
 __all__ = ["MOST_SHRUNK", "MOST_TILES", "Tiles", "ViewMode", "checked_mode", "judged_pixels", "shown", "tiles_of"]
-
-ViewMode = Literal["tiles", "judged", "whole"]
 
 Box = tuple[int, int, int, int]
 
@@ -101,8 +100,7 @@ def tiles_of(size: tuple[int, int], preprocessing: Preprocessing) -> Tiles | Non
     frame = _frame(size, guard)
     columns, rows = (_starts(length, side) for length, side in zip(size, frame, strict=True))
     boxes = tuple(
-        (left, top, min(left + frame[0], size[0]), min(top + frame[1], size[1]))
-        for top, left in product(rows, columns)
+        (left, top, min(left + frame[0], size[0]), min(top + frame[1], size[1])) for top, left in product(rows, columns)
     )
     return Tiles(size, frame, boxes)
 

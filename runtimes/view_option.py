@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import click
 
-__all__ = ["view_note", "view_option"]
+if TYPE_CHECKING:
+    from models.manifest_fields import ViewMode
 
-Mode = Literal["tiles", "judged", "whole"]  # runtimes.tiling's, which needs numpy
+__all__ = ["view_note", "view_option"]
 
 view_option = click.option(
     "--view",
@@ -19,7 +20,7 @@ view_option = click.option(
 )
 
 
-def view_note(view: Mode, fitted_for: Mode | None) -> str | None:
+def view_note(view: ViewMode, fitted_for: ViewMode | None) -> str | None:
     """Return what is to be said of a view and of thresholds fitted for another, None where it is nothing.
 
     The worst of an image and its tiles is never below the whole alone, and ``judged`` is the whole as ``whole`` has it.

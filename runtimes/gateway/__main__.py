@@ -17,6 +17,7 @@ from models.errors import InputError, MissingExtraError
 from runtimes.chat_endpoint import read_key
 from runtimes.policy import read_policy
 from runtimes.random_weights import warn_of_random_weights
+from runtimes.view_option import view_option
 
 MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
@@ -35,6 +36,7 @@ sends a request just when it is closed."""
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of guard and language model.")
+@view_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
@@ -124,6 +126,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         require_image=given["require_image"],
         hosts=frozenset(given["allow_host"]),
         private_hosts=given["allow_private_hosts"],
+        view=given["view"],
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

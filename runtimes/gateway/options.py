@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 from models.image import MAX_PIXELS
+from runtimes.tiling import ViewMode, checked_mode
 
 __all__ = ["GatewayOptions"]
 
@@ -40,6 +41,8 @@ class GatewayOptions:
     hosts: frozenset[str] = frozenset()
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
+    view: ViewMode = "tiles"
+    """How large images are treated: see ``runtimes.tiling``."""
 
     @property
     def max_held(self) -> int:
@@ -47,6 +50,7 @@ class GatewayOptions:
         return 16 * self.max_pixels
 
     def __post_init__(self) -> None:
+        checked_mode(self.view)
         for name in ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
