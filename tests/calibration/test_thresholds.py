@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration.judged_images import BATCH
 from calibration.labels import read_labels
 from calibration.risk_control import Promise
-from calibration.thresholds import BATCH, fit_bundle, main
+from calibration.thresholds import fit_bundle, main
 from models.errors import BundleError, InputError
 from models.image import open_image
 from models.manifest import Manifest
@@ -157,7 +158,7 @@ def test_images_are_judged_a_batch_at_a_time(bundle: Path, labels: Path, monkeyp
         opened[0] -= len(rgb)
         return honest(self, rgb)
 
-    monkeypatch.setattr("calibration.thresholds.open_image", counted)
+    monkeypatch.setattr("calibration.judged_images.open_image", counted)
     monkeypatch.setattr(OnnxRuntimeRunner, "infer", infer)
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1))
     assert opened == [0] and most[0] <= BATCH
