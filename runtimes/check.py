@@ -177,7 +177,13 @@ def _expand(paths: Iterable[Path]) -> _Found:
 
 
 def _not_image(path: Path, view: ViewMode) -> dict[str, object]:
-    stated = {"file": str(path), "verdict": "not_image", "label": None, "p_unsafe": None, "probs": {}}
+    stated: dict[str, object] = {
+        "file": str(path),
+        "verdict": "not_image",
+        "label": None,
+        "p_unsafe": None,
+        "probs": {},
+    }
     return {**stated, "view_mode": view}
 
 

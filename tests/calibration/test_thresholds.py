@@ -231,7 +231,7 @@ def large(tmp_path: Path) -> Path:
         colour = rng.integers(0, 160, size=3)
         colour[{0: 1, 1: 0, 2: 2}[label]] += 80
         image = Image.new("RGB", (80, 80), (100, 180, 100))
-        image.paste(tuple(map(int, colour)), tuple(int(k) for k in (*(at := rng.integers(0, 40, 2)), *(at + 40))))
+        image.paste(Image.new("RGB", (40, 40), tuple(map(int, colour))), tuple(map(int, rng.integers(0, 40, 2))))
         image.save(folder / f"{number}.png")
         rows.append({"image": f"{number}.png", "label": CLASSES[label]})
     path = folder / "labels.jsonl"
