@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -160,3 +161,16 @@ def test_small_images_cost_nothing() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(InputError, match="view is 'all'; allowed: tiles, judged, whole"):
         checked_mode("all")  # type: ignore[arg-type]
+
+
+def test_every_command_that_judges_has_the_same_setting() -> None:
+    for name in (
+        "runtimes.check",
+        "runtimes.gate_command",
+        "runtimes.chat",
+        "runtimes.gateway.__main__",
+        "benchmarks.run",
+        "calibration.thresholds",
+    ):
+        option = next(each for each in import_module(name).main.params if each.name == "view")
+        assert option.default == "tiles" and tuple(option.type.choices) == MODES, name
