@@ -47,7 +47,7 @@ class Found:
 
 
 def measure_views(vlm: SafeVLM, n: int, *, seed: int = 0) -> Iterator[Found]:
-    """Yield what each view finds on each kind of canvas, half of them white and half of faint noise."""
+    """Yield what each view finds on each kind of canvas, white and of faint noise."""
     suite = build_suite("test", pairs=max(100, 8 * n), questions=0)
     unsafe, safe = (
         [draw(each.scene) for each in suite.pictures if (each.scene.label > 0) == wanted][:n] for wanted in (1, 0)

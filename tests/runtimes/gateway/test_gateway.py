@@ -83,11 +83,12 @@ def test_of_a_large_image_no_more_goes_upstream_than_was_judged(bundle: Path, up
     with Guard.open(bundle, view=view) as guard:
         size = guard.runner.preprocessing
         (unsafe,) = guard.judge([base64.b64decode(in_large(UNSAFE).partition(",")[2])])
-    options = GatewayOptions(view=view)
-    with serving(Gateway.open(bundle, upstream=upstream.url, options=options)) as address:
-        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=600) as client:
-            client.chat.completions.create(model="fake", messages=messages(in_large(SAFE)))  # type: ignore[arg-type]
-            refused = client.chat.completions.create(model="fake", messages=messages(in_large(UNSAFE)))  # type: ignore[arg-type]
+    with (
+        serving(Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(view=view))) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=600) as client,
+    ):
+        client.chat.completions.create(model="fake", messages=messages(in_large(SAFE)))  # type: ignore[arg-type]
+        refused = client.chat.completions.create(model="fake", messages=messages(in_large(UNSAFE)))  # type: ignore[arg-type]
     stated = refused.model_extra["safe_vlm"]["images"][0] if refused.model_extra else {}
     assert stated["verdict"] == unsafe.verdict and stated.get("view") == unsafe.view, "as check says"
     if view == "tiles":
