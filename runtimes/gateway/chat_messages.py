@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from runtimes.gateway.typed import CONTENT, TOOL, Between, Label, Name, Typed, is_empty, tag_of
 
@@ -49,12 +49,25 @@ class RefusalPart(Typed):
     refusal: str
 
 
+class _Address:
+    """Marks text that is a URL; one error for whatever is none."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text = core_schema.str_schema(strict=True, min_length=1)
+        return core_schema.custom_error_schema(
+            text, custom_error_type="image", custom_error_message="an image is a URL"
+        )
+
+
+ImageAddress = Annotated[str, _Address()]
+
+
 class ImageUrl(Typed):
     """Where an image is; ``format`` is the client's word for what its bytes say themselves."""
 
     DROPPED = frozenset({"format"})
 
-    url: Annotated[str, Field(min_length=1)]
+    url: ImageAddress
     detail: Literal["auto", "low", "high", "original"] | None = None
     format: Label | None = None
 
@@ -68,7 +81,7 @@ class ImagePart(Typed):
 
     type: Literal["image_url"]
     image_url: Annotated[
-        Annotated[Annotated[str, Field(min_length=1)], Tag("<url>")] | Annotated[ImageUrl, Tag("<object>")],
+        Annotated[ImageAddress, Tag("<url>")] | Annotated[ImageUrl, Tag("<object>")],
         Discriminator(_kind_of_url, custom_error_type="image", custom_error_message="an image is a URL"),
     ]
     cache_control: CacheControl | None = None
@@ -110,7 +123,7 @@ Part = Annotated[
 
 
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(fail_fast=True), Tag("<parts>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(fail_fast=True, max_length=10_000), Tag("<parts>")],
     CONTENT,
 ]
 

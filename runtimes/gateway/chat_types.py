@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from runtimes.gateway.chat_messages import CacheControl, Message, TextPart
-from runtimes.gateway.typed import CONTENT, TOOL, Between, Free, Label, Name, Typed
+from runtimes.gateway.typed import CONTENT, TOOL, AtMost, Between, Free, Label, Name, Typed
 
 __all__ = ["Chat"]
 
@@ -204,7 +204,7 @@ class Chat(Typed):
     )
     """Keys that clients leave empty and that have no meaning otherwise, beside those of the type, are dropped so."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=10_000)]
     model: Annotated[str, Between(1, 256)] | None = None
     frequency_penalty: Penalty | None = None
     function_call: (
@@ -218,14 +218,14 @@ class Chat(Typed):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Between(-100, 100)]],
-            Field(max_length=4096),
+            AtMost(4096),
         ]
         | None
     ) = None
     logprobs: bool | None = None
     max_completion_tokens: Length | None = None
     max_tokens: Length | None = None
-    metadata: Annotated[dict[Annotated[str, Between(1, 64)], Any], Field(max_length=64)] | None = None
+    metadata: Annotated[dict[Annotated[str, Between(1, 64)], Any], AtMost(64)] | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     moderation: Moderation | None = None
     n: Annotated[int, Between(1, 128)] | None = None

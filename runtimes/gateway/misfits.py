@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.printable import shortened
+from runtimes.gateway.pass_keys import may_pass
 from runtimes.gateway.refusal import Refusal, bad_request
 
 __all__ = ["misfit", "place", "unknown"]
@@ -50,8 +51,9 @@ def misfit(error: ValidationError) -> Refusal:
 def unknown(name: str) -> Refusal:
     """Return the refusal of a top-level key that is not taken."""
     shown = shortened(name)
+    allowed = ", or ask the operator of this server to allow it (--pass-key)" if may_pass(name) else ""
     return bad_request(
-        f"the key '{shown}' is not taken. Leave it out, or ask the operator of this server to allow it (--pass-key).",
+        f"the key '{shown}' is not taken. Leave it out{allowed}.",
         code="unknown_parameter",
         param=shown,
     )

@@ -9,7 +9,7 @@ from models.errors import InputError
 from models.printable import shortened
 from runtimes.gateway.chat_types import Chat
 
-__all__ = ["check_pass_keys"]
+__all__ = ["check_pass_keys", "may_pass"]
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MEDIA = re.compile(
@@ -29,6 +29,11 @@ HARMLESS = frozenset(
 )
 
 
+def may_pass(name: str) -> bool:
+    """Say whether an operator could let a key through."""
+    return name in HARMLESS or not (name in Chat.EMPTY or MEDIA.search(name) or ROUTE.search(name))
+
+
 def check_pass_keys(names: Iterable[str]) -> None:
     """Raise InputError for a name that is none, that is taken anyway, or that could carry or change what is judged."""
     for name in names:
@@ -38,7 +43,7 @@ def check_pass_keys(names: Iterable[str]) -> None:
             )
         if name in Chat.model_fields:
             raise InputError(f"--pass-key {name}: this key is OpenAI's and is taken anyway; leave the option out.")
-        if name not in HARMLESS and (name in Chat.EMPTY or MEDIA.search(name) or ROUTE.search(name)):
+        if not may_pass(name):
             raise InputError(
                 f"--pass-key {name}: such a key can carry an image, another conversation or another destination past "
                 "the guard, and is never passed on."

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Discriminator, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-__all__ = ["CONTENT", "TOOL", "Between", "Free", "Label", "Name", "Typed", "is_empty", "tag_of"]
+__all__ = ["CONTENT", "TOOL", "AtMost", "Between", "Free", "Label", "Name", "Typed", "is_empty", "tag_of"]
 
 MAX_KEYS = 64
 """Of one typed object: bounds the errors that are collected for keys that are not taken."""
@@ -35,6 +35,21 @@ class Between:
             wanted = f"a {'whole ' if source is int else ''}number from {self.low} to {self.high}"
         schema: Any = inner
         return core_schema.custom_error_schema(schema, custom_error_type="wanted", custom_error_message=wanted)
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """An object of at most so many keys; more are refused before any of them is looked at."""
+
+    keys: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def few(given: Any) -> Any:
+            if isinstance(given, dict) and len(given) > self.keys:
+                raise PydanticCustomError("wanted", f"an object of at most {self.keys} keys")
+            return given
+
+        return core_schema.no_info_before_validator_function(few, handler(source))
 
 
 Name = Annotated[str, Between(1, 128)]
