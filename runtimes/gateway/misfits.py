@@ -32,7 +32,7 @@ def misfit(error: ValidationError) -> Refusal:
     """Return the refusal, 400, of the first problem."""
     found = error.errors(include_url=False)[0]
     steps = [step for step in found["loc"] if not _is_tag(step)]
-    context: dict[str, Any] = found.get("ctx", {})
+    context: dict[str, Any] = {**found.get("ctx", {}), "of": found["loc"][-2:-1]}
     if found["type"] in SENTENCES:
         return SENTENCES[found["type"]](steps, found["input"], context)
     where = place(steps)
@@ -67,6 +67,9 @@ def place(steps: list[Any]) -> str:
     return found.removeprefix(".") or "the body"
 
 
+PARTS = ("<text>", "<image_url>", "<refusal>")
+
+
 def _is_tag(step: int | str) -> bool:
     return isinstance(step, str) and (step == "[key]" or step in TAGS)
 
@@ -80,9 +83,10 @@ TAGS = frozenset(
 )
 
 
-def _extra(steps: list[Any], _: Any, __: dict[str, Any]) -> Refusal:
+def _extra(steps: list[Any], _: Any, context: dict[str, Any]) -> Refusal:
     parent, key = place(steps[:-1]), shortened(str(steps[-1]))
-    of_type = " of type 'text'" if "content" in steps[-3:-1] and key != "text" else ""
+    kind = next((tag for tag in context["of"] if tag in PARTS), None)
+    of_type = "" if kind is None else f" of type '{kind[1:-1]}'"
     return bad_request(
         f"{parent}{of_type} has the key '{key}', which is not taken. Leave it out.",
         code="unknown_parameter",

@@ -31,6 +31,7 @@ __all__ = ["ChatRequest", "ImageReference", "parse_chat", "parse_guard"]
 SHOWN = 80
 DOES_NOTHING: dict[str, Any] = {"modalities": ["text"], "response_format": {"type": "text"}}
 """Values that ask for what is done anyway; their keys are dropped as null and empty ones are."""
+ASKING = ("developer", "system", "user")
 ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 MAX_NEW_TOKENS, MOST_NEW_TOKENS = 256, 4096
 PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -149,7 +150,8 @@ def _sorted_keys(body: dict[str, Any], options: GatewayOptions) -> tuple[dict[st
             if not is_empty(value) and DOES_NOTHING.get(key) != value:
                 known[key] = value
         elif key in options.pass_keys:
-            passed[key] = value
+            if not is_empty(value):
+                passed[key] = value
         elif key == "audio" and not is_empty(value):
             raise bad_request("only text can be answered.", param="audio")
         elif key not in Chat.EMPTY or not is_empty(value):
@@ -186,13 +188,18 @@ def _images(chat: Chat, options: GatewayOptions) -> Iterator[ImageReference]:
 
 def _check_what_is_written(body: dict[str, Any], options: GatewayOptions) -> None:
     """Look through all that goes upstream beside the images. Raises Refusal, 400, with the place."""
+    turns: list[tuple[bool, str, list[str]]] = []
     for number, message in enumerate(body["messages"]):
+        where = f"messages[{number}]"
         for key, value in message.items():
-            where = f"messages[{number}].{key}"
-            if key == "content":
-                _check_content(value, where, options)
-            else:
-                _check(value, where, options)
+            if key != "content":
+                _check(value, f"{where}.{key}", options)
+        texts = _check_content(message["content"], f"{where}.content", options)
+        turns.append((message["role"] in ASKING, where, texts))
+    for _, turn in itertools.groupby(turns, key=lambda each: each[0]):  # some templates make one turn of them
+        _, places, texts_of_each = zip(*turn, strict=True)
+        if len(places) > 1:
+            check_texts(list(itertools.chain.from_iterable(texts_of_each)), places[0], options)
     for key, value in body.items():
         if key == "prediction":
             _check_content(value["content"], "prediction.content", options)
@@ -200,12 +207,14 @@ def _check_what_is_written(body: dict[str, Any], options: GatewayOptions) -> Non
             _check(value, shortened(key), options)
 
 
-def _check_content(content: str | list[dict[str, Any]] | None, where: str, options: GatewayOptions) -> None:
+def _check_content(content: str | list[dict[str, Any]] | None, where: str, options: GatewayOptions) -> list[str]:
+    """Return the texts, looked through."""
     parts = content if isinstance(content, list) else [] if content is None else [{"text": content}]
     texts = [part[key] for part in parts for key in ("text", "refusal") if key in part]
     for text in texts:
         _check_whole(text, where)
     check_texts(texts, where, options)
+    return texts
 
 
 def _check(value: Any, where: str, options: GatewayOptions) -> None:
@@ -214,6 +223,9 @@ def _check(value: Any, where: str, options: GatewayOptions) -> None:
     if where.endswith((".tool_calls", ".function_call")):
         for place, text in _strings(value, where):
             _check_arguments(text, place, options)
+    if where.endswith((".reasoning_details", ".thinking_blocks")):
+        for key in ("text", "summary", "thinking", "data"):
+            check_texts([block[key] for block in value if key in block], where, options)
 
 
 def _check_whole(value: Any, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -108,6 +109,29 @@ def test_arguments_are_looked_into_as_servers_read_them(arguments: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert refusal_of({"messages": [turn]}).param == "messages[0].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": ["data:ima", "ge/png;base64,iVBORw0KGgo="]}],
+        [{"role": "user", "content": "data:ima"}, {"role": "user", "content": "ge/png;base64,iVBORw0KGgo="}],
+        [{"role": "system", "content": "data:ima"}, {"role": "user", "content": "ge/png;base64,iVBORw0KGgo="}],
+        [
+            {
+                "role": "assistant",
+                "content": "a",
+                "thinking_blocks": [
+                    {"type": "thinking", "thinking": "data:ima", "signature": "s"},
+                    {"type": "thinking", "thinking": "ge/png;base64,iVBORw0KGgo="},
+                ],
+            }
+        ],
+    ],
+    ids=["parts", "turns", "system and user", "blocks"],
+)
+def test_text_that_templates_join_is_looked_through_as_one(turns: list[Any]) -> None:
+    assert (refusal_of({"messages": turns}).param or "").startswith("messages[0]")
 
 
 def test_arguments_that_are_no_json_are_text() -> None:

@@ -296,6 +296,11 @@ def test_an_unknown_key_is_named() -> None:
     refusal = refusal_of({"messages": QUESTION, "min_p": 0.1})
     assert refusal.code == "unknown_parameter" and "'min_p'" in refusal.message and "--pass-key" in refusal.message
     assert "--pass-key" not in refusal_of({"messages": QUESTION, "api_base": "x"}).message
+    part = {**image(), "video_url": {}}
+    assert (
+        "of type 'image_url' has the key 'video_url'"
+        in refusal_of({"messages": [{**ASKED, "content": [part]}]}).message
+    )
 
 
 @pytest.mark.parametrize("value", [None, [], {}, ""], ids=str)
