@@ -99,11 +99,10 @@ class ImagePart(Typed):
 
     def written(self, urls: Iterator[str]) -> dict[str, Any]:
         """Return the part with the next of the judged images."""
-        found = super().written(urls)
-        detail = (
-            {} if isinstance(self.image_url, str) or not self.image_url.detail else {"detail": self.image_url.detail}
-        )
-        return {**found, "image_url": {"url": next(urls), **detail}}
+        shown = {"url": next(urls)}
+        if isinstance(self.image_url, ImageUrl) and self.image_url.detail is not None:
+            shown["detail"] = self.image_url.detail
+        return {**super().written(urls), "image_url": shown}
 
 
 def _kind_of_part(given: Any) -> str | None:

@@ -102,7 +102,7 @@ def _part(steps: list[Any], given: Any, _: dict[str, Any]) -> Refusal:
     kind = given.get("type") if isinstance(given, dict) else None
     where = place(steps)
     return bad_request(
-        f"{where} is of type '{shortened(str(kind))}': 'text' and 'image_url' are judged and passed on, "
+        f"{where} is of type '{shortened(kind) if isinstance(kind, str) else None}': 'text' and 'image_url' are judged and passed on, "
         "nothing else is.",
         code="unsupported_content",
         param=f"{where}.type" if isinstance(given, dict) else where,
