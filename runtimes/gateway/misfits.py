@@ -100,10 +100,10 @@ def _missing(steps: list[Any], _: Any, __: dict[str, Any]) -> Refusal:
 
 def _part(steps: list[Any], given: Any, _: dict[str, Any]) -> Refusal:
     kind = given.get("type") if isinstance(given, dict) else None
+    shown = shortened(kind) if isinstance(kind, str) else None
     where = place(steps)
     return bad_request(
-        f"{where} is of type '{shortened(kind) if isinstance(kind, str) else None}': 'text' and 'image_url' are judged and passed on, "
-        "nothing else is.",
+        f"{where} is of type '{shown}': 'text' and 'image_url' are judged and passed on, nothing else is.",
         code="unsupported_content",
         param=f"{where}.type" if isinstance(given, dict) else where,
     )
