@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 from models.image import MAX_PIXELS
+from runtimes.gateway.pass_keys import check_pass_keys
 
-__all__ = ["GatewayOptions"]
+__all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
+UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,10 @@ class GatewayOptions:
     hosts: frozenset[str] = frozenset()
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
+    upstream_kind: str = "unknown"
+    """One of :data:`UPSTREAM_KINDS`: what is known of how the upstream reads text."""
+    pass_keys: frozenset[str] = frozenset()
+    """Keys of a request beyond OpenAI's that go upstream, such as ``guided_json``."""
 
     @property
     def max_held(self) -> int:
@@ -56,6 +62,9 @@ class GatewayOptions:
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
         if not 0 <= self.batch_wait < self.guard_timeout:
             raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
+        if self.upstream_kind not in UPSTREAM_KINDS:
+            raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
+        check_pass_keys(self.pass_keys)
         for host in self.hosts:
             if not host or host != host.lower() or any(sign in host for sign in "/:@ "):
                 raise InputError(
