@@ -91,7 +91,7 @@ WHOLE = {
     "deep": (lambda h, _: h.reply(b"[" * 50_000), 502, "not JSON"),
     "no number": (lambda h, _: h.reply(b'{"choices": [{"logprob": -Infinity}]}'), 502, "not JSON"),
     "huge": (lambda h, _: h.reply(b" " * 300_000), 502, "more than 100000 bytes"),
-    "500 without an error": (lambda h, _: h.reply({}, status=500), 502, "HTTP 500"),
+    "500 without an error": (lambda h, _: h.reply({}, status=500), 500, "HTTP 500"),
     "redirects": (redirected, 502, "redirects"),
     "silent": (silent, 504, "in time"),
     "hangs up": (hung_up, 502, "broke"),
