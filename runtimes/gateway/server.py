@@ -253,6 +253,8 @@ class Connection(H11Protocol):
             return
         queue = self.server_state.fresh if self.cycle is None else self.server_state.kept
         queue.setdefault(self)
+        if self.conn.trailing_data[0]:  # half a head that came with an earlier request: this connection is not idle
+            self._unset_keepalive_if_required()
         if self._head_timer is None and self.timeout_keep_alive_task is None:
             self._head_timer = self.loop.call_later(self.server_state.options.header_timeout, self._head_is_late)
 

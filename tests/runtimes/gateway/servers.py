@@ -156,7 +156,7 @@ def serving(gateway: Gateway) -> Iterator[str]:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(600)
         bound.close()
         assert not thread.is_alive(), "the gateway did not end"
 

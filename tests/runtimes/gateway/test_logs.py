@@ -19,7 +19,7 @@ def test_lines_come_out_in_order() -> None:
         handler.emit(record(f"{number} \ud83d"))
     handler.finish(600)
     os.close(writer)
-    with open(reader, encoding="ascii") as lines:
+    with os.fdopen(reader, encoding="ascii") as lines:
         assert lines.read().splitlines() == [f"{number} \\ud83d" for number in range(100)]
 
 
@@ -30,7 +30,7 @@ def test_a_pipe_that_is_full_holds_up_nobody_and_what_was_dropped_is_counted() -
         handler.emit(record("x" * 1000))  # more than the pipe and the queue hold
     assert handler.dropped > 0
     seen = 0
-    with open(reader, "rb") as lines:
+    with os.fdopen(reader, "rb") as lines:
         while seen < WAITING + 2000:
             line = lines.readline()
             seen += int(line.split(b":")[1].rstrip(b"}\n")) if line.startswith(b"{") else 1
