@@ -68,10 +68,10 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
             raise
         raise MissingExtraError(str(error.name), "gateway", "the gateway") from error
     gateway = _gateway(given)
-    if gateway.upstream is not None:
-        check_speaks_http(gateway.upstream)
     warn_of_random_weights(given["bundle"], gateway.gate.language)
     app = create_app(gateway)
+    if gateway.upstream is not None:
+        check_speaks_http(gateway.upstream)
     lines = _log_to_stdout(ACCESS)
     server = GatewayServer(app, gateway.options, shutdown_timeout=shutdown_timeout)
     logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import h11
 import httpx
 
 from models.errors import InputError
@@ -308,22 +308,32 @@ def _read_json(content: bytes) -> Any:
 
 def check_speaks_http(url: str) -> None:
     """Raise InputError where something answers at an address, but no HTTP; warn where nothing answers yet."""
+    parsed = httpx.URL(url)
+    refused = InputError(
+        f"--upstream {url} does not speak {parsed.scheme.upper()}. "
+        "Give the base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
+    )
     try:
-        with httpx.Client(trust_env=False, timeout=PROBE_SECONDS) as client, client.stream("GET", f"{url}/models"):
-            return
-    except httpx.InvalidURL:
-        return  # refused with its own words where it is opened
-    except httpx.HTTPError as error:
-        reasons = list(_causes(error))
-    if any(isinstance(each, h11.RemoteProtocolError | ssl.SSLError) for each in reasons):
-        raise InputError(
-            f"--upstream {url} does not speak {url.partition(':')[0].upper()}: {reasons[-1]}. "
-            "Give the base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
-        )
-    _log.warning("--upstream %s does not answer yet (%s)", url, type(reasons[0]).__name__)
+        said = _first_bytes(parsed)
+    except ssl.SSLEOFError:  # as a proxy does whose server is not up
+        said = b""
+    except ssl.SSLError as error:
+        raise refused from error
+    except OSError:
+        said = b""
+    if not b"HTTP/".startswith(said[:5]):  # a part of it, or nothing, says nothing yet
+        raise refused
+    if not said:
+        _log.warning("--upstream %s does not answer yet", url)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _first_bytes(url: httpx.URL) -> bytes:
+    """Return the first bytes that a server answers; none where it closes."""
+    host, secure = url.raw_host.decode("ascii"), url.scheme == "https"
+    path = url.raw_path.decode("ascii").rstrip("/")
+    with socket.create_connection((host.strip("[]"), url.port or (443 if secure else 80)), PROBE_SECONDS) as plain:
+        context = httpx.create_ssl_context(trust_env=False) if secure else None
+        with plain if context is None else context.wrap_socket(plain, server_hostname=host) as server:
+            head = f"GET {path}/models HTTP/1.1\r\nHost: {url.netloc.decode('ascii')}\r\nConnection: close\r\n\r\n"
+            server.sendall(head.encode("ascii"))
+            return server.recv(64)
