@@ -44,6 +44,7 @@ from runtimes.gateway.serving import (
     unrouted,
 )
 from runtimes.gateway.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.threads import off_loop
 from runtimes.gateway.upstream import Events, HttpUpstream
 from runtimes.judge import Guard
 from runtimes.policy import Policy
@@ -175,7 +176,7 @@ class _Running:
         check_key(request, self.gateway.client_key)
         if self.http is not None:
             passed = await self.http.models(self._headers(request))
-            return JsonResponse(passed.body, status_code=passed.status, headers=passed.headers)
+            return await off_loop(passed.size, lambda: JsonResponse(passed.body, passed.status, passed.headers))
         model = {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
         return JsonResponse({"object": "list", "data": [model]})
 
@@ -238,7 +239,8 @@ class _Running:
         headers = self._headers(request)
         if not parsed.stream:
             passed = await or_gone(request, upstream.complete(body, headers))
-            return JsonResponse({**passed.body, FIELD: stated}, status_code=passed.status, headers=passed.headers)
+            answer = {**passed.body, FIELD: stated}
+            return await off_loop(passed.size, lambda: JsonResponse(answer, passed.status, passed.headers))
         found = await or_gone(request, upstream.stream(body, headers))
         if not isinstance(found, Events):
             return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)

@@ -46,6 +46,12 @@ class GatewayOptions:
     """One of :data:`UPSTREAM_KINDS`: what is known of how the upstream reads text."""
     pass_keys: frozenset[str] = frozenset()
     """Keys of a request beyond OpenAI's that go upstream, such as ``guided_json``."""
+    header_timeout: float = 15.0
+    """Seconds in which a request's head must arrive, from the connection's start or the head's first byte."""
+    write_timeout: float = 30.0
+    """Seconds in which a client must take some of what waits to be sent to it; then it is cut off."""
+    max_connections: int = 1024
+    """Connections at once. A further one takes the place of the one that has waited longest without a request."""
 
     @property
     def max_held(self) -> int:
@@ -53,10 +59,12 @@ class GatewayOptions:
         return 16 * self.max_pixels
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue"):
+        numbers = ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue")
+        for name in (*numbers, "max_connections"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
-        for name in ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout"):
+        times = ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout")
+        for name in (*times, "header_timeout", "write_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -12,6 +13,7 @@ from runtimes.gate_result import GateResult
 from runtimes.gateway.answers import DONE, chunk, error_event
 from runtimes.gateway.embedded import Told
 from runtimes.gateway.refusal import Refusal, guard_error, upstream_error
+from runtimes.gateway.serving import shutting_down
 
 __all__ = ["EventsResponse", "answer_events", "failure", "refusal_events", "rest"]
 
@@ -31,12 +33,33 @@ class EventsResponse(StreamingResponse):
         self._close = close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send what the source yields."""
+        """Send what the source yields; cut off by the server's end, say so in an event."""
+        begun = ended = False
+
+        async def sending(message: Any) -> None:
+            nonlocal begun, ended
+            begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, sending)
+        except asyncio.CancelledError:
+            if begun and not ended:
+                await sending({"type": "http.response.body", "body": error_event(shutting_down()), "more_body": False})
+            raise
         finally:
             if self._close is not None:
                 await self._close()
+
+    async def stream_response(self, send: Any) -> None:
+        """Send the events; the last is sent as such, so that this request is over when its reader has it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ended = False
+        async for piece in self.body_iterator:
+            ended = piece == DONE
+            await send({"type": "http.response.body", "body": piece, "more_body": not ended})
+        if not ended:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def refusal_events(model: str, text: str, stated: dict[str, Any]) -> AsyncIterator[bytes]:

