@@ -30,8 +30,10 @@ from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal
+from runtimes.gateway.refusal import Refusal, no_such_model
 from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
+from runtimes.gateway.responses_api import as_response
+from runtimes.gateway.responses_request import parse_response
 from runtimes.gateway.serving import (
     NOTES,
     ClientGone,
@@ -145,7 +147,18 @@ class _Running:
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
-        parsed = await read_body(request, self.options, parse_chat)
+        return await self._answered(request, await read_body(request, self.options, parse_chat))
+
+    async def responses(self, request: Request) -> Response:
+        check_key(request, self.gateway.client_key)
+        asked = await read_body(request, self.options, parse_response)
+        try:
+            return as_response(asked, await self._answered(request, asked.chat))
+        except Refusal as refusal:
+            raise asked.named(refusal) from None
+
+    async def _answered(self, request: Request, parsed: ChatRequest) -> Response:
+        """Answer a chat request, whose images are judged before anything else."""
         notes = request.scope[NOTES]
         notes["images"] = len(parsed.images)
         question = parsed.question() if self.embedded is not None else ""
@@ -176,8 +189,16 @@ class _Running:
         if self.http is not None:
             passed = await self.http.models(self._headers(request))
             return JsonResponse(passed.body, status_code=passed.status, headers=passed.headers)
-        model = {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
-        return JsonResponse({"object": "list", "data": [model]})
+        return JsonResponse({"object": "list", "data": [self._own_model()]})
+
+    async def model(self, request: Request, name: str) -> Response:
+        check_key(request, self.gateway.client_key)
+        if self.http is not None:
+            passed = await self.http.models(self._headers(request), name)
+            return JsonResponse(passed.body, status_code=passed.status, headers=passed.headers)
+        if name != self.gateway.name:
+            raise no_such_model(name)
+        return JsonResponse(self._own_model())
 
     async def health(self) -> Response:
         stuck = not self.judging.batching.working or self.gateway.gate.stuck > 0
@@ -288,6 +309,9 @@ class _Running:
         )
         return self._refuse(request, parsed, harm, result.stage, stated)
 
+    def _own_model(self) -> dict[str, Any]:
+        return {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
+
     def _headers(self, request: Request) -> dict[str, str]:
         headers = dict(request.headers)
         if self.gateway.client_key is not None:
@@ -308,8 +332,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):
         app.add_exception_handler(error, handler)
     app.add_api_route("/v1/chat/completions", running.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/responses", running.responses, methods=["POST"], response_model=None)
     app.add_api_route("/v1/guard", running.guard_images, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", running.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", running.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", running.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", running.numbers, methods=["GET"], response_model=None)
     return app

@@ -42,7 +42,13 @@ ACCESS = "safevlm.gateway.access"
 """The logger of access lines: JSON without images, prompts, answers, keys or addresses."""
 NOTES = "safevlm"
 """Where a handler leaves what the access line says of its request."""
-PATHS = frozenset(("/v1/chat/completions", "/v1/guard", "/v1/models", "/healthz", "/metrics"))
+MODELS = "/v1/models/"
+PATHS = frozenset(
+    (
+        *("/v1/chat/completions", "/v1/responses", "/v1/guard", "/v1/models", f"{MODELS}{{id}}"),
+        *("/healthz", "/metrics", "/openapi.json"),
+    )
+)
 UNCOUNTED = frozenset(("/healthz", "/metrics"))
 GONE = 499
 BACKLOG = 2048
@@ -114,7 +120,8 @@ class Served:
             self.metrics.in_flight.set(self._serving)
 
     def _note(self, scope: Scope, notes: dict[str, Any], status: int, ms: float) -> None:
-        path = scope["path"] if scope["path"] in PATHS else "other"
+        path = f"{MODELS}{{id}}" if scope["path"].startswith(MODELS) else scope["path"]
+        path = path if path in PATHS else "other"
         outcome = notes.get("outcome", _outcome(status))
         self.metrics.requests.labels(path, outcome).inc()
         line = {

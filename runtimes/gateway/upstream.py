@@ -7,11 +7,13 @@ stands nowhere else. An answer that is no chat completion, or a stream that ends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -19,7 +21,7 @@ from models.errors import InputError
 from runtimes.gateway.answers import DONE, error_event, strict_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal, upstream_error
+from runtimes.gateway.refusal import Refusal, no_such_model, upstream_error
 
 __all__ = ["Events", "HttpUpstream", "Passed"]
 
@@ -29,6 +31,7 @@ MAX_LINE = 4 * 2**20
 FIELDS = (b"event:", b"id:", b"retry:")
 """Of server-sent events, beside ``data``: nothing that a client of chat completions reads."""
 KEY_REFUSED = (401, 403)
+NOT_SERVED = (404, 405)
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,21 @@ class HttpUpstream:
         except httpx.HTTPError:
             return False
 
-    async def models(self, headers: Mapping[str, str]) -> Passed:
-        """Return what the upstream says of its models. Errors: Refusal."""
-        request = self._open().build_request("GET", f"{self.url}/models", headers=self._headers(headers))
+    async def models(self, headers: Mapping[str, str], name: str | None = None) -> Passed:
+        """Return what the upstream says of its models, or of one. Errors: Refusal."""
+        if name is None:
+            return await self._models("", headers)
+        if "%" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):  # leads elsewhere, or may do so there
+            raise no_such_model(name)
+        with contextlib.suppress(Refusal):
+            found = await self._models(f"/{quote(name, safe='')}", headers)
+            if found.status not in NOT_SERVED:
+                return found
+        return _of_list(await self._models("", headers), name)  # several servers serve the list alone
+
+    async def _models(self, path: str, headers: Mapping[str, str]) -> Passed:
+        url = f"{self.url}/models{path}"
+        request = self._open().build_request("GET", url, headers=self._headers(headers))
         async with _Sent(self, request) as response:
             return await self._passed(response, headers)
 
@@ -194,6 +209,17 @@ class HttpUpstream:
             return upstream_error("the upstream cannot be reached.", code="upstream_unreachable")
         self.metrics.upstream.labels("died").inc()
         return upstream_error("the connection to the upstream broke.")
+
+
+def _of_list(listed: Passed, name: str) -> Passed:
+    """Return one model of a list of models. Errors: Refusal, 404, where it is not in there."""
+    if listed.status != httpx.codes.OK:
+        return listed
+    models = listed.body.get("data")
+    for model in models if isinstance(models, list) else ():
+        if isinstance(model, dict) and model.get("id") == name:
+            return Passed(listed.status, model)
+    raise no_such_model(name)
 
 
 class Events:
