@@ -40,6 +40,7 @@ sends a request just when it is closed."""
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
 @click.option("--allow-private-hosts", is_flag=True, help="Let allowed hosts have addresses that are not public.")
 @click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
@@ -124,6 +125,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         require_image=given["require_image"],
         hosts=frozenset(given["allow_host"]),
         private_hosts=given["allow_private_hosts"],
+        cors_origins=given["cors_origin"],
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

@@ -26,6 +26,7 @@ from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult, refusal_text
 from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm
+from runtimes.gateway.cors import add_cors
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics
@@ -329,6 +330,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.failure = None
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
+    add_cors(app, gateway.options.cors_origins)  # outermost: what is refused can be read, too
     for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):
         app.add_exception_handler(error, handler)
     app.add_api_route("/v1/chat/completions", running.chat, methods=["POST"], response_model=None)

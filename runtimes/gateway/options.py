@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from models.errors import InputError
@@ -11,6 +12,10 @@ from models.image import MAX_PIXELS
 __all__ = ["GatewayOptions"]
 
 MEBIBYTE = 2**20
+ORIGIN = re.compile(
+    r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+"""Scheme, host and port as a browser writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class GatewayOptions:
     hosts: frozenset[str] = frozenset()
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
+    cors_origins: tuple[str, ...] = ()
+    """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
 
     @property
     def max_held(self) -> int:
@@ -56,6 +63,12 @@ class GatewayOptions:
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
         if not 0 <= self.batch_wait < self.guard_timeout:
             raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):
+                raise InputError(
+                    f"--cors-origin {origin[:80]}: an origin as browsers send it is allowed, such as "
+                    "https://app.example (lower case, no path, no standard port); or * alone for all."
+                )
         for host in self.hosts:
             if not host or host != host.lower() or any(sign in host for sign in "/:@ "):
                 raise InputError(

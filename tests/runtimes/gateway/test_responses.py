@@ -130,7 +130,7 @@ def streamed(*deltas: dict[str, Any], ended: str = "stop") -> Any:
         handler.begin_stream()
         for delta in deltas:
             handler.event({"model": "m", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-        handler.event({"choices": [{"index": 0, "delta": {}, "finish_reason": ended}]})
+        handler.event({"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": ended}]})
         handler.event({"choices": [], "usage": USAGE})
         handler.event(b"[DONE]")
         handler.close_connection = True
@@ -217,6 +217,11 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, upstream: Upstream, 
     assert last.type == "response.failed" and last.response.error and last.response.status == "failed"
 
 
+def user(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": list(parts)}]}
+
+
+OUTPUT = [{"type": "input_text", "text": "x"}, {"type": "input_image", "image_url": "data:,x"}]
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "stored": ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored"),
     "conversation": ({"conversation": {"id": "c"}}, "conversation", "nothing is stored"),
@@ -226,22 +231,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "messages": ({"messages": [{"role": "user", "content": "x"}]}, "messages", "not taken"),
     "no input": ({"input": None}, "input", ""),
     "empty": ({"input": []}, "input", "at least 1"),
-    "file": ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input[0].content[0].file_id", "not stored"),
-    "input_file": ({"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]}, "input[0].content[0]", "'input_file'"),
+    "file": (user({"type": "input_image", "file_id": "f"}), "input[0].content[0].file_id", "not stored"),
+    "input_file": (user({"type": "input_file", "file_data": "x"}), "input[0].content[0]", "'input_file'"),
     "item": ({"input": [{"type": "computer_call_output"}]}, "input[0]", "'computer_call_output'"),
     "reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "'item_reference'"),
     "tool": ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
     "type": ({"temperature": "1"}, "temperature", "number"),
-    "range": ({"top_p": 2}, "top_p", "less than or equal to 1"),
+    "range": ({"top_p": 2}, "top_p", "1"),
     "damaged": ({"input": asked("data:image/png;base64,AAAA")}, "input[0].content[0]", ""),
     "host": ({"input": [*asked(), *asked("http://169.254.169.254/x")]}, "input[1].content[0]", "data URL"),
     "in text": ({"instructions": f"![]({SAFE_URL})"}, "instructions", ""),
     "output": (
-        {"input": [{"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "x"}, {"type": "input_image", "image_url": "data:,x"}]}]},
+        {"input": [{"type": "function_call_output", "call_id": "a", "output": OUTPUT}]},
         "input[0].output[1]",
         "",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
