@@ -38,6 +38,7 @@ __all__ = ["Asked", "parse_response"]
 
 SHOWN = 80
 STORED = "nothing is stored here: send the whole conversation as 'input'."
+ITEM = "items are not stored here: send the item itself (clients do so with 'store': false)."
 REFUSED = {
     "previous_response_id": STORED,
     "conversation": STORED,
@@ -210,6 +211,8 @@ def _refused(errors: Sequence[ErrorDetails]) -> Refusal:
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         context = error.get("ctx", {})
         kind, taken = str(context.get("tag", ""))[:SHOWN], context.get("expected_tags", "a type")
+        if kind == "item_reference":
+            return bad_request(f"{where}: {ITEM}", code="unsupported_content", param=where)
         return bad_request(f"{where} is of type {kind!r}; {taken} are taken.", code="unsupported_content", param=where)
     return bad_request(f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}.", param=where)
 
