@@ -40,6 +40,14 @@ sends a request just when it is closed."""
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
 @click.option("--allow-private-hosts", is_flag=True, help="Let allowed hosts have addresses that are not public.")
 @click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
+@click.option(
+    "--upstream-kind",
+    type=click.Choice(["unknown", "vllm", "llama-server", "openai", "tgi", "litellm"]),
+    default="unknown",
+    show_default=True,
+    help="What the upstream is: text that some servers make an image of is refused unless it is known not to.",
+)
+@click.option("--pass-key", multiple=True, help="Key beyond OpenAI's to pass upstream, such as guided_json.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
@@ -125,6 +133,8 @@ def _gateway(given: dict[str, Any]) -> Any:
         require_image=given["require_image"],
         hosts=frozenset(given["allow_host"]),
         private_hosts=given["allow_private_hosts"],
+        upstream_kind=given["upstream_kind"],
+        pass_keys=frozenset(given["pass_key"]),
         cors_origins=given["cors_origin"],
     )
     if given["bundle"] is None and given["model"] is None:

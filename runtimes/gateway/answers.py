@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi.responses import Response
 
+from models.json_file import parse_json
 from runtimes.gateway.judging import Judged
 from runtimes.gateway.refusal import Refusal
 
@@ -43,12 +44,12 @@ class JsonResponse(Response):
 
 
 def strict_json(content: bytes) -> Any:
-    """Return what JSON says. Errors: ValueError, for NaN and Infinity too, which are none; RecursionError."""
-    return json.loads(content, parse_constant=_no_constant)
+    """Return what JSON says that means one thing, but for lone surrogates, which models do write.
 
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    Raises:
+        ValueError: What :func:`models.json_file.parse_json` refuses: repeated keys, NaN, too deep, too many items.
+    """
+    return parse_json(content, halves=True)
 
 
 def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[str, Any]:

@@ -254,7 +254,7 @@ class _Running:
     async def _passed_on(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
     ) -> Response:
-        body = parsed.with_images(await self.judging.png_urls(judged)) if judged else parsed.body
+        body = parsed.upstream_body(await self.judging.png_urls(judged))
         stated = safe_vlm(judged, self.gateway.gate.digest)
         request.scope[NOTES]["outcome"] = "allowed"
         headers = self._headers(request)

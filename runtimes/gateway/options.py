@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 from models.image import MAX_PIXELS
+from runtimes.gateway.pass_keys import check_pass_keys
 
-__all__ = ["GatewayOptions"]
+__all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
+UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
 ORIGIN = re.compile(
     r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
 )
@@ -45,6 +47,10 @@ class GatewayOptions:
     hosts: frozenset[str] = frozenset()
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
+    upstream_kind: str = "unknown"
+    """One of :data:`UPSTREAM_KINDS`: what is known of how the upstream reads text."""
+    pass_keys: frozenset[str] = frozenset()
+    """Keys of a request beyond OpenAI's that go upstream, such as ``guided_json``."""
     cors_origins: tuple[str, ...] = ()
     """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
 
@@ -63,6 +69,9 @@ class GatewayOptions:
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
         if not 0 <= self.batch_wait < self.guard_timeout:
             raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
+        if self.upstream_kind not in UPSTREAM_KINDS:
+            raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
+        check_pass_keys(self.pass_keys)
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):
                 raise InputError(

@@ -1,11 +1,19 @@
-"""The body of ``POST /v1/responses``, typed: what is taken, and nothing else. Unknown keys are refused."""
+"""The body of ``POST /v1/responses``, typed: what is taken, and nothing else.
+
+The reference is ``openai.types.responses.response_create_params``. Beside what asks for something stand keys that are
+hints or say what was so in an earlier turn: they are read and left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
+
+from runtimes.gateway.chat_messages import CacheBreakpoint
+from runtimes.gateway.chat_types import CHOICE, Length
+from runtimes.gateway.typed import CONTENT, Between, Free, Label, Name, Typed, tag_of
 
 __all__ = [
     "FunctionCall",
@@ -13,6 +21,7 @@ __all__ = [
     "FunctionChoice",
     "InputImage",
     "InputText",
+    "Item",
     "Message",
     "OutputRefusal",
     "OutputText",
@@ -26,36 +35,35 @@ __all__ = [
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class _Typed(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+def _by_type(*kinds: str, otherwise: str | None = None) -> Discriminator:
+    def kind_of(given: Any) -> str | None:
+        kind = tag_of(given, "type") or otherwise
+        return f"<{kind}>" if kind in kinds else None
+
+    find: Callable[[Any], str | None] = kind_of
+    wanted = ", ".join(f"'{kind}'" for kind in kinds)
+    return Discriminator(find, custom_error_type="kind", custom_error_message=f"of type {wanted}")
 
 
-class Breakpoint(_Typed):
-    """A hint for a cache, which is left out."""
-
-    mode: Literal["explicit"]
-    ttl: Literal["30m", "12h"] | None = None
-
-
-class InputText(_Typed):
+class InputText(Typed):
     """Text of a message or of a function's output."""
 
     type: Literal["input_text"]
     text: str
-    prompt_cache_breakpoint: Breakpoint | None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
-class InputImage(_Typed):
+class InputImage(Typed):
     """An image: a data URL, or an http(s) URL where the server allows the host."""
 
     type: Literal["input_image"]
-    image_url: str = Field(json_schema_extra={"format": "image-url"})
+    image_url: Annotated[str, Field(min_length=1)]
     detail: Literal["auto", "low", "high", "original"] | None = None
     file_id: None = None
-    prompt_cache_breakpoint: Breakpoint | None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
-class OutputText(_Typed):
+class OutputText(Typed):
     """What the model said in an earlier turn."""
 
     type: Literal["output_text"]
@@ -64,124 +72,144 @@ class OutputText(_Typed):
     logprobs: list[Any] | None = None
 
 
-class OutputRefusal(_Typed):
+class OutputRefusal(Typed):
     """What was refused in an earlier turn."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-class Message(_Typed):
+Part = Annotated[
+    Annotated[InputText, Tag("<input_text>")]
+    | Annotated[InputImage, Tag("<input_image>")]
+    | Annotated[OutputText, Tag("<output_text>")]
+    | Annotated[OutputRefusal, Tag("<refusal>")],
+    _by_type("input_text", "input_image", "output_text", "refusal"),
+]
+OutputPart = Annotated[
+    Annotated[InputText, Tag("<input_text>")] | Annotated[InputImage, Tag("<input_image>")],
+    _by_type("input_text", "input_image"),
+]
+
+
+class Message(Typed):
     """A message of any role, from a client or from an earlier answer."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Annotated[InputText | InputImage | OutputText | OutputRefusal, Field(discriminator="type")]]
-    id: str | None = None
+    content: Annotated[
+        Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(fail_fast=True), Tag("<parts>")], CONTENT
+    ]
+    id: Label | None = None
     status: Status | None = None
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class FunctionCall(_Typed):
+class FunctionCall(Typed):
     """A function that the model called in an earlier turn."""
 
     type: Literal["function_call"]
-    call_id: str
-    name: str
+    call_id: Label
+    name: Name
     arguments: str
-    id: str | None = None
+    id: Label | None = None
     status: Status | None = None
     namespace: None = None
     caller: None = None
     async_: Literal[False] | None = Field(default=None, alias="async")
 
 
-class FunctionCallOutput(_Typed):
+class FunctionCallOutput(Typed):
     """What a called function returned: text, or parts, images among them."""
 
     type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
-    id: str | None = None
+    call_id: Label
+    output: Annotated[
+        Annotated[str, Tag("<string>")] | Annotated[list[OutputPart], Field(fail_fast=True), Tag("<parts>")], CONTENT
+    ]
+    id: Label | None = None
     status: Status | None = None
-    name: str | None = None
+    name: Label | None = None
     namespace: None = None
     caller: None = None
 
 
-class ReasoningText(_Typed):
+class ReasoningText(Typed):
     """A piece of an earlier turn's reasoning."""
 
     type: Literal["summary_text", "reasoning_text"]
     text: str
 
 
-class ReasoningItem(_Typed):
+class ReasoningItem(Typed):
     """An earlier turn's reasoning, which is left out."""
 
     type: Literal["reasoning"]
-    id: str | None = None
+    id: Label | None = None
     summary: list[ReasoningText] | None = None
     content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
     status: Status | None = None
 
 
-def _kind(item: Any) -> Any:
-    given = item.get("type") if isinstance(item, Mapping) else getattr(item, "type", None)
-    return "message" if given is None else given
-
-
 Item = Annotated[
-    Annotated[Message, Tag("message")]
-    | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[FunctionCallOutput, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind),
+    Annotated[Message, Tag("<message>")]
+    | Annotated[FunctionCall, Tag("<function_call>")]
+    | Annotated[FunctionCallOutput, Tag("<function_call_output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")],
+    _by_type("message", "function_call", "function_call_output", "reasoning", otherwise="message"),
 ]
 
 
-class PlainFormat(_Typed):
+class PlainFormat(Typed):
     """Text, or any JSON object."""
 
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(_Typed):
+class SchemaFormat(Typed):
     """JSON of a schema."""
 
     type: Literal["json_schema"]
-    name: str
-    schema_: dict[str, Any] = Field(alias="schema")
+    name: Name
+    schema_: Free = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
 
-class Text(_Typed):
+Format = Annotated[
+    Annotated[PlainFormat, Tag("<text>")]
+    | Annotated[PlainFormat, Tag("<json_object>")]
+    | Annotated[SchemaFormat, Tag("<json_schema>")],
+    _by_type("text", "json_object", "json_schema"),
+]
+
+
+class Text(Typed):
     """The form of the answer."""
 
-    format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Format | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class FunctionTool(_Typed):
+class FunctionTool(Typed):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Free | None = None
     strict: bool | None = None
 
 
-class FunctionChoice(_Typed):
+class FunctionChoice(Typed):
     """The function that is to be called."""
 
     type: Literal["function"]
-    name: str
+    name: Name
 
 
-class Reasoning(_Typed):
+class Reasoning(Typed):
     """How long to think; summaries are a hint that is left out."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -189,43 +217,51 @@ class Reasoning(_Typed):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class StreamOptions(_Typed):
+class StreamOptions(Typed):
     """Of a stream; there is no padding to leave out."""
 
     include_obfuscation: bool | None = None
 
 
-class ResponseBody(_Typed):
-    """The body of ``POST /v1/responses``. ``store`` is read and nothing is stored, as the answer says."""
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataText = Annotated[str, Field(max_length=512)]
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
-    model: str | None = None
+
+class ResponseBody(Typed):
+    """The body. ``store`` is read and nothing is stored, as the answer says."""
+
+    input: Annotated[
+        Annotated[str, Tag("<string>")] | Annotated[list[Item], Field(fail_fast=True, min_length=1), Tag("<parts>")],
+        CONTENT,
+    ]
+    model: Annotated[str, Between(1, 256)] | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, ge=0, le=1)
+    max_output_tokens: Length | None = None
+    temperature: Annotated[float, Between(0, 2)] | None = None
+    top_p: Annotated[float, Between(0, 1)] | None = None
     text: Text | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=1024)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[FunctionChoice, Tag("<object>")],
+            CHOICE,
+        ]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    metadata: Annotated[dict[MetadataKey, MetadataText], Field(max_length=16)] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    max_tool_calls: int | None = Field(default=None, ge=1)
+    max_tool_calls: Length | None = None
     background: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     previous_response_id: None = None

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
+from models.printable import shortened
+from runtimes.gateway.misfits import misfit, place
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request
 from runtimes.gateway.requests import ChatRequest, parse_chat
@@ -36,9 +37,8 @@ from runtimes.gateway.responses_model import (
 
 __all__ = ["Asked", "parse_response"]
 
-SHOWN = 80
 STORED = "nothing is stored here: send the whole conversation as 'input'."
-ITEM = "items are not stored here: send the item itself (clients do so with 'store': false)."
+ITEM = "names an item that is not stored here: send the item itself (clients do so with 'store': false)."
 REFUSED = {
     "previous_response_id": STORED,
     "conversation": STORED,
@@ -58,6 +58,7 @@ NAMES = {
 """Keys of a chat request that are written here, and what the client calls them."""
 _PLACE = re.compile(r"messages\[(\d+)\](?:\.(content|tool_calls)\[(\d+)\])?")
 _TOOL = re.compile(r"(tools\[\d+\])\.function\b")
+_TAG = re.compile(r"\.?<\w+>")
 _NAME = re.compile(r"\b(?:" + "|".join(NAMES) + r")\b")
 
 
@@ -79,12 +80,13 @@ def parse_response(body: Any, options: GatewayOptions) -> Asked:
     if not isinstance(body, dict):
         raise bad_request("the body must be a JSON object.")
     try:
-        typed = ResponseBody.model_validate(body)
+        typed = ResponseBody.model_validate({key: body[key] for key in body if key not in options.pass_keys})
     except ValidationError as error:
-        raise _refused(error.errors(include_url=False)) from None
+        raise _refused(error) from None
     chat, places = _Conversation().of(typed)
+    passed = {key: body[key] for key in body if key in options.pass_keys}
     try:
-        return Asked(body=typed, chat=parse_chat(chat, options), places=places)
+        return Asked(body=typed, chat=parse_chat({**passed, **chat}, options), places=places)
     except Refusal as refusal:
         raise _named(refusal, places) from None
 
@@ -141,8 +143,7 @@ class _Conversation:
 
 def _part(part: InputText | InputImage | OutputText | OutputRefusal) -> dict[str, Any]:
     if isinstance(part, InputImage):
-        detail = "high" if part.detail == "original" else part.detail
-        kept = {} if detail is None else {"detail": detail}
+        kept = {} if part.detail is None else {"detail": part.detail}
         return {"type": "image_url", "image_url": {"url": part.image_url, **kept}}
     return {"type": "text", "text": part.refusal if isinstance(part, OutputRefusal) else part.text}
 
@@ -168,8 +169,10 @@ def _settings(body: ResponseBody) -> dict[str, Any]:
             {"type": "function", "function": each.model_dump(exclude={"type"}, exclude_none=True)}
             for each in body.tools
         ]
-        named = isinstance(choice, FunctionChoice)
-        found["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice  # type: ignore[union-attr]
+        if isinstance(choice, FunctionChoice):
+            found["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        else:
+            found["tool_choice"] = choice
         found["parallel_tool_calls"] = body.parallel_tool_calls
     return {key: value for key, value in found.items() if value is not None}
 
@@ -182,7 +185,7 @@ def _format(form: PlainFormat | SchemaFormat) -> dict[str, Any]:
 
 def _named(refusal: Refusal, places: Mapping[str, str]) -> Refusal:
     def named(text: str) -> str:
-        text = _PLACE.sub(lambda found: _place(found, places), text)
+        text = _PLACE.sub(lambda found: _place(found, places), text).replace(".image_url.url", ".image_url")
         return _NAME.sub(lambda found: NAMES[found.group()], _TOOL.sub(r"\1", text))
 
     param = None if refusal.param is None else named(refusal.param)
@@ -198,45 +201,18 @@ def _place(found: re.Match[str], places: Mapping[str, str]) -> str:
     return places[message] + whole[len(message) :] if message in places else whole
 
 
-def _refused(errors: Sequence[ErrorDetails]) -> Refusal:
+def _refused(error: ValidationError) -> Refusal:
     """Return what a client is told of a body that is none: the first thing that is wrong with it."""
-    error = next((each for each in errors if each["loc"] and each["loc"][-1] in REFUSED), _first(errors))
-    where, key = _where(error["loc"]), str(error["loc"][-1]) if error["loc"] else ""
-    if key in REFUSED and error["type"] in ("none_required", "literal_error"):
-        return bad_request(f"{where}: {REFUSED[key]}", code="unsupported_parameter", param=where)
-    if error["type"] == "extra_forbidden":
-        return bad_request(f"{where}: this key is not taken.", code="unknown_parameter", param=where)
-    if error["type"] == "missing":
-        return bad_request(f"{where} is missing.", code="missing_required_parameter", param=where)
-    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        context = error.get("ctx", {})
-        kind, taken = str(context.get("tag", ""))[:SHOWN], context.get("expected_tags", "a type")
-        if kind == "item_reference":
-            return bad_request(f"{where}: {ITEM}", code="unsupported_content", param=where)
-        return bad_request(f"{where} is of type {kind!r}; {taken} are taken.", code="unsupported_content", param=where)
-    return bad_request(f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}.", param=where)
-
-
-def _first(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """Return the first error; of a list that might have been text, what is wrong in the list."""
-    return next((each for each in errors if each["type"] not in ("string_type", "list_type")), errors[0])
-
-
-def _where(loc: Sequence[str | int]) -> str:
-    """Return a place as a client would write it, without the names of the types that were tried there."""
-    where = ""
-    for step in loc:
-        if isinstance(step, int):
-            where += f"[{step}]"
-        elif step.isidentifier() and step not in TAGS:
-            where += f".{step}" if where else step
-    return where[:SHOWN] or "the body"
-
-
-TAGS = frozenset(
-    (
-        *("message", "function_call", "function_call_output", "str", "json_schema", "json_object"),
-        *("input_text", "input_image", "output_text", "refusal"),
-    )
-)
-"""Steps of pydantic's places that name a type, not a key."""
+    for found in error.errors(include_url=False):
+        steps = [step for step in found["loc"] if _TAG.fullmatch(str(step)) is None]
+        where, key = place(steps), str(steps[-1]) if steps else ""
+        if key in REFUSED and found["type"] in ("none_required", "literal_error"):
+            return bad_request(f"{where}: {REFUSED[key]}", code="unsupported_parameter", param=where)
+        if found["type"] == "kind":
+            kind = found["input"].get("type") if isinstance(found["input"], dict) else None
+            other = f"is of type '{shortened(str(kind))}': it must be {found['msg']}."
+            message = ITEM if kind == "item_reference" else other
+            return bad_request(f"{where} {message}", code="unsupported_content", param=where)
+    told = misfit(error)
+    param = None if told.param is None else _TAG.sub("", told.param)
+    return Refusal(told.status, told.kind, _TAG.sub("", told.message), code=told.code, param=param)
