@@ -30,6 +30,7 @@ from runtimes.gateway.cors import add_cors
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.openapi import openapi_document
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, no_such_model
 from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
@@ -207,6 +208,10 @@ class _Running:
         stated = {"status": "stuck" if stuck else "ok", "guard": "stuck" if stuck else "ready", "upstream": upstream}
         return JsonResponse(stated, status_code=503 if stuck else 200)
 
+    async def described(self) -> Response:
+        asks, passes = self.gateway.client_key is not None, self.http is not None
+        return JsonResponse(openapi_document(self.options, key=asks, upstream=passes))
+
     async def numbers(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -339,6 +344,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_api_route("/v1/models", running.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", running.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", running.health, methods=["GET"], response_model=None)
+    app.add_api_route("/openapi.json", running.described, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", running.numbers, methods=["GET"], response_model=None)
     return app
 

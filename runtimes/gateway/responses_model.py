@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from runtimes.gateway.chat_messages import CacheBreakpoint
 from runtimes.gateway.chat_types import CHOICE, Length
@@ -33,6 +33,10 @@ __all__ = [
 ]
 
 Status = Literal["in_progress", "completed", "incomplete"]
+
+
+Strictly = BeforeValidator(lambda given: given if isinstance(given, bool) else str(given))
+"""0 is no ``False``, though Python has them equal."""
 
 
 def _by_type(*kinds: str, otherwise: str | None = None) -> Discriminator:
@@ -116,7 +120,7 @@ class FunctionCall(Typed):
     status: Status | None = None
     namespace: None = None
     caller: None = None
-    async_: Literal[False] | None = Field(default=None, alias="async")
+    async_: Annotated[Literal[False], Strictly] | None = Field(default=None, alias="async")
 
 
 class FunctionCallOutput(Typed):
@@ -262,8 +266,8 @@ class ResponseBody(Typed):
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     max_tool_calls: Length | None = None
-    background: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    background: Annotated[Literal[False], Strictly] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None

@@ -206,7 +206,7 @@ def _refused(error: ValidationError) -> Refusal:
     for found in error.errors(include_url=False):
         steps = [step for step in found["loc"] if _TAG.fullmatch(str(step)) is None]
         where, key = place(steps), str(steps[-1]) if steps else ""
-        if key in REFUSED and found["type"] in ("none_required", "literal_error"):
+        if key in REFUSED and found["type"] in ("none_required", "literal_error", "less_than_equal"):
             return bad_request(f"{where}: {REFUSED[key]}", code="unsupported_parameter", param=where)
         if found["type"] == "kind":
             kind = found["input"].get("type") if isinstance(found["input"], dict) else None
