@@ -207,12 +207,8 @@ def _messages(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _answered() -> dict[str, Any]:
     error = {"message": TEXT, "type": MAYBE, "param": MAYBE, "code": {"type": ["string", "integer", "null"]}}
     verdict = {"verdict": TEXT, "images": {"type": "array", "items": OBJECT}, "bundle": MAYBE}
-    judged = {
-        "index": {"type": "integer"},
-        "verdict": {"enum": ["allow", "unsure", "block"]},
-        "label": TEXT,
-        "harm": MAYBE,
-    }
+    judged = {"index": {"type": "integer"}, "verdict": {"enum": ["allow", "unsure", "block"]}, "label": TEXT}
+    rows = {"type": "array", "items": _object(**judged)}
     return {
         "Error": _object(error=_object(**error)),
         "Verdict": _object(**verdict),

@@ -89,7 +89,7 @@ class HttpUpstream:
             raise no_such_model(name)
         with contextlib.suppress(Refusal):
             found = await self._models(f"/{quote(name, safe='')}", headers)
-            if found.status not in NOT_SERVED:
+            if "id" in found.body if found.status == httpx.codes.OK else found.status not in NOT_SERVED:
                 return found
         return _of_list(await self._models("", headers), name)  # several servers serve the list alone
 
