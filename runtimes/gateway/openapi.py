@@ -23,6 +23,7 @@ __all__ = ["openapi_document"]
 
 TEXT: dict[str, Any] = {"type": "string"}
 OBJECT: dict[str, Any] = {"type": "object"}
+EMPTY: dict[str, Any] = {"enum": [None, "", [], {}]}
 MAYBE: dict[str, Any] = {"type": ["string", "null"]}
 IMAGE_URL: dict[str, Any] = {
     "type": "string",
@@ -142,11 +143,13 @@ def _taken(options: GatewayOptions) -> dict[str, Any]:
         found |= _schemas(name, model)
     chat = found["Chat"]["properties"]
     for key in sorted(Chat.EMPTY - chat.keys()):
-        chat[key] = {"description": "Left empty, and left out.", "enum": [None, "", [], {}]}
+        chat[key] = {"description": "Left empty, and left out.", **EMPTY}
     for key in sorted(options.pass_keys):
         chat[key] = {"description": "Passed on: this server's operator allows it."}
         found["Responses"]["properties"][key] = chat[key]
-    chat["modalities"] = {"enum": [None, "", [], ["text"]]}
+    chat["modalities"] = {"const": ["text"]}
+    for key in chat.keys() - {"messages"}:
+        chat[key] = {"anyOf": [chat[key], EMPTY]}
     items = found["Responses"]["properties"]["input"]["oneOf"][1]
     items["contains"] = {**OBJECT, "not": {"properties": {"type": {"const": "reasoning"}}, "required": ["type"]}}
     found["Chat.Message"] = {"oneOf": _messages(found["Chat.Message"])}
@@ -196,7 +199,7 @@ def _messages(message: Mapping[str, Any]) -> list[dict[str, Any]]:
         if "content" in required:
             one["properties"]["content"] = one["properties"]["content"]["anyOf"][0]
         for key in Message.EMPTY:
-            one["properties"][key] = {"enum": [None, "", [], {}]}
+            one["properties"][key] = EMPTY
         found.append({**one, "required": list(required)})
     return found
 
