@@ -170,12 +170,13 @@ def _schemas(name: str, model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _untitled(schema: Any) -> Any:
-    """Leave out the titles and defaults that pydantic makes of names: keys of ``properties`` stay."""
+    """Leave out the titles and defaults that pydantic makes of names, and close objects whose keys have a pattern."""
     if isinstance(schema, list):
         return [_untitled(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
+    closed = {"additionalProperties": False} if "patternProperties" in schema else {}
+    return closed | {
         key: {name: _untitled(of) for name, of in value.items()} if key == "properties" else _untitled(value)
         for key, value in schema.items()
         if key not in ("title", "default")
