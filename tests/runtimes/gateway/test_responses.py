@@ -278,3 +278,35 @@ def test_a_completion_that_is_none(client: openai.OpenAI, upstream: Upstream, ch
     upstream.behave = lambda handler, _: handler.reply({"choices": choices})
     with pytest.raises(openai.APIStatusError, match="no chat completion"):
         client.responses.create(model="fake", input="x")
+
+
+HIDDEN: dict[str, dict[str, Any]] = {
+    "schema": {
+        "text": {"format": {"type": "json_schema", "name": "a", "schema": {"description": UNSAFE_URL}}},
+    },
+    "arguments": {
+        "input": [{"type": "function_call", "call_id": "a", "name": "b", "arguments": json.dumps({"u": UNSAFE_URL})}]
+    },
+    "tool": {"tools": [{"type": "function", "name": "a", "description": f"![]({UNSAFE_URL})"}]},
+    "parts": user({"type": "input_text", "text": UNSAFE_URL[:9]}, {"type": "input_text", "text": UNSAFE_URL[9:]}),
+    "reasoning": {
+        "input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": UNSAFE_URL}]}, *asked()]
+    },
+    "metadata": {"metadata": {"a": UNSAFE_URL[:500]}},
+    "annotations": {
+        "input": [
+            {
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "x", "annotations": [{"u": UNSAFE_URL}]}],
+            },
+            *asked(),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("place", HIDDEN)
+def test_an_image_in_any_other_value_goes_nowhere(address: str, upstream: Upstream, place: str) -> None:
+    """It is refused, or what holds it is left out."""
+    httpx.post(f"{address}/v1/responses", json={"model": "fake", "input": "x", **HIDDEN[place]})
+    assert UNSAFE_URL[30:200] not in json.dumps(upstream.requests)
