@@ -46,6 +46,7 @@ ENDING_SECONDS = 1.0
     help="What the upstream is: text that some servers make an image of is refused unless it is known not to.",
 )
 @click.option("--pass-key", multiple=True, help="Key beyond OpenAI's to pass upstream, such as guided_json.")
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
@@ -132,6 +133,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         header_timeout=given["header_timeout"],
         write_timeout=given["write_timeout"],
         max_connections=given["max_connections"],
+        cors_origins=given["cors_origin"],
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

@@ -26,12 +26,16 @@ from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult, refusal_text
 from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm
+from runtimes.gateway.cors import add_cors
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.openapi import openapi_document
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal
+from runtimes.gateway.refusal import Refusal, no_such_model
 from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
+from runtimes.gateway.responses_api import as_response
+from runtimes.gateway.responses_request import parse_response
 from runtimes.gateway.serving import (
     NOTES,
     ClientGone,
@@ -146,7 +150,18 @@ class _Running:
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
-        parsed = await read_body(request, self.options, parse_chat)
+        return await self._answered(request, await read_body(request, self.options, parse_chat))
+
+    async def responses(self, request: Request) -> Response:
+        check_key(request, self.gateway.client_key)
+        asked = await read_body(request, self.options, parse_response)
+        try:
+            return as_response(asked, await self._answered(request, asked.chat))
+        except Refusal as refusal:
+            raise asked.named(refusal) from None
+
+    async def _answered(self, request: Request, parsed: ChatRequest) -> Response:
+        """Answer a chat request, whose images are judged before anything else."""
         notes = request.scope[NOTES]
         notes["images"] = len(parsed.images)
         question = parsed.question() if self.embedded is not None else ""
@@ -177,14 +192,26 @@ class _Running:
         if self.http is not None:
             passed = await self.http.models(self._headers(request))
             return await off_loop(passed.size, lambda: JsonResponse(passed.body, passed.status, passed.headers))
-        model = {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
-        return JsonResponse({"object": "list", "data": [model]})
+        return JsonResponse({"object": "list", "data": [self._own_model()]})
+
+    async def model(self, request: Request, name: str) -> Response:
+        check_key(request, self.gateway.client_key)
+        if self.http is not None:
+            passed = await self.http.models(self._headers(request), name)
+            return await off_loop(passed.size, lambda: JsonResponse(passed.body, passed.status, passed.headers))
+        if name != self.gateway.name:
+            raise no_such_model(name)
+        return JsonResponse(self._own_model())
 
     async def health(self) -> Response:
         stuck = not self.judging.batching.working or self.gateway.gate.stuck > 0
         upstream = "embedded" if self.http is None else "ok" if await self.http.reachable() else "unreachable"
         stated = {"status": "stuck" if stuck else "ok", "guard": "stuck" if stuck else "ready", "upstream": upstream}
         return JsonResponse(stated, status_code=503 if stuck else 200)
+
+    async def described(self) -> Response:
+        asks, passes = self.gateway.client_key is not None, self.http is not None
+        return JsonResponse(openapi_document(self.options, key=asks, upstream=passes))
 
     async def numbers(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -290,6 +317,9 @@ class _Running:
         )
         return self._refuse(request, parsed, harm, result.stage, stated)
 
+    def _own_model(self) -> dict[str, Any]:
+        return {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
+
     def _headers(self, request: Request) -> dict[str, str]:
         headers = dict(request.headers)
         if self.gateway.client_key is not None:
@@ -307,12 +337,16 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.failure = None
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
+    add_cors(app, gateway.options.cors_origins)  # outermost: what is refused can be read, too
     for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):
         app.add_exception_handler(error, handler)
     app.add_api_route("/v1/chat/completions", running.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/responses", running.responses, methods=["POST"], response_model=None)
     app.add_api_route("/v1/guard", running.guard_images, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", running.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", running.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", running.health, methods=["GET"], response_model=None)
+    app.add_api_route("/openapi.json", running.described, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", running.numbers, methods=["GET"], response_model=None)
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from models.errors import InputError
@@ -13,6 +14,10 @@ __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
 UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
+ORIGIN = re.compile(
+    r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+"""Scheme, host and port as a browser writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class GatewayOptions:
     """Seconds in which a client must take some of what waits to be sent to it; then it is cut off."""
     max_connections: int = 1024
     """Connections at once. A further one takes the place of the one that has waited longest without a request."""
+    cors_origins: tuple[str, ...] = ()
+    """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
 
     @property
     def max_held(self) -> int:
@@ -73,6 +80,12 @@ class GatewayOptions:
         if self.upstream_kind not in UPSTREAM_KINDS:
             raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
         check_pass_keys(self.pass_keys)
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):
+                raise InputError(
+                    f"--cors-origin {origin[:80]}: an origin as browsers send it is allowed, such as "
+                    "https://app.example (lower case, no path, no standard port); or * alone for all."
+                )
         for host in self.hosts:
             if not host or host != host.lower() or any(sign in host for sign in "/:@ "):
                 raise InputError(

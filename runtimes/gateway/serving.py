@@ -48,8 +48,11 @@ NOTES = "safevlm"
 """Where a handler leaves what the access line says of its request."""
 DRAINING = "safevlm_draining"
 """Set in the server's state, and so in the scope of each request that comes after the signal to end."""
+MODELS = "/v1/models/"
 UNCOUNTED = frozenset(("/healthz", "/livez", "/readyz", "/metrics"))
-PATHS = UNCOUNTED | {"/v1/chat/completions", "/v1/guard", "/v1/models"}
+PATHS = UNCOUNTED | {
+    *("/v1/chat/completions", "/v1/responses", "/v1/guard", "/v1/models", f"{MODELS}{{id}}", "/openapi.json")
+}
 GONE = 499
 BACKLOG = 2048
 FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
@@ -131,7 +134,8 @@ class Served:
         self.metrics.in_flight.set(self._serving)
 
     def _note(self, scope: Scope, notes: dict[str, Any], status: int, ms: float) -> None:
-        path = scope["path"] if scope["path"] in PATHS else "other"
+        path = f"{MODELS}{{id}}" if scope["path"].startswith(MODELS) else scope["path"]
+        path = path if path in PATHS else "other"
         outcome = notes.get("outcome", _outcome(status))
         self.metrics.requests.labels(path, outcome).inc()
         line = {

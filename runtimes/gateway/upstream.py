@@ -7,6 +7,7 @@ stands nowhere else. An answer that is no chat completion, or a stream that ends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -15,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -23,7 +25,7 @@ from runtimes.gateway.answers import DONE, error_event, event, strict_json
 from runtimes.gateway.json_bounds import check_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal, upstream_error
+from runtimes.gateway.refusal import Refusal, no_such_model, upstream_error
 from runtimes.gateway.threads import json_thread, off_loop
 from runtimes.gateway.upstream_errors import MAX_ERROR, stated_error, upstream_words
 
@@ -44,6 +46,7 @@ MAX_NODES, MAX_DEPTH = 500_000, 100
 PROBE_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
+NOT_SERVED = (404, 405)
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,21 @@ class HttpUpstream:
         except httpx.HTTPError:
             return False
 
-    async def models(self, headers: Mapping[str, str]) -> Passed:
-        """Return what the upstream says of its models. Raises Refusal."""
+    async def models(self, headers: Mapping[str, str], name: str | None = None) -> Passed:
+        """Return what the upstream says of its models, or of one. Raises Refusal."""
+        if name is None:
+            return await self._models("", headers)
+        if "%" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):  # leads elsewhere, or may do so there
+            raise no_such_model(name)
+        with contextlib.suppress(Refusal):
+            found = await self._models(f"/{quote(name, safe='')}", headers)
+            if "id" in found.body if found.status == httpx.codes.OK else found.status not in NOT_SERVED:
+                return found
+        return _of_list(await self._models("", headers), name)  # several servers serve the list alone
+
+    async def _models(self, path: str, headers: Mapping[str, str]) -> Passed:
         more: dict[str, Any] = {"headers": self._headers(headers), "timeout": self._times(None)}
-        request = self._open().build_request("GET", f"{self.url}/models", **more)
-        return await self._whole(request, headers)
+        return await self._whole(self._open().build_request("GET", f"{self.url}/models{path}", **more), headers)
 
     async def complete(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed:
         """Return the upstream's whole answer. Raises Refusal for one that is none, and when it is down or slow."""
@@ -238,6 +251,17 @@ class HttpUpstream:
             return upstream_error("the upstream cannot be reached.", code="upstream_unreachable")
         self.metrics.upstream.labels("died").inc()
         return upstream_error("the connection to the upstream broke.")
+
+
+def _of_list(listed: Passed, name: str) -> Passed:
+    """Return one model of a list of models. Errors: Refusal, 404, where it is not in there."""
+    if listed.status != httpx.codes.OK:
+        return listed
+    models = listed.body.get("data")
+    for model in models if isinstance(models, list) else ():
+        if isinstance(model, dict) and model.get("id") == name:
+            return Passed(listed.status, model)
+    raise no_such_model(name)
 
 
 class Events:
