@@ -42,6 +42,7 @@ sends a request just when it is closed."""
 @click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
+@click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--max-images", type=click.IntRange(min=1), default=8, show_default=True, help="In one request.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), default=64, show_default=True, help="Requests at once.")
@@ -53,7 +54,7 @@ sends a request just when it is closed."""
 @click.option("--total-timeout", type=float, default=600.0, show_default=True, help="Seconds of a whole answer.")
 @click.option("--shutdown-timeout", type=int, default=30, show_default=True, help="Seconds for what is being served.")
 def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
-    """Serve /v1/chat/completions, /v1/models, /v1/guard, /healthz and /metrics, every image judged first.
+    """Serve /v1/chat/completions, /v1/models, /v1/guard, /livez, /readyz, /healthz and /metrics, every image judged first.
 
     SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line a request goes to standard output.
     """
@@ -124,6 +125,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         require_image=given["require_image"],
         hosts=frozenset(given["allow_host"]),
         private_hosts=given["allow_private_hosts"],
+        show_probabilities=given["show_probabilities"],
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

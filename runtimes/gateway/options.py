@@ -40,6 +40,8 @@ class GatewayOptions:
     hosts: frozenset[str] = frozenset()
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
+    show_probabilities: bool = False
+    """Whether clients are given probabilities, which let them search for the threshold."""
 
     @property
     def max_held(self) -> int:

@@ -26,6 +26,7 @@ from runtimes.gateway.refusal import Refusal, bad_request, overloaded
 
 __all__ = [
     "ACCESS",
+    "DRAINING",
     "NOTES",
     "ClientGone",
     "Served",
@@ -42,8 +43,10 @@ ACCESS = "safevlm.gateway.access"
 """The logger of access lines: JSON without images, prompts, answers, keys or addresses."""
 NOTES = "safevlm"
 """Where a handler leaves what the access line says of its request."""
-PATHS = frozenset(("/v1/chat/completions", "/v1/guard", "/v1/models", "/healthz", "/metrics"))
-UNCOUNTED = frozenset(("/healthz", "/metrics"))
+DRAINING = "safevlm_draining"
+"""Set in the server's state, and so in the scope of each request that comes after the signal to end."""
+UNCOUNTED = frozenset(("/healthz", "/livez", "/readyz", "/metrics"))
+PATHS = UNCOUNTED | {"/v1/chat/completions", "/v1/guard", "/v1/models"}
 GONE = 499
 BACKLOG = 2048
 FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
