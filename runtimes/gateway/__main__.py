@@ -54,9 +54,10 @@ sends a request just when it is closed."""
 @click.option("--total-timeout", type=float, default=600.0, show_default=True, help="Seconds of a whole answer.")
 @click.option("--shutdown-timeout", type=int, default=30, show_default=True, help="Seconds for what is being served.")
 def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
-    """Serve /v1/chat/completions, /v1/models, /v1/guard, /livez, /readyz, /healthz and /metrics, every image judged first.
+    """Serve chat completions, models and verdicts under /v1, and /livez, /readyz, /healthz and /metrics.
 
-    SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line a request goes to standard output.
+    Every image is judged first. SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line per
+    request goes to standard output.
     """
     try:
         import uvicorn

@@ -183,7 +183,7 @@ def test_clients_are_given_probabilities_only_where_the_operator_says_so(
                 stated += [json.loads(line)["safe_vlm"] for line in lines if "safe_vlm" in line]
                 if "x-safe-vlm" in found.headers:
                     stated.append(json.loads(found.headers["x-safe-vlm"]))
-    assert len(stated) == 12 and all(bool(numbers_in(each)) == shown for each in stated)
+    assert len(stated) >= 12 and all(bool(numbers_in(each)) == shown for each in stated)
 
 
 @pytest.mark.parametrize("fault", ["the guard is stuck", "the upstream is unreachable", "the server is shutting down"])
