@@ -49,6 +49,7 @@ ENDING_SECONDS = 1.0
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
+@click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--max-images", type=click.IntRange(min=1), default=8, show_default=True, help="In one request.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), default=64, show_default=True, help="Requests at once.")
@@ -63,9 +64,10 @@ ENDING_SECONDS = 1.0
 @click.option("--max-connections", type=click.IntRange(min=1), default=1024, show_default=True, help="Open at once.")
 @click.option("--shutdown-timeout", type=int, default=30, show_default=True, help="Seconds for what is being served.")
 def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
-    """Serve /v1/chat/completions, /v1/models, /v1/guard, /healthz and /metrics, every image judged first.
+    """Serve chat completions, models and verdicts under /v1, and /livez, /readyz, /healthz and /metrics.
 
-    SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line a request goes to standard output.
+    Every image is judged first. SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line per
+    request goes to standard output.
     """
     try:
         from runtimes.gateway.app import create_app
@@ -134,6 +136,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         write_timeout=given["write_timeout"],
         max_connections=given["max_connections"],
         cors_origins=given["cors_origin"],
+        show_probabilities=given["show_probabilities"],
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

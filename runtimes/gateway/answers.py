@@ -25,12 +25,14 @@ __all__ = [
     "event",
     "safe_vlm",
     "strict_json",
+    "without_probabilities",
 ]
 
 FIELD = "safe_vlm"
 HEADER = "X-Safe-VLM"
 """Of streams, whose body is the upstream's: the same as :data:`FIELD`, as one line of JSON."""
 DONE = b"data: [DONE]\n\n"
+PROBABILITIES = frozenset(("p_unsafe", "probs"))
 
 
 class JsonResponse(Response):
@@ -52,10 +54,20 @@ def strict_json(content: bytes) -> Any:
     return parse_json(content, halves=True)
 
 
-def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[str, Any]:
+def safe_vlm(
+    judged: Sequence[Judged], digest: str | None, *, probabilities: bool = False, **more: Any
+) -> dict[str, Any]:
     """Return our field: ``verdict``, each image's finding, the bundle's hash; ``more`` on a block."""
     images = [each.stated(index) for index, each in enumerate(judged)]
-    return {"verdict": "allow", "images": images, "bundle": digest, **more}
+    stated = {"verdict": "allow", "images": images, "bundle": digest, **more}
+    return stated if probabilities else without_probabilities(stated)
+
+
+def without_probabilities(value: Any) -> Any:
+    """Return what is stated of images without any probability: they let a client search for the threshold."""
+    if isinstance(value, dict):
+        return {key: without_probabilities(each) for key, each in value.items() if key not in PROBABILITIES}
+    return [without_probabilities(each) for each in value] if isinstance(value, list) else value
 
 
 def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> dict[str, Any]:

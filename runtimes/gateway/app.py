@@ -25,7 +25,7 @@ from models.errors import InputError, SafeVLMError
 from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult, refusal_text
-from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm
+from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm, without_probabilities
 from runtimes.gateway.cors import add_cors
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
@@ -37,6 +37,7 @@ from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
 from runtimes.gateway.responses_api import as_response
 from runtimes.gateway.responses_request import parse_response
 from runtimes.gateway.serving import (
+    DRAINING,
     NOTES,
     ClientGone,
     Served,
@@ -185,6 +186,8 @@ class _Running:
             {**each.stated(index), "probs": dict(zip(self.guard.classes, map(float, each.probs), strict=True))}
             for index, each in enumerate(judged)
         ]
+        if not self.options.show_probabilities:
+            data = without_probabilities(data)
         return JsonResponse({"object": "list", "bundle": self.gateway.gate.digest, "data": data})
 
     async def models(self, request: Request) -> Response:
@@ -203,8 +206,28 @@ class _Running:
             raise no_such_model(name)
         return JsonResponse(self._own_model())
 
+    async def live(self) -> Response:
+        """Say that the process answers, whatever it depends on."""
+        return JsonResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Say whether requests should be sent here, and why not."""
+        reasons = []
+        if request.scope.get("state", {}).get(DRAINING):
+            reasons.append("the server is shutting down")
+        if self._stuck:
+            reasons.append("the guard is stuck")
+        if self.http is not None and not await self.http.reachable():
+            reasons.append("the upstream is unreachable")
+        stated = {"status": "not ready" if reasons else "ready", "reasons": reasons}
+        return JsonResponse(stated, status_code=503 if reasons else 200)
+
+    @property
+    def _stuck(self) -> bool:
+        return not self.judging.batching.working or self.gateway.gate.stuck > 0
+
     async def health(self) -> Response:
-        stuck = not self.judging.batching.working or self.gateway.gate.stuck > 0
+        stuck = self._stuck
         upstream = "embedded" if self.http is None else "ok" if await self.http.reachable() else "unreachable"
         stated = {"status": "stuck" if stuck else "ok", "guard": "stuck" if stuck else "ready", "upstream": upstream}
         return JsonResponse(stated, status_code=503 if stuck else 200)
@@ -234,9 +257,8 @@ class _Running:
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], index: int, reason: str
     ) -> Response:
         harm = judged[index].finding.harm or judged[index].finding.label
-        stated = safe_vlm(
+        stated = self._stated(
             judged,
-            self.gateway.gate.digest,
             verdict="block",
             stage="guard",
             image=index,
@@ -261,7 +283,7 @@ class _Running:
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
     ) -> Response:
         body = parsed.upstream_body(await self.judging.png_urls(judged))
-        stated = safe_vlm(judged, self.gateway.gate.digest)
+        stated = self._stated(judged)
         request.scope[NOTES]["outcome"] = "allowed"
         headers = self._headers(request)
         if not parsed.stream:
@@ -290,7 +312,7 @@ class _Running:
         if result is not None and (result.verdict == "block" or result.error is not None):
             return self._not_answered(request, parsed, judged, result)
         request.scope[NOTES]["outcome"] = "allowed"
-        stated = safe_vlm([judged], self.gateway.gate.digest)
+        stated = self._stated([judged])
         if not parsed.stream:
             text = (result.answer or "") if result is not None else "".join(pieces)
             return JsonResponse(completion(parsed.model, text, ended="stop", stated=stated))
@@ -304,9 +326,8 @@ class _Running:
             raise failure(result)
         finding = result.finding
         harm = finding.harm or finding.label
-        stated = safe_vlm(
+        stated = self._stated(
             [judged],
-            self.gateway.gate.digest,
             verdict="block",
             stage=result.stage,
             image=0,
@@ -319,6 +340,9 @@ class _Running:
 
     def _own_model(self) -> dict[str, Any]:
         return {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
+
+    def _stated(self, judged: Sequence[Judged], **more: Any) -> dict[str, Any]:
+        return safe_vlm(judged, self.gateway.gate.digest, probabilities=self.options.show_probabilities, **more)
 
     def _headers(self, request: Request) -> dict[str, str]:
         headers = dict(request.headers)
@@ -345,6 +369,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_api_route("/v1/guard", running.guard_images, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", running.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", running.model, methods=["GET"], response_model=None)
+    app.add_api_route("/livez", running.live, methods=["GET"], response_model=None)
+    app.add_api_route("/readyz", running.ready, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", running.health, methods=["GET"], response_model=None)
     app.add_api_route("/openapi.json", running.described, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", running.numbers, methods=["GET"], response_model=None)

@@ -59,6 +59,8 @@ class GatewayOptions:
     """Connections at once. A further one takes the place of the one that has waited longest without a request."""
     cors_origins: tuple[str, ...] = ()
     """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
+    show_probabilities: bool = False
+    """Whether clients are given probabilities, which let them search for the threshold."""
 
     @property
     def max_held(self) -> int:

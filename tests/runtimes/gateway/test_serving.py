@@ -92,7 +92,7 @@ def test_a_bug_is_answered_and_logged_without_what_was_asked(
 ) -> None:
     secret = " ".join(["private", "words"])  # a traceback shows this file's lines
 
-    def fault(*_: Any) -> Any:
+    def fault(*_: Any, **__: Any) -> Any:
         raise RuntimeError(secret)
 
     monkeypatch.setattr("runtimes.gateway.app.safe_vlm", fault)
