@@ -26,7 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from models.decoding import greedy_steps
+from models.decoding import decoding_steps
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
@@ -305,7 +305,7 @@ class SafeVLM(nn.Module):
     def stream(self, begun: Begun, max_new_tokens: int = 32) -> Iterator[str]:
         """Yield the answer to the one prompt of :meth:`begin` piece by piece; together they are :meth:`finish`'s."""
         text = TextStream(lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)))
-        for ids in greedy_steps(self, begun, max_new_tokens):
+        for ids in decoding_steps(self, begun, max_new_tokens):
             if ids[0] is not None and (piece := text.add(ids[0])):
                 yield piece
         if piece := text.end():
@@ -314,7 +314,7 @@ class SafeVLM(nn.Module):
     def _decode(self, begun: Begun, max_new_tokens: int) -> list[list[int]]:
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
         written: list[list[int]] = [[] for _ in begun.last_hidden]
-        for ids in greedy_steps(self, begun, max_new_tokens):
+        for ids in decoding_steps(self, begun, max_new_tokens):
             for row, token in enumerate(ids):
                 if token is not None:
                     written[row].append(token)
