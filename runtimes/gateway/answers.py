@@ -24,6 +24,8 @@ __all__ = [
     "event",
     "safe_vlm",
     "strict_json",
+    "usage",
+    "usage_chunk",
 ]
 
 FIELD = "safe_vlm"
@@ -57,7 +59,14 @@ def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[
     return {"verdict": "allow", "images": images, "bundle": digest, **more}
 
 
-def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> dict[str, Any]:
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """Return OpenAI's object of token counts."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion(
+    model: str, text: str, *, ended: str, stated: dict[str, Any], used: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Return a whole chat completion of ours."""
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if ended == "content_filter":
@@ -68,7 +77,7 @@ def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> 
         "created": int(time.time()),
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ended}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        "usage": used or usage(0, 0),
         FIELD: stated,
     }
 
@@ -87,6 +96,12 @@ def chunk(
     if stated is not None:
         body[FIELD] = stated
     return event(body)
+
+
+def usage_chunk(name: str, model: str, used: dict[str, int]) -> bytes:
+    """Return the last event of a stream whose client asked for its usage: no choices, the token counts."""
+    body = {"id": name, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    return event({**body, "choices": [], "usage": used})
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -36,16 +36,6 @@ MESSAGE_KEYS = frozenset(
 MEDIA_KEY = re.compile(r"image|video|audio|media|multi_?modal|document|file|prompt_embeds", re.IGNORECASE)
 DATA_URL = re.compile(r"data:([a-z0-9.+-]+/[a-z0-9.+-]+)?(?:;[a-z0-9=-]+)*;base64,", re.IGNORECASE)
 SHOWN = 80
-MAX_NEW_TOKENS, MOST_NEW_TOKENS = 256, 4096
-PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("n", (1,)),
-    ("stop", ([], "")),
-    ("tools", ([],)),
-    ("functions", ([],)),
-    ("logprobs", (False,)),
-    ("response_format", ({"type": "text"},)),
-)
-"""Keys that change an answer's form, and the values that our own runners, which cannot do that, serve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,40 +74,6 @@ class ChatRequest:
             kept = {key: value for key, value in old.items() if key == "detail"} if isinstance(old, dict) else {}
             body["messages"][message]["content"][part] = {"type": "image_url", "image_url": {"url": url, **kept}}
         return body
-
-    def new_tokens(self) -> int:
-        """Return how long an answer of our own models may be. Errors: Refusal for what is no such number."""
-        for key in ("max_completion_tokens", "max_tokens"):
-            value = self.body.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_NEW_TOKENS:
-                raise bad_request(f"{key} must be a whole number from 1 to {MOST_NEW_TOKENS}.", param=key)
-            return value
-        return MAX_NEW_TOKENS
-
-    def question(self) -> str:
-        """Return the text of a request of one user turn with one image, as our own models take it.
-
-        Errors: Refusal for anything else, and for keys that ask for what they cannot do.
-        """
-        for key, served in PLAIN_KEYS:
-            if self.body.get(key) is not None and self.body[key] not in served:
-                raise bad_request(f"the model in this server gives one plain answer: leave out {key!r}.", param=key)
-        messages = [message for message in self.body["messages"] if message.get("role") != "system"]
-        system = [message for message in self.body["messages"] if message.get("role") == "system"]
-        if len(messages) != 1 or messages[0].get("role") != "user" or any(_text(each) for each in system):
-            raise bad_request(
-                "the model in this server was trained on one user turn: send one user message, with no system message "
-                "and no earlier turns.",
-                param="messages",
-            )
-        if len(self.images) != 1:
-            raise bad_request(
-                f"the model in this server answers about exactly one image; {len(self.images)} were sent.",
-                param="messages",
-            )
-        return _text(messages[0])
 
 
 def parse_chat(body: Any, options: GatewayOptions) -> ChatRequest:
@@ -210,10 +166,3 @@ def _reference(given: Any, where: str, options: GatewayOptions) -> ImageReferenc
     except (binascii.Error, ValueError):
         raise bad_request(f"{where}: its base64 is damaged.", code="invalid_image", param=where) from None
     return ImageReference(where=where, content=content)
-
-
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if part.get("type") == "text")
-    return content or ""
