@@ -113,7 +113,9 @@ class LlamaCppLanguageRunner(LanguageRunner):
             return llama.tokens(text)
 
     def _reader(self) -> Reader:
-        return self._held(self._questions)
+        self._check_active()  # outside of a call: nothing of the model is run
+        assert self._questions is not None
+        return self._questions
 
     def _deactivate(self) -> None:
         if self._holds:

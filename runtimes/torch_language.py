@@ -79,7 +79,9 @@ class TorchLanguageRunner(LanguageRunner):
         self._vlm = self._questions = None
 
     def _reader(self) -> Reader:
-        return self._held(self._questions)
+        self._check_active()  # outside of a call: nothing of the model is run
+        assert self._questions is not None
+        return self._questions
 
     def _read_by(self, vlm: SafeVLM) -> Reader:
         """Return how a loaded model reads questions."""
