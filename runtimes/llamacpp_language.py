@@ -95,14 +95,13 @@ class LlamaCppLanguageRunner(LanguageRunner):
             self._before = llama.tokens(prompt.before_image)
             end = llama.tokens(prompt.end_of_turn)
             self._stops = {llama.end_of_sequence, *(end if len(end) == 1 else []), *self.artifact.manifest.ends}
-            around = len(self._before) + len(llama.tokens(prompt.after_image + prompt.after_question))
             control, longest = llama.vocabulary()
             self._questions = Reader(
                 prompt=prompt,
                 tokens=self._tokens,
                 name=lambda token: control[token],
                 control=control,
-                around=around + self.artifact.manifest.image_tokens,
+                before=len(self._before) + self.artifact.manifest.image_tokens,
                 image_tokens=self.artifact.manifest.image_tokens,
                 longest=longest,
                 context=llama.context,

@@ -36,7 +36,7 @@ class _Prompt(Protocol):
 class Reader:
     """How a runner reads questions.
 
-    ``around`` are the prompt's tokens without a question, image tokens included; ``longest`` are the most bytes that
+    ``before`` counts the prompt's tokens up to the image and those of the image; ``longest`` are the most bytes that
     one token stands for; ``control`` are the ids of tokens that are no text.
     """
 
@@ -44,7 +44,7 @@ class Reader:
     tokens: Callable[[str], Sequence[int]]
     name: Callable[[int], str]
     control: Collection[int]
-    around: int
+    before: int
     image_tokens: int
     longest: int
     context: int
@@ -69,12 +69,12 @@ def prompt_tokens(reader: Reader, question: str, max_new_tokens: int | None) -> 
     Raises QuestionError for a control token in the question, and for a prompt that leaves no room for
     ``max_new_tokens`` (None: for one); a text of any length is refused quickly.
     """
-    room = reader.context - reader.around - (1 if max_new_tokens is None else max_new_tokens)
+    room = reader.context - reader.before - (1 if max_new_tokens is None else max_new_tokens)
     if room < 1:
-        raise _too_long(reader, reader.around, max_new_tokens)
+        raise _too_long(reader, reader.before, max_new_tokens)
     size = len(question.encode("utf-8"))
     if size > room * reader.longest:
-        raise _too_long(reader, reader.around + size // reader.longest, max_new_tokens, at_least=True)
+        raise _too_long(reader, reader.before + size // reader.longest, max_new_tokens, at_least=True)
     prompt = reader.prompt
     pieces = (prompt.before_image, prompt.after_image, prompt.after_question, prompt.end_of_turn)
     named = {prompt.image_token, *CONTROL.findall("".join(pieces))}
@@ -85,9 +85,10 @@ def prompt_tokens(reader: Reader, question: str, max_new_tokens: int | None) -> 
     if found is not None:
         what = "stands for the image" if found == prompt.image_token else "is a control token of this model"
         raise QuestionError(f"the question contains {found!r}, which {what}: leave it out.")
-    if len(ids) > room:
-        raise _too_long(reader, reader.around + len(ids), max_new_tokens)
-    return reader.around + len(ids)
+    after = len(reader.tokens(prompt.after_image + question + prompt.after_question))
+    if after > room:
+        raise _too_long(reader, reader.before + after, max_new_tokens)
+    return reader.before + after
 
 
 def _too_long(reader: Reader, tokens: int, max_new_tokens: int | None, *, at_least: bool = False) -> QuestionError:

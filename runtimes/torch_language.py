@@ -96,7 +96,7 @@ class TorchLanguageRunner(LanguageRunner):
             name=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
             control={token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
             - {tokenizer.unk_token_id},
-            around=len(around),
+            before=len(around) - around[::-1].index(IMAGE),
             image_tokens=image_tokens,
             longest=max(len(word.encode("utf-8", "replace")) for word in tokenizer.get_vocab()),
             context=min(own, self.context or max(MOST_CONTEXT, 2 * image_tokens)),
