@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_stops_in_pieces_are_the_stops_of_the_whole(text: str, stops: list[str],
     """Tokens of any number of bytes, characters split over them included."""
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)), max_size=12)) | {0, len(raw)})
-    pieces = [raw[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    pieces = [raw[start:end] for start, end in pairwise(cuts)]
     stream = TextStream(lambda ids: b"".join(pieces[at] for at in ids).decode("utf-8", "replace"), stops)
     told = ""
     for at in range(len(pieces)):
