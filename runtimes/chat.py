@@ -36,7 +36,7 @@ open_chat = open_gate
 @click.option("--context", type=click.IntRange(min=1), help="llama.cpp: tokens of a prompt with its answer.")
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for each verdict.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
 @click.option("--json", "as_json", is_flag=True, help="Print decision, question and answer as one JSON line.")
 def main(
     image: Path,
@@ -48,7 +48,7 @@ def main(
     context: int | None,
     gpu_layers: int,
     timeout: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     as_json: bool,
 ) -> int:
     """Answer QUESTION about IMAGE, if the guard lets it pass.

@@ -35,14 +35,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import BusyError, ImageFileError, InputError, SafeVLMError
+from models.errors import BusyError, ImageFileError, InputError, QuestionError, SafeVLMError
 from runtimes.gate_result import GateResult
 from runtimes.judge import Guard
-from runtimes.lane import Lane, OverranError
+from runtimes.lane import Lane, OverranError, WaitedError
 from runtimes.language import LanguageRunner
 from runtimes.policy import Finding, Policy, find
 from runtimes.verdict import worst
 from runtimes.views import ImageSource, JudgedViews, judge_views
+from runtimes.writing import Decoding, Writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,7 +128,9 @@ class Gate:
         image: ImageSource,
         question: str,
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
+        gone: Callable[[], bool] = lambda: False,
         on_text: Callable[[str], None] | None = None,
         probs: npt.NDArray[np.float32] | None = None,
     ) -> GateResult:
@@ -135,12 +138,21 @@ class Gate:
 
         ``probs`` are what the standalone guard said of this very picture before. ``on_text`` is told the pieces of the
         answer as they are written, from another thread, and nothing of an image that is blocked; what it raises ends
-        the answer as an error. Never raises on account of image, guard or language model: see the module's text.
+        the answer as an error; so does ``gone``, asked before every token. ``max_new_tokens`` is 256 by default, fewer
+        where the context ends. Never raises on account of image, guard or language model: see the module's text.
+
+        Raises QuestionError, before anything is judged, for a question that the language model cannot be asked.
         """
-        request = _Request(self, image, question, max_new_tokens, on_text, probs)
+        request = _Request(self, image, question, max_new_tokens or MAX_NEW_TOKENS, on_text, probs)
+        request.writing = Writing(decoding or Decoding(), request.check)
+        request.gone = gone
         begun = time.perf_counter()
         try:
+            if self.language is not None:
+                self.language.check_question(question, max_new_tokens)
             result = request.decide()
+        except QuestionError:
+            raise
         except Exception as error:  # of any kind, a bug of the gate's own included: it fails closed
             result = request.failed(error)
         finally:
@@ -185,6 +197,9 @@ class _Request:
         self.max_new_tokens = max_new_tokens
         self.on_text = on_text
         self.known = known
+        self.writing = Writing()
+        self.gone: Callable[[], bool] = lambda: False
+        self.prompt_tokens = 0
         self.part: Part = "guard"
         self.view: str | None = None
         """What was decided on, where readers show the image in several ways."""
@@ -216,12 +231,18 @@ class _Request:
         assert found is not None  # a gate has a guard or a language model
         return self._allowed("guard", found, None)
 
+    def check(self) -> None:
+        """Raise when nobody waits for the answer any more."""
+        if self.over or self.gone():
+            raise OverranError("the answer was cut off: nobody waits for it")
+
     def _answer(self, language: LanguageRunner, judged: JudgedViews, found: Finding | None) -> GateResult:
         """Prefill once; judge that; go on generating from it."""
         lane, exact = self.gate.language_lane, None
         with ExitStack() as turn:
             with self._timed("exact"):
                 left = turn.enter_context(lane.turn(self.gate.timeout))
+                self.check()
                 for at in range(1, len(judged.views.pixels) if found is None else 0):
                     refusal = self._other_view(language, judged, at, left)
                     if refusal is not None:
@@ -229,6 +250,7 @@ class _Request:
                 if found is None:
                     self._decided_on(judged, 0)
                 prefilled = lane.run(lambda: language.prefill(*self._input(language, judged)), left).get()
+                self.prompt_tokens = prefilled.tokens
                 if prefilled.exact_probs is not None or found is None:
                     exact = self._exact_finding(language, prefilled.exact_probs)
             refusal = None if exact is None else self._refusal(found, exact, judged)
@@ -251,14 +273,12 @@ class _Request:
         return self._refusal(None, self._exact_finding(language, prefilled.exact_probs), judged, at)
 
     def _generate(self, language: LanguageRunner, handle: Any) -> str:
-        if self.on_text is None:
-            return language.generate(handle, self.max_new_tokens)
         pieces = []
-        with closing(language.stream(handle, self.max_new_tokens)) as stream:
+        with closing(language.stream(handle, self.max_new_tokens, self.writing)) as stream:
             for piece in stream:
-                if self.over:
-                    raise OverranError("the answer was cut off at its deadline")
-                self.on_text(piece)
+                self.check()
+                if self.on_text is not None:
+                    self.on_text(piece)
                 pieces.append(piece)
         return "".join(pieces)
 
@@ -349,7 +369,10 @@ class _Request:
         """Return the block that an error is."""
         where = {"guard": "the guard", "exact": "the prefill", "generate": "the generation"}[self.part]
         reason = f"{where} failed ({type(cause).__name__})"
-        if isinstance(cause, OverranError):
+        busy = isinstance(cause, (BusyError, WaitedError))
+        if isinstance(cause, WaitedError):
+            reason = f"{'the guard' if self.part == 'guard' else 'the language model'} was busy with other images"
+        elif isinstance(cause, OverranError):
             reason = f"{where} was not done in time"
         elif isinstance(cause, BusyError):
             reason = f"{'the guard' if self.part == 'guard' else 'the language model'} is busy with an earlier image"
@@ -359,7 +382,7 @@ class _Request:
             _log.info("blocked: %s", reason)
         else:  # a bug: where it was raised, without the message, which may quote the question
             _log.error("blocked: %s\n%s", reason, "".join(traceback.format_tb(cause.__traceback__)))
-        error, busy = f"{type(cause).__name__}: {cause}", isinstance(cause, BusyError)
+        error = f"{type(cause).__name__}: {cause}"
         return self._result("block", "error", reason, error=error, error_in=self.part, busy=busy)
 
     def _blocked(
@@ -370,7 +393,17 @@ class _Request:
     def _allowed(self, stage: Literal["guard", "exact"], finding: Finding, answer: str | None) -> GateResult:
         by = {"guard": "the standalone guard", "exact": "the exact verdict"}[stage]
         sure = "allows the image" if finding.verdict == "allow" else "is unsure, which the policy lets pass"
-        return self._result("allow", stage, f"{by} {sure}", finding=finding, answer=answer)
+        return self._result("allow", stage, f"{by} {sure}", finding=finding, answer=answer, **self._usage(answer))
+
+    def _usage(self, answer: str | None) -> dict[str, Any]:
+        if answer is None:
+            return {}
+        written = self.writing
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written.tokens,
+            "finish_reason": written.finish_reason,
+        }
 
     def _result(
         self, verdict: Literal["allow", "block"], stage: Literal["guard", "exact", "error"], reason: str, **more: Any

@@ -26,6 +26,8 @@ __all__ = [
     "safe_vlm",
     "strict_json",
     "without_probabilities",
+    "usage",
+    "usage_chunk",
 ]
 
 FIELD = "safe_vlm"
@@ -70,7 +72,14 @@ def without_probabilities(value: Any) -> Any:
     return [without_probabilities(each) for each in value] if isinstance(value, list) else value
 
 
-def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> dict[str, Any]:
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """Return OpenAI's object of token counts."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion(
+    model: str, text: str, *, ended: str, stated: dict[str, Any], used: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Return a whole chat completion of ours."""
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if ended == "content_filter":
@@ -81,7 +90,7 @@ def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> 
         "created": int(time.time()),
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ended}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        "usage": used or usage(0, 0),
         FIELD: stated,
     }
 
@@ -100,6 +109,12 @@ def chunk(
     if stated is not None:
         body[FIELD] = stated
     return event(body)
+
+
+def usage_chunk(name: str, model: str, used: dict[str, int]) -> bytes:
+    """Return the last event of a stream whose client asked for its usage: no choices, the token counts."""
+    body = {"id": name, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    return event({**body, "choices": [], "usage": used})
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -25,7 +25,8 @@ from models.errors import InputError, SafeVLMError
 from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult, refusal_text
-from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm, without_probabilities
+from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm, usage, without_probabilities
+from runtimes.gateway.asked import Asked, read_asked, wants_usage
 from runtimes.gateway.cors import add_cors
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
@@ -165,7 +166,10 @@ class _Running:
         """Answer a chat request, whose images are judged before anything else."""
         notes = request.scope[NOTES]
         notes["images"] = len(parsed.images)
-        question = parsed.question() if self.embedded is not None else ""
+        asked = None
+        if self.embedded is not None:
+            asked = read_asked(parsed.plain, len(parsed.images))
+            await or_gone(request, self.embedded.check(asked))
         begun = time.perf_counter()
         judged = await or_gone(request, self.judging.judge(parsed.images))
         notes["guard_ms"] = round((time.perf_counter() - begun) * 1000, 1)
@@ -173,8 +177,8 @@ class _Running:
             reason = self._stops(each)
             if reason is not None:
                 return self._blocked(request, parsed, judged, index, reason)
-        if self.embedded is not None:
-            return await self._embedded(request, parsed, judged[0], question, self.embedded)
+        if self.embedded is not None and asked is not None:
+            return await self._embedded(request, parsed, judged[0], asked, self.embedded)
         assert self.http is not None
         return await self._passed_on(request, parsed, judged, self.http)
 
@@ -277,7 +281,7 @@ class _Running:
         text = refusal_text(harm)
         if not parsed.stream:
             return JsonResponse(completion(parsed.model, text, ended="content_filter", stated=stated))
-        return EventsResponse(refusal_events(parsed.model, text, stated))
+        return EventsResponse(refusal_events(parsed.model, text, stated, include_usage=wants_usage(parsed.plain)))
 
     async def _passed_on(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
@@ -296,9 +300,9 @@ class _Running:
         return EventsResponse(found, found.aclose, {HEADER: json.dumps(stated)})
 
     async def _embedded(
-        self, request: Request, parsed: ChatRequest, judged: Judged, question: str, embedded: Embedded
+        self, request: Request, parsed: ChatRequest, judged: Judged, asked: Asked, embedded: Embedded
     ) -> Response:
-        told = embedded.answer(judged, question, parsed.new_tokens())
+        told = embedded.answer(judged, asked)
         pieces: list[str] = []
         try:
             first = await or_gone(request, _first(told))
@@ -314,10 +318,15 @@ class _Running:
         request.scope[NOTES]["outcome"] = "allowed"
         stated = self._stated([judged])
         if not parsed.stream:
-            text = (result.answer or "") if result is not None else "".join(pieces)
-            return JsonResponse(completion(parsed.model, text, ended="stop", stated=stated))
+            assert result is not None  # what follows a piece was collected to its end
+            used = usage(result.prompt_tokens, result.completion_tokens)
+            ended = result.finish_reason or "stop"
+            text = result.answer or ""
+            return JsonResponse(completion(parsed.model, text, ended=ended, stated=stated, used=used))
         return EventsResponse(
-            answer_events(parsed.model, first, told, stated), told.aclose, {HEADER: json.dumps(stated)}
+            answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage),
+            told.aclose,
+            {HEADER: json.dumps(stated)},
         )
 
     def _not_answered(self, request: Request, parsed: ChatRequest, judged: Judged, result: GateResult) -> Response:

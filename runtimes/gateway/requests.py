@@ -33,16 +33,6 @@ DOES_NOTHING: dict[str, Any] = {"modalities": ["text"], "response_format": {"typ
 """Values that ask for what is done anyway; their keys are dropped as null and empty ones are."""
 ASKING = ("developer", "system", "user")
 ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
-MAX_NEW_TOKENS, MOST_NEW_TOKENS = 256, 4096
-PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("n", (1,)),
-    ("stop", ([], "")),
-    ("tools", ([],)),
-    ("functions", ([],)),
-    ("logprobs", (False,)),
-    ("response_format", ({"type": "text"},)),
-)
-"""Keys that change an answer's form, and the values that our own runners, which cannot do that, serve."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,44 +60,9 @@ class ChatRequest:
         return {**self.chat.written(iter(urls)), **self.passed}
 
     @property
-    def _plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
+        """The request as a body without its images."""
         return self.upstream_body([""] * len(self.images))
-
-    def new_tokens(self) -> int:
-        """Return how long an answer of our own models may be. Raises Refusal for what is no such number."""
-        body = self._plain
-        for key in ("max_completion_tokens", "max_tokens"):
-            value = body.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_NEW_TOKENS:
-                raise bad_request(f"{key} must be a whole number from 1 to {MOST_NEW_TOKENS}.", param=key)
-            return value
-        return MAX_NEW_TOKENS
-
-    def question(self) -> str:
-        """Return the text of a request of one user turn with one image, as our own models take it.
-
-        Raises Refusal for anything else, and for keys that ask for what they cannot do.
-        """
-        body = self._plain
-        for key, served in PLAIN_KEYS:
-            if body.get(key) is not None and body[key] not in served:
-                raise bad_request(f"the model in this server gives one plain answer: leave out {key!r}.", param=key)
-        messages = [message for message in body["messages"] if message.get("role") != "system"]
-        system = [message for message in body["messages"] if message.get("role") == "system"]
-        if len(messages) != 1 or messages[0].get("role") != "user" or any(_text(each) for each in system):
-            raise bad_request(
-                "the model in this server was trained on one user turn: send one user message, with no system message "
-                "and no earlier turns.",
-                param="messages",
-            )
-        if len(self.images) != 1:
-            raise bad_request(
-                f"the model in this server answers about exactly one image; {len(self.images)} were sent.",
-                param="messages",
-            )
-        return _text(messages[0])
 
 
 def parse_chat(body: Any, options: GatewayOptions) -> ChatRequest:
@@ -269,10 +224,3 @@ def _check_arguments(text: str, where: str, options: GatewayOptions) -> None:
 
 def _unescaped(found: re.Match[str]) -> str:
     return chr(int(found.group(1), 16)) if found.group(1) else found.group(2)
-
-
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if part.get("type") == "text")
-    return content or ""

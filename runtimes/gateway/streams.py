@@ -10,9 +10,9 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 
 from runtimes.gate_result import GateResult
-from runtimes.gateway.answers import DONE, chunk, error_event
+from runtimes.gateway.answers import DONE, chunk, error_event, usage, usage_chunk
 from runtimes.gateway.embedded import Told
-from runtimes.gateway.refusal import Refusal, guard_error, upstream_error
+from runtimes.gateway.refusal import Refusal, guard_error, overloaded, upstream_error
 from runtimes.gateway.serving import shutting_down
 
 __all__ = ["EventsResponse", "answer_events", "failure", "refusal_events", "rest"]
@@ -62,16 +62,20 @@ class EventsResponse(StreamingResponse):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def refusal_events(model: str, text: str, stated: dict[str, Any]) -> AsyncIterator[bytes]:
+async def refusal_events(
+    model: str, text: str, stated: dict[str, Any], *, include_usage: bool = False
+) -> AsyncIterator[bytes]:
     """Yield a refusal as a stream."""
     name = f"chatcmpl-{uuid.uuid4().hex}"
     yield chunk(name, model, {"role": "assistant", "content": text, "refusal": text}, stated=stated)
     yield chunk(name, model, {}, ended="content_filter", stated=stated)
+    if include_usage:
+        yield usage_chunk(name, model, usage(0, 0))
     yield DONE
 
 
 async def answer_events(
-    model: str, first: Told, told: AsyncIterator[Told], stated: dict[str, Any]
+    model: str, first: Told, told: AsyncIterator[Told], stated: dict[str, Any], *, include_usage: bool = False
 ) -> AsyncIterator[bytes]:
     """Yield an answer that has begun with ``first``; a failure on the way is an event of its own."""
     name = f"chatcmpl-{uuid.uuid4().hex}"
@@ -85,7 +89,9 @@ async def answer_events(
     if result.error is not None or result.verdict == "block":
         yield error_event(failure(result))
         return
-    yield chunk(name, model, {}, ended="stop")
+    yield chunk(name, model, {}, ended=result.finish_reason or "stop")
+    if include_usage:
+        yield usage_chunk(name, model, usage(result.prompt_tokens, result.completion_tokens))
     yield DONE
 
 
@@ -101,7 +107,7 @@ async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:
 def failure(result: GateResult) -> Refusal:
     """Return what a client is told of a gate's error."""
     if result.busy:
-        return guard_error(f"{result.reason}; nothing was answered. Try again in a second.")
+        return overloaded(f"{result.reason}; nothing was answered. Try again in a second.")
     if result.error_in == "generate":
         return upstream_error("the language model failed; the answer is not whole.")
     return guard_error("the image could not be judged; nothing was answered.")

@@ -244,7 +244,7 @@ from models.commandline import run
 from runtimes.gateway.__main__ import main
 from runtimes.torch_language import TorchLanguageRunner
 
-def hang(self, handle, max_new_tokens):
+def hang(self, handle, max_new_tokens, writing):
     yield "The "
     threading.Event().wait()
 

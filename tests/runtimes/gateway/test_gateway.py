@@ -298,12 +298,8 @@ def test_the_embedded_model_answers_as_the_gate_does(
         ):
             with pytest.raises(openai.BadRequestError, match=word):
                 client.chat.completions.create(model="any", messages=asked)  # type: ignore[arg-type]
-        for key, value in (
-            ("n", 2),
-            ("stop", ["a"]),
-            ("tools", [{"type": "function", "function": {"name": "f"}}]),
-            ("logprobs", True),
-        ):
+        tool = {"type": "function", "function": {"name": "f"}}
+        for key, value in (("n", 2), ("tools", [tool]), ("logprobs", True)):
             with pytest.raises(openai.BadRequestError, match=f"leave out '{key}'"):
                 client.chat.completions.create(model="any", messages=messages(SAFE_URL), **{key: value})  # type: ignore[arg-type, call-overload]
         with pytest.raises(openai.BadRequestError, match="whole number"):

@@ -282,7 +282,9 @@ def test_a_language_model_that_is_busy_refuses_in_plain_words(bundle: Path, stre
     assert gateway.gate.language is not None
     with serving(gateway) as url, busy(gateway.gate.language):
         response = ask(url, {"messages": messages(SAFE_URL), "stream": stream})
-        refused(response, 503, "the language model is busy with an earlier image; nothing was answered", "guard_error")
+        refused(
+            response, 503, "the language model is busy with an earlier image; nothing was answered", "overloaded_error"
+        )
 
 
 def test_a_full_queue_says_when_to_come_again(bundle: Path, upstream: Upstream) -> None:
