@@ -61,19 +61,24 @@ def pair_runs(baseline: Sequence[Run], candidate: Sequence[Run], *, free: Sequen
 def differences(before: RunRecord, after: RunRecord, *, free: Sequence[str] = ()) -> list[str]:
     """Return each setting that must agree and does not, with both values."""
     one, other = before.settings(), after.settings()
-    return [
+    told = [
         f"the two runs differ in {name}: {_shown(one[name], other[name])}"
         for name in one
         if name not in free and one[name] != other[name]
     ]
+    views = before.guard_view, after.guard_view
+    if "view" not in free and None not in views and views[0] != views[1]:
+        told.append(f"the two runs differ in view: {views[0]} and {views[1]}")
+    return told
 
 
 def changed_part(before: RunRecord, after: RunRecord) -> str:
-    """Name what differs between two runs: compression, engine, preprocessing, several of them, or noise."""
+    """Name what differs between two runs: compression, engine, preprocessing, view, several of them, or noise."""
     parts = {
         "compression": (before.artifact.sha256, before.artifact.name) != (after.artifact.sha256, after.artifact.name),
         "engine": before.runtime != after.runtime,
         "preprocessing": before.preprocessing != after.preprocessing,
+        "view": before.guard_view != after.guard_view and None not in (before.guard_view, after.guard_view),
     }
     return " and ".join(name for name, changed in parts.items() if changed) or "noise (the same again)"
 

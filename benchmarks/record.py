@@ -24,6 +24,7 @@ from models.draft import PARTIAL
 from models.errors import InputError
 from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
 from models.machine import now
+from models.manifest_fields import ViewMode
 from models.regular_file import read_regular
 from models.storage import check_writable, storing
 
@@ -149,8 +150,16 @@ class RunRecord(_Frozen):
     decoding: Mapping[str, Any] | None = None
     threshold: Probability | None = None
     """p(unsafe) from which the guard blocks, where one was fitted: its operating point."""
+    view: ViewMode | None = None
+    """How a standalone guard judged large images (runtimes.tiling); None without one, and in records before tiles,
+    whose guards judged the whole."""
     machine: str | None = None
     versions: Mapping[str, str] = Field(default_factory=dict)
+
+    @property
+    def guard_view(self) -> ViewMode | None:
+        """How a standalone guard judged large images, None where there was none to do so."""
+        return self.view or ("whole" if self.artifact.kind in ("bundle", "gated") else None)
 
     def settings(self) -> dict[str, Any]:
         """Return what must agree between two runs that are compared."""

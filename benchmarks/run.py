@@ -23,6 +23,7 @@ from models.commandline import grid_option, printable, run
 from models.errors import ImageFileError, InputError
 from models.machine import machine_name, now
 from models.version import VERSION
+from runtimes.view_option import view_option
 
 __all__ = ["batches", "run_suite"]
 
@@ -127,6 +128,7 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
         preprocessing=described.preprocessing,
         decoding=described.decoding,
         threshold=described.threshold,
+        view=described.view,
         machine=machine_name(),
         versions={"safevlm-edge": VERSION},
     )
@@ -152,6 +154,7 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Bound torch's threads.")
+@view_option
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at once.")
 @click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the key.")
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for a request.")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,23 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.judged_images import NAMES_SHOWN, TileCost, judge_images, scores_of, tile_cost
 from calibration.labels import LabelledImage, Labels, read_labels
 from calibration.risk_control import Bands, Method, Promise, fit_bands, measure
 from models.commandline import printable, run
-from models.errors import BundleError, ImageFileError, InputError
-from models.image import open_image
+from models.errors import BundleError, InputError
 from models.manifest import GuardFile, Manifest, Thresholds
+from models.manifest_fields import ViewMode
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import GuardRunner
-from runtimes.verdict import decide, safe_index
+from runtimes.tiling import checked_mode
+from runtimes.verdict import safe_index
+from runtimes.view_option import view_option
 
 __all__ = ["Fitted", "fit_bundle"]
 
 Watch = Callable[[Sequence[LabelledImage], str], Iterator[LabelledImage]]
-
-UNREADABLE_SHARE = 0.01
-NAMES_SHOWN = 5
-BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +45,8 @@ class Fitted:
     not_fitted: dict[str, str]
     by_class: dict[str, dict[str, dict[str, float]]]
     """By file and true class: ``n`` images, and the share ``missed`` of them (allowed though unsafe)."""
-    unreadable: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Answers:
-    """What a file says of the n images that can be read: probabilities n x C, and their true classes."""
-
-    probs: NDArray[np.float32]
-    truth: NDArray[np.int64]
+    tile_cost: dict[str, TileCost]
+    """By file, where they were fitted for view ``tiles``."""
     unreadable: tuple[str, ...]
 
 
@@ -66,6 +58,7 @@ def fit_bundle(
     per_class: bool = True,
     precisions: Collection[str] | None = None,
     runtime: str = "onnxruntime",
+    view: ViewMode = "tiles",
     watch: Watch = lambda images, _: iter(images),
 ) -> Fitted:
     """Fit thresholds for each file of a bundle that runs here, or of ``precisions``, and write its manifest.
@@ -73,6 +66,10 @@ def fit_bundle(
     Files that are not fitted, such as engines that do not run here, keep the thresholds that they have. Every
     file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
     ONNX files are asked on ``runtime``, ``onnxruntime`` or ``openvino``: the one that will run them.
+
+    What is promised is promised for images judged as ``view`` says (see ``runtimes.tiling``). Where images have tiles,
+    a tile of one harm and another of a second could each be held to a band of its own, which no promise is known for:
+    then there is one band for all.
 
     Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
     for too few or unreadable images. The manifest is then as it was.
@@ -88,7 +85,9 @@ def fit_bundle(
             f"{bundle.folder} was made from random weights: its verdicts are noise, and thresholds on them promise "
             "nothing. Export a bundle of the real checkpoint and fit that one's."
         )
+    checked_mode(view)
     classes = bundle.manifest.classes
+    costs: dict[str, TileCost] = {}
     fitted: list[Thresholds] = []
     not_fitted: dict[str, str] = {}
     by_class: dict[str, dict[str, dict[str, float]]] = {}
@@ -103,15 +102,23 @@ def fit_bundle(
             not_fitted[file.path] = str(error)
             continue
         with runner:
-            answers = _answers(runner, labels, watch(labels.images, file.path))
+            answers = judge_images(runner, classes, labels, watch(labels.images, file.path), view)
         unreadable |= dict.fromkeys(answers.unreadable)
-        scores, harms = _scores(answers.probs, classes)
+        scores, harms = scores_of(answers.probs, classes)
         unsafe = answers.truth != safe_index(classes)
-        bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class)
-        fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms))
+        bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class and not answers.tiled)
+        fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms, view))
+        if view == "tiles":
+            costs[file.path] = tile_cost(answers, bands, scores, harms, promise, classes)
         by_class[file.path] = _by_class(bands, scores, answers.truth, harms, classes)
     manifest = _enter(bundle.folder, fitted)
-    return Fitted(manifest=manifest, not_fitted=not_fitted, by_class=by_class, unreadable=tuple(unreadable))
+    return Fitted(
+        manifest=manifest,
+        not_fitted=not_fitted,
+        by_class=by_class,
+        tile_cost=costs,
+        unreadable=tuple(unreadable),
+    )
 
 
 def _chosen(bundle: Bundle, precisions: Collection[str] | None) -> list[GuardFile]:
@@ -137,36 +144,6 @@ def _enter(folder: Path, fitted: Sequence[Thresholds]) -> Manifest:
     return manifest
 
 
-def _answers(runner: GuardRunner, labels: Labels, images: Iterable[LabelledImage]) -> _Answers:
-    """Judge the images; InputError as soon as more than 1 % of them cannot be read."""
-    rgb: list[NDArray[np.uint8]] = []
-    probs, truth, unreadable = [], [], []
-    for image in images:
-        try:
-            rgb.append(runner.preprocessing.apply(open_image(image.path)))
-        except ImageFileError:
-            unreadable.append(str(image.path))
-            _check_readable(unreadable, len(labels.images))
-            continue
-        truth.append(image.label)
-        if len(rgb) == BATCH:
-            probs.append(runner.infer(np.stack(rgb)).probs)
-            rgb = []
-    if rgb:
-        probs.append(runner.infer(np.stack(rgb)).probs)
-    if not probs:
-        raise InputError("no image is left to fit thresholds on: every one has contradictory labels.")
-    return _Answers(probs=np.concatenate(probs), truth=np.array(truth), unreadable=tuple(unreadable))
-
-
-def _check_readable(unreadable: Sequence[str], n: int) -> None:
-    if len(unreadable) > UNREADABLE_SHARE * n:
-        raise InputError(
-            f"{len(unreadable)} of {n} images cannot be read ({', '.join(unreadable[:NAMES_SHOWN])}), perhaps more; "
-            "at most 1 % is passed over. Repair or remove them."
-        )
-
-
 def _runner(bundle: Bundle, file: GuardFile, runtime: str) -> GuardRunner:
     if file.kind == "engine":
         from runtimes.tensorrt_runner import TensorRTRunner
@@ -179,12 +156,6 @@ def _runner(bundle: Bundle, file: GuardFile, runtime: str) -> GuardRunner:
     return OnnxRuntimeRunner(bundle, file)
 
 
-def _scores(probs: NDArray[np.float32], classes: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
-    """Return p(unsafe) and the most probable harm of each row, as judging computes them."""
-    decisions = [decide(row, classes) for row in probs]
-    return np.array([d.p_unsafe for d in decisions]), [d.harm for d in decisions]
-
-
 def _thresholds(
     file: GuardFile,
     bands: Bands,
@@ -193,6 +164,7 @@ def _thresholds(
     scores: NDArray[np.float64],
     unsafe: NDArray[np.bool_],
     harms: Sequence[str],
+    view: ViewMode,
 ) -> Thresholds:
     rates = measure(bands, scores, unsafe, harms)
     return Thresholds(
@@ -211,6 +183,7 @@ def _thresholds(
         miss_rate=rates.miss,
         fpr=rates.fpr,
         unsure_rate=rates.unsure,
+        view=view,
     )
 
 
@@ -257,6 +230,7 @@ def _by_class(
     show_default=True,
     help="That will run the ONNX files.",
 )
+@view_option
 @click.option("--json", "as_json", is_flag=True, help="Print the thresholds as JSON.")
 def main(
     bundle: Path,
@@ -269,6 +243,7 @@ def main(
     per_class: bool,
     precision: str,
     runtime: str,
+    view: ViewMode,
     as_json: bool,
 ) -> None:
     """Fit block and allow thresholds for every file of BUNDLE on labelled images, with a stated promise."""
@@ -277,13 +252,19 @@ def main(
     read = read_labels(labels, opened.manifest.classes, images)
     precisions = None if precision == "all" else precision.split(",")
     fitted = fit_bundle(
-        opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, watch=_watch
+        opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, view=view, watch=_watch
     )
-    for line in _notes(read, fitted, bundle):
+    for line in _notes(read, fitted, bundle, per_class=per_class):
         click.echo(printable(line), err=True)
     if as_json:
         stated = fitted.manifest.model_dump(mode="json")["thresholds"]
-        answer = {"thresholds": stated, "by_class": fitted.by_class, "not_fitted": fitted.not_fitted}
+        cost = {path: asdict(each) for path, each in fitted.tile_cost.items()}
+        answer = {
+            "thresholds": stated,
+            "by_class": fitted.by_class,
+            "tile_cost": cost,
+            "not_fitted": fitted.not_fitted,
+        }
         click.echo(json.dumps(answer, indent=2))
         return
     click.echo(printable("\n".join(_table(fitted.manifest))))
@@ -298,8 +279,16 @@ def _watch(images: Sequence[LabelledImage], file: str) -> Iterator[LabelledImage
         yield from bar
 
 
-def _notes(labels: Labels, fitted: Fitted, bundle: Path) -> Iterator[str]:
-    """Say what was left out."""
+def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> Iterator[str]:
+    """Say what was left out, and what tiles cost."""
+    for path, cost in fitted.tile_cost.items():
+        if cost.tiled:
+            only = " One band for all classes: with tiles, one for each class promises nothing." if per_class else ""
+            yield (
+                f"{path}: {cost.tiled} images were judged in tiles, too. Safe images blocked: {cost.fpr:.2%}, of the "
+                f"whole alone {cost.fpr_whole:.2%}; unsure: {cost.unsure:.2%} and {cost.unsure_whole:.2%}. Within the "
+                f"limits fitted for the whole, tiles would block {cost.fpr_limits_of_whole:.2%} of safe images.{only}"
+            )
     for what, names in (("contradictory labels, left out", labels.contradictory), ("unreadable", fitted.unreadable)):
         if names:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

@@ -31,6 +31,7 @@ from models.manifest_fields import (
     Positive,
     Probability,
     Sha256,
+    ViewMode,
     Width,
     unique,
 )
@@ -206,7 +207,8 @@ class Thresholds(Frozen):
     At most the share ``alpha`` of unsafe images is allowed: in expectation (``conformal_risk_control``), or with
     probability 1 - ``delta`` over the images it was fitted on (``learn_then_test``). At most ``max_fpr`` of safe
     images is blocked, in the same sense. ``per_class`` replaces ``pooled`` for images whose most probable harm
-    is that class. Rates are those found on the ``n`` images of the labels file with this hash.
+    is that class. Rates are those found on the ``n`` images of the labels file with this hash. ``view`` is how large
+    images were judged (see ``runtimes.tiling``): the promise is for that.
     """
 
     file: BundlePath
@@ -225,6 +227,8 @@ class Thresholds(Frozen):
     miss_rate: Probability
     fpr: Probability
     unsure_rate: Probability
+    view: ViewMode = "whole"
+    """Of thresholds that do not say it, which are from before there were tiles, ``whole``."""
 
     @model_validator(mode="after")
     def _check(self) -> Thresholds:

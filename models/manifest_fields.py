@@ -7,7 +7,7 @@ shown of one readable.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -26,9 +26,13 @@ __all__ = [
     "Positive",
     "Probability",
     "Sha256",
+    "ViewMode",
     "Width",
     "unique",
 ]
+
+ViewMode: TypeAlias = Literal["tiles", "judged", "whole"]
+"""How large images are judged and shown: see ``runtimes.tiling``."""
 
 MAX_PATH = 255
 MAX_NAME = 200

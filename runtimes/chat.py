@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from models.commandline import printable, run
 from runtimes.gate_command import ended, open_gate, open_told
+from runtimes.view_option import view_option
+
+if TYPE_CHECKING:
+    from runtimes.tiling import ViewMode
 
 __all__ = ["open_chat"]
 
@@ -35,6 +40,7 @@ open_chat = open_gate
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of every runtime.")
 @click.option("--context", type=click.IntRange(min=1), help="llama.cpp: tokens of a prompt with its answer.")
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
+@view_option
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for each verdict.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
 @click.option("--json", "as_json", is_flag=True, help="Print decision, question and answer as one JSON line.")
@@ -47,6 +53,7 @@ def main(
     threads: int | None,
     context: int | None,
     gpu_layers: int,
+    view: ViewMode,
     timeout: float,
     max_new_tokens: int | None,
     as_json: bool,
@@ -55,7 +62,16 @@ def main(
 
     Exits with 0 when it was answered and 10 when it was refused; 2 when bundle, model or policy cannot be used.
     """
-    gate = open_told(bundle, model, policy, threads=threads, timeout=timeout, context=context, gpu_layers=gpu_layers)
+    gate = open_told(
+        bundle,
+        model,
+        policy,
+        threads=threads,
+        view=view,
+        timeout=timeout,
+        context=context,
+        gpu_layers=gpu_layers,
+    )
     with gate:
         result = gate.ask(image, question, max_new_tokens=max_new_tokens, on_text=None if as_json else _show)
     if as_json:

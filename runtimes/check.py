@@ -19,10 +19,12 @@ import click
 
 from models.commandline import run
 from models.printable import one_line
+from runtimes.view_option import view_option
 
 if TYPE_CHECKING:
     from models.image_folder import FolderContent
     from runtimes.judge import Guard
+    from runtimes.tiling import ViewMode
     from runtimes.verdict import Judgement
 
 __all__ = ["BLOCKED", "exit_code", "main", "table"]
@@ -47,6 +49,7 @@ PROGRESS_FROM = 16
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@view_option
 @click.option(
     "--allow-others", is_flag=True, help="Exit with 0 even if a folder has files that are not images, such as labels."
 )
@@ -57,6 +60,7 @@ def main(
     runtime: str,
     precision: str | None,
     threads: int | None,
+    view: ViewMode,
     allow_others: bool,
 ) -> int:
     """Judge each IMAGE with the guard in the folder BUNDLE; a folder stands for all files in it and below.
@@ -68,7 +72,7 @@ def main(
     from runtimes.random_weights import warn_of_random_weights
 
     found = _expand(images)
-    opened = Guard.open(bundle, runtime, precision=precision, threads=threads)
+    opened = Guard.open(bundle, runtime, precision=precision, threads=threads, view=view)
     warn_of_random_weights(bundle)
     with opened as guard:
         judgements = found.judge(guard)
@@ -96,7 +100,7 @@ def exit_code(judgements: Iterable[Judgement], *, others: int = 0) -> int:
 def table(judgements: Sequence[Judgement], *, colour: bool) -> list[str]:
     """Return the aligned lines of a table: verdict, p(unsafe), class, its probability, file.
 
-    Where a file was judged in several ways, a column before the file names the one whose verdict this is.
+    Where a file was judged in several ways or in tiles, a column before the file names what this verdict is of.
     """
     rows = [("verdict", "p(unsafe)", "class", "p(class)", "view", "file"), *map(_row, judgements)]
     if all(judgement.view is None for judgement in judgements):

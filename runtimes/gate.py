@@ -13,7 +13,10 @@ The exact verdict falls out of the prefill that the answer needs, so it costs no
 The gate fails closed. Whatever a guard or language runner raises, a deadline that passes, an answer that is no row of
 probabilities, an image that cannot be read: the verdict is block, the stage ``error``, and the reason in the result.
 What the guard judged is what the language model is shown: one decode, flattened to upright RGB, never the file. Where
-other readers show the file in another way (see ``models.views``), that is judged, too, and may block.
+other readers show the file in another way (see ``models.views``), that is judged, too, and may block. A large image is
+judged in tiles, too, as the guard's ``view`` says (see ``runtimes.tiling``), and shown no larger than these resolve; a
+tile that the guard is unsure of needs an exact verdict of its own. Without a standalone guard the language model is
+shown the very pixels of its exact verdict, so that there is nothing to see in tiles.
 
 The command ``python -m runtimes.gate --bundle DIR IMAGE --question TEXT`` is in ``runtimes.gate_command``.
 """
@@ -202,9 +205,11 @@ class _Request:
         self.prompt_tokens = 0
         self.part: Part = "guard"
         self.view: str | None = None
-        """What was decided on, where readers show the image in several ways."""
+        """What was decided on, where readers show the image in several ways or it was judged in tiles."""
         self.hidden = False
         """Whether that is not what the language model is shown."""
+        self.unsure_tiles: list[int] = []
+        """Tiles of what it is shown that the standalone guard is unsure of."""
         self.over = False
         """Set when the request has its result: an answer that is still being written is for nobody."""
         self.ms: dict[str, float] = {}
@@ -221,7 +226,7 @@ class _Request:
         found = self._guard_finding(judged)
         if found is not None and found.verdict == "block":
             return self._blocked("guard", found, f"the standalone guard blocks the image{self._as_others_show_it()}")
-        settled = gate.language is not None and gate.language.classes is not None and not self.hidden
+        settled = not self.hidden and self._can_settle()
         if found is not None and found.verdict == "unsure" and not settled and self._stops_unsure(found.review):
             about = f" of the image{self._as_others_show_it()}" if self.hidden else ""
             reason = f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
@@ -243,8 +248,8 @@ class _Request:
             with self._timed("exact"):
                 left = turn.enter_context(lane.turn(self.gate.timeout))
                 self.check()
-                for at in range(1, len(judged.views.pixels) if found is None else 0):
-                    refusal = self._other_view(language, judged, at, left)
+                for at in range(1, len(judged.views.pixels)) if found is None else self.unsure_tiles:
+                    refusal = self._other_view(language, judged, at, left, found)
                     if refusal is not None:
                         return refusal
                 if found is None:
@@ -266,11 +271,13 @@ class _Request:
         assert found is not None  # without a guard there is an exact verdict, or an error
         return self._allowed("guard", found, answer)
 
-    def _other_view(self, language: LanguageRunner, judged: JudgedViews, at: int, seconds: float) -> GateResult | None:
-        """Return the block that the exact verdict on a view demands which the language model is not to answer about."""
+    def _other_view(
+        self, language: LanguageRunner, judged: JudgedViews, at: int, seconds: float, found: Finding | None
+    ) -> GateResult | None:
+        """Return the block that the exact verdict on a view or tile demands which is not to be answered about."""
         pixels = judged.views.pixels[at]
         prefilled = self.gate.language_lane.run(lambda: language.prefill(pixels, self.question, None), seconds).get()
-        return self._refusal(None, self._exact_finding(language, prefilled.exact_probs), judged, at)
+        return self._refusal(found, self._exact_finding(language, prefilled.exact_probs), judged, at)
 
     def _generate(self, language: LanguageRunner, handle: Any) -> str:
         pieces = []
@@ -330,18 +337,29 @@ class _Request:
             return size.apply(judged.views.image), self.question, None
         return judged.views.pixels[0], self.question, judged.embeddings
 
+    def _can_settle(self) -> bool:
+        """Say whether there is an exact verdict on all that the guard is unsure of.
+
+        One on a tile can be had where guard and language model read the same pixels.
+        """
+        guard, language = self.gate.guard, self.gate.language
+        if language is None or language.classes is None:
+            return False
+        return not self.unsure_tiles or (guard is not None and guard.runner.preprocessing == language.preprocessing)
+
     def _guard_finding(self, judged: JudgedViews) -> Finding | None:
         guard = self.gate.guard
         if guard is None:
             return None
         findings = [find(row, guard.classes, self.gate.policy, "guard", guard.thresholds) for row in judged.probs]
-        at = worst(findings)
+        at = worst(findings, judged.views.own)
+        self.unsure_tiles = [tile for tile in range(1, judged.views.own) if findings[tile].verdict == "unsure"]
         self._decided_on(judged, at)
         self.probs = dict(zip(guard.classes, map(float, judged.probs[at]), strict=True))
         return findings[at]
 
     def _decided_on(self, judged: JudgedViews, at: int) -> None:
-        self.view, self.hidden = judged.views.name(at), at > 0
+        self.view, self.hidden = judged.views.name(at), judged.views.is_hidden(at)
 
     def _exact_finding(self, language: LanguageRunner, probs: npt.NDArray[np.float32] | None) -> Finding:
         if probs is None or language.classes is None:
@@ -420,6 +438,7 @@ class _Request:
             policy=self.gate.policy,
             bundle=self.gate.digest,
             view=self.view,
+            view_mode=None if self.gate.guard is None else self.gate.guard.view,
             **more,
         )
 

@@ -18,11 +18,13 @@ from runtimes.check import BLOCKED
 from runtimes.gate_result import GateResult
 from runtimes.policy import Policy, read_policy
 from runtimes.random_weights import warn_of_random_weights
+from runtimes.view_option import view_option
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle
     from runtimes.gate import Gate
     from runtimes.language import LanguageRunner
+    from runtimes.tiling import ViewMode
     from runtimes.torch_language import Dtype
 
 __all__ = ["ended", "main", "open_gate", "open_told"]
@@ -43,13 +45,15 @@ def open_gate(
     timeout: float = 30.0,
     context: int | None = None,
     gpu_layers: int = 0,
+    view: ViewMode = "tiles",
 ) -> Gate:
     """Open a bundle and what answers: a checkpoint, by default the one that the bundle was made from, or GGUF files.
 
     On torch pictures are brought to the bundle's size for both. Image embeddings are shared when the bundle gives
     them and was made from the very vision tower that the answers are, by hash. A bundle that is not standalone gates
     by the exact verdict alone. Without a bundle, GGUF files (see ``export.gguf``) judge by themselves. ``context``
-    (tokens) and ``gpu_layers`` are llama.cpp's. Errors: InputError for neither; those of opening either.
+    (tokens) and ``gpu_layers`` are llama.cpp's; ``view`` is the standalone guard's, see ``runtimes.tiling``. Errors:
+    InputError for neither; those of opening either.
     """
     from runtimes.bundle import open_bundle
     from runtimes.gate import Gate
@@ -62,7 +66,7 @@ def open_gate(
                 "--bundle is missing: the guard that judges before the language model. Without one, --model takes a "
                 "folder that python -m export.gguf wrote, whose guard is in it."
             )
-        return _gguf_alone(model, policy, timeout, threads=threads, context=context, gpu_layers=gpu_layers)
+        return _gguf_alone(model, policy, timeout, threads=threads, context=context, gpu_layers=gpu_layers, view=view)
     opened = open_bundle(bundle)
     manifest = opened.manifest
     if model is not None and is_gguf(model):
@@ -73,7 +77,7 @@ def open_gate(
         )
     guard, shared = None, False
     if manifest.source.standalone:
-        guard = Guard.open(bundle, runtime, precision=precision, threads=threads, verify=False)
+        guard = Guard.open(bundle, runtime, precision=precision, threads=threads, verify=False, view=view)
         if any(output.name == "embeddings" for file in manifest.files for output in file.outputs):
             shared = tower() == manifest.source.sha256
     return Gate(guard, language, policy, timeout, digest=opened.digest, share_embeddings=shared)
@@ -113,7 +117,14 @@ def _gguf_language(
 
 
 def _gguf_alone(
-    model: str, policy: Policy | None, timeout: float, *, threads: int | None, context: int | None, gpu_layers: int
+    model: str,
+    policy: Policy | None,
+    timeout: float,
+    *,
+    threads: int | None,
+    context: int | None,
+    gpu_layers: int,
+    view: ViewMode,
 ) -> Gate:
     """Return a gate whose guard and language model share one llama.cpp."""
     from runtimes.gate import Gate
@@ -127,7 +138,7 @@ def _gguf_alone(
     language = LlamaCppLanguageRunner(artifact, session=session)
     guard = None
     if has_standalone_guard(artifact):
-        guard = Guard(LlamaCppGuardRunner(artifact, session), artifact.manifest.classes)
+        guard = Guard(LlamaCppGuardRunner(artifact, session), artifact.manifest.classes, view=view)
     return Gate(guard, language, policy, timeout, digest=artifact.digest)
 
 
@@ -166,6 +177,7 @@ def ended(gate: Gate, result: GateResult) -> int:
 @click.option("--device", default="cpu", show_default=True, help="Of the language model: cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@view_option
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision, question and answer as one JSON line.")
@@ -184,6 +196,7 @@ def main(
     device: str,
     dtype: Dtype,
     threads: int | None,
+    view: ViewMode,
     timeout: float,
     max_new_tokens: int | None,
     as_json: bool,
@@ -208,6 +221,7 @@ def main(
         revision=revision,
         tap=tap,
         threads=threads,
+        view=view,
         timeout=timeout,
     )
     with gate:

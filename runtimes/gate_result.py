@@ -52,7 +52,9 @@ class GateResult:
     bundle: str | None = None
     """SHA-256 of the bundle's manifest, None without a bundle."""
     view: str | None = None
-    """Which of the views of the image was decided on; None where there is only one."""
+    """Which of the views or tiles of the image was decided on; None where there is only one."""
+    view_mode: str | None = None
+    """How large images are treated (see ``runtimes.tiling``); None without a standalone guard."""
     ms: Mapping[str, float] = field(default_factory=dict)
 
     def refusal(self) -> str:
@@ -80,6 +82,7 @@ class GateResult:
             "exact_probs": _rounded(self.exact_probs),
             "policy": self.policy.model_dump(exclude_none=True),
             "bundle": self.bundle,
+            "view_mode": self.view_mode,
             "ms": {name: round(value, 3) for name, value in self.ms.items()},
         }
         if self.view is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,9 @@ from models.manifest import Thresholds
 from runtimes.bundle import open_bundle
 from runtimes.runner import GuardRunner
 from runtimes.select import Runtime, select_runner
+from runtimes.tiling import ViewMode, checked_mode
 from runtimes.verdict import Judgement, decide, worst
+from runtimes.view_option import view_note
 from runtimes.views import ImageSource, ImageViews, read_views
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ __all__ = ["Guard", "ImageSource"]
 
 _Row: TypeAlias = "npt.NDArray[np.float32] | SafeVLMError"
 BATCH = 8
+
+_log = logging.getLogger(__name__)
 
 
 class Guard:
@@ -41,11 +46,13 @@ class Guard:
         thresholds: Thresholds | None = None,
         *,
         batch: int = BATCH,
+        view: ViewMode = "tiles",
     ) -> None:
         self.runner = runner
         self.classes = tuple(classes)
         self.thresholds = thresholds
         self.batch = batch
+        self.view = checked_mode(view)
 
     @classmethod
     def open(
@@ -57,19 +64,24 @@ class Guard:
         threads: int | None = None,
         verify: bool = True,
         batch: int = BATCH,
+        view: ViewMode = "tiles",
     ) -> Guard:
         """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`.
 
         Thresholds are those fitted on the very file that runs. Runtime ``torch`` runs the checkpoint and no file of
-        the bundle, so it has none: it blocks from 0.5 up, as a bundle does before thresholds are fitted.
+        the bundle, so it has none: it blocks from 0.5 up, as a bundle does before thresholds are fitted. ``view`` says
+        how large images are treated: see ``runtimes.tiling``.
         """
         bundle = open_bundle(path, verify=verify)
         runner = select_runner(bundle, runtime, precision=precision, threads=threads)
         file = getattr(runner, "file", None)
         thresholds = None if file is None else bundle.manifest.thresholds_of(file.path)
-        return cls(runner, bundle.manifest.classes, thresholds, batch=batch)
+        return cls(runner, bundle.manifest.classes, thresholds, batch=batch, view=view)
 
     def __enter__(self) -> Self:
+        note = view_note(self.view, None if self.thresholds is None else self.thresholds.view)
+        if note is not None:
+            _log.warning("%s", note)
         self.runner.activate()
         return self
 
@@ -85,9 +97,10 @@ class Guard:
     def stream(self, images: Iterable[ImageSource]) -> Iterator[Judgement]:
         """Yield a judgement for each image, in order, a batch at a time.
 
-        A file that readers show in several ways (see ``models.views``) is judged in all of them, and the worst verdict
-        counts. An image that cannot be read, or that the runner cannot judge in one of them and blocks in none, gets
-        the verdict ``error`` with the reason, and the others are judged all the same.
+        A file that readers show in several ways (see ``models.views``) is judged in all of them, a large one in tiles,
+        too (see ``runtimes.tiling``), and the worst verdict counts. An image that cannot be read, or that the runner
+        cannot judge in one of these and blocks in none, gets the verdict ``error`` with the reason, and the others are
+        judged all the same.
         """
         batch: list[tuple[str, ImageViews | ImageFileError]] = []
         for position, image in enumerate(images):
@@ -100,7 +113,7 @@ class Guard:
 
     def _views(self, image: ImageSource, name: str) -> ImageViews | ImageFileError:
         try:
-            return read_views(image, self.runner.preprocessing, name)
+            return read_views(image, self.runner.preprocessing, name, mode=self.view)
         except ImageFileError as error:
             return error
 
@@ -112,7 +125,7 @@ class Guard:
             if isinstance(views, ImageViews):
                 yield self._judgement(name, views, [next(rows) for _ in views.pixels])
             else:
-                yield Judgement(file=name, verdict="error", error=str(views))
+                yield Judgement(file=name, verdict="error", error=str(views), view_mode=self.view)
 
     def _rows(self, pictures: list[npt.NDArray[np.uint8]]) -> list[_Row]:
         """Return a row of probabilities for each; a batch that fails is judged one by one."""
@@ -128,8 +141,8 @@ class Guard:
         decisions = [decide(row, self.classes, self.thresholds) for _, row in read]
         failure = next((row for row in rows if isinstance(row, SafeVLMError)), None)
         if failure is not None and not any(decision.verdict == "block" for decision in decisions):
-            return Judgement(file=name, verdict="error", error=str(failure))
-        chosen = worst(decisions)
+            return Judgement(file=name, verdict="error", error=str(failure), view_mode=self.view)
+        chosen = worst(decisions, sum(not views.is_hidden(at) for at, _ in read))
         at, row = read[chosen]
         return Judgement(
             file=name,
@@ -139,6 +152,7 @@ class Guard:
             probs=dict(zip(self.classes, map(float, row), strict=True)),
             view=views.name(at),
             views=views.names if len(views.names) > 1 else (),
+            view_mode=self.view,
         )
 
 

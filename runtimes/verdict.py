@@ -38,8 +38,8 @@ class Decision:
 class Judgement:
     """The verdict on one image, by the name it was given; with ``error`` nothing else is known of it.
 
-    Where readers show the file in several ways, ``views`` names those that were judged, and ``view`` the one whose
-    verdict this is: the worst.
+    Where readers show the file in several ways, or it was judged in tiles, too, ``views`` names all that was judged,
+    and ``view`` the one whose verdict this is: the worst. ``view_mode`` is that of ``runtimes.tiling``.
     """
 
     file: str
@@ -50,11 +50,12 @@ class Judgement:
     error: str | None = None
     view: str | None = None
     views: tuple[str, ...] = ()
+    view_mode: str = "whole"
 
     def to_json(self) -> dict[str, object]:
         """Return the object that ``runtimes.check --json`` prints; ``error`` is there only for errors.
 
-        ``view`` and ``views`` are there only for a file that readers show in several ways.
+        ``view`` and ``views`` are there only for a file that was judged in several ways or in tiles.
         """
         stated: dict[str, object] = {
             "file": self.file,
@@ -62,6 +63,7 @@ class Judgement:
             "label": self.label,
             "p_unsafe": self.p_unsafe,
             "probs": dict(self.probs),
+            "view_mode": self.view_mode,
         }
         if self.view is not None:
             stated |= {"view": self.view, "views": list(self.views)}
@@ -75,14 +77,19 @@ class _Judged(Protocol):
     def p_unsafe(self) -> float: ...
 
 
-def worst(views: Sequence[_Judged]) -> int:
-    """Return which verdict on the views of an image counts.
+def worst(views: Sequence[_Judged], own: int = 1) -> int:
+    """Return which verdict on the views of an image and their tiles counts; the first ``own`` are of the usual view.
 
-    Being unsure of a view other than the first weighs more than of the first, which alone can be settled elsewhere.
+    Being unsure of another view weighs more than of the usual one, which alone can be settled elsewhere.
     """
     return max(
         range(len(views)),
-        key=lambda at: (SEVERITY[views[at].verdict], views[at].verdict == "unsure" and at > 0, views[at].p_unsafe, -at),
+        key=lambda at: (
+            SEVERITY[views[at].verdict],
+            views[at].verdict == "unsure" and at >= own,
+            views[at].p_unsafe,
+            -at,
+        ),
     )
 
 

@@ -1,10 +1,12 @@
 """The views of an image at the size of a guard or language model, and what a guard says of each.
 
-``models.views`` tells which they are: what the file's readers show, the usual one first.
+``models.views`` tells which they are: what the file's readers show, the usual one first. Of each the guard judges the
+whole and, where it is large, tiles (see ``runtimes.tiling``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,8 @@ from PIL import Image
 from models.errors import ImageFileError
 from models.image import MAX_PIXELS, View, open_views, to_views
 from models.preprocessing import Preprocessing
+from models.views import USUAL
+from runtimes.tiling import ViewMode, judged_pixels, shown
 
 if TYPE_CHECKING:
     from runtimes.judge import Guard
@@ -30,15 +34,24 @@ ImageSource: TypeAlias = "Path | str | bytes | Image.Image"
 
 @dataclass(frozen=True, eq=False)
 class ImageViews:
-    """The views of an image whose pixels, uint8 H x W x 3, differ; ``image`` is the first, the usual one, in full."""
+    """The views of an image and their tiles, as far as their pixels, uint8 H x W x 3, differ.
+
+    ``image`` is the usual view at the size that may be shown. The first ``own`` pixels are of it: the whole, then its
+    tiles.
+    """
 
     image: Image.Image
     names: tuple[str, ...]
     pixels: tuple[npt.NDArray[np.uint8], ...]
+    own: int = 1
 
     def name(self, at: int) -> str | None:
-        """Return the name of a view, None where there is only one."""
+        """Return the name of a view or tile, None where there is only one."""
         return self.names[at] if len(self.names) > 1 else None
+
+    def is_hidden(self, at: int) -> bool:
+        """Say whether pixels are of a view that is not the usual one: not of what is shown."""
+        return at >= self.own
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,21 +66,41 @@ class JudgedViews:
 
 
 def read_views(
-    source: ImageSource, preprocessing: Preprocessing | None, where: str, *, max_pixels: int = MAX_PIXELS
+    source: ImageSource,
+    preprocessing: Preprocessing | None,
+    where: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    mode: ViewMode = "whole",
 ) -> ImageViews:
     """Read an image once; without ``preprocessing`` at its own size.
 
     Raises ImageFileError for what is no image, cannot be read as a whole, or not in every way that readers show it.
     """
     usual: Image.Image | None = None
-    found: dict[str, npt.NDArray[np.uint8]] = {}
+    own = 0
+    found: dict[bytes, tuple[str, npt.NDArray[np.uint8]]] = {}
     for view in _views(source, where, max_pixels):
-        usual = usual or view.image
-        pixels = np.array(view.image, dtype=np.uint8) if preprocessing is None else preprocessing.apply(view.image)
-        if not any(np.array_equal(pixels, other) for other in found.values()):
-            found[view.name] = pixels
+        image = view.image if preprocessing is None else shown(view.image, preprocessing, mode)
+        for name, pixels in _pixels(view.name, image, preprocessing, mode):
+            found.setdefault(hashlib.sha256(pixels.tobytes()).digest(), (name, pixels))
+        if usual is None:
+            usual, own = image, len(found)
     assert usual is not None  # there is a first view, or an error
-    return ImageViews(usual, tuple(found), tuple(found.values()))
+    names, kept = zip(*found.values(), strict=True)
+    return ImageViews(usual, names, kept, own)
+
+
+def _pixels(
+    view: str, image: Image.Image, preprocessing: Preprocessing | None, mode: ViewMode
+) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    """Yield what is judged of a view, each with its name, such as "on white, tile 2 of 9"."""
+    if preprocessing is None:
+        yield view, np.array(image, dtype=np.uint8)
+        return
+    for tile, pixels in judged_pixels(image, preprocessing, mode):
+        of = view if view != USUAL or not tile else ""
+        yield ", ".join(part for part in (of, tile) if part), pixels
 
 
 def judge_views(
@@ -80,11 +113,15 @@ def judge_views(
 ) -> JudgedViews:
     """Decode an image once and judge it, if there is a guard and its verdict is not ``known``.
 
-    ``size`` is the language model's, for images that only it judges; ``share`` asks for embeddings. Raises
+    ``known`` is of the usual view as a whole. ``size`` is the language model's, for images that only it judges: it is
+    shown no more than that, so that there is nothing to see in tiles. ``share`` asks for embeddings. Raises
     ImageFileError, and what the guard raises.
     """
     begun = time.perf_counter()
-    views = read_views(source, size if guard is None else guard.runner.preprocessing, "the given image")
+    if guard is None:
+        views = read_views(source, size, "the given image")
+    else:
+        views = read_views(source, guard.runner.preprocessing, "the given image", mode=guard.view)
     decoded = time.perf_counter()
     ms = {"decode": (decoded - begun) * 1000}
     if guard is None:

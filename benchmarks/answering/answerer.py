@@ -17,6 +17,7 @@ from benchmarks.record import Artifact, Row, Runtime
 from models.errors import CheckpointError, InputError
 from models.family import PromptFormat
 from models.json_file import read_json_object
+from models.manifest_fields import ViewMode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +45,7 @@ class Description:
     preprocessing: Mapping[str, Any] | None = None
     decoding: Mapping[str, Any] | None = None
     threshold: float | None = None
+    view: ViewMode | None = None
 
 
 class Answerer(Protocol):

@@ -27,6 +27,7 @@ from runtimes.gate_command import open_gate
 from runtimes.judge import Guard
 from runtimes.language import LanguageRunner
 from runtimes.llamacpp_language import LlamaCppLanguageRunner
+from runtimes.tiling import ViewMode
 from runtimes.torch_language import TorchLanguageRunner
 
 if TYPE_CHECKING:
@@ -53,12 +54,19 @@ class BundleAnswerer:
     kinds = frozenset({"image"})
 
     def __init__(
-        self, bundle: Path, classes: Sequence[str], *, runtime: str = "auto", precision: str | None = None, batch: int
+        self,
+        bundle: Path,
+        classes: Sequence[str],
+        *,
+        runtime: str = "auto",
+        precision: str | None = None,
+        batch: int,
+        view: ViewMode = "tiles",
     ) -> None:
         self.batch = batch
         self.bundle = bundle
         self.precision = precision
-        self.guard = Guard.open(bundle, runtime, precision=precision, batch=batch)
+        self.guard = Guard.open(bundle, runtime, precision=precision, batch=batch, view=view)
         self._order = class_order(self.guard.classes, classes, str(bundle))
 
     def __enter__(self) -> Self:
@@ -82,6 +90,7 @@ class BundleAnswerer:
             ),
             preprocessing=self.guard.runner.preprocessing.model_dump(mode="json"),
             threshold=_threshold(self.guard),
+            view=self.guard.view,
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
@@ -117,11 +126,19 @@ class GatedAnswerer:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         runtime: str = "auto",
         precision: str | None = None,
+        view: ViewMode = "tiles",
     ) -> None:
         self.bundle = bundle
         self.max_new_tokens = max_new_tokens
         self.gate = open_gate(
-            bundle, model, runtime=runtime, precision=precision, device=device, dtype=dtype, revision=revision
+            bundle,
+            model,
+            runtime=runtime,
+            precision=precision,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            view=view,
         )
         guard = self.gate.guard
         if guard is None:
@@ -159,6 +176,7 @@ class GatedAnswerer:
             preprocessing=answers.preprocessing,
             decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
             threshold=_threshold(self._guard),
+            view=self._guard.view,
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Literal
 from benchmarks.answering.answerer import Answerer
 from models.errors import InputError, MissingExtraError
 from runtimes.gguf_artifact import is_gguf
+from runtimes.tiling import ViewMode
 
 __all__ = ["Request", "open_answerer"]
 
@@ -33,6 +34,7 @@ class Request:
     concurrency: int = 4
     api_key_env: str = "OPENAI_API_KEY"
     timeout: float = 120.0
+    view: ViewMode = "tiles"
 
 
 def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
@@ -96,7 +98,12 @@ def _bundled(request: Request, bundle: Path, classes: Sequence[str]) -> Answerer
 
     if request.model is None:
         return BundleAnswerer(
-            bundle, classes, runtime=request.runtime, precision=request.precision, batch=request.batch
+            bundle,
+            classes,
+            runtime=request.runtime,
+            precision=request.precision,
+            batch=request.batch,
+            view=request.view,
         )
     return GatedAnswerer(
         bundle,
@@ -108,4 +115,5 @@ def _bundled(request: Request, bundle: Path, classes: Sequence[str]) -> Answerer
         dtype=request.dtype,
         runtime=request.runtime,
         precision=request.precision,
+        view=request.view,
     )

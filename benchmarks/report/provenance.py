@@ -16,7 +16,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "Artifact": ("artifact.",),
     "Runtime": ("runtime.",),
     "Suite": ("suite.",),
-    "Settings": ("prompt", "preprocessing", "decoding", "threshold"),
+    "Settings": ("prompt", "preprocessing", "decoding", "threshold", "view"),
     "When and where": ("created", "finished", "machine", "versions."),
 }
 MUST_AGREE = ("suite.", "prompt", "preprocessing", "decoding")

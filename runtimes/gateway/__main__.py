@@ -18,6 +18,7 @@ from runtimes.chat_endpoint import read_key
 from runtimes.gateway.logs import LineHandler
 from runtimes.policy import read_policy
 from runtimes.random_weights import warn_of_random_weights
+from runtimes.view_option import view_option
 
 MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
@@ -33,6 +34,7 @@ ENDING_SECONDS = 1.0
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of guard and language model.")
+@view_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
@@ -137,6 +139,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         max_connections=given["max_connections"],
         cors_origins=given["cors_origin"],
         show_probabilities=given["show_probabilities"],
+        view=given["view"],
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

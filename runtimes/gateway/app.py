@@ -92,14 +92,17 @@ class Gateway:
 
         Errors: InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
         """
+        options = options or GatewayOptions()
         if upstream is not None and (model is not None or bundle is None):
             raise InputError("--upstream goes with --bundle and without --model: the model is upstream.")
         if upstream is not None:
             assert bundle is not None
-            guard = Guard.open(bundle, runtime, precision=precision, threads=threads)
+            guard = Guard.open(bundle, runtime, precision=precision, threads=threads, view=options.view)
             gate = Gate(guard, None, policy)
         else:
-            gate = open_gate(bundle, model, policy=policy, runtime=runtime, precision=precision, threads=threads)
+            gate = open_gate(
+                bundle, model, policy=policy, runtime=runtime, precision=precision, threads=threads, view=options.view
+            )
         if gate.guard is None:
             raise InputError(
                 "there is no standalone guard to put in front: the bundle (or GGUF folder) reads the language model. "
@@ -110,7 +113,7 @@ class Gateway:
             gate=gate,
             name=name,
             upstream=upstream,
-            options=options or GatewayOptions(),
+            options=options,
             key=key,
             client_key=client_key,
         )

@@ -114,8 +114,8 @@ class Judging:
             findings = [find(row, self.guard.classes, self.policy, "guard", self.guard.thresholds) for row in rows]
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
-        at = worst(findings)
-        return Judged(views.image, rows[at], findings[at], views.name(at), hidden=at > 0)
+        at = worst(findings, views.own)
+        return Judged(views.image, rows[at], findings[at], views.name(at), hidden=views.is_hidden(at))
 
     def _hold(self, picture: Image.Image) -> None:
         """Count a decoded picture for as long as it lives: small files of large pictures must not fill the memory."""
@@ -129,7 +129,8 @@ class Judging:
 
     def _decoded(self, content: bytes, where: str) -> ImageViews:
         try:
-            return read_views(content, self.guard.runner.preprocessing, where, max_pixels=self.options.max_pixels)
+            size, most, mode = self.guard.runner.preprocessing, self.options.max_pixels, self.guard.view
+            return read_views(content, size, where, max_pixels=most, mode=mode)
         except ImageFileError as error:
             reason = str(error).removeprefix("the given bytes: ")
             raise bad_request(f"{where}: {reason}", code="invalid_image", param=where) from None

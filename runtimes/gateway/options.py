@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from models.errors import InputError
 from models.image import MAX_PIXELS
 from runtimes.gateway.pass_keys import check_pass_keys
+from runtimes.tiling import ViewMode, checked_mode
 
 __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
@@ -61,6 +62,8 @@ class GatewayOptions:
     """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
     show_probabilities: bool = False
     """Whether clients are given probabilities, which let them search for the threshold."""
+    view: ViewMode = "tiles"
+    """How large images are treated: see ``runtimes.tiling``."""
 
     @property
     def max_held(self) -> int:
@@ -68,6 +71,7 @@ class GatewayOptions:
         return 16 * self.max_pixels
 
     def __post_init__(self) -> None:
+        checked_mode(self.view)
         numbers = ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue")
         for name in (*numbers, "max_connections"):
             if getattr(self, name) < 1:
