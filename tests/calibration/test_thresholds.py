@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration.judged_images import BATCH
 from calibration.labels import read_labels
 from calibration.risk_control import Promise
-from calibration.thresholds import BATCH, fit_bundle, main
+from calibration.thresholds import fit_bundle, main
 from models.errors import BundleError, InputError
 from models.image import open_image
 from models.manifest import Manifest

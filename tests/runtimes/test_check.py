@@ -58,7 +58,7 @@ def test_a_blocked_image_exits_10_and_json_has_the_stated_shape(bundle: Path, sa
     done = check(bundle, safe, unsafe, "--json", "--threads", "1", "--runtime", "onnxruntime", "--precision", "fp32")
     assert (done.returncode, done.stderr) == (10, "")
     allowed, blocked = json.loads(done.stdout)
-    assert set(blocked) == {"file", "verdict", "label", "p_unsafe", "probs"}
+    assert set(blocked) == {"file", "verdict", "label", "p_unsafe", "probs", "view_mode"}
     assert (blocked["file"], blocked["verdict"], blocked["label"]) == (str(unsafe), "block", "weapon")
     assert blocked["p_unsafe"] > 0.99 and set(blocked["probs"]) == {"safe", "weapon", "drug"}
     assert allowed["verdict"] == "allow" and allowed["p_unsafe"] < 0.01
