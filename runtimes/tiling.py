@@ -16,13 +16,15 @@ __all__ = ["ViewMode", "judged_pixels", "shown"]
 ViewMode = Literal["tiles", "judged", "whole"]
 
 
-def shown(image: Image.Image, preprocessing: Preprocessing, mode: ViewMode) -> Image.Image:
+def shown(image: Image.Image, preprocessing: Preprocessing, mode: ViewMode) -> Image.Image:  # noqa: ARG001
     """Return an RGB image at the largest size that may be shown to a language model when it is judged in this mode."""
     return image
 
 
 def judged_pixels(
-    image: Image.Image, preprocessing: Preprocessing, mode: ViewMode
+    image: Image.Image,
+    preprocessing: Preprocessing,
+    mode: ViewMode,  # noqa: ARG001
 ) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
     """Yield what the guard has to judge of an RGB image, uint8 H x W x 3 each: the whole ("") first, then tiles."""
     yield "", preprocessing.apply(image)
