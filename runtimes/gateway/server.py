@@ -178,7 +178,7 @@ class Connection(H11Protocol):
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         self.conn = self._parser = _Parser()
-        self.logger = _log
+        self.logger, self.access_log = _log, False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._served: Any = None
