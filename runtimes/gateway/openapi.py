@@ -95,6 +95,8 @@ def _paths(upstream: bool) -> dict[str, Any]:
         "/v1/guard": {"post": _operation("judgeImages", "Judge images alone.", "Judgements", body="Guard")},
         "/v1/models": {"get": _operation("listModels", "The models that are served.", "Models", passed=upstream)},
         "/v1/models/{id}": {"get": {**model, "parameters": [name]}},
+        "/livez": {"get": _plain("live", "Whether the process answers.", "Live")},
+        "/readyz": {"get": _plain("ready", "Whether requests should be sent here.", "Ready", also=503)},
         "/healthz": {"get": _plain("health", "Whether guard and upstream are there.", "Health", also=503)},
         "/metrics": {"get": _plain("metrics", "Counters and histograms for Prometheus.", None)},
         "/openapi.json": {"get": _plain("openapi", "This document.", "Document")},
@@ -229,6 +231,8 @@ def _answered() -> dict[str, Any]:
         "Judgements": _object(object={"const": "list"}, data=rows, bundle=MAYBE),
         "Model": _object(id=TEXT),
         "Models": _object(data={"type": "array", "items": _ref("Model")}),
+        "Live": _object(status={"const": "ok"}),
+        "Ready": _object(status={"enum": ["ready", "not ready"]}, reasons={"type": "array", "items": TEXT}),
         "Health": _object(status={"enum": ["ok", "stuck"]}, guard=TEXT, upstream=TEXT),
         "Document": _object(openapi=TEXT, paths=OBJECT),
     }

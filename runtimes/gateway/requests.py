@@ -188,7 +188,9 @@ def _check_whole(value: Any, where: str) -> None:
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
-        raise bad_request(f"{where} holds half of a surrogate pair; send whole characters.", param=where) from None
+        raise bad_request(
+            f"{where} holds half a character (of a surrogate pair); send whole ones.", code="invalid_value", param=where
+        ) from None
 
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -41,9 +41,8 @@ def test_a_bad_question_is_the_users_fault(url: str, text: str, code: str, word:
         content = b'{"messages": ' + _ascii(messages(image, text=text)) + b"}"
         found = httpx.post(f"{url}/v1/chat/completions", content=content)
         error = found.json()["error"]
-        assert (found.status_code, error["code"], error["param"]) == (400, code, "messages") and word in error[
-            "message"
-        ]
+        assert (found.status_code, error["code"]) == (400, code) and word in error["message"]
+        assert error["param"].startswith("messages")
     assert httpx.get(f"{url}/healthz").status_code == 200
 
 
@@ -74,7 +73,7 @@ def _ascii(value: Any) -> bytes:
 )
 def test_a_value_out_of_range_is_named(url: str, key: str, value: Any) -> None:
     found = ask(url, **{key: value})
-    assert found.status_code == 400 and found.json()["error"]["param"] == key
+    assert found.status_code == 400 and found.json()["error"]["param"].split("[")[0] == key
 
 
 def test_an_answer_says_why_it_ended_and_what_it_used(url: str) -> None:
