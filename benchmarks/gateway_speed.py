@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import io
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +21,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.errors import InputError, MissingExtraError, SafeVLMError
+from benchmarks import gateway_servers
+from benchmarks.gateway_servers import require_httpx, server
+from models.errors import InputError, SafeVLMError
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
 
-__all__ = ["GatewayOptions", "GatewaySpeed", "gateway_table", "measure_gateway", "tiny_pair"]
+__all__ = [
+    "GatewayOptions",
+    "GatewaySpeed",
+    "gateway_command",
+    "gateway_table",
+    "measure_gateway",
+    "request_body",
+    "tiny_pair",
+    "two_pictures",
+]
 
-START_SECONDS = 60.0
 CLIENTS = 64
 QUESTION = "Where is the square?"
 
@@ -58,6 +65,10 @@ class GatewaySpeed:
     direct_ms: tuple[float, float]
     """p50 and p95 of a request to the upstream itself."""
     gateway_ms: tuple[float, float]
+    guard_ms: float
+    """Mean of the guard's own calls in these requests, by the gateway's own metrics."""
+    through: dict[str, float]
+    """Allowed requests a second by ``clients`` at once: gateway, nginx where it is installed, the upstream itself."""
     blocks_alone: float
     """Blocked requests a second, one client."""
     blocks_together: float
@@ -66,8 +77,13 @@ class GatewaySpeed:
 
     @property
     def overhead_ms(self) -> tuple[float, float]:
-        """What the gateway adds, at p50 and p95."""
+        """What the gateway with its guard adds, at p50 and p95."""
         return self.gateway_ms[0] - self.direct_ms[0], self.gateway_ms[1] - self.direct_ms[1]
+
+    @property
+    def beside_guard_ms(self) -> tuple[float, float]:
+        """The same without the guard's own time."""
+        return self.overhead_ms[0] - self.guard_ms, self.overhead_ms[1] - self.guard_ms
 
 
 def measure_gateway(
@@ -82,14 +98,14 @@ def measure_gateway(
     Errors: InputError for a guard that does not tell the built-in suite's pictures apart; SafeVLMError when a process
     does not start.
     """
-    safe, unsafe = _pictures(bundle)
+    safe, unsafe = two_pictures(bundle)
     with ExitStack() as held:
-        upstream = held.enter_context(_process(["-m", "benchmarks.gateway_speed"], "upstream"))
-        command = ["-m", "runtimes.gateway", "--bundle", str(bundle), "--upstream", f"{upstream}/v1", "--port", "0"]
-        command += ["--queue", str(max(64, options.clients)), "--max-concurrent", str(2 * options.clients)]
-        gateway = held.enter_context(_process(command, "gateway"))
+        direct = held.enter_context(gateway_servers.upstream()).url
+        gateway = held.enter_context(server(gateway_command(bundle, direct, options.clients), "gateway")).url
+        proxy = held.enter_context(gateway_servers.nginx(direct))
         report("requests to the gateway")
-        measured = asyncio.run(_ask_all(upstream, gateway, safe, unsafe, options))
+        ways = {"gateway": gateway, **({} if proxy is None else {"nginx": proxy.url}), "upstream": direct}
+        measured = asyncio.run(_ask_all(ways, safe, unsafe, options))
     first = {} if gguf is None else _first_tokens(bundle, gguf, safe, options, report)
     return GatewaySpeed(
         bundle=bundle.name,
@@ -100,6 +116,12 @@ def measure_gateway(
     )
 
 
+def gateway_command(bundle: Path, upstream: str, clients: int) -> list[str]:
+    """Return what Python is given to serve a bundle before an upstream, for so many clients at once."""
+    command = ["-m", "runtimes.gateway", "--bundle", str(bundle), "--upstream", f"{upstream}/v1", "--port", "0"]
+    return [*command, "--queue", str(max(64, clients)), "--max-concurrent", str(2 * clients)]
+
+
 def gateway_table(speed: GatewaySpeed) -> list[str]:
     """Return the lines of a table."""
     lines = [
@@ -107,6 +129,10 @@ def gateway_table(speed: GatewaySpeed) -> list[str]:
         f"  allowed request    p50 {speed.gateway_ms[0]:7.2f} ms   p95 {speed.gateway_ms[1]:7.2f} ms",
         f"  upstream itself    p50 {speed.direct_ms[0]:7.2f} ms   p95 {speed.direct_ms[1]:7.2f} ms",
         f"  added              p50 {speed.overhead_ms[0]:7.2f} ms   p95 {speed.overhead_ms[1]:7.2f} ms",
+        f"  of it the guard    mean {speed.guard_ms:6.2f} ms   beside it p50 {speed.beside_guard_ms[0]:.2f} ms, "
+        f"p95 {speed.beside_guard_ms[1]:.2f} ms",
+        f"  requests a second  {', '.join(f'{way} {rate:.1f}' for way, rate in speed.through.items())} "
+        f"by {speed.clients}",
         f"  blocks a second    {speed.blocks_alone:.1f} by 1 client, {speed.blocks_together:.1f} by {speed.clients}",
     ]
     if speed.first_token:
@@ -120,11 +146,15 @@ def gateway_table(speed: GatewaySpeed) -> list[str]:
 
 
 async def _ask_all(
-    upstream: str, gateway: str, safe: Image.Image, unsafe: Image.Image, options: GatewayOptions
+    ways: dict[str, str], safe: Image.Image, unsafe: Image.Image, options: GatewayOptions
 ) -> dict[str, Any]:
-    httpx = _httpx()
+    httpx = require_httpx()
+    upstream, gateway = ways["upstream"], ways["gateway"]
     limits = httpx.Limits(max_connections=options.clients, max_keepalive_connections=options.clients)
-    allowed, blocked = _body(safe), _body(unsafe)
+    allowed, blocked = request_body(safe), request_body(unsafe)
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    guard: list[tuple[float, int]] = []
+    many = max(options.requests, 2 * options.clients)
     direct: list[float] = []
     through: list[float] = []
     alone: list[float] = []
@@ -142,21 +172,28 @@ async def _ask_all(
         for base, body, ended in ((upstream, allowed, "stop"), (gateway, allowed, "stop"), (gateway, blocked, FILTER)):
             await ask(base, body, ended)  # connections, first runs
         for number in range(options.rounds):
+            guard.append(await _guard_calls(client, gateway))
             turns = [(upstream, direct), (gateway, through)]
             for _ in range(options.requests):
                 for base, times in turns if number % 2 == 0 else turns[::-1]:
                     times.append(await ask(base, allowed, "stop"))
+            guard.append(await _guard_calls(client, gateway))
+            for way in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+                begun = time.perf_counter()
+                await asyncio.gather(*(ask(ways[way], allowed, "stop") for _ in range(many)))
+                rates[way].append(many / (time.perf_counter() - begun))
             begun = time.perf_counter()
             for _ in range(options.requests):
                 await ask(gateway, blocked, FILTER)
             alone.append(options.requests / (time.perf_counter() - begun))
             begun = time.perf_counter()
-            many = max(options.requests, 2 * options.clients)
             await asyncio.gather(*(ask(gateway, blocked, FILTER) for _ in range(many)))
             together.append(many / (time.perf_counter() - begun))
     return {
         "direct_ms": _percentiles(direct),
         "gateway_ms": _percentiles(through),
+        "guard_ms": _mean_ms(guard),
+        "through": {way: float(np.median(rate)) for way, rate in rates.items()},
         "blocks_alone": float(np.median(alone)),
         "blocks_together": float(np.median(together)),
     }
@@ -165,12 +202,27 @@ async def _ask_all(
 FILTER = "content_filter"
 
 
+async def _guard_calls(client: Any, gateway: str) -> tuple[float, int]:
+    """Return the seconds and the number of the guard's calls so far."""
+    text = (await client.get(f"{gateway}/metrics")).text
+    lines = dict(line.split() for line in text.splitlines() if line.startswith("safevlm_gateway_guard_seconds_"))
+    return float(lines["safevlm_gateway_guard_seconds_sum"]), int(float(lines["safevlm_gateway_guard_seconds_count"]))
+
+
+def _mean_ms(readings: Sequence[tuple[float, int]]) -> float:
+    """Return the mean milliseconds of the calls between each first and second reading."""
+    pairs = list(zip(readings[::2], readings[1::2], strict=True))
+    seconds = sum(after[0] - before[0] for before, after in pairs)
+    return 1000 * seconds / sum(after[1] - before[1] for before, after in pairs)
+
+
 def _percentiles(seconds: Sequence[float]) -> tuple[float, float]:
     low, high = np.percentile(np.array(seconds) * 1000, [50, 95])
     return float(low), float(high)
 
 
-def _body(picture: Image.Image) -> bytes:
+def request_body(picture: Image.Image) -> bytes:
+    """Return a chat request about an image."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -178,7 +230,7 @@ def _body(picture: Image.Image) -> bytes:
     return json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode()
 
 
-def _pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
+def two_pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
     """Return a picture that the guard allows and one that it blocks."""
     from runtimes.judge import Guard
 
@@ -240,70 +292,6 @@ def _first_tokens(
     return {way: float(np.median(taken[1:]) * 1000) for way, taken in times.items()}
 
 
-# -- processes ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _process(command: Sequence[str], what: str) -> Iterator[str]:
-    """Start a server, yield its base URL, end it."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        if not line.startswith("serving on "):
-            raise SafeVLMError(f"the {what} did not start: {line}{process.stderr.read()}")
-        url = line.removeprefix("serving on ").strip()
-        _wait(url, process, what)
-        yield url
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def _wait(url: str, process: subprocess.Popen[str], what: str) -> None:
-    httpx = _httpx()
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False)
-            return
-        time.sleep(0.05)
-    raise SafeVLMError(f"the {what} did not start within {START_SECONDS:g} s")
-
-
-def _httpx() -> Any:
-    try:
-        import httpx
-    except ImportError as error:
-        raise MissingExtraError("httpx", "gateway", "asking a gateway") from error
-    return httpx
-
-
-def serve_upstream() -> None:
-    """Serve an upstream that answers at once: the command of the upstream's process."""
-    import uvicorn
-
-    from runtimes.gateway.serving import listening
-
-    choice = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
-    body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        while (await receive()).get("more_body"):
-            pass
-        content = json.dumps(body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
-    bound = listening("127.0.0.1", 0)
-    print(f"serving on http://127.0.0.1:{bound.getsockname()[1]}", file=sys.stderr, flush=True)  # noqa: T201
-    uvicorn.Server(config).run(sockets=[bound])
-
-
 @contextmanager
 def tiny_pair(bundle: Path | None, gguf: Path | None, report: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
     """Yield a bundle and a GGUF folder: those given, else tiny-safegem's, made for the purpose."""
@@ -321,7 +309,3 @@ def tiny_pair(bundle: Path | None, gguf: Path | None, report: Callable[[str], No
             gguf = Path(scratch) / "gguf"
             export_gguf(checkpoint, gguf, GgufOptions(type="f16"), report)
         yield bundle, gguf
-
-
-if __name__ == "__main__":
-    serve_upstream()

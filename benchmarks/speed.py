@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 
 from benchmarks.gate_speed import GateOptions, gate_table, measure_gate
+from benchmarks.gateway_soak import soak_gateway, soak_table
 from benchmarks.gateway_speed import GatewayOptions, gateway_table, measure_gateway, tiny_pair
 from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, SpeedOptions, measure_guard
 from benchmarks.quantize_cases import CASES, quantize_table
 from benchmarks.shapes import find_shape, shape_names
-from benchmarks.speed_report import gate_record, gateway_record, guard_record, guard_table, quantize_record
+from benchmarks.speed_report import gate_record, gateway_record, guard_record, guard_table, quantize_record, soak_record
 from models.commandline import printable, run
 from models.errors import InputError
 from models.family import TapSource
@@ -159,6 +160,7 @@ def gate(
 @click.option("--rounds", type=int, default=GatewayOptions.rounds, show_default=True)
 @click.option("--requests", type=int, default=GatewayOptions.requests, show_default=True, help="Of a kind, a round.")
 @click.option("--clients", type=int, default=GatewayOptions.clients, show_default=True, help="At once.")
+@click.option("--soak", type=float, metavar="MINUTES", help="Serve honest clients and attackers for so long instead.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def gateway(
@@ -167,21 +169,31 @@ def gateway(
     rounds: int,
     requests: int,
     clients: int,
+    soak: float | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Time a gateway beside its upstream, blocks, and llama.cpp's first token with and without a gate."""
+    """Time a gateway beside its upstream, blocks, and llama.cpp's first token with and without a gate.
+
+    With --soak, no times: honest clients and attackers together, and the gateway's memory.
+    """
     from rich.console import Console
 
     options = GatewayOptions(rounds=rounds, requests=requests, clients=clients)
     _check_out(out)
     with Console(stderr=True).status("gateway") as status, tiny_pair(bundle, gguf, status.update) as pair:
-        speed = measure_gateway(*pair, options, report=status.update)
-    record = gateway_record(speed, options, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
+        if soak is None:
+            speed = measure_gateway(*pair, options, report=status.update)
+            lines = gateway_table(speed)
+        else:
+            soaked = soak_gateway(pair[0], soak, clients=clients, report=status.update)
+            lines = soak_table(soaked)
+    command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
+    record = gateway_record(speed, options, command) if soak is None else soak_record(soaked, command)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if out is not None:
         replace_file(out, text.encode())
-    click.echo(text.rstrip() if as_json else "\n".join(gateway_table(speed)))
+    click.echo(text.rstrip() if as_json else "\n".join(lines))
 
 
 @main.command()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.gate_speed import GateSpeed
+from benchmarks.gateway_soak import GatewaySoak
 from benchmarks.gateway_speed import GatewaySpeed
 from benchmarks.guard_peers import Subject
 from benchmarks.guard_speed import GuardSpeed, Row
@@ -18,7 +19,7 @@ from models.commandline import printable
 from models.machine import core_count, machine_name, now
 from models.version import VERSION
 
-__all__ = ["gate_record", "gateway_record", "guard_record", "guard_table", "quantize_record"]
+__all__ = ["gate_record", "gateway_record", "guard_record", "guard_table", "quantize_record", "soak_record"]
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -96,7 +97,13 @@ def gateway_record(speed: GatewaySpeed, settings: Any, command: str) -> dict[str
         "how_measured": dict(HOW_SERVED),
         **asdict(speed),
         "overhead_ms": speed.overhead_ms,
+        "beside_guard_ms": speed.beside_guard_ms,
     }
+
+
+def soak_record(soak: GatewaySoak, command: str) -> dict[str, Any]:
+    """Return the same of a gateway under attack."""
+    return {**_surroundings("gateway-soak", command), **asdict(soak), "growth": soak.growth}
 
 
 def quantize_record(found: Sequence[QuantizeSpeed], command: str) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Greedy decoding from a prefill, a token a row and step.
+"""Decoding from a prefill, a token a row and step.
 
 Shapes: N prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from models.prefill import Begun
     from models.safe_vlm import SafeVLM
 
-__all__ = ["greedy_steps"]
+__all__ = ["decoding_steps"]
 
 
-def greedy_steps(vlm: SafeVLM, begun: Begun, max_new_tokens: int) -> Iterator[list[int | None]]:
+def decoding_steps(
+    vlm: SafeVLM, begun: Begun, max_new_tokens: int, choose: Callable[[Any], int] | None = None
+) -> Iterator[list[int | None]]:
     """Yield the N ids that each step adds, None for a prompt whose answer has ended; ends when all have.
+
+    ``choose`` takes a row's V logits (float32, numpy) to its token; by default the likeliest is taken.
 
     The cache of ``begun`` is extended: it is good for one decoding.
     """
@@ -30,7 +34,12 @@ def greedy_steps(vlm: SafeVLM, begun: Begun, max_new_tokens: int) -> Iterator[li
     open_rows = set(range(len(hidden_N1D)))
     for step in range(max_new_tokens):
         with torch.inference_mode():
-            chosen_N1 = vlm.token_logits(hidden_N1D).argmax(dim=-1)
+            logits_N1V = vlm.token_logits(hidden_N1D)
+            if choose is None:
+                chosen_N1 = logits_N1V.argmax(dim=-1)
+            else:
+                rows = [[choose(row)] for row in logits_N1V[:, 0].float().cpu().numpy()]
+                chosen_N1 = torch.tensor(rows, device=hidden_N1D.device)
         ids = chosen_N1[:, 0].tolist()
         open_rows -= {row for row in open_rows if ids[row] in stops}
         if not open_rows:

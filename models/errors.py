@@ -11,6 +11,7 @@
     │   │   └── PrecisionError       the checkpoint's numbers leave the range of a precision
     │   ├── HubError                a checkpoint could not be fetched
     │   ├── BundleError             a guard bundle is altered, incomplete or unknown
+    │   ├── QuestionError            a question cannot be asked of a model
     │   ├── ImageFileError          an image file cannot be judged
     │   ├── StorageError            a place is full, or cannot be written
     │   └── MissingExtraError       an optional library is not installed
@@ -37,6 +38,7 @@ __all__ = [
     "MissingExtraError",
     "ParityError",
     "PrecisionError",
+    "QuestionError",
     "SafeVLMError",
     "StorageError",
 ]
@@ -98,6 +100,14 @@ class BundleError(InputError):
 
 class ImageFileError(InputError):
     """An image file is unreadable, animated, of an unsupported mode or too large."""
+
+
+class QuestionError(InputError):
+    """A question is empty, too long, or holds what is not text; ``code`` is OpenAI's word for it."""
+
+    def __init__(self, message: str, *, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class StorageError(InputError):

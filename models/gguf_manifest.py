@@ -115,6 +115,8 @@ class GgufManifest(Frozen):
     """Of the projector's output for a test picture: first and last image token, 8 numbers each."""
     context_length: Width
     prompt: Prompt
+    ends: tuple[Count, ...] = Field(default=(), max_length=64)
+    """Token ids that end an answer by the checkpoint's generation settings, besides the prompt's own end."""
     files: tuple[GgufFile, ...] = Field(max_length=100)
     heads: tuple[GgufHead, ...] = Field(min_length=1, max_length=2)
     importance: Importance | None = None

@@ -41,11 +41,11 @@ MAX_DIGITS = 100
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse_json(content: str | bytes, *, rows: bool = False) -> Any:
+def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False) -> Any:
     """Return what a JSON text says, if it says one thing only.
 
     ``rows`` are those of a data set or a log: their number is not bounded, and NaN and Infinity pass, as Python's
-    own writer puts them there.
+    own writer puts them there. ``halves`` lets lone surrogates pass.
 
     Refused beside what is no JSON: a key that appears twice (readers differ in which they take), NaN and Infinity,
     numbers beyond a float or of more than 100 digits, lone surrogates, lists and objects within each other more than
@@ -68,7 +68,7 @@ def parse_json(content: str | bytes, *, rows: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
     _check_depth(value)
-    if "\\ud" in text or "\\uD" in text:
+    if not halves and ("\\ud" in text or "\\uD" in text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-from models.errors import CheckpointError, InputError
+from models.errors import CheckpointError, InputError, QuestionError
 from models.family import PromptFormat
 from models.json_file import read_json_object
 from models.regular_file import require_regular
@@ -140,7 +140,7 @@ def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens
     Errors: InputError when the question itself contains the image token.
     """
     if prompt.image_token in question:
-        raise InputError(
+        raise QuestionError(
             f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
             "Exactly one image is asked about; leave the token out."
         )

@@ -9,7 +9,7 @@ D width of the language model, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from models.decoding import greedy_steps
+from models.decoding import decoding_steps
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
@@ -37,7 +37,6 @@ from models.prompt_tokens import IMAGE, check_ids, fitting_tokenizer, prompt_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
-from models.text_stream import TextStream
 from models.transformers_config import build_config
 
 if TYPE_CHECKING:
@@ -302,19 +301,10 @@ class SafeVLM(nn.Module):
         texts = self.finish(begun, max_new_tokens)
         return [Answer(text, begun.guard_probs[row]) for row, text in enumerate(texts)]
 
-    def stream(self, begun: Begun, max_new_tokens: int = 32) -> Iterator[str]:
-        """Yield the answer to the one prompt of :meth:`begin` piece by piece; together they are :meth:`finish`'s."""
-        text = TextStream(lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)))
-        for ids in greedy_steps(self, begun, max_new_tokens):
-            if ids[0] is not None and (piece := text.add(ids[0])):
-                yield piece
-        if piece := text.end():
-            yield piece
-
     def _decode(self, begun: Begun, max_new_tokens: int) -> list[list[int]]:
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
         written: list[list[int]] = [[] for _ in begun.last_hidden]
-        for ids in greedy_steps(self, begun, max_new_tokens):
+        for ids in decoding_steps(self, begun, max_new_tokens):
             for row, token in enumerate(ids):
                 if token is not None:
                     written[row].append(token)

@@ -42,7 +42,7 @@ open_chat = open_gate
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
 @view_option
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for each verdict.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
 @click.option("--json", "as_json", is_flag=True, help="Print decision, question and answer as one JSON line.")
 def main(
     image: Path,
@@ -55,7 +55,7 @@ def main(
     gpu_layers: int,
     view: ViewMode,
     timeout: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     as_json: bool,
 ) -> int:
     """Answer QUESTION about IMAGE, if the guard lets it pass.

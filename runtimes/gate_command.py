@@ -73,7 +73,7 @@ def open_gate(
         language, tower = _gguf_language(model, threads=threads, context=context, gpu_layers=gpu_layers)
     else:
         language, tower = _torch_language(
-            opened, model, device=device, dtype=dtype, revision=revision, tap=tap, threads=threads
+            opened, model, device=device, dtype=dtype, revision=revision, tap=tap, threads=threads, context=context
         )
     guard, shared = None, False
     if manifest.source.standalone:
@@ -92,6 +92,7 @@ def _torch_language(
     revision: str | None,
     tap: TapSource | None,
     threads: int | None,
+    context: int | None,
 ) -> tuple[LanguageRunner, Callable[[], str]]:
     """Return a checkpoint's runner and what hashes its vision tower and guard head."""
     from models.checkpoint import open_checkpoint
@@ -102,7 +103,7 @@ def _torch_language(
         model, revision, tap = source.checkpoint, revision or source.revision, tap or bundle.manifest.tap.source
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
-    language = TorchLanguageRunner(checkpoint, device=device, dtype=dtype, grid=grid, threads=threads)
+    language = TorchLanguageRunner(checkpoint, device=device, dtype=dtype, grid=grid, threads=threads, context=context)
     return language, lambda: checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
 
 
@@ -178,7 +179,7 @@ def ended(gate: Gate, result: GateResult) -> int:
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
 @view_option
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision, question and answer as one JSON line.")
 @click.option("--log", type=click.Path(path_type=Path), help="Append the decision to this file, as one JSON line.")
 @click.option("--log-text", is_flag=True, help="Let --log hold question and answer, too.")
@@ -197,7 +198,7 @@ def main(
     threads: int | None,
     view: ViewMode,
     timeout: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     as_json: bool,
     log: Path | None,
     log_text: bool,

@@ -32,6 +32,11 @@ class GateResult:
     """The file that was given, None for bytes and opened pictures."""
     question: str
     answer: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    """Why the answer ended; None without one."""
+    prompt_tokens: int = 0
+    """Image tokens included; 0 where the runtime does not count."""
+    completion_tokens: int = 0
     finding: Finding | None = None
     probs: Mapping[str, float] | None = None
     """Of the standalone guard, by class."""

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from models.errors import SafeVLMError
 
-__all__ = ["MOST_STUCK", "Lane", "Outcome", "OverranError", "seconds_left"]
+__all__ = ["MOST_STUCK", "Lane", "Outcome", "OverranError", "WaitedError", "seconds_left"]
 
 MOST_STUCK = 8
 """Calls left behind at once, beyond which a lane refuses to start another: each holds a thread and its memory."""
@@ -33,6 +33,10 @@ def seconds_left() -> float:
 
 class OverranError(SafeVLMError):
     """A call did not end by its deadline, or could not be begun before it."""
+
+
+class WaitedError(OverranError):
+    """A call could not be begun: others held the lane all its time."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Lane:
         """
         begun = time.perf_counter()
         if not self._turn.acquire(timeout=seconds):
-            raise OverranError(f"the {self.name} was busy with other requests for {seconds:g} s")
+            raise WaitedError(f"the {self.name} was busy with other requests for {seconds:g} s")
         try:
             if self.stuck >= self.most_stuck:
                 raise OverranError(

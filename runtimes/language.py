@@ -20,6 +20,8 @@ import numpy.typing as npt
 from models.errors import InputError
 from models.preprocessing import Preprocessing
 from runtimes.activation import Activated
+from runtimes.question import Reader, check_plain, prompt_tokens
+from runtimes.writing import Decoding, Writing
 
 __all__ = ["LanguageRunner", "Prefilled"]
 
@@ -34,6 +36,8 @@ class Prefilled:
 
     exact_probs: npt.NDArray[np.float32] | None
     handle: Any
+    tokens: int = 0
+    """Of the prompt, image tokens included; 0 where the runtime does not count them."""
 
 
 class LanguageRunner(Activated):
@@ -52,6 +56,20 @@ class LanguageRunner(Activated):
     """Whether the projector's output can stand in for the picture, so that it is not encoded twice."""
     random_weights: bool = False
     """Whether the model is known to be a stand-in, whose answers and verdicts are noise."""
+
+    def check_question(self, question: str, max_new_tokens: int | None = None) -> None:
+        """Raise QuestionError for a question that cannot be asked, without touching the model.
+
+        ``max_new_tokens`` must have room in the context, too; None leaves the answer's length to what is left.
+        """
+        check_plain(question)
+        reader = self._reader()
+        if reader is not None:
+            prompt_tokens(reader, question, max_new_tokens)
+
+    def _reader(self) -> Reader | None:
+        """Return how this runner reads questions, None where that is not known."""
+        return None
 
     def prefill(
         self,
@@ -84,8 +102,8 @@ class LanguageRunner(Activated):
         with self._call():
             return self._generate(handle, max_new_tokens)
 
-    def stream(self, handle: Any, max_new_tokens: int) -> Generator[str, None, None]:
-        """Answer as :meth:`generate` does and yield the pieces of the text as they are written.
+    def stream(self, handle: Any, max_new_tokens: int, writing: Writing | None = None) -> Generator[str, None, None]:
+        """Answer and yield the pieces of the text as they are written, as ``writing`` says, which is filled in.
 
         It is one call, which ends when the last piece was taken or the iterator is closed.
         """
@@ -93,7 +111,7 @@ class LanguageRunner(Activated):
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         with self._call():
-            yield from self._stream(handle, max_new_tokens)
+            yield from self._stream(handle, max_new_tokens, writing or Writing())
 
     @abc.abstractmethod
     def _prefill(
@@ -103,8 +121,11 @@ class LanguageRunner(Activated):
     @abc.abstractmethod
     def _generate(self, handle: Any, max_new_tokens: int) -> str: ...
 
-    def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
-        """By default the whole answer is one piece."""
+    def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
+        """By default the whole answer is one piece, written greedily."""
+        if writing.decoding != Decoding():
+            raise InputError(f"runtime {self.runtime} answers greedily: leave out temperature, top_p, seed and stop.")
+        writing.ended = True
         yield self._generate(handle, max_new_tokens)
 
     def _check_picture(self, rgb: npt.NDArray[np.uint8]) -> None:

@@ -261,6 +261,18 @@ class LlamaCpp:
             raise SafeVLMError(f"llama.cpp could not tokenise {len(raw)} bytes of text")
         return list(ids[:count])
 
+    def vocabulary(self) -> tuple[dict[int, str], int]:
+        """Return the control tokens' names by id, and the most bytes that one token's name has."""
+        llama, unknown = self._llama, self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        names = [llama.llama_vocab_get_text(self._vocabulary, token) or b"" for token in range(self.vocab_size)]
+        control = {
+            token: name.decode("utf-8", "replace")
+            for token, name in enumerate(names)
+            if llama.llama_vocab_is_control(self._vocabulary, token)
+            and not llama.llama_vocab_get_attr(self._vocabulary, token) & unknown
+        }
+        return control, max(map(len, names), default=1)
+
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out."""
         given = (self._llama.llama_token * len(ids))(*ids)

@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import BundleError, InputError
+from models.errors import BundleError, InputError, QuestionError
 from models.text_stream import TextStream
 from runtimes.gguf_artifact import GgufArtifact, open_gguf
 from runtimes.head import head_logits, pooled, softmax
 from runtimes.language import LanguageRunner, Prefilled
 from runtimes.llamacpp import LlamaCpp
 from runtimes.llamacpp_session import LlamaSession
+from runtimes.question import MOST_CONTEXT, Reader
+from runtimes.writing import Writing
 
 __all__ = ["LlamaCppLanguageRunner", "open_session", "probe_picture"]
 
-MOST_CONTEXT = 4096
 PROBE_TOLERANCE = 0.05
 """Of the probe's largest value: other weights are off by as much as it is, another CPU by a thousandth."""
 Floats = npt.NDArray[np.float32]
@@ -82,6 +83,7 @@ class LlamaCppLanguageRunner(LanguageRunner):
         assert exact is not None  # the manifest's own check
         self._exact = exact
         self._holds = False
+        self._questions: Reader | None = None
         self._weights = self.artifact.weights(exact)
 
     def _activate(self) -> None:
@@ -92,17 +94,37 @@ class LlamaCppLanguageRunner(LanguageRunner):
         with self.session.using() as llama:
             self._before = llama.tokens(prompt.before_image)
             end = llama.tokens(prompt.end_of_turn)
-            self._stops = {llama.end_of_sequence, *(end if len(end) == 1 else [])}
+            self._stops = {llama.end_of_sequence, *(end if len(end) == 1 else []), *self.artifact.manifest.ends}
+            control, longest = llama.vocabulary()
+            self._questions = Reader(
+                prompt=prompt,
+                tokens=self._tokens,
+                name=lambda token: control[token],
+                control=control,
+                before=len(self._before) + self.artifact.manifest.image_tokens,
+                image_tokens=self.artifact.manifest.image_tokens,
+                longest=longest,
+                context=llama.context,
+            )
+
+    def _tokens(self, text: str) -> list[int]:
+        with self.session.using() as llama:
+            return llama.tokens(text)
+
+    def _reader(self) -> Reader:
+        self._check_active()  # outside of a call: nothing of the model is run
+        assert self._questions is not None
+        return self._questions
 
     def _deactivate(self) -> None:
         if self._holds:
             self.session.deactivate()
-        self._holds = False
+        self._holds, self._questions = False, None
 
     def _prefill(self, rgb: npt.NDArray[np.uint8], question: str, embeddings: Floats | None) -> Prefilled:
         prompt = self.artifact.manifest.prompt
         if prompt.image_token in question:
-            raise InputError(
+            raise QuestionError(
                 f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
                 "Exactly one image is asked about; leave the token out."
             )
@@ -114,7 +136,8 @@ class LlamaCppLanguageRunner(LanguageRunner):
             llama.keep(prefix.positions)
             after = llama.tokens(prompt.after_image + question + prompt.after_question)
             llama.handle = [llama.read_text(after)]
-            return Prefilled(exact_probs=prefix.probs.copy(), handle=llama.handle)
+            tokens = len(self._before) + self.artifact.manifest.image_tokens + len(after)
+            return Prefilled(prefix.probs.copy(), llama.handle, tokens)
 
     def _read_image(
         self, llama: LlamaCpp, rgb: npt.NDArray[np.uint8], image: bytes, embeddings: Floats | None
@@ -133,25 +156,30 @@ class LlamaCppLanguageRunner(LanguageRunner):
         return read
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
-        return "".join(self._stream(handle, max_new_tokens))
+        return "".join(self._stream(handle, max_new_tokens, Writing()))
 
-    def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
+    def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
         with self.session.prompting() as llama:
             if handle is None or handle is not llama.handle:
                 raise InputError("this handle was answered already, or is an older prefill's: prefill again")
             llama.handle = None
-            logits, text = handle[0], TextStream(llama.text)
+            logits, text = handle[0], TextStream(llama.text, writing.decoding.stop)
             for step in range(max_new_tokens):
-                token = int(logits.argmax())
+                token = writing.choose(logits)
                 if token in self._stops:
+                    writing.ended = True
                     break
+                writing.tokens += 1
                 if piece := text.add(token):
                     yield piece
+                if text.stopped:
+                    break
                 if step + 1 == max_new_tokens or llama.position >= llama.context:
                     break
                 logits = llama.read_text([token])
             if piece := text.end():
                 yield piece
+            writing.ended = writing.ended or text.stopped
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import InputError, MissingExtraError
+from models.text_stream import TextStream
 from runtimes.language import LanguageRunner, Prefilled
+from runtimes.question import MOST_CONTEXT, Reader
+from runtimes.writing import Writing
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -25,7 +28,8 @@ class TorchLanguageRunner(LanguageRunner):
 
     ``model`` is an opened checkpoint or a model that is loaded already; ``device`` is torch's word for one
     (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that pictures are brought to where the family
-    lets one choose (Qwen2.5-VL), which should be the guard bundle's.
+    lets one choose (Qwen2.5-VL), which should be the guard bundle's; ``context`` how many tokens a prompt may have with
+    its answer, by default the model's own, 4,096 at most where the image leaves room in them.
     """
 
     runtime = "torch"
@@ -39,6 +43,7 @@ class TorchLanguageRunner(LanguageRunner):
         dtype: Dtype = "float32",
         grid: tuple[int, int] | None = None,
         threads: int | None = None,
+        context: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in get_args(Dtype):
@@ -49,6 +54,8 @@ class TorchLanguageRunner(LanguageRunner):
         self.dtype = dtype
         self.grid = grid
         self.threads = threads
+        self.context = context
+        self._questions: Reader | None = None
         self._vlm: SafeVLM | None = None
 
     def _activate(self) -> None:
@@ -66,9 +73,34 @@ class TorchLanguageRunner(LanguageRunner):
         self._vlm = vlm.to(device=device, dtype=dtype).eval()
         self.preprocessing = vlm.preprocessing
         self.classes = vlm.classes
+        self._questions = self._read_by(vlm)
 
     def _deactivate(self) -> None:
-        self._vlm = None
+        self._vlm = self._questions = None
+
+    def _reader(self) -> Reader:
+        self._check_active()  # outside of a call: nothing of the model is run
+        assert self._questions is not None
+        return self._questions
+
+    def _read_by(self, vlm: SafeVLM) -> Reader:
+        """Return how a loaded model reads questions."""
+        from models.prompt_tokens import IMAGE
+
+        tokenizer, around = vlm.tokenizer, vlm.prompt_ids("")
+        image_tokens = around.count(IMAGE)
+        own = int(vlm.core.config.get_text_config().max_position_embeddings)
+        return Reader(
+            prompt=vlm.family.prompt,
+            tokens=lambda text: tokenizer.encode(text, add_special_tokens=False),
+            name=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
+            control={token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+            - {tokenizer.unk_token_id},
+            before=len(around) - around[::-1].index(IMAGE),
+            image_tokens=image_tokens,
+            longest=max(len(word.encode("utf-8", "replace")) for word in tokenizer.get_vocab()),
+            context=min(own, self.context or max(MOST_CONTEXT, 2 * image_tokens)),
+        )
 
     def _prefill(
         self, rgb: npt.NDArray[np.uint8], question: str, embeddings: npt.NDArray[np.float32] | None
@@ -81,13 +113,29 @@ class TorchLanguageRunner(LanguageRunner):
         if embeddings is not None:
             features = torch.from_numpy(embeddings[None].copy()).to(self.device, getattr(torch, self.dtype))
         begun = vlm.begin(images, [question], features)
-        return Prefilled(exact_probs=begun.guard_probs[0], handle=[begun])
+        return Prefilled(begun.guard_probs[0], [begun], begun.attention_mask.shape[-1])
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
         return self._held(self._vlm).finish(_begun(handle), max_new_tokens)[0]
 
-    def _stream(self, handle: Any, max_new_tokens: int) -> Iterator[str]:
-        return self._held(self._vlm).stream(_begun(handle), max_new_tokens)
+    def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
+        from models.decoding import decoding_steps
+
+        vlm, begun = self._held(self._vlm), _begun(handle)
+        limit = max(1, min(max_new_tokens, self._reader().context - begun.attention_mask.shape[-1]))
+        decode = vlm.tokenizer.decode
+        text = TextStream(lambda ids: str(decode(ids, skip_special_tokens=True)), writing.decoding.stop)
+        for (token,) in decoding_steps(vlm, begun, limit, writing.choose):
+            assert token is not None  # of one prompt, whose end is the end of the steps
+            writing.tokens += 1
+            if piece := text.add(token):
+                yield piece
+            if text.stopped:
+                writing.ended = True
+                return
+        if piece := text.end():
+            yield piece
+        writing.ended = text.stopped or writing.tokens < limit
 
 
 def _begun(handle: Any) -> Begun:

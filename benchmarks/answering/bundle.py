@@ -21,7 +21,7 @@ from benchmarks.answering.answerer import (
 )
 from benchmarks.answering.gguf import gguf_artifact, gguf_runtime
 from benchmarks.record import Artifact, Row, Runtime
-from models.errors import InputError
+from models.errors import InputError, QuestionError
 from runtimes.bundle import open_bundle
 from runtimes.gate_command import open_gate
 from runtimes.judge import Guard
@@ -184,7 +184,10 @@ class GatedAnswerer:
         return [self._one(row, picture) for row, picture in zip(rows, pictures, strict=True)]
 
     def _one(self, row: Row, picture: Image.Image) -> Row:
-        result = self.gate.ask(picture, row.query or "", max_new_tokens=self.max_new_tokens)
+        try:
+            result = self.gate.ask(picture, row.query or "", max_new_tokens=self.max_new_tokens)
+        except QuestionError as error:
+            return failed(row, str(error))
         if result.error is not None:
             return failed(row, f"{result.error_in}: {result.error}")
         stage = result.stage if result.verdict == "block" else None

@@ -39,6 +39,7 @@ from models.family import HEAD_PREFIX
 from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
 from models.machine import now
 from models.preprocessing import Preprocessing
+from models.prompt_tokens import stated_ends
 from models.reference import GuardHead, build_head, build_vision, guard_sha256
 from models.storage import check_room, storing
 from models.transformers_config import build_config
@@ -177,6 +178,7 @@ class _Writing:
             probe=probe,
             context_length=self.text.max_position_embeddings,
             prompt=Prompt(**vars(checkpoint.family.prompt)),
+            ends=tuple(sorted(stated_ends(checkpoint.folder))),
             files=(
                 self._file(model, "model", self.type),
                 self._file(mmproj, "mmproj", self.options.mmproj_type),

@@ -15,15 +15,13 @@ import click
 from models.commandline import leave, run
 from models.errors import InputError, MissingExtraError
 from runtimes.chat_endpoint import read_key
+from runtimes.gateway.logs import LineHandler
 from runtimes.policy import read_policy
 from runtimes.random_weights import warn_of_random_weights
 from runtimes.view_option import view_option
 
 MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
-KEEP_ALIVE = 75
-"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx and openai: 5 s), so that none
-sends a request just when it is closed."""
 
 
 @click.command(name="gateway")
@@ -42,8 +40,18 @@ sends a request just when it is closed."""
 @click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
 @click.option("--allow-private-hosts", is_flag=True, help="Let allowed hosts have addresses that are not public.")
 @click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
+@click.option(
+    "--upstream-kind",
+    type=click.Choice(["unknown", "vllm", "llama-server", "openai", "tgi", "litellm"]),
+    default="unknown",
+    show_default=True,
+    help="What the upstream is: text that some servers make an image of is refused unless it is known not to.",
+)
+@click.option("--pass-key", multiple=True, help="Key beyond OpenAI's to pass upstream, such as guided_json.")
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
+@click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--max-images", type=click.IntRange(min=1), default=8, show_default=True, help="In one request.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), default=64, show_default=True, help="Requests at once.")
@@ -53,17 +61,21 @@ sends a request just when it is closed."""
 @click.option("--guard-timeout", type=float, default=30.0, show_default=True, help="Seconds.")
 @click.option("--idle-timeout", type=float, default=60.0, show_default=True, help="Seconds of silence upstream.")
 @click.option("--total-timeout", type=float, default=600.0, show_default=True, help="Seconds of a whole answer.")
+@click.option("--header-timeout", type=float, default=15.0, show_default=True, help="Seconds for a request's head.")
+@click.option("--write-timeout", type=float, default=30.0, show_default=True, help="Seconds a client may not read.")
+@click.option("--max-connections", type=click.IntRange(min=1), default=1024, show_default=True, help="Open at once.")
 @click.option("--shutdown-timeout", type=int, default=30, show_default=True, help="Seconds for what is being served.")
 def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
-    """Serve /v1/chat/completions, /v1/models, /v1/guard, /healthz and /metrics, every image judged first.
+    """Serve chat completions, models and verdicts under /v1, and /livez, /readyz, /healthz and /metrics.
 
-    SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line a request goes to standard output.
+    Every image is judged first. SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line per
+    request goes to standard output.
     """
     try:
-        import uvicorn
-
         from runtimes.gateway.app import create_app
+        from runtimes.gateway.server import GatewayServer
         from runtimes.gateway.serving import ACCESS, listening
+        from runtimes.gateway.upstream import check_speaks_http
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("uvicorn", "fastapi", "httpx", "prometheus_client"):
             raise
@@ -71,17 +83,10 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     gateway = _gateway(given)
     warn_of_random_weights(given["bundle"], gateway.gate.language)
     app = create_app(gateway)
-    _log_to_stdout(ACCESS)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=shutdown_timeout,
-    )
-    server = uvicorn.Server(config)
+    if gateway.upstream is not None:
+        check_speaks_http(gateway.upstream)
+    lines = _log_to_stdout(ACCESS)
+    server = GatewayServer(app, gateway.options, shutdown_timeout=shutdown_timeout)
     logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has ended in good order
         signal.signal(number, lambda *_: None)
@@ -95,6 +100,7 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         return 1
     finally:
         bound.close()
+        lines.finish(ENDING_SECONDS)
     if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end
         leave(0 if server.started else 1)
     return 0 if server.started else 1
@@ -126,6 +132,13 @@ def _gateway(given: dict[str, Any]) -> Any:
         require_image=given["require_image"],
         hosts=frozenset(given["allow_host"]),
         private_hosts=given["allow_private_hosts"],
+        upstream_kind=given["upstream_kind"],
+        pass_keys=frozenset(given["pass_key"]),
+        header_timeout=given["header_timeout"],
+        write_timeout=given["write_timeout"],
+        max_connections=given["max_connections"],
+        cors_origins=given["cors_origin"],
+        show_probabilities=given["show_probabilities"],
         view=given["view"],
     )
     if given["bundle"] is None and given["model"] is None:
@@ -148,13 +161,14 @@ def _key(variable: str | None) -> str | None:
     return None if variable is None else read_key(variable, needed=True)
 
 
-def _log_to_stdout(name: str) -> None:
-    handler = logging.StreamHandler(sys.stdout)
+def _log_to_stdout(name: str) -> LineHandler:
+    handler = LineHandler(sys.stdout.fileno())
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger(name)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    return handler
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi.responses import Response
 
+from models.json_file import parse_json
 from runtimes.gateway.judging import Judged
 from runtimes.gateway.refusal import Refusal
 
@@ -24,12 +25,16 @@ __all__ = [
     "event",
     "safe_vlm",
     "strict_json",
+    "without_probabilities",
+    "usage",
+    "usage_chunk",
 ]
 
 FIELD = "safe_vlm"
 HEADER = "X-Safe-VLM"
 """Of streams, whose body is the upstream's: the same as :data:`FIELD`, as one line of JSON."""
 DONE = b"data: [DONE]\n\n"
+PROBABILITIES = frozenset(("p_unsafe", "probs"))
 
 
 class JsonResponse(Response):
@@ -43,21 +48,38 @@ class JsonResponse(Response):
 
 
 def strict_json(content: bytes) -> Any:
-    """Return what JSON says. Errors: ValueError, for NaN and Infinity too, which are none; RecursionError."""
-    return json.loads(content, parse_constant=_no_constant)
+    """Return what JSON says that means one thing, but for lone surrogates, which models do write.
+
+    Raises:
+        ValueError: What :func:`models.json_file.parse_json` refuses: repeated keys, NaN, too deep, too many items.
+    """
+    return parse_json(content, halves=True)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def safe_vlm(judged: Sequence[Judged], digest: str | None, **more: Any) -> dict[str, Any]:
+def safe_vlm(
+    judged: Sequence[Judged], digest: str | None, *, probabilities: bool = False, **more: Any
+) -> dict[str, Any]:
     """Return our field: ``verdict``, each image's finding, the bundle's hash; ``more`` on a block."""
     images = [each.stated(index) for index, each in enumerate(judged)]
-    return {"verdict": "allow", "images": images, "bundle": digest, **more}
+    stated = {"verdict": "allow", "images": images, "bundle": digest, **more}
+    return stated if probabilities else without_probabilities(stated)
 
 
-def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> dict[str, Any]:
+def without_probabilities(value: Any) -> Any:
+    """Return what is stated of images without any probability: they let a client search for the threshold."""
+    if isinstance(value, dict):
+        return {key: without_probabilities(each) for key, each in value.items() if key not in PROBABILITIES}
+    return [without_probabilities(each) for each in value] if isinstance(value, list) else value
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """Return OpenAI's object of token counts."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion(
+    model: str, text: str, *, ended: str, stated: dict[str, Any], used: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Return a whole chat completion of ours."""
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if ended == "content_filter":
@@ -68,7 +90,7 @@ def completion(model: str, text: str, *, ended: str, stated: dict[str, Any]) -> 
         "created": int(time.time()),
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ended}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        "usage": used or usage(0, 0),
         FIELD: stated,
     }
 
@@ -87,6 +109,12 @@ def chunk(
     if stated is not None:
         body[FIELD] = stated
     return event(body)
+
+
+def usage_chunk(name: str, model: str, used: dict[str, int]) -> bytes:
+    """Return the last event of a stream whose client asked for its usage: no choices, the token counts."""
+    body = {"id": name, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    return event({**body, "choices": [], "usage": used})
 
 
 def event(body: dict[str, Any]) -> bytes:

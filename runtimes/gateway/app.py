@@ -25,14 +25,20 @@ from models.errors import InputError, SafeVLMError
 from runtimes.gate import Gate
 from runtimes.gate_command import open_gate
 from runtimes.gate_result import GateResult, refusal_text
-from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm
+from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm, usage, without_probabilities
+from runtimes.gateway.asked import Asked, read_asked, wants_usage
+from runtimes.gateway.cors import add_cors
 from runtimes.gateway.embedded import Embedded, Told
 from runtimes.gateway.judging import Judged, Judging
 from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.openapi import openapi_document
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal
+from runtimes.gateway.refusal import Refusal, no_such_model
 from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
+from runtimes.gateway.responses_api import as_response
+from runtimes.gateway.responses_request import parse_response
 from runtimes.gateway.serving import (
+    DRAINING,
     NOTES,
     ClientGone,
     Served,
@@ -44,6 +50,7 @@ from runtimes.gateway.serving import (
     unrouted,
 )
 from runtimes.gateway.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.threads import off_loop
 from runtimes.gateway.upstream import Events, HttpUpstream
 from runtimes.judge import Guard
 from runtimes.policy import Policy
@@ -148,10 +155,24 @@ class _Running:
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
-        parsed = await read_body(request, self.options, parse_chat)
+        return await self._answered(request, await read_body(request, self.options, parse_chat))
+
+    async def responses(self, request: Request) -> Response:
+        check_key(request, self.gateway.client_key)
+        asked = await read_body(request, self.options, parse_response)
+        try:
+            return as_response(asked, await self._answered(request, asked.chat))
+        except Refusal as refusal:
+            raise asked.named(refusal) from None
+
+    async def _answered(self, request: Request, parsed: ChatRequest) -> Response:
+        """Answer a chat request, whose images are judged before anything else."""
         notes = request.scope[NOTES]
         notes["images"] = len(parsed.images)
-        question = parsed.question() if self.embedded is not None else ""
+        asked = None
+        if self.embedded is not None:
+            asked = read_asked(parsed.plain, len(parsed.images))
+            await or_gone(request, self.embedded.check(asked))
         begun = time.perf_counter()
         judged = await or_gone(request, self.judging.judge(parsed.images))
         notes["guard_ms"] = round((time.perf_counter() - begun) * 1000, 1)
@@ -159,8 +180,8 @@ class _Running:
             reason = self._stops(each)
             if reason is not None:
                 return self._blocked(request, parsed, judged, index, reason)
-        if self.embedded is not None:
-            return await self._embedded(request, parsed, judged[0], question, self.embedded)
+        if self.embedded is not None and asked is not None:
+            return await self._embedded(request, parsed, judged[0], asked, self.embedded)
         assert self.http is not None
         return await self._passed_on(request, parsed, judged, self.http)
 
@@ -172,21 +193,55 @@ class _Running:
             {**each.stated(index), "probs": dict(zip(self.guard.classes, map(float, each.probs), strict=True))}
             for index, each in enumerate(judged)
         ]
+        if not self.options.show_probabilities:
+            data = without_probabilities(data)
         return JsonResponse({"object": "list", "bundle": self.gateway.gate.digest, "data": data})
 
     async def models(self, request: Request) -> Response:
         check_key(request, self.gateway.client_key)
         if self.http is not None:
             passed = await self.http.models(self._headers(request))
-            return JsonResponse(passed.body, status_code=passed.status, headers=passed.headers)
-        model = {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
-        return JsonResponse({"object": "list", "data": [model]})
+            return await off_loop(passed.size, lambda: JsonResponse(passed.body, passed.status, passed.headers))
+        return JsonResponse({"object": "list", "data": [self._own_model()]})
+
+    async def model(self, request: Request, name: str) -> Response:
+        check_key(request, self.gateway.client_key)
+        if self.http is not None:
+            passed = await self.http.models(self._headers(request), name)
+            return await off_loop(passed.size, lambda: JsonResponse(passed.body, passed.status, passed.headers))
+        if name != self.gateway.name:
+            raise no_such_model(name)
+        return JsonResponse(self._own_model())
+
+    async def live(self) -> Response:
+        """Say that the process answers, whatever it depends on."""
+        return JsonResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Say whether requests should be sent here, and why not."""
+        reasons = []
+        if request.scope.get("state", {}).get(DRAINING):
+            reasons.append("the server is shutting down")
+        if self._stuck:
+            reasons.append("the guard is stuck")
+        if self.http is not None and not await self.http.reachable():
+            reasons.append("the upstream is unreachable")
+        stated = {"status": "not ready" if reasons else "ready", "reasons": reasons}
+        return JsonResponse(stated, status_code=503 if reasons else 200)
+
+    @property
+    def _stuck(self) -> bool:
+        return not self.judging.batching.working or self.gateway.gate.stuck > 0
 
     async def health(self) -> Response:
-        stuck = not self.judging.batching.working or self.gateway.gate.stuck > 0
+        stuck = self._stuck
         upstream = "embedded" if self.http is None else "ok" if await self.http.reachable() else "unreachable"
         stated = {"status": "stuck" if stuck else "ok", "guard": "stuck" if stuck else "ready", "upstream": upstream}
         return JsonResponse(stated, status_code=503 if stuck else 200)
+
+    async def described(self) -> Response:
+        asks, passes = self.gateway.client_key is not None, self.http is not None
+        return JsonResponse(openapi_document(self.options, key=asks, upstream=passes))
 
     async def numbers(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -209,9 +264,8 @@ class _Running:
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], index: int, reason: str
     ) -> Response:
         harm = judged[index].finding.harm or judged[index].finding.label
-        stated = safe_vlm(
+        stated = self._stated(
             judged,
-            self.gateway.gate.digest,
             verdict="block",
             stage="guard",
             image=index,
@@ -230,27 +284,28 @@ class _Running:
         text = refusal_text(harm)
         if not parsed.stream:
             return JsonResponse(completion(parsed.model, text, ended="content_filter", stated=stated))
-        return EventsResponse(refusal_events(parsed.model, text, stated))
+        return EventsResponse(refusal_events(parsed.model, text, stated, include_usage=wants_usage(parsed.plain)))
 
     async def _passed_on(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
     ) -> Response:
-        body = parsed.with_images(await self.judging.png_urls(judged)) if judged else parsed.body
-        stated = safe_vlm(judged, self.gateway.gate.digest)
+        body = parsed.upstream_body(await self.judging.png_urls(judged))
+        stated = self._stated(judged)
         request.scope[NOTES]["outcome"] = "allowed"
         headers = self._headers(request)
         if not parsed.stream:
             passed = await or_gone(request, upstream.complete(body, headers))
-            return JsonResponse({**passed.body, FIELD: stated}, status_code=passed.status, headers=passed.headers)
+            answer = {**passed.body, FIELD: stated}
+            return await off_loop(passed.size, lambda: JsonResponse(answer, passed.status, passed.headers))
         found = await or_gone(request, upstream.stream(body, headers))
         if not isinstance(found, Events):
             return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)
         return EventsResponse(found, found.aclose, {HEADER: json.dumps(stated)})
 
     async def _embedded(
-        self, request: Request, parsed: ChatRequest, judged: Judged, question: str, embedded: Embedded
+        self, request: Request, parsed: ChatRequest, judged: Judged, asked: Asked, embedded: Embedded
     ) -> Response:
-        told = embedded.answer(judged, question, parsed.new_tokens())
+        told = embedded.answer(judged, asked)
         pieces: list[str] = []
         try:
             first = await or_gone(request, _first(told))
@@ -264,12 +319,17 @@ class _Running:
         if result is not None and (result.verdict == "block" or result.error is not None):
             return self._not_answered(request, parsed, judged, result)
         request.scope[NOTES]["outcome"] = "allowed"
-        stated = safe_vlm([judged], self.gateway.gate.digest)
+        stated = self._stated([judged])
         if not parsed.stream:
-            text = (result.answer or "") if result is not None else "".join(pieces)
-            return JsonResponse(completion(parsed.model, text, ended="stop", stated=stated))
+            assert result is not None  # what follows a piece was collected to its end
+            used = usage(result.prompt_tokens, result.completion_tokens)
+            ended = result.finish_reason or "stop"
+            text = result.answer or ""
+            return JsonResponse(completion(parsed.model, text, ended=ended, stated=stated, used=used))
         return EventsResponse(
-            answer_events(parsed.model, first, told, stated), told.aclose, {HEADER: json.dumps(stated)}
+            answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage),
+            told.aclose,
+            {HEADER: json.dumps(stated)},
         )
 
     def _not_answered(self, request: Request, parsed: ChatRequest, judged: Judged, result: GateResult) -> Response:
@@ -278,9 +338,8 @@ class _Running:
             raise failure(result)
         finding = result.finding
         harm = finding.harm or finding.label
-        stated = safe_vlm(
+        stated = self._stated(
             [judged],
-            self.gateway.gate.digest,
             verdict="block",
             stage=result.stage,
             image=0,
@@ -290,6 +349,12 @@ class _Running:
             reason=result.reason,
         )
         return self._refuse(request, parsed, harm, result.stage, stated)
+
+    def _own_model(self) -> dict[str, Any]:
+        return {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}
+
+    def _stated(self, judged: Sequence[Judged], **more: Any) -> dict[str, Any]:
+        return safe_vlm(judged, self.gateway.gate.digest, probabilities=self.options.show_probabilities, **more)
 
     def _headers(self, request: Request) -> dict[str, str]:
         headers = dict(request.headers)
@@ -308,12 +373,18 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.failure = None
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
+    add_cors(app, gateway.options.cors_origins)  # outermost: what is refused can be read, too
     for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):
         app.add_exception_handler(error, handler)
     app.add_api_route("/v1/chat/completions", running.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/responses", running.responses, methods=["POST"], response_model=None)
     app.add_api_route("/v1/guard", running.guard_images, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", running.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", running.model, methods=["GET"], response_model=None)
+    app.add_api_route("/livez", running.live, methods=["GET"], response_model=None)
+    app.add_api_route("/readyz", running.ready, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", running.health, methods=["GET"], response_model=None)
+    app.add_api_route("/openapi.json", running.described, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", running.numbers, methods=["GET"], response_model=None)
     return app
 

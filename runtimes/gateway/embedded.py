@@ -8,10 +8,13 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from models.errors import QuestionError
 from runtimes.gate import Gate
 from runtimes.gate_result import GateResult
+from runtimes.gateway.asked import Asked
 from runtimes.gateway.judging import Judged
 from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.refusal import bad_request, overloaded
 
 __all__ = ["Embedded", "Told"]
 
@@ -52,8 +55,22 @@ class Embedded:
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(concurrent.futures.wait, self._asking, ENDING_SECONDS)
 
-    async def answer(self, judged: Judged, question: str, max_new_tokens: int) -> AsyncGenerator[Told, None]:
-        """Yield the answer's pieces and the result; closed early, the answer is no longer written."""
+    async def check(self, asked: Asked) -> None:
+        """Raise Refusal, 400, for a question that the model cannot be asked; nothing is read or judged for that."""
+        language = self.gate.language
+        assert language is not None
+        try:
+            await asyncio.to_thread(language.check_question, asked.question, asked.max_new_tokens)
+        except QuestionError as error:
+            raise bad_request(str(error), code=error.code, param="messages") from None
+
+    async def answer(self, judged: Judged, asked: Asked) -> AsyncGenerator[Told, None]:
+        """Yield the answer's pieces and the result; closed early, the answer is no longer written.
+
+        Errors: Refusal, 503, when too many wait for the model.
+        """
+        if len(self._asking) >= WAITING:
+            raise overloaded(f"{WAITING} requests wait for the language model; try again in a second.")
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told] = asyncio.Queue()
         gone = False
@@ -67,7 +84,13 @@ class Embedded:
             if gone:
                 return
             result = self.gate.ask(
-                judged.picture, question, max_new_tokens=max_new_tokens, on_text=on_text, probs=judged.probs
+                judged.picture,
+                asked.question,
+                max_new_tokens=asked.max_new_tokens,
+                decoding=asked.decoding,
+                gone=lambda: gone,
+                on_text=on_text,
+                probs=judged.probs,
             )
             if not gone:
                 loop.call_soon_threadsafe(told.put_nowait, Told(result=result))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from models.errors import InputError
 from models.image import MAX_PIXELS
+from runtimes.gateway.pass_keys import check_pass_keys
 from runtimes.tiling import ViewMode, checked_mode
 
-__all__ = ["GatewayOptions"]
+__all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
+UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
+ORIGIN = re.compile(
+    r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+"""Scheme, host and port as a browser writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,20 @@ class GatewayOptions:
     hosts: frozenset[str] = frozenset()
     private_hosts: bool = False
     """Whether allowed hosts may resolve to addresses that are not public."""
+    upstream_kind: str = "unknown"
+    """One of :data:`UPSTREAM_KINDS`: what is known of how the upstream reads text."""
+    pass_keys: frozenset[str] = frozenset()
+    """Keys of a request beyond OpenAI's that go upstream, such as ``guided_json``."""
+    header_timeout: float = 15.0
+    """Seconds in which a request's head must arrive, from the connection's start or the head's first byte."""
+    write_timeout: float = 30.0
+    """Seconds in which a client must take some of what waits to be sent to it; then it is cut off."""
+    max_connections: int = 1024
+    """Connections at once. A further one takes the place of the one that has waited longest without a request."""
+    cors_origins: tuple[str, ...] = ()
+    """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
+    show_probabilities: bool = False
+    """Whether clients are given probabilities, which let them search for the threshold."""
     view: ViewMode = "tiles"
     """How large images are treated: see ``runtimes.tiling``."""
 
@@ -51,15 +72,26 @@ class GatewayOptions:
 
     def __post_init__(self) -> None:
         checked_mode(self.view)
-        for name in ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue"):
+        numbers = ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue")
+        for name in (*numbers, "max_connections"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
-        for name in ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout"):
+        times = ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout")
+        for name in (*times, "header_timeout", "write_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
         if not 0 <= self.batch_wait < self.guard_timeout:
             raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
+        if self.upstream_kind not in UPSTREAM_KINDS:
+            raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
+        check_pass_keys(self.pass_keys)
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):
+                raise InputError(
+                    f"--cors-origin {origin[:80]}: an origin as browsers send it is allowed, such as "
+                    "https://app.example (lower case, no path, no standard port); or * alone for all."
+                )
         for host in self.hosts:
             if not host or host != host.lower() or any(sign in host for sign in "/:@ "):
                 raise InputError(

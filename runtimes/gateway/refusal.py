@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Refusal", "bad_request", "guard_error", "overloaded", "upstream_error"]
+__all__ = ["Refusal", "bad_request", "guard_error", "no_such_model", "overloaded", "upstream_error"]
 
 
 class Refusal(Exception):  # noqa: N818  # an answer to a client, not an error of ours
@@ -33,6 +33,16 @@ class Refusal(Exception):  # noqa: N818  # an answer to a client, not an error o
 def bad_request(message: str, *, code: str = "invalid_request", param: str | None = None, status: int = 400) -> Refusal:
     """What the client sent cannot be taken."""
     return Refusal(status, "invalid_request_error", message, code=code, param=param)
+
+
+def no_such_model(name: str) -> Refusal:
+    """Nothing of that name is served."""
+    return bad_request(
+        f"there is no model {name[:80]!r}: GET /v1/models lists what is served.",
+        code="model_not_found",
+        param="model",
+        status=404,
+    )
 
 
 def overloaded(message: str) -> Refusal:

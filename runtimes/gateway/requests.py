@@ -1,219 +1,228 @@
-"""A chat request taken apart: which images are in it, and the same request with what was judged in their place.
+"""A chat request taken apart: which images are in it, and what goes upstream with the judged ones in their place.
 
-Whatever could carry an image past the guard is refused: content parts of other types, unknown keys of messages,
-top-level keys that some servers read media from.
+The body is parsed into :mod:`runtimes.gateway.chat_types`, and the upstream's body is written from those types and the
+keys that the operator named. Nothing of the client's body is passed on beside it, so what could carry an image past the
+guard has no way. Values that are free (schemas, metadata, arguments) and all text are looked through for images.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import copy
+import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
+from models.json_file import parse_json
+from models.printable import shortened
+from runtimes.gateway.chat_types import Chat
+from runtimes.gateway.image_urls import ImageReference, image_reference
+from runtimes.gateway.misfits import misfit, unknown
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import bad_request
+from runtimes.gateway.text_images import check_free, check_texts
+from runtimes.gateway.typed import is_empty
 
 __all__ = ["ChatRequest", "ImageReference", "parse_chat", "parse_guard"]
 
-PLAIN_PARTS = ("text", "refusal")
-MESSAGE_KEYS = frozenset(
-    (
-        "role",
-        "content",
-        "name",
-        "tool_calls",
-        "tool_call_id",
-        "refusal",
-        "function_call",
-        "reasoning_content",
-        "reasoning",
-    )
-)
-MEDIA_KEY = re.compile(r"image|video|audio|media|multi_?modal|document|file|prompt_embeds", re.IGNORECASE)
-DATA_URL = re.compile(r"data:([a-z0-9.+-]+/[a-z0-9.+-]+)?(?:;[a-z0-9=-]+)*;base64,", re.IGNORECASE)
 SHOWN = 80
-MAX_NEW_TOKENS, MOST_NEW_TOKENS = 256, 4096
-PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("n", (1,)),
-    ("stop", ([], "")),
-    ("tools", ([],)),
-    ("functions", ([],)),
-    ("logprobs", (False,)),
-    ("response_format", ({"type": "text"},)),
-)
-"""Keys that change an answer's form, and the values that our own runners, which cannot do that, serve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageReference:
-    """An image of a request: its bytes, or the URL that it is to be fetched from; ``where`` is its place."""
-
-    where: str
-    content: bytes | None = None
-    url: str | None = None
+DOES_NOTHING: dict[str, Any] = {"modalities": ["text"], "response_format": {"type": "text"}}
+"""Values that ask for what is done anyway; their keys are dropped as null and empty ones are."""
+ASKING = ("developer", "system", "user")
+ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatRequest:
-    """A request as it came, and its images in order of appearance."""
+    """A request in types, without its images' URLs, and its images in order of appearance."""
 
-    body: dict[str, Any]
+    chat: Chat
     images: tuple[ImageReference, ...]
-    places: tuple[tuple[int, int], ...] = field(default=())
-    """Message and part of each image."""
+    passed: dict[str, Any] = field(default_factory=dict)
+    """The keys beyond OpenAI's that the operator allows."""
 
     @property
     def stream(self) -> bool:
         """Whether the answer is to come in pieces."""
-        return self.body.get("stream") is True
+        return self.chat.stream is True
 
     @property
     def model(self) -> str:
         """The model that is asked for."""
-        return str(self.body.get("model", ""))[:SHOWN]
+        return (self.chat.model or "")[:SHOWN]
 
-    def with_images(self, urls: Sequence[str]) -> dict[str, Any]:
-        """Return the body with the images replaced, in order."""
-        body = copy.deepcopy(self.body)
-        for (message, part), url in zip(self.places, urls, strict=True):
-            old = self.body["messages"][message]["content"][part]["image_url"]
-            kept = {key: value for key, value in old.items() if key == "detail"} if isinstance(old, dict) else {}
-            body["messages"][message]["content"][part] = {"type": "image_url", "image_url": {"url": url, **kept}}
-        return body
+    def upstream_body(self, urls: Sequence[str]) -> dict[str, Any]:
+        """Return the upstream's body, with ``urls`` as its images, in order; there must be as many."""
+        assert len(urls) == len(self.images), "each image has been judged"
+        return {**self.chat.written(iter(urls)), **self.passed}
 
-    def new_tokens(self) -> int:
-        """Return how long an answer of our own models may be. Errors: Refusal for what is no such number."""
-        for key in ("max_completion_tokens", "max_tokens"):
-            value = self.body.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_NEW_TOKENS:
-                raise bad_request(f"{key} must be a whole number from 1 to {MOST_NEW_TOKENS}.", param=key)
-            return value
-        return MAX_NEW_TOKENS
-
-    def question(self) -> str:
-        """Return the text of a request of one user turn with one image, as our own models take it.
-
-        Errors: Refusal for anything else, and for keys that ask for what they cannot do.
-        """
-        for key, served in PLAIN_KEYS:
-            if self.body.get(key) is not None and self.body[key] not in served:
-                raise bad_request(f"the model in this server gives one plain answer: leave out {key!r}.", param=key)
-        messages = [message for message in self.body["messages"] if message.get("role") != "system"]
-        system = [message for message in self.body["messages"] if message.get("role") == "system"]
-        if len(messages) != 1 or messages[0].get("role") != "user" or any(_text(each) for each in system):
-            raise bad_request(
-                "the model in this server was trained on one user turn: send one user message, with no system message "
-                "and no earlier turns.",
-                param="messages",
-            )
-        if len(self.images) != 1:
-            raise bad_request(
-                f"the model in this server answers about exactly one image; {len(self.images)} were sent.",
-                param="messages",
-            )
-        return _text(messages[0])
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The request as a body without its images."""
+        return self.upstream_body([""] * len(self.images))
 
 
 def parse_chat(body: Any, options: GatewayOptions) -> ChatRequest:
-    """Check a request and find its images. Errors: Refusal, 400."""
+    """Check a request and find its images. Raises Refusal, 400."""
     if not isinstance(body, dict):
         raise bad_request("the body must be a JSON object.")
-    for key in body:
-        if MEDIA_KEY.search(key):
-            raise bad_request(f"the key {key[:SHOWN]!r} is not taken: media goes into messages.", param=key[:SHOWN])
-    if body.get("modalities", ["text"]) != ["text"]:
-        raise bad_request("only text can be answered.", param="modalities")
-    if not isinstance(body.get("stream"), bool | None):
-        raise bad_request("'stream' must be true or false.", param="stream")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
+    known, passed = _sorted_keys(body, options)
+    if not isinstance(known.get("messages"), list) or not known["messages"]:
         raise bad_request("'messages' must be a list of at least one message.", param="messages")
-    images: list[ImageReference] = []
-    places: list[tuple[int, int]] = []
-    for number, message in enumerate(messages):
-        for part, reference in _images(number, message, options):
-            images.append(reference)
-            places.append((number, part))
-            _check_count(len(images), options)
+    try:
+        chat = Chat.model_validate(known)
+    except ValidationError as error:
+        raise misfit(error) from None
+    images = tuple(_images(chat, options))
     if options.require_image and not images:
         raise bad_request("this server takes requests with an image only.", param="messages")
-    return ChatRequest(body=body, images=tuple(images), places=tuple(places))
+    _check_what_is_written({**chat.written(itertools.repeat("")), **passed}, options)
+    return ChatRequest(chat=chat, images=images, passed=passed)
 
 
 def parse_guard(body: Any, options: GatewayOptions) -> tuple[ImageReference, ...]:
-    """Check a request of /v1/guard, ``{"images": [url, …]}``. Errors: Refusal, 400."""
+    """Check a request of /v1/guard, ``{"images": [url, …]}``. Raises Refusal, 400."""
     urls = body.get("images") if isinstance(body, dict) else None
     if not isinstance(urls, list) or not urls or set(body) - {"images"}:
         raise bad_request("the body must be an object with 'images', a list of at least one URL.", param="images")
     _check_count(len(urls), options)
-    return tuple(_reference(url, f"images[{number}]", options) for number, url in enumerate(urls))
+    return tuple(image_reference(_url_of(url), f"images[{number}]", options) for number, url in enumerate(urls))
+
+
+def _url_of(given: Any) -> Any:
+    return given.get("url") if isinstance(given, dict) else given
+
+
+def _sorted_keys(body: dict[str, Any], options: GatewayOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the typed keys that say something, and those that the operator allows. Raises Refusal for others."""
+    known: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
+    for key, value in body.items():
+        if key in Chat.model_fields:
+            if not is_empty(value) and DOES_NOTHING.get(key) != value:
+                known[key] = value
+        elif key in options.pass_keys:
+            if not is_empty(value):
+                passed[key] = value
+        elif key == "audio" and not is_empty(value):
+            raise bad_request("only text can be answered.", param="audio")
+        elif key not in Chat.EMPTY or not is_empty(value):
+            raise unknown(key)
+    if "modalities" in known:
+        raise bad_request("only text can be answered: 'modalities' must be ['text'].", param="modalities")
+    return known, passed
 
 
 def _check_count(count: int, options: GatewayOptions) -> None:
     if count > options.max_images:
         raise bad_request(
-            f"more than {options.max_images} images in one request; that many are allowed.", code="too_many_images"
+            f"more than {options.max_images} images in one request; that many are allowed.",
+            code="too_many_images",
+            param="messages",
         )
 
 
-def _images(number: int, message: Any, options: GatewayOptions) -> list[tuple[int, ImageReference]]:
-    where = f"messages[{number}]"
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise bad_request(f"{where} must be an object with a role.", param=where)
-    unknown = set(message) - MESSAGE_KEYS
-    if unknown:
-        raise bad_request(f"{where} has the key {sorted(unknown)[0][:SHOWN]!r}, which is not taken.", param=where)
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return []
-    if not isinstance(content, list):
-        raise bad_request(f"{where}.content must be text or a list of parts.", param=where)
-    found = []
-    for place, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image_url":
-            found.append((place, _reference(part.get("image_url"), f"{where}.content[{place}]", options)))
-        elif kind not in PLAIN_PARTS or not isinstance(part.get(kind), str) or set(part) - {"type", kind}:
-            raise bad_request(
-                f"{where}.content[{place}] is of type {str(kind)[:SHOWN]!r}: 'text' and 'image_url' are judged and "
-                "passed on, nothing else is.",
-                code="unsupported_content",
-                param=where,
-            )
-    return found
+def _images(chat: Chat, options: GatewayOptions) -> Iterator[ImageReference]:
+    """Yield the images, and take their URLs out of the request."""
+    parts = [
+        (f"messages[{number}].content[{place}].image_url", part)
+        for number, message in enumerate(chat.messages)
+        for place, part in message.images()
+    ]
+    _check_count(len(parts), options)
+    for where, part in parts:
+        yield image_reference(part.url, where if isinstance(part.image_url, str) else f"{where}.url", options)
+        part.forget()
 
 
-def _reference(given: Any, where: str, options: GatewayOptions) -> ImageReference:
-    url = given.get("url") if isinstance(given, dict) else given
-    if not isinstance(url, str) or not url:
-        raise bad_request(f"{where}: an image is a URL.", param=where)
-    if url[:5].lower() != "data:":
-        return ImageReference(where=where, url=url)
-    head = DATA_URL.match(url[:256])
-    if head is None:
-        raise bad_request(f"{where}: a data URL of an image begins with data:image/…;base64, .", param=where)
-    kind = head.group(1)
-    if kind is not None and not kind.lower().startswith("image/"):
-        raise bad_request(f"{where}: the data URL says it is {kind[:SHOWN]}, not an image.", param=where)
-    if (len(url) - head.end()) * 3 // 4 > options.max_image_bytes:
-        raise bad_request(
-            f"{where}: the image has more than {options.max_image_bytes} bytes.", code="image_too_large", status=413
-        )
+# -- what is looked through -----------------------------------------------------------------------------
+
+
+def _check_what_is_written(body: dict[str, Any], options: GatewayOptions) -> None:
+    """Look through all that goes upstream beside the images. Raises Refusal, 400, with the place."""
+    turns: list[tuple[bool, str, list[str]]] = []
+    for number, message in enumerate(body["messages"]):
+        where = f"messages[{number}]"
+        for key, value in message.items():
+            if key != "content":
+                _check(value, f"{where}.{key}", options)
+        texts = _check_content(message["content"], f"{where}.content", options)
+        turns.append((message["role"] in ASKING, where, texts))
+    for _, turn in itertools.groupby(turns, key=lambda each: each[0]):  # some templates make one turn of them
+        _, places, texts_of_each = zip(*turn, strict=True)
+        if len(places) > 1:
+            check_texts(list(itertools.chain.from_iterable(texts_of_each)), places[0], options)
+    for key, value in body.items():
+        if key == "prediction":
+            _check_content(value["content"], "prediction.content", options)
+        elif key != "messages":
+            _check(value, shortened(key), options)
+
+
+def _check_content(content: str | list[dict[str, Any]] | None, where: str, options: GatewayOptions) -> list[str]:
+    """Return the texts, looked through."""
+    parts = content if isinstance(content, list) else [] if content is None else [{"text": content}]
+    texts = [part[key] for part in parts for key in ("text", "refusal") if key in part]
+    for text in texts:
+        _check_whole(text, where)
+    check_texts(texts, where, options)
+    return texts
+
+
+def _check(value: Any, where: str, options: GatewayOptions) -> None:
+    check_free(value, where, options)
+    _check_whole(value, where)
+    if where.endswith((".tool_calls", ".function_call")):
+        for place, text in _strings(value, where):
+            _check_arguments(text, place, options)
+    if where.endswith((".reasoning_details", ".thinking_blocks")):
+        for key in ("text", "summary", "thinking", "data"):
+            check_texts([block[key] for block in value if key in block], where, options)
+
+
+def _check_whole(value: Any, where: str) -> None:
+    """Refuse half of a surrogate pair: it has no UTF-8, and servers differ in what they make of it."""
     try:
-        content = base64.b64decode(url[head.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise bad_request(f"{where}: its base64 is damaged.", code="invalid_image", param=where) from None
-    return ImageReference(where=where, content=content)
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError:
+        raise bad_request(
+            f"{where} holds half a character (of a surrogate pair); send whole ones.", code="invalid_value", param=where
+        ) from None
 
 
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if part.get("type") == "text")
-    return content or ""
+def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Yield each string of a typed value with its place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _strings(each, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _strings(each, f"{where}[{number}]")
+
+
+def _check_arguments(text: str, where: str, options: GatewayOptions) -> None:
+    """Look into arguments as a server does that parses them before it fills in its chat template."""
+    if "\\" in text:
+        check_texts([ESCAPED.sub(_unescaped, text)], where, options)
+    if text.lstrip()[:1] not in ("{", "["):
+        return
+    try:
+        json.loads(text)
+    except ValueError:
+        return  # no JSON: models do write such arguments, and they are read as the text that they are
+    except RecursionError:
+        raise bad_request(f"{where} is nested too deeply.", param=where) from None
+    try:
+        parsed = parse_json(text)
+    except ValueError as error:
+        raise bad_request(f"{where} must be JSON that means one thing: {error}.", param=where) from None
+    check_free(parsed, where, options)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return chr(int(found.group(1), 16)) if found.group(1) else found.group(2)

@@ -20,12 +20,15 @@ from starlette.exceptions import HTTPException
 from models.errors import InputError
 from models.machine import now
 from runtimes.gateway.answers import JsonResponse, strict_json
+from runtimes.gateway.json_bounds import JsonSizeError, check_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request, overloaded
+from runtimes.gateway.threads import json_thread
 
 __all__ = [
     "ACCESS",
+    "DRAINING",
     "NOTES",
     "ClientGone",
     "Served",
@@ -35,6 +38,7 @@ __all__ = [
     "or_gone",
     "read_body",
     "refused",
+    "shutting_down",
     "unrouted",
 ]
 
@@ -42,12 +46,19 @@ ACCESS = "safevlm.gateway.access"
 """The logger of access lines: JSON without images, prompts, answers, keys or addresses."""
 NOTES = "safevlm"
 """Where a handler leaves what the access line says of its request."""
-PATHS = frozenset(("/v1/chat/completions", "/v1/guard", "/v1/models", "/healthz", "/metrics"))
-UNCOUNTED = frozenset(("/healthz", "/metrics"))
+DRAINING = "safevlm_draining"
+"""Set in the server's state, and so in the scope of each request that comes after the signal to end."""
+MODELS = "/v1/models/"
+UNCOUNTED = frozenset(("/healthz", "/livez", "/readyz", "/metrics"))
+PATHS = UNCOUNTED | {
+    *("/v1/chat/completions", "/v1/responses", "/v1/guard", "/v1/models", f"{MODELS}{{id}}", "/openapi.json")
+}
 GONE = 499
 BACKLOG = 2048
 FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
 POLL_SECONDS = 0.25
+MAX_NODES, MAX_DEPTH = 100_000, 100
+"""Of a body's JSON: values, and arrays and objects within each other."""
 
 _access = logging.getLogger(ACCESS)
 Scope = MutableMapping[str, Any]
@@ -74,9 +85,12 @@ class Served:
         notes: dict[str, Any] = {"id": uuid.uuid4().hex}
         scope[NOTES] = notes
         status, answering, begun = 500, False, time.perf_counter()
+        place = contextlib.ExitStack()
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status, answering
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                place.close()  # before the last byte is out: its reader's next request finds the place free
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", notes["id"].encode())]
@@ -84,7 +98,7 @@ class Served:
             await send(message)
 
         try:
-            await self._admitted(scope, receive, sending)
+            await self._admitted(scope, receive, sending, place)
         except Exception as error:  # a bug of ours: told here, as the server would log its message
             _log_fault(notes["id"], error)
             notes["outcome"] = "server_error"
@@ -92,29 +106,36 @@ class Served:
                 await _refused(FAULT)(scope, receive, sending)
         except asyncio.CancelledError:  # the time for shutting down is over
             notes["outcome"] = "cut_off"
-            raise
+            if not answering:
+                await _refused(shutting_down())(scope, receive, sending)
         finally:
+            place.close()
             self._note(scope, notes, status, (time.perf_counter() - begun) * 1000)
 
-    async def _admitted(self, scope: Scope, receive: Any, send: Any) -> None:
+    async def _admitted(self, scope: Scope, receive: Any, send: Any, place: contextlib.ExitStack) -> None:
         """Serve, unless there is too much to do. What is turned away counts for nothing, however slow its body."""
-        counted = scope["path"] not in UNCOUNTED
-        if counted and self._serving >= self.options.max_concurrent:
-            await _thrown_away(receive, self.options)
+        counted, refusal = scope["path"] not in UNCOUNTED, None
+        if counted and scope.get("state", {}).get(DRAINING):
+            refusal = shutting_down()
+        elif counted and self._serving >= self.options.max_concurrent:
             refusal = overloaded(f"{self.options.max_concurrent} requests are being served; try again in a second.")
+        if refusal is not None:
+            await _thrown_away(receive, self.options)
             scope[NOTES]["outcome"] = refusal.code
             await _refused(refusal)(scope, receive, send)
             return
-        self._serving += counted
+        if counted:
+            self._count(1)
+            place.callback(self._count, -1)
+        await self.app(scope, receive, send)
+
+    def _count(self, change: int) -> None:
+        self._serving += change
         self.metrics.in_flight.set(self._serving)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self._serving -= counted
-            self.metrics.in_flight.set(self._serving)
 
     def _note(self, scope: Scope, notes: dict[str, Any], status: int, ms: float) -> None:
-        path = scope["path"] if scope["path"] in PATHS else "other"
+        path = f"{MODELS}{{id}}" if scope["path"].startswith(MODELS) else scope["path"]
+        path = path if path in PATHS else "other"
         outcome = notes.get("outcome", _outcome(status))
         self.metrics.requests.labels(path, outcome).inc()
         line = {
@@ -170,6 +191,11 @@ async def _thrown_away(receive: Any, options: GatewayOptions) -> None:
         await asyncio.wait_for(read(), options.body_timeout)
 
 
+def shutting_down() -> Refusal:
+    """Return what a client is told that comes too late, or whose time is over."""
+    return Refusal(503, "overloaded_error", "this server is shutting down.", code="shutting_down", retry=1)
+
+
 def _outcome(status: int) -> str:
     return "ok" if status < 400 else "refused" if status < 500 else "failed"
 
@@ -216,41 +242,46 @@ def check_key(request: Request, key: str | None) -> None:
 async def read_body(request: Request, options: GatewayOptions, parse: Callable[[Any, GatewayOptions], T]) -> T:
     """Return what ``parse`` makes of a request's JSON body, in a thread: a large one would hold up all others.
 
-    Errors: Refusal for a body that is too large, too slow or no JSON, and those of ``parse``; ClientGone.
+    Raises Refusal for a body that is too large, too slow, too deep or no JSON, and those of ``parse``; ClientGone.
     """
     stated = request.headers.get("content-length", "0")
     too_large = bad_request(
         f"the body has more than {options.max_body} bytes; that many are allowed.", code="body_too_large", status=413
     )
-    if not stated.isdigit() or int(stated) > options.max_body:
+    if not (stated.isascii() and stated.isdigit()) or int(stated) > options.max_body:
         raise too_large
     try:
         content = await asyncio.wait_for(_read(request, options.max_body, too_large), options.body_timeout)
     except asyncio.TimeoutError:
         raise bad_request("the body did not come in time.", code="body_timeout", status=408) from None
+    return await json_thread(lambda: _parsed(content, options, parse))
 
-    def parsed() -> T:
-        try:
-            body = strict_json(content)
-        except (ValueError, RecursionError):
-            raise bad_request("the body is not JSON.") from None
-        return parse(body, options)
 
-    return await asyncio.to_thread(parsed)
+def _parsed(content: bytes, options: GatewayOptions, parse: Callable[[Any, GatewayOptions], T]) -> T:
+    try:
+        check_json(content, nodes=MAX_NODES, depth=MAX_DEPTH)
+        body = strict_json(content)
+    except JsonSizeError as error:
+        message = f"the body's JSON has {error}; no more than that is allowed."
+        raise bad_request(message, code="json_too_large") from None
+    except (ValueError, RecursionError):
+        raise bad_request("the body is not JSON.") from None
+    return parse(body, options)
 
 
 async def _read(request: Request, limit: int, too_large: Refusal) -> bytes:
     from starlette.requests import ClientDisconnect
 
-    content = bytearray()
+    pieces, size = [], 0
     try:
         async for piece in request.stream():
-            content += piece
-            if len(content) > limit:
+            size += len(piece)
+            if size > limit:
                 raise too_large
+            pieces.append(piece)
     except ClientDisconnect:
         raise ClientGone from None
-    return bytes(content)
+    return b"".join(pieces)
 
 
 async def or_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

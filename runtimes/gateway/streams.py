@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 
 from runtimes.gate_result import GateResult
-from runtimes.gateway.answers import DONE, chunk, error_event
+from runtimes.gateway.answers import DONE, chunk, error_event, usage, usage_chunk
 from runtimes.gateway.embedded import Told
-from runtimes.gateway.refusal import Refusal, guard_error, upstream_error
+from runtimes.gateway.refusal import Refusal, guard_error, overloaded, upstream_error
+from runtimes.gateway.serving import shutting_down
 
 __all__ = ["EventsResponse", "answer_events", "failure", "refusal_events", "rest"]
 
@@ -31,24 +33,49 @@ class EventsResponse(StreamingResponse):
         self._close = close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send what the source yields."""
+        """Send what the source yields; cut off by the server's end, say so in an event."""
+        begun = ended = False
+
+        async def sending(message: Any) -> None:
+            nonlocal begun, ended
+            begun, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, sending)
+        except asyncio.CancelledError:
+            if begun and not ended:
+                await sending({"type": "http.response.body", "body": error_event(shutting_down()), "more_body": False})
+            raise
         finally:
             if self._close is not None:
                 await self._close()
 
+    async def stream_response(self, send: Any) -> None:
+        """Send the events; the last is sent as such, so that this request is over when its reader has it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ended = False
+        async for piece in self.body_iterator:
+            ended = piece == DONE
+            await send({"type": "http.response.body", "body": piece, "more_body": not ended})
+        if not ended:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-async def refusal_events(model: str, text: str, stated: dict[str, Any]) -> AsyncIterator[bytes]:
+
+async def refusal_events(
+    model: str, text: str, stated: dict[str, Any], *, include_usage: bool = False
+) -> AsyncIterator[bytes]:
     """Yield a refusal as a stream."""
     name = f"chatcmpl-{uuid.uuid4().hex}"
     yield chunk(name, model, {"role": "assistant", "content": text, "refusal": text}, stated=stated)
     yield chunk(name, model, {}, ended="content_filter", stated=stated)
+    if include_usage:
+        yield usage_chunk(name, model, usage(0, 0))
     yield DONE
 
 
 async def answer_events(
-    model: str, first: Told, told: AsyncIterator[Told], stated: dict[str, Any]
+    model: str, first: Told, told: AsyncIterator[Told], stated: dict[str, Any], *, include_usage: bool = False
 ) -> AsyncIterator[bytes]:
     """Yield an answer that has begun with ``first``; a failure on the way is an event of its own."""
     name = f"chatcmpl-{uuid.uuid4().hex}"
@@ -62,7 +89,9 @@ async def answer_events(
     if result.error is not None or result.verdict == "block":
         yield error_event(failure(result))
         return
-    yield chunk(name, model, {}, ended="stop")
+    yield chunk(name, model, {}, ended=result.finish_reason or "stop")
+    if include_usage:
+        yield usage_chunk(name, model, usage(result.prompt_tokens, result.completion_tokens))
     yield DONE
 
 
@@ -78,7 +107,7 @@ async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:
 def failure(result: GateResult) -> Refusal:
     """Return what a client is told of a gate's error."""
     if result.busy:
-        return guard_error(f"{result.reason}; nothing was answered. Try again in a second.")
+        return overloaded(f"{result.reason}; nothing was answered. Try again in a second.")
     if result.error_in == "generate":
         return upstream_error("the language model failed; the answer is not whole.")
     return guard_error("the image could not be judged; nothing was answered.")

@@ -7,21 +7,29 @@ stands nowhere else. An answer that is no chat completion, or a stream that ends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
+import socket
+import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
 from models.errors import InputError
-from runtimes.gateway.answers import DONE, error_event, strict_json
+from runtimes.gateway.answers import DONE, error_event, event, strict_json
+from runtimes.gateway.json_bounds import check_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal, upstream_error
+from runtimes.gateway.refusal import Refusal, no_such_model, upstream_error
+from runtimes.gateway.threads import json_thread, off_loop
+from runtimes.gateway.upstream_errors import MAX_ERROR, stated_error, upstream_words
 
-__all__ = ["Events", "HttpUpstream", "Passed"]
+__all__ = ["Events", "HttpUpstream", "Passed", "check_speaks_http"]
 
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
 CONNECT_SECONDS = 10.0
@@ -29,6 +37,16 @@ MAX_LINE = 4 * 2**20
 FIELDS = (b"event:", b"id:", b"retry:")
 """Of server-sent events, beside ``data``: nothing that a client of chat completions reads."""
 KEY_REFUSED = (401, 403)
+TOLD = ("retry-after", "retry-after-ms")
+"""Headers of an error that go on to the client."""
+KEEP_ALIVE = b": keep-alive\n\n"
+"""In place of an upstream's comments: they keep a connection open, whatever stands in them."""
+MAX_NODES, MAX_DEPTH = 500_000, 100
+"""Of an answer's JSON; the log probabilities of 20 tokens a place are many."""
+PROBE_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+NOT_SERVED = (404, 405)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,8 @@ class Passed:
     status: int
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+    """Of its body, in bytes."""
 
 
 class HttpUpstream:
@@ -61,9 +81,8 @@ class HttpUpstream:
         self._client: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> HttpUpstream:
-        times = httpx.Timeout(self.options.idle_timeout, connect=CONNECT_SECONDS, pool=self.options.total_timeout)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.options.max_concurrent)
-        self._client = httpx.AsyncClient(timeout=times, limits=limits, trust_env=False, follow_redirects=False)
+        self._client = httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -78,59 +97,87 @@ class HttpUpstream:
         except httpx.HTTPError:
             return False
 
-    async def models(self, headers: Mapping[str, str]) -> Passed:
-        """Return what the upstream says of its models. Errors: Refusal."""
-        request = self._open().build_request("GET", f"{self.url}/models", headers=self._headers(headers))
-        async with _Sent(self, request) as response:
-            return await self._passed(response, headers)
+    async def models(self, headers: Mapping[str, str], name: str | None = None) -> Passed:
+        """Return what the upstream says of its models, or of one. Raises Refusal."""
+        if name is None:
+            return await self._models("", headers)
+        if "%" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):  # leads elsewhere, or may do so there
+            raise no_such_model(name)
+        with contextlib.suppress(Refusal):
+            found = await self._models(f"/{quote(name, safe='')}", headers)
+            if "id" in found.body if found.status == httpx.codes.OK else found.status not in NOT_SERVED:
+                return found
+        return _of_list(await self._models("", headers), name)  # several servers serve the list alone
+
+    async def _models(self, path: str, headers: Mapping[str, str]) -> Passed:
+        more: dict[str, Any] = {"headers": self._headers(headers), "timeout": self._times(None)}
+        return await self._whole(self._open().build_request("GET", f"{self.url}/models{path}", **more), headers)
 
     async def complete(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed:
-        """Return the upstream's whole answer. Errors: Refusal for one that is none, and when it is down or slow."""
-        async with _Sent(self, await self._request(body, headers)) as response:
-            found = await self._passed(response, headers)
+        """Return the upstream's whole answer. Raises Refusal for one that is none, and when it is down or slow."""
+        found = await self._whole(await self._request(body, headers, None), headers)
         if found.status == httpx.codes.OK and not isinstance(found.body.get("choices"), list):
             raise self._broken("what the upstream answered is no chat completion")
         return found
 
     async def stream(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed | Events:
-        """Return the upstream's events, or its refusal to begin. Errors: Refusal before anything was sent on."""
-        sent = _Sent(self, await self._request(body, headers))
+        """Return the upstream's events, or its refusal to begin. Raises Refusal before anything was sent on."""
+        sent = _Sent(self, await self._request(body, headers, self.options.idle_timeout))
         response = await sent.__aenter__()
-        kind = response.headers.get("content-type", "")
+        kind = response.headers.get("content-type", "").lower()
         if response.status_code == httpx.codes.OK and kind.startswith("text/event-stream"):
-            return Events(self._events(response), sent)
+            return Events(self._events(response, self._hidden(headers)), sent)
         try:
-            found = await self._passed(response, headers)
+            found = await asyncio.wait_for(self._passed(response, headers), self.options.total_timeout)
+        except asyncio.TimeoutError:
+            raise self._slow() from None
         finally:
             await sent.__aexit__(None, None, None)
         if found.status == httpx.codes.OK:
             raise self._broken("the upstream answered a stream with no events")
         return found
 
+    async def _whole(self, request: httpx.Request, headers: Mapping[str, str]) -> Passed:
+        """Send a request and read its answer, within the total time; there is none for its silence."""
+
+        async def answered() -> Passed:
+            async with _Sent(self, request) as response:
+                return await self._passed(response, headers)
+
+        try:
+            return await asyncio.wait_for(answered(), self.options.total_timeout)
+        except asyncio.TimeoutError:
+            raise self._slow() from None
+
     async def _passed(self, response: httpx.Response, headers: Mapping[str, str]) -> Passed:
-        """Read an answer to its end, and check that it is one; an error is passed on where it is the client's."""
-        content, begun = bytearray(), time.monotonic()
+        """Read an answer to its end, and check that it is one; an error keeps its status and words."""
+        content, status = bytearray(), response.status_code
         try:
             async for piece in response.aiter_bytes():
                 content += piece
-                self._check(len(content), begun)
+                if len(content) > self.options.max_reply:
+                    raise self._too_long()
         except httpx.HTTPError as error:
             raise self._failed(error) from None
-        status = response.status_code
-        if status in KEY_REFUSED and "authorization" not in headers and self._key is not None:
-            raise self._broken("the upstream refuses this server's key")  # its words may quote the key
-        found = self._object(bytes(content))
-        if status != httpx.codes.OK and "error" not in found:
+        hidden = self._hidden(headers)
+        if status in KEY_REFUSED and hidden is not None:
+            raise self._broken("the upstream refuses this server's key")  # its words may quote part of the key
+        if 400 <= status < 600:
+            told = {name: response.headers[name] for name in TOLD if name in response.headers}
+            return Passed(status, upstream_words(status, bytes(content[:MAX_ERROR]), hidden), told)
+        found = await self._object(bytes(content))
+        if status != httpx.codes.OK:
             raise self._broken(f"the upstream answered with HTTP {status}")
-        again = response.headers.get("retry-after")
-        return Passed(status, found, {} if again is None else {"Retry-After": again})
+        return Passed(status, found, size=len(content))
 
-    async def _events(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _events(self, response: httpx.Response, hidden: bytes | None) -> AsyncIterator[bytes]:
         """Pass on events that are whole; whatever ends them early ends in an event that says so."""
-        begun = time.monotonic()
+        until = time.monotonic() + self.options.total_timeout
         try:
-            async for line in _lines(response, lambda size: self._check(size, begun)):
-                if not line or line.startswith(b":") or line.startswith(FIELDS):
+            async for line in _lines(response, self.options.max_reply, until):
+                if line.startswith(b":"):
+                    yield KEEP_ALIVE
+                if not line or line.startswith((b":", *FIELDS)):
                     continue
                 if not line.startswith(b"data:"):
                     raise self._broken("the upstream's stream holds something other than events")
@@ -138,11 +185,16 @@ class HttpUpstream:
                 if data == b"[DONE]":
                     yield DONE
                     return
-                self._object(data)
-                yield b"data: " + data + b"\n\n"
+                found = await self._object(data)
+                error = stated_error(found, response.status_code, hidden)
+                yield b"data: " + data + b"\n\n" if error is None else event(error)
             raise self._broken("the upstream's stream ended before its end was told")
-        except httpx.HTTPError as error:
-            yield error_event(self._failed(error))
+        except _TooLong:
+            yield error_event(self._too_long())
+        except asyncio.TimeoutError:
+            yield error_event(self._slow())
+        except httpx.HTTPError as failed:
+            yield error_event(self._failed(failed))
         except Refusal as refusal:
             yield error_event(refusal)
 
@@ -152,31 +204,36 @@ class HttpUpstream:
         assert self._client is not None, "entered first"
         return self._client
 
-    def _headers(self, given: Mapping[str, str]) -> dict[str, str]:
-        kept = {name: given[name] for name in FORWARDED if name in given}
+    def _headers(self, given: Mapping[str, str]) -> dict[str, bytes]:
+        kept = {name: given[name].encode("latin-1") for name in FORWARDED if name in given}
         if "authorization" not in kept and self._key is not None:
-            kept["authorization"] = f"Bearer {self._key}"
-        return {**kept, "content-type": "application/json", "accept-encoding": "identity"}
+            kept["authorization"] = f"Bearer {self._key}".encode("latin-1")
+        return {**kept, "content-type": b"application/json", "accept-encoding": b"identity"}
 
-    async def _request(self, body: dict[str, Any], headers: Mapping[str, str]) -> httpx.Request:
-        content = await asyncio.to_thread(lambda: json.dumps(body).encode("ascii"))  # pictures are large
+    def _hidden(self, headers: Mapping[str, str]) -> bytes | None:
+        """Return this server's key where it was sent: no error may quote it."""
+        return None if self._key is None or "authorization" in headers else self._key.encode("latin-1")
+
+    async def _request(self, body: dict[str, Any], headers: Mapping[str, str], silence: float | None) -> httpx.Request:
+        content = await json_thread(lambda: json.dumps(body).encode("ascii"))  # images are large
         url = f"{self.url}/chat/completions"
-        return self._open().build_request("POST", url, content=content, headers=self._headers(headers))
+        more: dict[str, Any] = {"headers": self._headers(headers), "timeout": self._times(silence)}
+        return self._open().build_request("POST", url, content=content, **more)
 
-    def _check(self, size: int, begun: float) -> None:
-        if size > self.options.max_reply:
-            raise self._broken(f"the upstream's answer has more than {self.options.max_reply} bytes")
-        if time.monotonic() - begun > self.options.total_timeout:
-            raise self._slow()
+    def _times(self, silence: float | None) -> httpx.Timeout:
+        return httpx.Timeout(silence, connect=CONNECT_SECONDS, pool=self.options.total_timeout)
 
-    def _object(self, content: bytes) -> dict[str, Any]:
+    async def _object(self, content: bytes) -> dict[str, Any]:
         try:
-            found = strict_json(content)
+            found = await off_loop(len(content), lambda: _read_json(content))
         except (ValueError, RecursionError):
             raise self._broken("what the upstream answered is not JSON") from None
         if not isinstance(found, dict):
             raise self._broken("what the upstream answered is no JSON object")
         return found
+
+    def _too_long(self) -> Refusal:
+        return self._broken(f"the upstream's answer has more than {self.options.max_reply} bytes")
 
     def _broken(self, message: str) -> Refusal:
         self.metrics.upstream.labels("broken").inc()
@@ -194,6 +251,17 @@ class HttpUpstream:
             return upstream_error("the upstream cannot be reached.", code="upstream_unreachable")
         self.metrics.upstream.labels("died").inc()
         return upstream_error("the connection to the upstream broke.")
+
+
+def _of_list(listed: Passed, name: str) -> Passed:
+    """Return one model of a list of models. Errors: Refusal, 404, where it is not in there."""
+    if listed.status != httpx.codes.OK:
+        return listed
+    models = listed.body.get("data")
+    for model in models if isinstance(models, list) else ():
+        if isinstance(model, dict) and model.get("id") == name:
+            return Passed(listed.status, model)
+    raise no_such_model(name)
 
 
 class Events:
@@ -233,15 +301,20 @@ class _Sent:
             await self._response.aclose()
 
 
-async def _lines(response: httpx.Response, check: Callable[[int], None]) -> AsyncIterator[bytes]:
+class _TooLong(Exception):  # noqa: N818  # control flow
+    """A stream has more bytes than an answer may have."""
+
+
+async def _lines(response: httpx.Response, limit: int, until: float) -> AsyncIterator[bytes]:
     """Yield lines without their ends; one that is endless is cut, and then is no event.
 
-    ``check`` is told how many bytes came so far, with each piece: a line that drips in takes time, too.
+    Raises _TooLong for more than ``limit`` bytes, and TimeoutError for a piece that has not come by ``until``.
     """
-    rest, size = b"", 0
-    async for piece in response.aiter_bytes():
+    rest, size, pieces = b"", 0, response.aiter_bytes()
+    while (piece := await asyncio.wait_for(anext(pieces, None), max(0.0, until - time.monotonic()))) is not None:
         size += len(piece)
-        check(size)
+        if size > limit:
+            raise _TooLong
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             yield line.rstrip(b"\r")
@@ -250,3 +323,41 @@ async def _lines(response: httpx.Response, check: Callable[[int], None]) -> Asyn
             rest = b""
     if rest:
         yield rest
+
+
+def _read_json(content: bytes) -> Any:
+    check_json(content, nodes=MAX_NODES, depth=MAX_DEPTH)
+    return strict_json(content)
+
+
+def check_speaks_http(url: str) -> None:
+    """Raise InputError where something answers at an address, but no HTTP; warn where nothing answers yet."""
+    parsed = httpx.URL(url)
+    refused = InputError(
+        f"--upstream {url} does not speak {parsed.scheme.upper()}. "
+        "Give the base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
+    )
+    try:
+        said = _first_bytes(parsed)
+    except ssl.SSLEOFError:  # as a proxy does whose server is not up
+        said = b""
+    except ssl.SSLError as error:
+        raise refused from error
+    except OSError:
+        said = b""
+    if not b"HTTP/".startswith(said[:5]):  # a part of it, or nothing, says nothing yet
+        raise refused
+    if not said:
+        _log.warning("--upstream %s does not answer yet", url)
+
+
+def _first_bytes(url: httpx.URL) -> bytes:
+    """Return the first bytes that a server answers; none where it closes."""
+    host, secure = url.raw_host.decode("ascii"), url.scheme == "https"
+    path = url.raw_path.decode("ascii").rstrip("/")
+    with socket.create_connection((host.strip("[]"), url.port or (443 if secure else 80)), PROBE_SECONDS) as plain:
+        context = httpx.create_ssl_context(trust_env=False) if secure else None
+        with plain if context is None else context.wrap_socket(plain, server_hostname=host) as server:
+            head = f"GET {path}/models HTTP/1.1\r\nHost: {url.netloc.decode('ascii')}\r\nConnection: close\r\n\r\n"
+            server.sendall(head.encode("ascii"))
+            return server.recv(64)

@@ -101,6 +101,8 @@ def gateway() -> dict[str, Any]:
         image="168x168 PNG",
         direct_ms=(1.5, 2.25),
         gateway_ms=(5.25, 9.5),
+        guard_ms=1.5,
+        through={"gateway": 90.0, "upstream": 400.0},
         blocks_alone=201.5,
         blocks_together=388.0,
         clients=64,

@@ -112,3 +112,14 @@ def test_a_runner_that_is_busy_refuses_in_plain_words(
             run(module.main, asked)
     out = capsys.readouterr().out
     assert end.value.code == 10 and "the guard is busy with an earlier image" in out
+
+
+@pytest.mark.parametrize("question", ["", "why " * 20_000, "<image_soft_token>?", "\ud83d"])
+def test_a_bad_question_is_told_and_nothing_is_judged(
+    question: str, gguf_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image is none, which would be said if it had been looked at."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert ended(["--model", str(gguf_folder("tiny-safegem")), str(tmp_path / "bad.png"), question]) == 2
+    told = capsys.readouterr()
+    assert "error: " in told.err and "image cannot be read" not in told.out + told.err

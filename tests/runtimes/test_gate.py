@@ -514,3 +514,11 @@ def test_a_size_that_differs_only_in_normalisation_is_another_size() -> None:
     with gate_of(Failing(embeddings=True), language) as gate:
         gate.ask(WHITE, "Why?")
     assert language.embeddings == [None]
+
+
+def test_waiting_too_long_for_others_is_told_as_that() -> None:
+    with gate_of(Failing(), FakeLanguage()) as gate, gate.language_lane.turn(600):
+        gate.timeout = 0.05
+        result = gate.ask(WHITE, "Why?")
+    assert (result.verdict, result.busy) == ("block", True)
+    assert result.reason == "the language model was busy with other images"

@@ -120,7 +120,7 @@ def test_an_allowed_image_is_encoded_once_and_read_in_one_prefill(
     wanted = vlm.answer(torch.from_numpy(rgb[None]), [QUESTION], max_new_tokens=5)[0]
     with Gate(Guard(guard, guard.model.classes), TorchLanguageRunner(vlm), policy) as gate, Passes(vlm) as passes:
         result = gate.ask(Image.fromarray(rgb), QUESTION, max_new_tokens=5)
-    assert (result.verdict, result.stage, result.answer) == ("allow", stage, wanted.text)
+    assert (result.verdict, result.stage, result.answer) == ("allow", stage, wanted.text), result.error
     assert result.exact_probs is not None and result.probs is not None
     np.testing.assert_allclose(list(result.exact_probs.values()), wanted.guard_probs, atol=1e-6)
     np.testing.assert_allclose(list(result.probs.values()), wanted.guard_probs, atol=1e-5)

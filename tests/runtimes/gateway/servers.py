@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from PIL import Image
 
 from models.holisafe_mini.scene import draw
 from models.holisafe_mini.suite import build_suite
 from runtimes.gateway.app import Gateway, create_app
+from runtimes.gateway.server import GatewayServer
 from runtimes.gateway.serving import listening
 
 SUITE = build_suite("test", pairs=100, questions=0)
@@ -144,10 +144,7 @@ def upstream_server() -> Iterator[Upstream]:
 @contextmanager
 def serving(gateway: Gateway) -> Iterator[str]:
     """Serve a gateway in a thread and yield its base URL, without ``/v1``."""
-    config = uvicorn.Config(
-        create_app(gateway), log_level="critical", access_log=False, lifespan="on", timeout_keep_alive=75
-    )
-    server = uvicorn.Server(config)
+    server = GatewayServer(create_app(gateway), gateway.options)
     bound = listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
@@ -159,7 +156,7 @@ def serving(gateway: Gateway) -> Iterator[str]:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(600)
         bound.close()
         assert not thread.is_alive(), "the gateway did not end"
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from models.errors import InputError
 from runtimes.gateway.__main__ import main
 from runtimes.gateway.serving import listening
 from tests.runtimes.bundles import write_bundle
-from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, messages, piece
+from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, answer, messages, piece
 
 ROOT = Path(__file__).parents[3]
 
@@ -120,13 +121,130 @@ def test_random_weights_are_told_before_anything_is_served(bundle: Path, upstrea
         assert process.wait(600) == 0
 
 
+def test_what_was_accepted_before_the_end_is_finished_or_told(bundle: Path, upstream: Upstream) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def slow(handler: Any, body: Any) -> None:
+        begun.set()
+        release.wait(600)
+        answer(handler, body)
+
+    upstream.behave = slow
+    body = json.dumps({"messages": messages(SAFE_URL)}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with gateway("--bundle", str(bundle), "--upstream", upstream.url) as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+        served, half = (socket.create_connection((host, int(port)), 600) for _ in range(2))
+        served.sendall(head + body)
+        half.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert begun.wait(600)
+        process.send_signal(signal.SIGSTOP)  # what comes now waits in the socket's queue
+        queued = [socket.create_connection((host, int(port)), 600) for _ in range(30)]
+        for each in queued:
+            each.sendall(head + body)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        found = received(half)
+        assert found.startswith(b"HTTP/1.1 503") and b"shutting_down" in found and b"retry-after: 1" in found.lower()
+        release.set()
+        for each in (served, *queued):  # some of the queued ones were begun before the signal was seen
+            found = received(each)
+            assert found.startswith(b"HTTP/1.1 200") or (each is not served and b"shutting_down" in found), found
+            assert b"connection: close" in found.lower()
+        assert process.wait(600) == 0
+
+
+def received(client: socket.socket) -> bytes:
+    with client:
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_is_not_done_in_time_is_told(bundle: Path, upstream: Upstream, stream: bool) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def hang(handler: Any, body: Any) -> None:
+        if stream:
+            handler.begin_stream()
+            handler.event(piece("The "))
+        begun.set()
+        release.wait(600)
+        handler.close_connection = True
+
+    upstream.behave = hang
+    more = ("--bundle", str(bundle), "--upstream", upstream.url, "--shutdown-timeout", "1")
+    with gateway(*more) as (process, url):
+        body = {"messages": messages(SAFE_URL), "stream": stream}
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=600)
+            assert begun.wait(600)
+            process.send_signal(signal.SIGTERM)
+            answered = found.result()
+        _, err = process.communicate(timeout=600)
+        release.set()
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert answered.status_code == (200 if stream else 503)
+    told = answered.text.strip().split("data: ")[-1] if stream else answered.text
+    assert json.loads(told)["error"]["code"] == "shutting_down"
+
+
+def test_a_second_signal_ends_at_once(bundle: Path, upstream: Upstream) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def hang(handler: Any, _: Any) -> None:
+        begun.set()
+        release.wait(600)
+        handler.close_connection = True
+
+    upstream.behave = hang
+    more = ("--bundle", str(bundle), "--upstream", upstream.url, "--shutdown-timeout", "100000")
+    with gateway(*more) as (process, url), ThreadPoolExecutor(1) as thread:
+        body = {"messages": messages(SAFE_URL)}
+        thread.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=600)
+        assert begun.wait(600)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionError):  # the first one has been seen: the port is closed
+            while True:
+                socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(600) == 0
+        release.set()
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(bundle: Path, upstream: Upstream) -> None:
+    with gateway("--bundle", str(bundle), "--upstream", upstream.url) as (process, url), httpx.Client() as client:
+        for _ in range(600):  # lines of about 200 bytes, into a pipe of 64 KiB
+            assert client.get(f"{url}/healthz" if _ % 100 == 0 else f"{url}/v1/none", timeout=600).status_code
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(600) == 0
+
+
+def test_an_upstream_that_speaks_no_http_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet() -> None:
+            client, _ = other.accept()
+            with client:
+                client.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                client.recv(65536)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}/v1"
+        with pytest.raises(SystemExit) as ended:
+            run(main, ["--bundle", str(bundle), "--upstream", url])
+        thread.join(600)
+    assert ended.value.code == 2
+    assert "does not speak HTTP" in capsys.readouterr().err
+
+
 HANGING = """
 import sys, threading
 from models.commandline import run
 from runtimes.gateway.__main__ import main
 from runtimes.torch_language import TorchLanguageRunner
 
-def hang(self, handle, max_new_tokens):
+def hang(self, handle, max_new_tokens, writing):
     yield "The "
     threading.Event().wait()
 
@@ -145,8 +263,8 @@ def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: 
             lines = response.iter_lines()
             assert "The " in next(lines)
             process.send_signal(signal.SIGTERM)
-            with pytest.raises(httpx.RemoteProtocolError):
-                list(lines)
+            told = [line for line in lines if line]
+            assert json.loads(told[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert '"outcome": "cut_off"' in out and "still running" in err

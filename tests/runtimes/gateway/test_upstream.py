@@ -18,7 +18,7 @@ import pytest
 from models.errors import InputError
 from runtimes.gateway.app import Gateway
 from runtimes.gateway.options import GatewayOptions
-from tests.runtimes.gateway.servers import SAFE_URL, Upstream, free_port, messages, piece, serving
+from tests.runtimes.gateway.servers import SAFE_URL, Upstream, answer, free_port, messages, piece, serving
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ WHOLE = {
     "deep": (lambda h, _: h.reply(b"[" * 50_000), 502, "not JSON"),
     "no number": (lambda h, _: h.reply(b'{"choices": [{"logprob": -Infinity}]}'), 502, "not JSON"),
     "huge": (lambda h, _: h.reply(b" " * 300_000), 502, "more than 100000 bytes"),
-    "500 without an error": (lambda h, _: h.reply({}, status=500), 502, "HTTP 500"),
+    "500 without an error": (lambda h, _: h.reply({}, status=500), 500, "HTTP 500"),
     "redirects": (redirected, 502, "redirects"),
     "silent": (silent, 504, "in time"),
     "hangs up": (hung_up, 502, "broke"),
@@ -118,6 +118,66 @@ def test_upstreams_own_errors_pass(client: openai.OpenAI, upstream: Upstream, st
     upstream.behave = lambda handler, _: handler.reply(error, status=404)
     with pytest.raises(openai.NotFoundError, match="no such model"):
         ask(client, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        (422, "application/json", {"detail": [{"loc": ["body", "n"], "msg": "no such thing", "type": "x"}]}),
+        (400, "application/json", {"object": "error", "message": "no such thing", "type": "BadRequest", "code": 400}),
+        (503, "text/html", b"<html><body>no such thing</body></html>"),
+        (500, "text/plain", b"no such thing"),
+    ],
+)
+def test_errors_in_other_shapes_pass(
+    client: openai.OpenAI, upstream: Upstream, stream: bool, status: int, kind: str, body: Any
+) -> None:
+    upstream.behave = lambda handler, _: handler.reply(body, status, kind)
+    with pytest.raises(openai.APIStatusError, match="no such thing") as told:
+        ask(client, stream=stream)
+    assert told.value.status_code == status
+
+
+def test_a_whole_answer_may_be_silent_for_longer_than_a_stream(bundle: Path, upstream: Upstream) -> None:
+    def pausing(handler: Any, body: Any) -> None:
+        time.sleep(0.6)
+        answer(handler, body)
+
+    options = GatewayOptions(idle_timeout=0.1, total_timeout=600)
+    with serving(Gateway.open(bundle, upstream=upstream.url, options=options)) as url:
+        for stream, behave, status in ((False, pausing, 200), (True, silent, 504)):
+            upstream.behave = behave
+            body = {"messages": messages(SAFE_URL), "stream": stream}
+            assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == status
+
+
+def test_comments_keep_a_stream_open_and_errors_in_it_have_the_usual_shape(impatient: str, upstream: Upstream) -> None:
+    flat = {"object": "error", "message": "out of memory", "type": "InternalServerError", "code": 500}
+    usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
+
+    def behave(handler: Any, body: Any) -> None:
+        handler.begin_stream()
+        handler.wfile.write(b": ping\n\n: ping\r\n\r\n")
+        for each in (piece("The "), usage, flat, b"[DONE]"):
+            handler.event(each)
+        handler.close_connection = True
+
+    upstream.behave = behave
+    found = httpx.post(f"{impatient}/v1/chat/completions", json={"messages": messages(SAFE_URL), "stream": True}).text
+    lines = [line for line in found.split("\n") if line]
+    assert lines[:2] == [": keep-alive"] * 2 and lines[-1] == "data: [DONE]"
+    assert json.loads(lines[3][6:]) == usage
+    assert json.loads(lines[4][6:])["error"]["message"] == "out of memory"
+
+
+def test_a_key_that_is_no_ascii_is_no_fault_of_this_server(address: str, upstream: Upstream) -> None:
+    found = httpx.post(
+        f"{address}/v1/chat/completions",
+        json={"messages": messages(SAFE_URL)},
+        headers={b"authorization": "Bearer \xfc".encode("latin-1")},
+    )
+    assert found.status_code == 200 and upstream.headers_seen[-1]["authorization"] == "Bearer \xfc"
 
 
 def events(*bodies: Any, end: Any = None) -> Any:
