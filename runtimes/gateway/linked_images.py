@@ -5,7 +5,6 @@ An address that others can fetch has a scheme or a host; ``cat.png`` has none, a
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 
@@ -21,8 +20,11 @@ def _loose(word: str) -> str:
     return r"\s*".join(word)
 
 
-SCHEME = "|".join(map(_loose, ("https", "http", "ftps", "ftp", "file", "blob", "filesystem", "content", "cid", "s3", "gs")))
-ADDRESS = rf"(?:(?:{SCHEME})\s*:[\s/\\]*[\w\[%]|[/\\][/\\]\s*[\w\[%])"
+SCHEME = "|".join(map(_loose, ("https", "http", "ftps", "ftp")))
+ADDRESS = (
+    rf"(?:(?:{SCHEME})\s*:[\s/\\]*[\w\[%]|{_loose('file')}\s*:\s*[/\\]|{_loose('filesystem')}\s*:\s*http|"
+    rf"{_loose('blob')}\s*:\s*(?:http|null|[0-9a-f-]{{8}})|[/\\][/\\]\s*[\w\[%])"
+)
 """A scheme or two slashes, and the beginning of a host; browsers take backslashes and line breaks, too."""
 INLINE = re.compile(rf"\]\s*\(\s*<?\s*{ADDRESS}", re.IGNORECASE)
 DEFINED = re.compile(rf"\[([^\[\]\n]{{1,999}})\]:\s*<?\s*{ADDRESS}", re.IGNORECASE)
@@ -37,18 +39,26 @@ TAG = re.compile(
     re.IGNORECASE,
 )
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
-STYLE = re.compile(rf"(?:\burl\s*\(|image(?:-set)?\s*\(|\bsrc\s*\()\s*[\"']?\s*(?={ADDRESS})([^\s\"')]*)", re.IGNORECASE)
+STYLE = re.compile(
+    rf"(?<![\w-])(?:url|image|(?:-webkit-)?image-set|src)\s*\(\s*[\"']?\s*(?={ADDRESS})([^\s\"')]*)", re.IGNORECASE
+)
 NO_IMAGE = (".css", ".woff", ".woff2", ".ttf", ".otf", ".eot")
-OTHER_MARKUP = re.compile(rf"(?:\[img[^\[\]]{{0,200}}\]|\b(?:image|figure)::?|\\includegraphics[^{{]{{0,200}}{{)\s*{ADDRESS}", re.I)
+OTHER_MARKUP = {
+    "[img": re.compile(rf"\[img[^\[\]]{{0,200}}\]\s*{ADDRESS}", re.IGNORECASE),
+    "image:": re.compile(rf"image::?\s*{ADDRESS}", re.IGNORECASE),
+    "figure:": re.compile(rf"figure::?\s*{ADDRESS}", re.IGNORECASE),
+    "includegraphics": re.compile(rf"includegraphics[^{{]{{0,200}}{{\s*{ADDRESS}", re.IGNORECASE),
+}
+"""BBCode, reStructuredText, AsciiDoc and LaTeX, by a word that each has."""
 AN_ADDRESS = re.compile(ADDRESS, re.IGNORECASE)
 
 
 def has_linked_image(text: str) -> bool:
     """Say whether a text shows an image that is to be fetched from elsewhere."""
-    if AN_ADDRESS.search(text) is None:
+    if ":" not in text and "//" not in text and "\\\\" not in text:
         return False
-    return OTHER_MARKUP.search(text) is not None or any(
-        itertools.chain(_inline(text), _by_reference(text), _in_tags(text), _in_sets(text), _in_styles(text))
+    return any(
+        found for look in (_inline, _by_reference, _in_tags, _in_sets, _in_styles, _otherwise) for found in look(text)
     )
 
 
@@ -121,6 +131,14 @@ def _in_sets(text: str) -> Iterator[bool]:
         yield found is None or AN_ADDRESS.search(text[found.end() : found.end() + NEAR].partition(">")[0]) is not None
 
 
+def _otherwise(text: str) -> Iterator[bool]:
+    lower = text.lower()
+    for word, pattern in OTHER_MARKUP.items():
+        yield word in lower and pattern.search(text) is not None
+
+
 def _in_styles(text: str) -> Iterator[bool]:
+    if "(" not in text:
+        return
     for found in _looked_at(STYLE, text):
         yield found is None or not found[1].partition("?")[0].partition("#")[0].lower().endswith(NO_IMAGE)

@@ -11,17 +11,23 @@ import binascii
 import re
 from collections.abc import Callable, Iterator
 
+from runtimes.gateway.plain_text import squeezed
+
 __all__ = ["has_data_url", "has_packed_image", "is_image"]
 
 LEAST = 30
 MAX_HITS = 5_000
 """Places in a text that look like a file's beginning and are none; more are taken for one."""
+MAX_URLS = 100_000
+"""Data URLs of a text that are looked at; a text with more is taken for one with an image."""
 MAGIC = (
-    *(b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"RIFF", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"8BPS", b"%PDF"),
-    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\1\0", b"\0\0\2\0"),
+    *(b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"RIFF", b"II*\0", b"MM\0*", b"8BPS", b"%PDF", b"<svg", b"\0\0\1\0"),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\2\0", b"II+\0", b"MM\0+"),
     *(b"\x8aMNG\r\n\x1a\n", b"\x8bJNG\r\n\x1a\n", b"DDS ", b"icns", b"qoif", b"\x76\x2f\x31\x01", b"#?RADIANCE"),
-    *(b"SIMPLE  =", b"II\xbc\x01", b"\x8aJXL", b"<svg"),
+    *(b"SIMPLE  =", b"II\xbc\x01"),
 )
+"""Of at least four bytes each; :data:`COMMON` of them are also looked for in base85."""
+COMMON = 13
 MARKERS = (*range(0xC0, 0xC5), *range(0xDA, 0xDF), *range(0xE0, 0xF0), 0xFE, 0xFF)
 """What follows FF D8 FF in a JPEG file."""
 FILE = re.compile(
@@ -33,7 +39,8 @@ FILE = re.compile(
     re.DOTALL,
 )
 SHORT = re.compile(
-    rb"\xff\x0a|P[1-7][\s#]|\x0a[\0-\5]\x01[\1\2\4\x08]|\0\0[\1\2]\0|BM|%!PS|\xef\xbb\xbf\s*<|\s*<(?:\?xml|svg|!--)", re.DOTALL
+    rb"\xff\x0a|P[1-7][\s#]|\x0a[\0-\5]\x01[\1\2\4\x08]|\0\0[\1\2]\0|BM|%!PS|\xef\xbb\xbf\s*<|\s*<(?:\?xml|svg|!--)",
+    re.DOTALL,
 )
 """Beginnings that are too short to be looked for in the midst of a text; in a data URL they are an image."""
 DATA = re.compile(r"d\s*a\s*t\s*a\s*:", re.IGNORECASE)
@@ -42,7 +49,8 @@ ANY_TYPE = re.compile(r"/*(?:[\w.+*-]+/[\w.+*-]+)?(?:;[^;]*)*")
 RUN = re.compile(r"[A-Za-z0-9+/_=\s-]*")
 UNBROKEN = re.compile(r"[A-Za-z0-9+/_=-]*")
 RAW = re.compile(r"[^\s\"'`<>()\[\]{}.,;…]*")
-MARKUP = re.compile(r"\s*<[?!/a-z]", re.IGNORECASE)
+MARKUP = re.compile(r"<[?!/a-z]", re.IGNORECASE)
+TYPE_MAX = 1024
 STAND_IN = re.compile(r"base64|data|encod|your|string|image|payload|here|xxx|example", re.IGNORECASE)
 STAND_IN_MAX = 40
 PROSE = 0.75
@@ -51,7 +59,7 @@ STANDARD = str.maketrans("-_", "+/")
 FILE_MAX = 4096
 Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 B85 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~"
-FROM_Z85 = str.maketrans(Z85, B85)
+FROM_Z85, TO_Z85 = str.maketrans(Z85, B85), bytes.maketrans(B85.encode(), Z85.encode())
 
 
 def is_image(content: bytes) -> bool:
@@ -61,19 +69,19 @@ def is_image(content: bytes) -> bool:
 
 def has_data_url(text: str) -> bool:
     """Say whether a text holds a data URL of an image, by its type or by its content."""
-    pieces = DATA.split(text)
-    return any("," in piece and _is_image_url(*piece.split(",", 1)) for piece in pieces[1:])
+    pieces = [piece for piece in DATA.split(text)[1:] if "," in piece]
+    return len(pieces) > MAX_URLS or any(_is_image_url(*piece.split(",", 1)) for piece in pieces)
 
 
 def _is_image_url(head: str, rest: str) -> bool:
-    head = "".join(head.split())
+    head = squeezed(head[:TYPE_MAX] if len(head) <= TYPE_MAX else f"{head[:TYPE_MAX]};{head[-16:]}")
     claimed = IMAGE_TYPE.match(head) is not None
-    if not head[-6:].lower() == "base64":
+    if head[-6:].lower() != "base64":
         typed = claimed or ANY_TYPE.fullmatch(head) is not None
         return typed and _is_raw_image(rest, claimed)
     run = RUN.match(rest)
     assert run is not None
-    packed = "".join(run[0][: 4 * FILE_MAX].split())
+    packed = squeezed(run[0][: 4 * FILE_MAX])
     content = _from_base64(packed)
     if is_image(content) or SHORT.match(content) or b"<svg" in content.lower():
         return True
@@ -84,14 +92,14 @@ def _is_image_url(head: str, rest: str) -> bool:
 
 def _is_raw_image(rest: str, claimed: bool) -> bool:
     """Say whether what follows the comma, which is not base64, is an image: SVG, or bytes with percent signs."""
-    begin = rest[:FILE_MAX]
+    begin = squeezed(rest[:FILE_MAX])
     if MARKUP.match(begin) and (claimed or "<svg" in begin.lower()):
         return True
-    if "".join(begin[:64].split()).startswith(("PNG", "ÿØÿ", "GIF8", "RIFF", "�PNG")):
+    if begin.startswith(("PNG", "ÿØÿ", "GIF8", "RIFF", "\ufffdPNG")):
         return True
-    run = RAW.match(begin)
-    assert run is not None
-    return claimed and _is_payload(run[0])
+    unbroken, run = RAW.match(rest, 0, FILE_MAX), RAW.match(begin)
+    assert unbroken is not None and run is not None
+    return claimed and (_is_payload(unbroken[0]) or (len(run[0]) > STAND_IN_MAX and not _is_prose(run[0])))
 
 
 def _is_payload(run: str) -> bool:
@@ -108,13 +116,13 @@ def has_packed_image(text: str) -> bool:
     """Say whether a text holds an image file as base64, hexadecimal digits or base85."""
     if len(text) < LEAST:
         return False
-    squeezed = "".join(text.split())
+    squeezed_text = squeezed(text)
     hits = iter(range(MAX_HITS))
     for found in (
         _in_base64(text, hits, broken=False),
-        _in_base64(squeezed, hits, broken=True),
-        _in_hexadecimal(squeezed, hits),
-        _in_base85(squeezed, hits),
+        _in_base64(squeezed_text, hits, broken=True),
+        _in_hexadecimal(squeezed_text, hits),
+        _in_base85(squeezed_text, hits),
     ):
         if any(found):
             return True
@@ -136,18 +144,18 @@ def _in_hexadecimal(text: str, hits: Iterator[int]) -> Iterator[bool]:
     for mark in ("0x", "\\x", ",", ":", ";", "'", '"'):
         if mark in text:
             text = text.replace(mark, "")
-    for begin in HEXADECIMAL:
+    for begin, before in HEXADECIMAL:
         for place in _places(text, begin, hits):
-            digits = text[place : place + 2 * LEAST]
+            digits = text[max(0, place - before) : place - before + 2 * LEAST]
             if len(digits) == 2 * LEAST and DIGITS.fullmatch(digits):
                 yield is_image(bytes.fromhex(digits))
     yield HEX_BITMAP.search(text) is not None
 
 
 def _in_base85(text: str, hits: Iterator[int]) -> Iterator[bool]:
-    for begin, decode in BASE85:
+    for begin, before, decode in BASE85:
         for place in _places(text, begin, hits):
-            packed = text[place : place + 5 * ((LEAST + 3) // 4)]
+            packed = text[max(0, place - before) : place - before + 5 * ((LEAST + 3) // 4)]
             try:
                 yield len(packed) * 4 // 5 >= LEAST and is_image(decode(packed))
             except ValueError:  # other text
@@ -189,21 +197,22 @@ def _base64_beginnings() -> Iterator[tuple[str, int]]:
         yield f"Qk{size}", 0
 
 
-def _base85_beginnings() -> Iterator[tuple[str, Callable[[str], bytes]]]:
+def _base85_beginnings() -> Iterator[tuple[str, int, Callable[[str], bytes]]]:
+    """Yield the same for base85 and what decodes it; four bytes are five characters."""
     for encode, decode in (
         (base64.b85encode, base64.b85decode),
         (base64.a85encode, base64.a85decode),
-        (lambda content: base64.b85encode(content).decode().translate(str.maketrans(B85, Z85)).encode(), _from_z85),
+        (lambda content: base64.b85encode(content).translate(TO_Z85), _from_z85),
     ):
-        jpeg = {encode(b"\xff\xd8\xff" + bytes([marker])).decode()[:4] for marker in MARKERS}
-        boxes = {encode(b"\0\0\0" + bytes([size]) + b"ftyp").decode() for size in range(16, 64, 4)}
-        files = {encode(magic[: len(magic) // 4 * 4]).decode() for magic in MAGIC}
-        for begin in sorted(jpeg | boxes | files):
-            yield begin, decode
+        for begin in sorted({encode(b"\xff\xd8\xff" + bytes([marker])).decode()[:3] for marker in MARKERS}):
+            yield begin, 0, decode
+        for magic in MAGIC[:COMMON]:
+            yield encode(magic[: len(magic) // 4 * 4]).decode(), 0, decode
+        yield encode(b"ftyp").decode(), 5, decode
 
 
 BASE64 = tuple(_base64_beginnings())
 BASE85 = tuple(_base85_beginnings())
-HEXADECIMAL = tuple(magic.hex() for magic in (*MAGIC, b"\xff\xd8\xff"))
+HEXADECIMAL = (*((magic.hex(), 0) for magic in (*MAGIC, b"\xff\xd8\xff")), (b"ftyp".hex(), 8))
 HEX_BITMAP = re.compile(r"424d[0-9a-f]{8}0{8}[0-9a-f]{8}(?:0c|28|34|38|40|6c|7c)0{6}")
 DIGITS = re.compile(r"[0-9a-f]*")

@@ -7,11 +7,12 @@ entities decoded, and with everything decoded that can be, over and over. A read
 from __future__ import annotations
 
 import html.entities
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
-__all__ = ["TooEscapedError", "readings"]
+__all__ = ["TooEscapedError", "readings", "squeezed"]
 
 ROUNDS = 8
 MAX_ESCAPES = 300_000
@@ -48,12 +49,14 @@ def _folding() -> dict[int, str | None]:
 FOLDING = _folding()
 CONTROLS = bytes(code for code, folded in FOLDING.items() if code < 0x80 and folded is None)
 ENTITIES = {name: value.translate(FOLDING) for name, value in html.entities.html5.items()}
+AMPERSAND = re.compile(r"&(?:amp;?|AMP;?|#0*38;?|#[xX]0*26;?)+")
 ENTITY = re.compile(
-    r"&(?:amp;?|#0*38;?|#[xX]0*26;?)*"
-    r"(?:#0*([0-9]{1,7});?|#[xX]0*([0-9a-fA-F]{1,6});?|([A-Za-z][A-Za-z0-9]{0,31};)|(lt|gt|quot|amp|nbsp|shy))",
-    re.IGNORECASE,
+    r"&(?:#(?:0*([0-9]{1,7})|[xX]0*([0-9a-fA-F]{1,6}));?|([A-Za-z][A-Za-z0-9]{1,31};)|(lt|gt|quot|nbsp|shy|LT|GT|QUOT))"
 )
-PERCENT = re.compile(r"(?:%(?:25)*[0-9a-fA-F]{2})+")
+BLANKS = b" \t\n\r\v\f"
+PERCENT = re.compile(r"(?:%(?:25)*[\t\r\n]*[0-9a-fA-F][\t\r\n]*[0-9a-fA-F])+")
+"""With line breaks and tabs in it, which URLs lose before they are read."""
+PERCENT_BEGIN = re.compile(r"%[\t\r\n]*[0-9a-fA-FuU]")
 PERCENT_AGAIN = re.compile(r"%(?:25)+(?=[0-9a-fA-F]{2})")
 PERCENT_U = re.compile(r"%(?:25)*u([0-9a-fA-F]{4})", re.IGNORECASE)
 NUMBERED = r"\\+(?:u\{0*([0-9a-fA-F]{1,6})\}|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|"
@@ -69,16 +72,22 @@ def readings(text: str) -> Iterator[str]:
     """Yield the readings of a text, those that differ. Raises TooEscapedError."""
     seen = {first := _folded(text)}
     yield first
-    ways: list[tuple[Callable[[str, list[int]], str], ...]] = []
-    if "&" in first:
-        ways.append((_entities,))
-    if any(sign in first for sign in "&%\\"):
-        ways += [(_entities, _percents, _style_escapes), (_entities, _percents, _script_escapes)]
-    for steps in ways:
-        read = _decoded(first, steps)
+    left = [MAX_ESCAPES]
+    page = _decoded(first, (_entities,), left) if "&" in first else first
+    ways: tuple[Callable[[str, list[int]], str], ...] = ()
+    if "\\" in page or ("%" in page and "\\" in _decoded(page, (_entities, _percents), [MAX_ESCAPES])):
+        ways = (_style_escapes, _script_escapes)
+    elif "%" in page:
+        ways = (_percents,)
+    for read in itertools.chain([page], (_decoded(page, (_entities, _percents, each), left) for each in ways)):
         if read not in seen:
             seen.add(read)
             yield read
+
+
+def squeezed(text: str) -> str:
+    """Return a text without its white space."""
+    return text.encode().translate(None, BLANKS).decode() if text.isascii() else "".join(text.split())
 
 
 def _folded(text: str) -> str:
@@ -89,8 +98,8 @@ def _folded(text: str) -> str:
     return text.translate(FOLDING)
 
 
-def _decoded(text: str, steps: tuple[Callable[[str, list[int]], str], ...]) -> str:
-    left = [MAX_ESCAPES]
+def _decoded(text: str, steps: tuple[Callable[[str, list[int]], str], ...], left: list[int]) -> str:
+    """Decode a text until it stays as it is; ``left`` are the escapes that may still be undone."""
     for _ in range(ROUNDS):
         before = text
         for step in steps:
@@ -109,7 +118,9 @@ def _replaced(pattern: re.Pattern[str], by: Callable[[re.Match[str]], str], text
 
 
 def _entities(text: str, left: list[int]) -> str:
-    return _replaced(ENTITY, _entity, text, left) if "&" in text else text
+    if "&" not in text:
+        return text
+    return _replaced(ENTITY, _entity, _replaced(AMPERSAND, lambda _: "&", text, left), left)
 
 
 def _entity(found: re.Match[str]) -> str:
@@ -118,18 +129,18 @@ def _entity(found: re.Match[str]) -> str:
         return _sign(int(decimal) if decimal else int(hexadecimal, 16))
     if bare:
         return ENTITIES[bare.lower()]
-    return ENTITIES.get(name) or ENTITIES.get(name.lower()) or found[0]
+    return ENTITIES.get(name, ENTITIES.get(name.lower(), found[0]))
 
 
 def _percents(text: str, left: list[int]) -> str:
-    if "%" not in text:
+    if PERCENT_BEGIN.search(text) is None:
         return text
     text = _replaced(PERCENT_U, lambda found: _sign(int(found[1], 16)), text, left)
     return _replaced(PERCENT, _percent, text, left)
 
 
 def _percent(found: re.Match[str]) -> str:
-    content = bytes.fromhex(PERCENT_AGAIN.sub("%", found[0]).replace("%", ""))
+    content = bytes.fromhex(PERCENT_AGAIN.sub("%", squeezed(found[0])).replace("%", ""))
     try:
         return content.decode()
     except UnicodeDecodeError:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+from models.printable import shortened
 from runtimes.gateway.linked_images import has_linked_image
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.packed_images import LEAST, has_data_url, has_packed_image, is_image
@@ -57,6 +58,7 @@ Of the families here: ``<image>`` (LLaVA), ``<start_of_image>``, ``<image_soft_t
 """
 FREE_BYTES, FREE_NODES, FREE_DEPTH = 2**20, 10_000, 32
 """Of a free-form value: bytes of its keys and texts, values, levels."""
+Steps: TypeAlias = "tuple[Steps, str | int] | tuple[()]"
 PLAIN = re.compile(rf"[^<\[\]:&%\\]{{0,{LEAST - 1}}}")
 
 
@@ -68,15 +70,29 @@ def check_texts(texts: Sequence[str], where: str, options: GatewayOptions) -> No
 def check_free(value: Any, where: str, options: GatewayOptions) -> None:
     """Raise Refusal, 400, where a free-form value (a schema, arguments) is too large or holds an image.
 
-    Its keys and texts are also read one after the other, as a template may write them.
+    Its keys and texts are read one after the other, as a template may write them. ``param`` is the place of the one
+    that holds an image by itself, otherwise ``where``.
     """
-    texts = []
-    for each in _walked(value, where):
+    texts: dict[Steps, list[str]] = {}
+    for steps, each in _walked(value, where):
         if isinstance(each, str):
-            texts.append(each)
+            texts.setdefault(steps, []).append(each)
         elif _are_bytes(each):
-            raise _holds("an image, byte by byte", where)
-    _check(_joined(texts), where, options)
+            raise _holds("an image, byte by byte", _place(where, steps))
+    try:
+        _check(_joined([text for group in texts.values() for text in group]), where, options)
+    except Refusal:
+        for steps, group in texts.items():
+            _check(group, _place(where, steps), options)
+        raise
+
+
+def _place(where: str, steps: Steps) -> str:
+    shown = ""
+    while steps:
+        steps, step = steps
+        shown = (f"[{step}]" if isinstance(step, int) else f".{shortened(step, 40)}") + shown
+    return where + shown
 
 
 def _joined(texts: Sequence[str]) -> Iterable[str]:
@@ -114,8 +130,8 @@ def _check_reading(text: str, where: str, options: GatewayOptions) -> None:
         raise _holds("an encoded image", where)
     if options.upstream_kind not in READS_TEXT_AS_TEXT and has_linked_image(text):
         raise bad_request(
-            f"{where}: the text shows an image from elsewhere (Markdown, HTML), which some servers fetch. Send it as an "
-            "image_url part, or leave its address out.",
+            f"{where}: the text shows an image from elsewhere (Markdown, HTML), which some servers fetch. Send it as "
+            "an image_url part, or leave its address out.",
             code="image_in_text",
             param=where,
         )
@@ -137,23 +153,26 @@ def _holds(what: str, where: str) -> Refusal:
     )
 
 
-def _walked(value: Any, where: str) -> Iterator[Any]:
-    """Yield the keys, texts and lists of a value in order. Raises Refusal for one that is too large."""
-    left, nodes, size = [(value, 0)], 0, 0
+def _walked(value: Any, where: str) -> Iterator[tuple[Steps, Any]]:
+    """Yield the keys, texts and lists of a value in order, with their places. Raises Refusal for one too large."""
+    left: list[tuple[Any, Steps, int]] = [(value, (), 0)]
+    nodes = size = 0
     while left:
-        each, depth = left.pop()
+        each, steps, depth = left.pop()
         nodes += 1
         if isinstance(each, dict):
-            left += [(part, depth + 1) for pair in reversed(each.items()) for part in reversed(pair)]
+            for key, part in reversed(each.items()):
+                left += [(part, (steps, key), depth + 1), (key, steps, depth)]
         elif isinstance(each, list):
-            yield each
-            left += [(part, depth + 1) for part in reversed(each)]
+            yield steps, each
+            left += [(each[at], (steps, at), depth + 1) for at in range(len(each) - 1, -1, -1)]
         elif isinstance(each, str):
             size += len(each) if each.isascii() else len(each.encode("utf-8", "surrogatepass"))
-            yield each
-        if nodes + len(left) > 2 * FREE_NODES or depth > FREE_DEPTH or size > FREE_BYTES:
+            yield steps, each
+        if nodes + len(left) > FREE_NODES or depth > FREE_DEPTH or size > FREE_BYTES:
             raise bad_request(
-                f"{where} is too large: {FREE_NODES} values, {FREE_DEPTH} levels and {FREE_BYTES} bytes are allowed.",
+                f"{where} is too large: {FREE_NODES} keys and values, {FREE_DEPTH} levels and {FREE_BYTES} bytes are "
+                "allowed.",
                 code="value_too_large",
                 param=where,
             )
