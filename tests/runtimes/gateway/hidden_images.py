@@ -228,7 +228,7 @@ def obfuscated() -> st.SearchStrategy[str]:
         lambda url, way, over, wrap, before, after: (
             f"{before} {WRAPPED[wrap](WRITTEN[over](WRITTEN[way](url)))} {after}"
         ),
-        st.sampled_from(sorted(URLS)).map(URLS.__getitem__),
+        st.sampled_from(sorted(URLS)).map(lambda kind: URLS[kind]),
         st.sampled_from([way for way in WRITTEN if way not in ("letters that mean themselves",)]),
         st.sampled_from(["plain", *safe_over]),
         st.sampled_from(sorted(WRAPPED)),
