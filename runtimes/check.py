@@ -172,7 +172,8 @@ def _expand(paths: Iterable[Path]) -> _Found:
 
 
 def _not_image(path: Path) -> dict[str, object]:
-    return {"file": str(path), "verdict": "not_image", "label": None, "p_unsafe": None, "probs": {}}
+    nothing = dict.fromkeys(("label", "p_unsafe", "view_mode"))
+    return {"file": str(path), "verdict": "not_image", **nothing, "probs": {}}
 
 
 def _with_progress(judgements: Iterator[Judgement], length: int) -> Iterator[Judgement]:

@@ -158,7 +158,7 @@ def test_images_are_judged_a_batch_at_a_time(bundle: Path, labels: Path, monkeyp
         opened[0] -= len(rgb)
         return honest(self, rgb)
 
-    monkeypatch.setattr("calibration.thresholds.open_image", counted)
+    monkeypatch.setattr("calibration.judged_images.open_image", counted)
     monkeypatch.setattr(OnnxRuntimeRunner, "infer", infer)
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1))
     assert opened == [0] and most[0] <= BATCH
