@@ -35,7 +35,7 @@ ATTRIBUTE = re.compile(
 SET = re.compile(r"srcset\s*=", re.IGNORECASE)
 TAG = re.compile(
     r"<(?:\w+:)?(?:img|image|picture|source|input|video|object|embed|iframe|frame|use|feimage|link|body|table|t[dhr]|applet|"
-    r"amp-img|portal)\b",
+    r"amp-img|portal|base)\b",
     re.IGNORECASE,
 )
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
@@ -44,12 +44,14 @@ STYLE = re.compile(
 )
 NO_IMAGE = (".css", ".woff", ".woff2", ".ttf", ".otf", ".eot")
 OTHER_MARKUP = {
+    "![[": re.compile(rf"!\[\[\s*{ADDRESS}", re.IGNORECASE),
+    "[[": re.compile(rf"\[\[(?:file|image):\s*{ADDRESS}", re.IGNORECASE),
     "[img": re.compile(rf"\[img[^\[\]]{{0,200}}\]\s*{ADDRESS}", re.IGNORECASE),
     "image:": re.compile(rf"image::?\s*{ADDRESS}", re.IGNORECASE),
     "figure:": re.compile(rf"figure::?\s*{ADDRESS}", re.IGNORECASE),
     "includegraphics": re.compile(rf"includegraphics[^{{]{{0,200}}{{\s*{ADDRESS}", re.IGNORECASE),
 }
-"""BBCode, reStructuredText, AsciiDoc and LaTeX, by a word that each has."""
+"""Wikis, BBCode, reStructuredText, AsciiDoc and LaTeX, by a word that each has."""
 AN_ADDRESS = re.compile(ADDRESS, re.IGNORECASE)
 
 
@@ -138,7 +140,8 @@ def _otherwise(text: str) -> Iterator[bool]:
 
 
 def _in_styles(text: str) -> Iterator[bool]:
-    if "(" not in text:
+    lower = text.lower()
+    if "(" not in text or not any(word in lower for word in ("url", "image", "src")):
         return
     for found in _looked_at(STYLE, text):
         yield found is None or not found[1].partition("?")[0].partition("#")[0].lower().endswith(NO_IMAGE)

@@ -24,9 +24,9 @@ MAGIC = (
     *(b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"RIFF", b"II*\0", b"MM\0*", b"8BPS", b"%PDF", b"<svg", b"\0\0\1\0"),
     *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\2\0", b"II+\0", b"MM\0+"),
     *(b"\x8aMNG\r\n\x1a\n", b"\x8bJNG\r\n\x1a\n", b"DDS ", b"icns", b"qoif", b"\x76\x2f\x31\x01", b"#?RADIANCE"),
-    *(b"SIMPLE  =", b"II\xbc\x01"),
+    *(b"SIMPLE  =", b"II\xbc\x01", b"P4\n", b"P5\n", b"P6\n", b"P5 ", b"P6 ", b"data:image/"),
 )
-"""Of at least four bytes each; :data:`COMMON` of them are also looked for in base85."""
+""":data:`COMMON` of them, of at least four bytes each, are also looked for in base85."""
 COMMON = 13
 MARKERS = (*range(0xC0, 0xC5), *range(0xDA, 0xDF), *range(0xE0, 0xF0), 0xFE, 0xFF)
 """What follows FF D8 FF in a JPEG file."""
@@ -35,7 +35,8 @@ FILE = re.compile(
     rb"RIFF.{4}(?:WEBP|ACON)|BM.{4}\0\0\0\0.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|"
     rb"II[*+]\0|MM\0[*+]|.{4}ftyp(?:av|he|mi|ms|jp|jx|cr|mp4)|\0\0\0\x0c(?:jP  |JXL )\r\n\x87\n|\xff\x4f\xff\x51|"
     rb"\0\0[\1\2]\0[^\0]\0.{3}\0[\0\1]\0[\x01\x04\x08\x10\x18\x20]\0|8BPS\0[\1\2]\0{6}|%PDF-[12]|"
-    rb"\x8aMNG\r\n|\x8bJNG\r\n|DDS \x7c\0\0\0|icns\0|qoif\0|\x76\x2f\x31\x01[\2]|#\?RADIANCE|SIMPLE  =|II\xbc\x01|<svg",
+    rb"\x8aMNG\r\n|\x8bJNG\r\n|DDS \x7c\0\0\0|icns\0|qoif\0|\x76\x2f\x31\x01[\2]|#\?RADIANCE|SIMPLE  =|II\xbc\x01|"
+    rb"P[456]\s(?:#[^\n]*\s)*[0-9]+\s+[0-9]+\s|<svg|data:image/",
     re.DOTALL,
 )
 SHORT = re.compile(
@@ -43,6 +44,8 @@ SHORT = re.compile(
     re.DOTALL,
 )
 """Beginnings that are too short to be looked for in the midst of a text; in a data URL they are an image."""
+NESTED = re.compile(rb"<svg|<img|<image|data:image/", re.IGNORECASE)
+"""In a page or a text that is itself a data URL."""
 DATA = re.compile(r"d\s*a\s*t\s*a\s*:", re.IGNORECASE)
 IMAGE_TYPE = re.compile(r"/*image/", re.IGNORECASE)
 ANY_TYPE = re.compile(r"/*(?:[\w.+*-]+/[\w.+*-]+)?(?:;[^;]*)*")
@@ -83,7 +86,7 @@ def _is_image_url(head: str, rest: str) -> bool:
     assert run is not None
     packed = squeezed(run[0][: 4 * FILE_MAX])
     content = _from_base64(packed)
-    if is_image(content) or SHORT.match(content) or b"<svg" in content.lower():
+    if is_image(content) or SHORT.match(content) or NESTED.search(content):
         return True
     unbroken = UNBROKEN.match(rest)
     assert unbroken is not None

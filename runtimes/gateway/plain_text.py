@@ -54,7 +54,7 @@ ENTITY = re.compile(
     r"&(?:#(?:0*([0-9]{1,7})|[xX]0*([0-9a-fA-F]{1,6}));?|([A-Za-z][A-Za-z0-9]{1,31};)|(lt|gt|quot|nbsp|shy|LT|GT|QUOT))"
 )
 BLANKS = b" \t\n\r\v\f"
-PERCENT = re.compile(r"(?:%(?:25)*[\t\r\n]*[0-9a-fA-F][\t\r\n]*[0-9a-fA-F])+")
+PERCENT = re.compile(r"(?:%(?:25)*[\t\r\n]*[0-9a-fA-F][\t\r\n]*[0-9a-fA-F]){1,500}")
 """With line breaks and tabs in it, which URLs lose before they are read."""
 PERCENT_BEGIN = re.compile(r"%[\t\r\n]*[0-9a-fA-FuU]")
 PERCENT_AGAIN = re.compile(r"%(?:25)+(?=[0-9a-fA-F]{2})")

@@ -58,6 +58,8 @@ Of the families here: ``<image>`` (LLaVA), ``<start_of_image>``, ``<image_soft_t
 """
 FREE_BYTES, FREE_NODES, FREE_DEPTH = 2**20, 10_000, 32
 """Of a free-form value: bytes of its keys and texts, values, levels."""
+TEXT_MAX = 10 * 2**20
+"""Characters of texts that stand beside each other, as OpenAI has it for one; looking through them takes a second."""
 Steps: TypeAlias = "tuple[Steps, str | int] | tuple[()]"
 PLAIN = re.compile(rf"[^<\[\]:&%\\]{{0,{LEAST - 1}}}")
 
@@ -102,6 +104,12 @@ def _joined(texts: Sequence[str]) -> Iterable[str]:
 
 def _check(texts: Iterable[str], where: str, options: GatewayOptions) -> None:
     for text in texts:
+        if len(text) > TEXT_MAX:
+            raise bad_request(
+                f"{where}: the text is too long. At most {TEXT_MAX} characters are allowed.",
+                code="string_above_max_length",
+                param=where,
+            )
         if text.isascii() and PLAIN.fullmatch(text):
             continue
         try:

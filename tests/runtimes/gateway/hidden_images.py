@@ -96,6 +96,9 @@ WRAPPED: dict[str, Way] = {
     "BBCode": lambda url: f"[IMG width=3]{url}[/IMG]".lower().replace(url.lower(), url),
     "reStructuredText": lambda url: f".. image:: {url}",
     "AsciiDoc": lambda url: f"image::{url}[a]",
+    "embedded in a note": lambda url: f"![[{url}]]",
+    "a wiki's": lambda url: f"[[File:{url}|thumb]]",
+    "base": lambda url: f'<base href="{url}"><img src="a.png">',
     "JSON": lambda url: f'{{"image": "{url}"}}',
 }
 """Each puts a URL into a text."""
@@ -119,6 +122,8 @@ def url_kinds() -> dict[str, str]:
         "raw SVG": f"data:image/svg+xml;utf8,{SVG.decode()}",
         "raw SVG in percent signs": "data:image/svg+xml," + "".join(f"%{each:02X}" for each in SVG),
         "raw bytes": "data:image/png," + "".join(f"%{each:02X}" for each in FILES["PNG"]),
+        "in a page": "data:text/html;base64,"
+        + base64.b64encode(f'<img src="data:image/png;base64,{packed}">'.encode()).decode(),
         "an unknown format": f"data:image/x-own;base64,{base64.b64encode(bytes(60)).decode()}",
     }
 
@@ -139,6 +144,9 @@ def packed_kinds() -> dict[str, str]:
         "a string of C": "".join(f"\\x{each:02x}" for each in FILES["GIF"]),
         "base64 in lines": base64.encodebytes(FILES["WEBP"]).decode(),
         "base64 in a URL": base64.urlsafe_b64encode(FILES["JPEG"]).decode(),
+        "a data URL": base64.b64encode(data_url(FILES["PNG"]).encode()).decode(),
+        "PPM": base64.b64encode(encoded("PPM")).decode(),
+        "PGM": base64.b64encode(b"P5\n# words\n64 64\n255\n" + bytes(64)).decode(),
         "SVG": base64.b64encode(SVG).decode(),
     }
 

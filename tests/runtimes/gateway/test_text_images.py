@@ -19,7 +19,7 @@ from runtimes.gateway.options import UPSTREAM_KINDS, GatewayOptions
 from runtimes.gateway.packed_images import is_image
 from runtimes.gateway.plain_text import FOLDING, readings
 from runtimes.gateway.refusal import Refusal
-from runtimes.gateway.text_images import FREE_BYTES, FREE_DEPTH, READS_TEXT_AS_TEXT, check_free, check_texts
+from runtimes.gateway.text_images import FREE_BYTES, FREE_DEPTH, READS_TEXT_AS_TEXT, TEXT_MAX, check_free, check_texts
 from tests.runtimes.gateway.hidden_images import (
     ADDRESSES,
     FILES,
@@ -255,7 +255,7 @@ def test_the_place_in_a_free_value() -> None:
         ({"a": ["b", {"c": URLS["PNG"]}]}, "metadata.a[1].c"),
         ({"a": {URLS["PNG"]: 1}}, "metadata.a"),
         ({"a": [1, list(FILES["PNG"])]}, "metadata.a[1]"),
-        ({"a": [URLS["PNG"][:9], URLS["PNG"][9:]]}, "metadata"),
+        ({"a": ["data:imag", "e/png;base64,iVBORw0KGgo="]}, "metadata"),
     ):
         with pytest.raises(Refusal) as caught:
             check_free(value, "metadata", READS_TEXT)
@@ -285,6 +285,10 @@ HEAVY = {
     "marks": "\u0301\u0316",
     "percent again": "%25",
 }
+
+
+def test_a_text_that_is_too_long() -> None:
+    assert code_of("a" * (TEXT_MAX + 1)) == code_of("a", "a" * TEXT_MAX) == "string_above_max_length"
 
 
 @pytest.mark.parametrize("unit", HEAVY.values(), ids=HEAVY)
