@@ -36,7 +36,7 @@ FILE = re.compile(
     rb"II[*+]\0|MM\0[*+]|.{4}ftyp(?:av|he|mi|ms|jp|jx|cr|mp4)|\0\0\0\x0c(?:jP  |JXL )\r\n\x87\n|\xff\x4f\xff\x51|"
     rb"\0\0[\1\2]\0[^\0]\0.{3}\0[\0\1]\0[\x01\x04\x08\x10\x18\x20]\0|8BPS\0[\1\2]\0{6}|%PDF-[12]|"
     rb"\x8aMNG\r\n|\x8bJNG\r\n|DDS \x7c\0\0\0|icns\0|qoif\0|\x76\x2f\x31\x01[\2]|#\?RADIANCE|SIMPLE  =|II\xbc\x01|"
-    rb"P[456]\s(?:#[^\n]*\s)*[0-9]+\s+[0-9]+\s|<svg|data:image/",
+    rb"P[456]\s+(?:#[^\n]*\n\s*)*[0-9]+\s+[0-9]+\s|<svg|data:image/",
     re.DOTALL,
 )
 SHORT = re.compile(

@@ -34,19 +34,13 @@ OpenAI. Text Generation Inference writes every image part as ``![](url)`` into t
 in the whole prompt, so it makes images of Markdown. LiteLLM passes a request on to any of them.
 """
 BRACKETED = re.compile(r"<\|\s?([^|<>\s]{1,64})\s?\|>")
-OF_MEDIA = re.compile(
-    r"im(?:age|g|_)|vis(?:ion|ual)|video|audio|media|patch|tile|frame|picture|photo|placeholder|grid|pixel|ocr",
-    re.IGNORECASE,
-)
-NO_MEDIA = frozenset(("im_start", "im_end", "im_sep", "frame"))
+OF_MEDIA = re.compile(r"image|img|im_patch|vision|visual|video|audio|media|patch|pixel|placeholder", re.IGNORECASE)
 PLACEHOLDERS = re.compile(
-    r"</?(?:image|images|im_(?:patch|start|end|col|row|low|newline|pad)|image_(?:pad|placeholder|soft_token|newline|token|"
-    r"start|end|atom|patch|row|col)|img_(?:context|start|end|pad|patch)|IMG_CONTEXT|IMAGE_TOKEN|IMAGE|IMG|ImageHere|"
-    r"(?:start|end|begin)_of_(?:image|img|video)|(?:begin|end|boi|eoi)_image|boi|eoi|boi_token|eoi_token|image_token|"
-    r"vision_(?:start|end|pad)|video_(?:pad|soft_token|placeholder)|audio_soft_token|fake_token_around_image|global-img|"
-    r"image_\d+|img_\d+|image-\d+|image\d+|row_\d+_col_\d+|visual_pad|vision|media)>"
-    r"|<__(?:media|image|img|audio|video)[A-Za-z0-9_]*__>"
-    r"|\[(?:IMG|IMG_BREAK|IMG_END|IMAGE|img-\d+|image-\d+)\]"
+    r"<(?:image|im_(?:patch|start|end|col|row|low|newline|pad)|img_(?:start|end|pad|patch)|IMG_CONTEXT|IMAGE_TOKEN|"
+    r"image_(?:pad|placeholder|soft_token|newline|token|start|end|atom|patch|row|col)|ImageHere|global-img|visual_pad|"
+    r"(?:start|end|begin)_of_(?:image|img|video)|(?:begin|end)_image|boi|eoi|boi_token|eoi_token|vision_(?:start|end|pad)|"
+    r"video_(?:pad|soft_token|placeholder)|audio_soft_token|fake_token_around_image|image[_-]?\d+|img_\d+|row_\d+_col_\d+)>"
+    r"|<__(?:media|image|img|audio|video)[A-Za-z0-9_]*__>|\[(?:IMG|IMG_BREAK|IMG_END|img-\d+)\]"
     r"|<img>\s*</img>|<image>\./</image>|\]<\]image\[>\["
 )
 """Strings that tokenizers, chat templates and servers put an image in the place of.
@@ -72,8 +66,8 @@ def check_texts(texts: Sequence[str], where: str, options: GatewayOptions) -> No
 def check_free(value: Any, where: str, options: GatewayOptions) -> None:
     """Raise Refusal, 400, where a free-form value (a schema, arguments) is too large or holds an image.
 
-    Its keys and texts are read one after the other, as a template may write them. ``param`` is the place of the one
-    that holds an image by itself, otherwise ``where``.
+    Its texts are also read one after the other, an object's keys before its values, as a template may write them.
+    ``param`` is the place of the one that holds an image by itself, otherwise ``where``.
     """
     texts: dict[Steps, list[str]] = {}
     for steps, each in _walked(value, where):
@@ -150,8 +144,7 @@ def _placeholders(text: str) -> Iterator[str]:
     if found is not None:
         yield "".join(found[0].split())
     for each in BRACKETED.finditer(text):
-        name = each[1].strip("/")
-        if OF_MEDIA.search(name) and name.lower() not in NO_MEDIA:
+        if OF_MEDIA.search(each[1]):
             yield each[0]
 
 

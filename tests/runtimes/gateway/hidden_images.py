@@ -204,6 +204,8 @@ HARMLESS = [
     '<a href="https://docs.example">docs</a> <script src="https://cdn.example/a.js"></script>',
     "@font-face { src: url(https://fonts.example/a.woff2) } body { background: url(bg.png) }",
     "What does <|im_start|> mean in ChatML, and <start_of_turn> in Gemma?",
+    "SVG has <svg><image href='a.png'></image></svg>; old pages had <IMG> and <IMAGE>. [IMAGE] stands in drafts.",
+    "<|im_user|>hello<|im_end|> and <|eot_id|>",
     "In F#, `x |> f` and `f <| x` are the same; in Haskell a <|> b is another thing.",
     "metadata: the data: field holds a list, an image/png type, and more.",
     "sha256 e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855, is it empty?",

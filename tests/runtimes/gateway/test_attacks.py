@@ -5,6 +5,7 @@ The same through LiteLLM's proxy, from ``.venv-litellm`` (``make peers``), which
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import secrets
@@ -107,7 +108,7 @@ def test_each_wrapping_in_each_place(address: str, upstream: Upstream) -> None:
     recorded = Recorded(upstream)
     texts = [*(put(HOSTILE_URL) for put in WRAPPED.values()), *PACKED.values(), *URLS.values()]
     for number, words in enumerate(texts):
-        body = every_key()
+        body = copy.deepcopy(every_key())
         body.pop("stream")
         place = number % 6
         if place == 0:

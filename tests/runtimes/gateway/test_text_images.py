@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import sys
 import time
@@ -181,8 +182,6 @@ def test_random_text_without_an_image_passes(words: list[str]) -> None:
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.binary(min_size=30, max_size=3000))
 def test_other_files_as_text_pass(content: bytes) -> None:
-    import base64
-
     if not is_image(content):
         for text in (base64.b64encode(content).decode(), content.hex(), base64.b85encode(content).decode()):
             assert code_of(text) in (None, "image_placeholder")
@@ -256,6 +255,7 @@ def test_the_place_in_a_free_value() -> None:
         ({"a": {URLS["PNG"]: 1}}, "metadata.a"),
         ({"a": [1, list(FILES["PNG"])]}, "metadata.a[1]"),
         ({"a": ["data:imag", "e/png;base64,iVBORw0KGgo="]}, "metadata"),
+        ({"a": "data:imag", "b": "e/png;base64,iVBORw0KGgo="}, "metadata"),
     ):
         with pytest.raises(Refusal) as caught:
             check_free(value, "metadata", READS_TEXT)
@@ -284,6 +284,7 @@ HEAVY = {
     "url": "url(",
     "marks": "\u0301\u0316",
     "percent again": "%25",
+    "comments of a PGM": f"data:;base64,{base64.b64encode(b'P5 ' + b'# ' * 1500).decode()} ",
 }
 
 
