@@ -1,7 +1,7 @@
 """Clients' own packages over a real socket: questions with images, streams, second turns, and what a block becomes.
 
-The packages live in environments of their own, ``.venv-clients`` and, for Node, ``.venv-vercel`` (``make peers``). Their tests
-skip where these are missing.
+The packages live in environments of their own, ``.venv-clients`` and, for Node, ``.venv-vercel`` (``make peers``).
+Their tests skip where these are missing.
 """
 
 from __future__ import annotations
