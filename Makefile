@@ -30,7 +30,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt install.sh
 
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
-peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed
+peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed \
+       .venv-deploy/.installed
 
 .venv-%/.installed: tests/peers/%.txt install_peers.sh
 	PYTHON=$(PYTHON) sh install_peers.sh $*
