@@ -59,10 +59,9 @@ def test_a_client_key_is_asked_for_wherever_others_can_reach_the_gateway() -> No
 
 
 def test_the_bundle_lies_where_the_gateway_looks_for_it_and_cannot_be_changed() -> None:
-    _, place, mode = services()["gateway"]["volumes"][0].rsplit(":", 2)
-    assert (
-        place == str(parameters("compose.yaml")["bundle"]) == str(parameters("Dockerfile")["bundle"]) and mode == "ro"
-    )
+    (bundle,) = services()["gateway"]["volumes"]
+    places = {bundle["target"], str(parameters("compose.yaml")["bundle"]), str(parameters("Dockerfile")["bundle"])}
+    assert len(places) == 1 and bundle["read_only"] is True
     mounts = {each["name"]: each for each in container("gateway")["volumeMounts"]}
     assert (
         mounts["bundle"]["mountPath"] == str(parameters("kubernetes.yaml")["bundle"]) and mounts["bundle"]["readOnly"]
@@ -199,8 +198,11 @@ def test_the_dockerfile_installs_a_gateway_from_a_clean_context(tmp_path: Path) 
 
 
 def test_every_file_that_is_mounted_or_linked_is_there() -> None:
-    mounted = [volume.split(":")[0] for service in services().values() for volume in service.get("volumes", ())]
-    assert [each for each in mounted if each[0] == "." and each not in GIVEN.values()] == ["./Caddyfile"]
+    bound = [each for service in services().values() for each in service["volumes"] if each["type"] == "bind"]
+    assert {each["source"] for each in bound} == {"./Caddyfile", GIVEN["BUNDLE"], GIVEN["MODELS"]}
+    assert all(each["read_only"] and each["bind"] == {"create_host_path": False} for each in bound), (
+        "made where missing"
+    )
     assert (DEPLOY / "Caddyfile").is_file()
     assert (ROOT / services()["gateway"]["build"]["dockerfile"]).is_file()
     readme = (DEPLOY / "README.md").read_text()

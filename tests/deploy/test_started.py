@@ -172,7 +172,17 @@ def test_a_client_that_leaves_ends_the_models_work(client: openai.OpenAI, upstre
 
 def test_clients_see_what_is_theirs_alone(client: openai.OpenAI) -> None:
     address = str(client.base_url).removesuffix("/v1/")
-    for path in ("/metrics", "/healthz", "/readyz", "/", "/v2/models", "/V1/../metrics", "/v1/%2e%2e/metrics"):
+    for path in (
+        "/metrics",
+        "/healthz",
+        "/readyz",
+        "/",
+        "/v2/models",
+        "/V1/../metrics",
+        "/v1/%2e%2e/metrics",
+        "/v1/..%2fmetrics",
+        "//metrics",
+    ):
         found = client._client.get(f"{address}{path}")
         assert found.status_code in (400, 404) and found.json()["error"]["code"], path
         assert "safevlm_gateway" not in found.text
