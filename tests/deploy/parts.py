@@ -59,6 +59,11 @@ def services() -> dict[str, dict[str, Any]]:
     return found
 
 
+def networks() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = yaml.safe_load(compose_text())["networks"]
+    return found
+
+
 def unit() -> list[tuple[str, str]]:
     """Return the settings of the systemd unit."""
     lines = (DEPLOY / "safevlm-gateway.service").read_text().replace("\\\n", " ").splitlines()

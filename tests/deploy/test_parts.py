@@ -27,6 +27,7 @@ from tests.deploy.parts import (
     dockerfile,
     instruction,
     manifests,
+    networks,
     services,
     unit,
 )
@@ -96,8 +97,9 @@ def test_the_proxy_passes_on_to_the_gateway_of_the_compose_file() -> None:
 def test_nothing_but_the_gateway_reaches_the_model() -> None:
     """On a network of compose's, and by the network policies."""
     on = {name: set(each["networks"]) for name, each in services().items()}
-    assert [name for name, networks in on.items() if networks & on["llama-server"]] == ["gateway", "llama-server"]
+    assert [name for name, its in on.items() if its & on["llama-server"]] == ["gateway", "llama-server"]
     assert [name for name, each in services().items() if "ports" in each] == ["caddy"]
+    assert all(networks()[name] == {"internal": True} for name in on["gateway"] | on["llama-server"])
     policies = {name: each["spec"] for name, each in manifests("NetworkPolicy").items()}
     assert policies["nothing-else"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     gateway = {"podSelector": {"matchLabels": manifests("Deployment")["gateway"]["metadata"]["labels"]}}
