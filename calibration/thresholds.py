@@ -46,7 +46,7 @@ class Fitted:
     by_class: dict[str, dict[str, dict[str, float]]]
     """By file and true class: ``n`` images, and the share ``missed`` of them (allowed though unsafe)."""
     tile_cost: dict[str, TileCost]
-    """By file, where they were fitted for view ``tiles``."""
+    """By file, where any image was judged in tiles."""
     unreadable: tuple[str, ...]
 
 
@@ -108,7 +108,7 @@ def fit_bundle(
         unsafe = answers.truth != safe_index(classes)
         bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class and not answers.tiled)
         fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms, view))
-        if view == "tiles":
+        if answers.tiled:
             costs[file.path] = tile_cost(answers, bands, scores, harms, promise, classes)
         by_class[file.path] = _by_class(bands, scores, answers.truth, harms, classes)
     manifest = _enter(bundle.folder, fitted)
@@ -282,13 +282,12 @@ def _watch(images: Sequence[LabelledImage], file: str) -> Iterator[LabelledImage
 def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> Iterator[str]:
     """Say what was left out, and what tiles cost."""
     for path, cost in fitted.tile_cost.items():
-        if cost.tiled:
-            only = " One band for all classes: with tiles, one for each class promises nothing." if per_class else ""
-            yield (
-                f"{path}: {cost.tiled} images were judged in tiles, too. Safe images blocked: {cost.fpr:.2%}, of the "
-                f"whole alone {cost.fpr_whole:.2%}; unsure: {cost.unsure:.2%} and {cost.unsure_whole:.2%}. Within the "
-                f"limits fitted for the whole, tiles would block {cost.fpr_limits_of_whole:.2%} of safe images.{only}"
-            )
+        only = " One band for all classes: with tiles, one for each class promises nothing." if per_class else ""
+        yield (
+            f"{path}: {cost.tiled} images were judged in tiles, too. Safe images blocked: {cost.fpr:.2%}, of the "
+            f"whole alone {cost.fpr_whole:.2%}; unsure: {cost.unsure:.2%} and {cost.unsure_whole:.2%}. Within the "
+            f"limits fitted for the whole, tiles would block {cost.fpr_limits_of_whole:.2%} of safe images.{only}"
+        )
     for what, names in (("contradictory labels, left out", labels.contradictory), ("unreadable", fitted.unreadable)):
         if names:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

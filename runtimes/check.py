@@ -82,7 +82,10 @@ def main(
     if found.others:
         click.echo(found.told(), err=True)
     if as_json:
-        stated = [*(judgement.to_json() for judgement in judgements), *map(_not_image, found.others)]
+        stated = [
+            *(judgement.to_json() for judgement in judgements),
+            *(_not_image(path, view) for path in found.others),
+        ]
         click.echo(json.dumps(stated, indent=2, allow_nan=False))
     else:
         click.echo("\n".join(table(judgements, colour=sys.stdout.isatty())))
@@ -143,7 +146,9 @@ class _Found:
         readable = [path for path, problem in self.images if problem is None]
         judged = _with_progress(guard.stream(readable), len(readable))
         return [
-            next(judged) if problem is None else Judgement(str(path), "error", error=not_read(path, problem))
+            next(judged)
+            if problem is None
+            else Judgement(str(path), "error", error=not_read(path, problem), view_mode=guard.view)
             for path, problem in self.images
         ]
 
@@ -171,9 +176,15 @@ def _expand(paths: Iterable[Path]) -> _Found:
     return found
 
 
-def _not_image(path: Path) -> dict[str, object]:
-    nothing = dict.fromkeys(("label", "p_unsafe", "view_mode"))
-    return {"file": str(path), "verdict": "not_image", **nothing, "probs": {}}
+def _not_image(path: Path, view: ViewMode) -> dict[str, object]:
+    stated: dict[str, object] = {
+        "file": str(path),
+        "verdict": "not_image",
+        "label": None,
+        "p_unsafe": None,
+        "probs": {},
+    }
+    return {**stated, "view_mode": view}
 
 
 def _with_progress(judgements: Iterator[Judgement], length: int) -> Iterator[Judgement]:

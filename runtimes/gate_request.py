@@ -99,11 +99,11 @@ class GateRequest:
             with self._timed("exact"):
                 left = turn.enter_context(lane.turn(self.gate.timeout))
                 self.check()
-                for at in range(1, len(judged.views.pixels)) if found is None else self.unsure_tiles:
+                for at in range(1, len(judged.views.pixels)) if found is None else self._tiles_to_settle():
                     refusal = self._other_view(language, judged, at, left, found)
                     if refusal is not None:
                         return refusal
-                if found is None:
+                if found is None or self._tiles_to_settle():
                     self._decided_on(judged, 0)
                 prefilled = lane.run(lambda: language.prefill(*self._input(language, judged)), left).get()
                 self.prompt_tokens = prefilled.tokens
@@ -189,7 +189,7 @@ class GateRequest:
         return judged.views.pixels[0], self.question, judged.embeddings
 
     def _can_settle(self) -> bool:
-        """Say whether there is an exact verdict on all that the guard is unsure of.
+        """Say whether there is an exact verdict on all of the usual view that the guard is unsure of.
 
         One on a tile can be had where guard and language model read the same pixels.
         """
@@ -197,6 +197,9 @@ class GateRequest:
         if language is None or language.classes is None:
             return False
         return not self.unsure_tiles or (guard is not None and guard.runner.preprocessing == language.preprocessing)
+
+    def _tiles_to_settle(self) -> list[int]:
+        return self.unsure_tiles if self._can_settle() else []
 
     def _guard_finding(self, judged: JudgedViews) -> Finding | None:
         guard = self.gate.guard

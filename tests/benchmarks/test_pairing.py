@@ -48,6 +48,28 @@ def test_what_may_differ_and_what_may_not(tmp_path: Path) -> None:
     assert pair_runs([one], [moved], free=("preprocessing",)).anomalies == ()
 
 
+def test_guards_that_judged_large_images_otherwise_are_no_fair_pair(tmp_path: Path) -> None:
+    one, other = runs(tmp_path)
+
+    def side(run: Run, kind: str, view: str | None) -> Run:
+        artifact = run.record.artifact.model_copy(update={"kind": kind})
+        return Run(
+            folder=run.folder, record=run.record.model_copy(update={"artifact": artifact, "view": view}), rows=run.rows
+        )
+
+    for before, after, told in (
+        (("gated", "whole"), ("gated", "tiles"), "differ in view: whole and tiles"),
+        (("bundle", None), ("bundle", "tiles"), "differ in view: whole and tiles"),  # from before there were tiles
+        (("gated", None), ("gated", "whole"), None),
+        (("checkpoint", None), ("gated", "tiles"), None),  # a whole model has no view of its own
+    ):
+        pair = side(one, *before), side(other, *after)
+        anomalies = pair_runs([pair[0]], [pair[1]]).anomalies
+        assert bool(anomalies) == (told is not None) and (told is None or told in anomalies[0])
+        assert pair_runs([pair[0]], [pair[1]], free=("view",)).anomalies == ()
+        assert ("view" in changed_part(pair[0].record, pair[1].record)) == (told is not None)
+
+
 def test_missing_rows_and_another_question_are_anomalies(tmp_path: Path) -> None:
     one, other = runs(tmp_path)
     short = Run(folder=other.folder, record=other.record, rows=other.rows[3:])

@@ -217,3 +217,53 @@ def test_unreadable_images_above_one_in_a_hundred_are_fatal(bundle: Path, labels
     (labels.parent / "8.png").write_bytes(b"not a picture either")
     with pytest.raises(InputError, match="2 of 120 images cannot be read"):
         fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Labels of 240 large images: a red or blue square in some corner of a green ground, or a square of green."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    rows = []
+    for number in range(240):
+        label = number % 3
+        colour = rng.integers(0, 160, size=3)
+        colour[{0: 1, 1: 0, 2: 2}[label]] += 80
+        image = Image.new("RGB", (80, 80), (100, 180, 100))
+        image.paste(Image.new("RGB", (40, 40), tuple(map(int, colour))), tuple(map(int, rng.integers(0, 40, 2))))
+        image.save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": CLASSES[label]})
+    path = folder / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_thresholds_are_fitted_for_a_view_and_promise_the_same_for_it(bundle: Path, large: Path) -> None:
+    read, promise = read_labels(large, CLASSES), Promise(alpha=0.1, max_fpr=0.1)
+    truth = np.array([image.label for image in read.images]) != 0
+    for view in ("whole", "tiles", "judged"):
+        done = fit_bundle(open_bundle(bundle), read, promise, precisions=["fp32"], view=view)
+        entry = done.manifest.thresholds_of("guard.fp32.onnx")
+        assert entry is not None and entry.view == view
+        assert entry.miss_rate <= 0.1 and entry.fpr <= 0.1
+        with Guard.open(bundle, threads=1, view=view) as guard:
+            verdicts = np.array([each.verdict for each in guard.judge([image.path for image in read.images])])
+        assert (verdicts[truth] == "allow").mean() == pytest.approx(entry.miss_rate), "as judging counts it"
+        assert (verdicts[~truth] == "block").mean() == pytest.approx(entry.fpr)
+        assert (list(done.tile_cost) == ["guard.fp32.onnx"]) == (view == "tiles")
+    with Guard.open(bundle, threads=1, view="tiles") as guard:  # now fitted for the image as judged: never less recall
+        blocks = np.array([each.verdict != "allow" for each in guard.judge([image.path for image in read.images])])
+    assert (~blocks[truth]).mean() <= entry.miss_rate
+
+
+def test_the_command_says_what_tiles_cost(bundle: Path, large: Path) -> None:
+    arguments = ["--bundle", str(bundle), "--labels", str(large), "--alpha", "0.1", "--max-fpr", "0.1", "--json"]
+    done = CliRunner().invoke(main, [*arguments, "--precision", "fp32"], catch_exceptions=False)
+    assert done.exit_code == 0
+    cost = json.loads(done.stdout)["tile_cost"]["guard.fp32.onnx"]
+    assert cost["tiled"] == 240 and cost["fpr_limits_of_whole"] >= cost["fpr_whole"]
+    assert "240 images were judged in tiles, too. Safe images blocked: " in done.stderr
+    assert "One band for all classes" in done.stderr
+    (entry,) = json.loads(done.stdout)["thresholds"]
+    assert entry["view"] == "tiles" and entry["per_class"] == {}

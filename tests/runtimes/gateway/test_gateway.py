@@ -76,6 +76,35 @@ def test_upstream_is_shown_what_the_guard_saw(client: openai.OpenAI, upstream: U
     np.testing.assert_array_equal(np.asarray(sent), np.asarray(wanted))
 
 
+def in_large(scene: Image.Image) -> str:
+    """Return a scene in the corner of an image of five times its size."""
+    canvas = Image.new("RGB", (5 * scene.width, 5 * scene.height), "white")
+    canvas.paste(scene, (4 * scene.width, 0))
+    return data_url(png(canvas))
+
+
+@pytest.mark.parametrize("view", ["tiles", "judged", "whole"])
+def test_of_a_large_image_no_more_goes_upstream_than_was_judged(bundle: Path, upstream: Upstream, view: Any) -> None:
+    with Guard.open(bundle, view=view) as guard:
+        size = guard.runner.preprocessing
+        (unsafe,) = guard.judge([base64.b64decode(in_large(UNSAFE).partition(",")[2])])
+    options = GatewayOptions(view=view)
+    with (
+        serving(Gateway.open(bundle, upstream=upstream.url, options=options)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=600) as client,
+    ):
+        client.chat.completions.create(model="fake", messages=messages(in_large(SAFE)))  # type: ignore[arg-type]
+        refused = client.chat.completions.create(model="fake", messages=messages(in_large(UNSAFE)))  # type: ignore[arg-type]
+    stated = refused.model_extra["safe_vlm"]["images"][0] if refused.model_extra else {}
+    assert stated["verdict"] == unsafe.verdict and stated.get("view") == unsafe.view, "as check says"
+    if view == "tiles":
+        assert unsafe.verdict == "block" and unsafe.view is not None and unsafe.view.startswith("tile ")
+    url = upstream.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    most = {"tiles": 2 * 7 / 3, "judged": 1, "whole": 5 * SAFE.width / size.width}[view]
+    assert sent.width <= most * size.width and sent.height <= most * size.height
+
+
 def test_an_image_behind_alpha_is_judged_and_never_reaches_upstream(
     client: openai.OpenAI, address: str, upstream: Upstream
 ) -> None:
