@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt install.sh
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
 peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed .venv-litellm/.installed \
-       .venv-vercel/.installed
+       .venv-vercel/.installed .venv-deploy/.installed
 
 # A client for Node; without npm its test skips.
 .venv-vercel/.installed: tests/peers/vercel.json
