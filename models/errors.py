@@ -13,6 +13,7 @@
     │   ├── BundleError             a guard bundle is altered, incomplete or unknown
     │   ├── QuestionError            a question cannot be asked of a model
     │   ├── ImageFileError          an image file cannot be judged
+    │   │   └── ImageFormatError     its format is not taken
     │   ├── StorageError            a place is full, or cannot be written
     │   └── MissingExtraError       an optional library is not installed
     └── EngineUnavailableError   6  the bundle is complete, no engine could be built here
@@ -100,6 +101,10 @@ class BundleError(InputError):
 
 class ImageFileError(InputError):
     """An image file is unreadable, animated, of an unsupported mode or too large."""
+
+
+class ImageFormatError(ImageFileError):
+    """An image is of a format that is known, but not taken here."""
 
 
 class QuestionError(InputError):

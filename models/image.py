@@ -11,19 +11,19 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from PIL import Image, UnidentifiedImageError
 
-from models.errors import ImageFileError
+from models.errors import ImageFileError, ImageFormatError
 from models.jpeg_images import has_more_scans, images_behind
 from models.regular_file import open_regular
 from models.views import USUAL, View, views
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "View", "open_image", "open_views", "to_rgb", "to_views"]
+__all__ = ["FORMATS", "MAX_PIXELS", "MAX_SIDE", "View", "open_image", "open_views", "to_rgb", "to_views"]
 
 MAX_PIXELS = 50_000_000
 """A larger image is refused before it is decoded."""
@@ -38,6 +38,8 @@ MOST_IMAGES = 16
 EAGER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 """Loaded with Pillow itself; the others only when a file is none of these."""
 LATE_FORMATS = ("WEBP", "TIFF", "MPO", "JPEG2000", "AVIF")
+FORMATS = tuple(name for name in (*EAGER_FORMATS, *LATE_FORMATS) if name != "MPO")
+"""As Pillow calls them. An MPO is a JPEG."""
 FORMATS_TEXT = "JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF or PPM"
 DECODER_ERRORS = (
     OSError,
@@ -72,15 +74,19 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     return next(open_views(source, max_pixels=max_pixels)).image
 
 
-def open_views(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[View]:
+def open_views(
+    source: Path | bytes, *, max_pixels: int = MAX_PIXELS, formats: Collection[str] = FORMATS
+) -> Iterator[View]:
     """Yield the views of an image file, or of the bytes of one, the usual one first; see ``models.views``.
+
+    Of an image in none of the ``formats`` no more than the first bytes are looked at: ImageFormatError.
 
     Raises what :func:`open_image` does, at any view, and ImageFileError after the usual view where other readers show
     what cannot be told: only a file whose views all came has been seen as a whole.
     """
     where = "the given bytes" if isinstance(source, bytes) else str(source)
     with _stream(source, where) as stream:
-        with _open(stream, where) as image:
+        with _open(stream, where, formats) as image:
             _check_header(image, where, max_pixels)
             further: Iterator[bytes] = iter(())
             if image.format in ("JPEG", "MPO"):
@@ -162,23 +168,36 @@ def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator
             yield View(name if view.name == USUAL else f"{name}, {view.name}", view.image)
 
 
-def _open(stream: BinaryIO, where: str) -> Image.Image:
+def _open(stream: BinaryIO, where: str, formats: Collection[str] = FORMATS) -> Image.Image:
     """Read the header. Pillow's warning about size is turned off: `_check_header` decides on every size."""
     try:
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return Image.open(stream, formats=EAGER_FORMATS)
+                return Image.open(stream, formats=[name for name in EAGER_FORMATS if name in formats])
             except UnidentifiedImageError:
                 Image.init()
                 stream.seek(0)
-                return Image.open(stream, formats=[name for name in LATE_FORMATS if name in Image.OPEN])
+                _check_format(stream, where, formats)
+                late = (name for name in LATE_FORMATS if name in formats or (name == "MPO" and "JPEG" in formats))
+                return Image.open(stream, formats=[name for name in late if name in Image.OPEN])
     except UnidentifiedImageError as error:
         _refuse(where, "it is not an image of a known format, or its header is damaged", error)
     except Image.DecompressionBombError as error:
         _refuse(where, f"it is too large to be decoded ({error})", error)
     except DECODER_ERRORS as error:
         _refuse(where, f"its header is damaged ({error})", error)
+
+
+def _check_format(stream: BinaryIO, where: str, formats: Collection[str]) -> None:
+    """Refuse a file that begins as one of a format which Pillow knows, and the caller does not take."""
+    if set(formats) >= set(FORMATS):
+        return
+    beginning = stream.read(16)
+    stream.seek(0)
+    begun = [name for name, (_, accepts) in Image.OPEN.items() if accepts is not None and accepts(beginning)]
+    if begun and not set(begun) & set(formats):
+        raise ImageFormatError(f"{where}: a {begun[0]} image is not taken. Allowed are {', '.join(sorted(formats))}.")
 
 
 def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:

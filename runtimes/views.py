@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.errors import ImageFileError
-from models.image import MAX_PIXELS, View, open_views, to_views
+from models.image import FORMATS, MAX_PIXELS, View, open_views, to_views
 from models.preprocessing import Preprocessing
 from models.views import USUAL
 from runtimes.tiling import ViewMode, judged_pixels, shown
@@ -72,16 +72,22 @@ def read_views(
     *,
     max_pixels: int = MAX_PIXELS,
     mode: ViewMode = "whole",
+    formats: Collection[str] = FORMATS,
+    sent: Callable[[Image.Image], Image.Image] | None = None,
 ) -> ImageViews:
     """Read an image once; without ``preprocessing`` at its own size.
+
+    ``sent`` turns the usual view into what others are shown of it, such as a JPEG's pixels: those are judged.
 
     Raises ImageFileError for what is no image, cannot be read as a whole, or not in every way that readers show it.
     """
     usual: Image.Image | None = None
     own = 0
     found: dict[bytes, tuple[str, npt.NDArray[np.uint8]]] = {}
-    for view in _views(source, where, max_pixels):
+    for view in _views(source, where, max_pixels, formats):
         image = view.image if preprocessing is None else shown(view.image, preprocessing, mode)
+        if usual is None and sent is not None:
+            image = sent(image)
         for name, pixels in _pixels(view.name, image, preprocessing, mode):
             found.setdefault(hashlib.sha256(pixels.tobytes()).digest(), (name, pixels))
         if usual is None:
@@ -139,9 +145,9 @@ def judge_views(
     return JudgedViews(views, tuple(probs), embeddings, ms)
 
 
-def _views(source: ImageSource, where: str, max_pixels: int) -> Iterator[View]:
+def _views(source: ImageSource, where: str, max_pixels: int, formats: Collection[str]) -> Iterator[View]:
     if isinstance(source, Image.Image):
         return to_views(source, where=where)
     if not isinstance(source, (str, os.PathLike, bytes)):
         raise ImageFileError(f"an image is a file's name, its bytes or an opened image, not {type(source).__name__}")
-    return open_views(source if isinstance(source, bytes) else Path(source), max_pixels=max_pixels)
+    return open_views(source if isinstance(source, bytes) else Path(source), max_pixels=max_pixels, formats=formats)

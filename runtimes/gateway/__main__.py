@@ -48,6 +48,9 @@ ENDING_SECONDS = 1.0
     help="What the upstream is: text that some servers make an image of is refused unless it is known not to.",
 )
 @click.option("--pass-key", multiple=True, help="Key beyond OpenAI's to pass upstream, such as guided_json.")
+@click.option("--formats", default="JPEG,PNG,WEBP,GIF,BMP", show_default=True, help="Of images that are decoded.")
+@click.option("--decode-timeout", type=float, default=5.0, show_default=True, help="Processor seconds for an image.")
+@click.option("--decode-memory-mb", type=click.IntRange(min=1), default=1024, show_default=True, help="For an image.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
@@ -140,6 +143,9 @@ def _gateway(given: dict[str, Any]) -> Any:
         cors_origins=given["cors_origin"],
         show_probabilities=given["show_probabilities"],
         view=given["view"],
+        formats=tuple(each.strip().upper() for each in given["formats"].split(",")),
+        decode_timeout=given["decode_timeout"],
+        decode_memory=given["decode_memory_mb"] * MEBIBYTE,
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

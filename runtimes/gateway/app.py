@@ -127,7 +127,9 @@ class _Running:
         guard = gateway.gate.guard
         assert guard is not None
         self.guard = guard
-        self.judging = Judging(guard, gateway.gate.policy, gateway.options, metrics)
+        self.judging = Judging(
+            guard, gateway.gate.policy, gateway.options, metrics, with_image=gateway.upstream is None
+        )
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
         if gateway.upstream is not None:
@@ -289,7 +291,7 @@ class _Running:
     async def _passed_on(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
     ) -> Response:
-        body = parsed.upstream_body(await self.judging.png_urls(judged))
+        body = parsed.upstream_body([each.url for each in judged])
         stated = self._stated(judged)
         request.scope[NOTES]["outcome"] = "allowed"
         headers = self._headers(request)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from models.errors import InputError
-from models.image import MAX_PIXELS
+from models.image import FORMATS, MAX_PIXELS
 from runtimes.gateway.pass_keys import check_pass_keys
 from runtimes.tiling import ViewMode, checked_mode
 
@@ -64,6 +64,12 @@ class GatewayOptions:
     """Whether clients are given probabilities, which let them search for the threshold."""
     view: ViewMode = "tiles"
     """How large images are treated: see ``runtimes.tiling``."""
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+    """Of images that are decoded, as :data:`models.image.FORMATS` has them."""
+    decode_timeout: float = 5.0
+    """Seconds of processor time for reading and writing one image, and a quarter of what the clock may show for it."""
+    decode_memory: int = 1024 * MEBIBYTE
+    """Bytes that a process may take for one image, beside its own."""
 
     @property
     def max_held(self) -> int:
@@ -73,11 +79,11 @@ class GatewayOptions:
     def __post_init__(self) -> None:
         checked_mode(self.view)
         numbers = ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue")
-        for name in (*numbers, "max_connections"):
+        for name in (*numbers, "max_connections", "decode_memory"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
         times = ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout")
-        for name in (*times, "header_timeout", "write_timeout"):
+        for name in (*times, "header_timeout", "write_timeout", "decode_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
@@ -86,6 +92,8 @@ class GatewayOptions:
         if self.upstream_kind not in UPSTREAM_KINDS:
             raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
         check_pass_keys(self.pass_keys)
+        if not self.formats or not set(self.formats) <= set(FORMATS):
+            raise InputError(f"--formats {','.join(self.formats)}: a list out of {','.join(FORMATS)} is allowed.")
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):
                 raise InputError(
