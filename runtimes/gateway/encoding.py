@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageChops, JpegImagePlugin
+from PIL import Image, ImageChops, ImageFile, JpegImagePlugin
 
 from models.image import open_image
 
@@ -22,8 +22,8 @@ __all__ = ["MOST_GROWTH", "SMALL", "Encoded", "encode"]
 MOST_GROWTH = 1.5
 SMALL = 1024
 """Bytes that an image may have in any case: headers and tables alone take a part of them."""
-BEST, WORST, STEP = 95, 35, 10
-"""Of JPEG's qualities: the highest, as more costs bytes and shows nothing; what is lower is shrunk instead."""
+BEST, WORST, STEP = 95, 20, 10
+"""Of JPEG's qualities: the highest, as more costs bytes and shows nothing; what would need a lower one is shrunk."""
 JPEG_SIDE = 65_500
 """libjpeg's JPEG_MAX_DIMENSION."""
 SHRUNK = 0.75
@@ -69,9 +69,10 @@ def _read(content: bytes, kind: str, size: tuple[int, int]) -> Encoded:
 def _plain(image: Image.Image) -> Image.Image:
     """Return an image without anything that belongs to its file, in grey where it is grey."""
     red, green, blue = image.split()
-    if ImageChops.difference(red, green).getbbox() is None and ImageChops.difference(red, blue).getbbox() is None:
-        return red
-    return Image.merge("RGB", (red, green, blue))
+    is_grey = all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
+    plain = red if is_grey else Image.merge("RGB", (red, green, blue))
+    plain.info = {}  # Pillow takes it along, and writes some of it
+    return plain
 
 
 # -- PNG ----------------------------------------------------------------------------------------------------
@@ -99,8 +100,12 @@ def _indexed(image: Image.Image, colours: int) -> Image.Image:
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    buffer, block = io.BytesIO(), ImageFile.MAXBLOCK
+    ImageFile.MAXBLOCK = max(block, 4 * (image.width + 8) * (image.height + 8))  # Pillow's own holds no noise
+    try:
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    finally:
+        ImageFile.MAXBLOCK = block
     return buffer.getvalue()
 
 
@@ -116,7 +121,7 @@ def _quality(original: bytes) -> int | None:
     if not tables:
         return BEST
     scale = 100 * sum(tables[min(tables)]) / _plain_table()
-    return max(WORST, min(BEST, round((200 - scale) / 2 if scale <= 100 else 5000 / scale)))
+    return max(1, min(BEST, round((200 - scale) / 2 if scale <= 100 else 5000 / scale)))
 
 
 @cache

@@ -5,6 +5,7 @@ The same through LiteLLM's proxy, from ``.venv-litellm`` (``make peers``), which
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -63,7 +64,7 @@ def patched_judging(judged: set[str]) -> Iterator[None]:
         found: Sequence[Judged] = await inner(self, *given, **more)
         for each in found:
             if each.finding.verdict != "block":
-                judged.add(pixels(encoded("PNG", each.picture)) or "")
+                judged.add(pixels(base64.b64decode(each.url.partition(",")[2])) or "")
         return list(found)
 
     with patch.object(Judging, "judge", judge):
