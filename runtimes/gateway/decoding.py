@@ -249,8 +249,10 @@ class _Process:
             return self._read(self._socket)
         except (EOFError, OSError):
             return self._failure(self._end(ENDING))
-        except (ValueError, KeyError, TypeError):  # what it says makes no sense
-            return self._failure(self._end())
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("an image decoder says what makes no sense: %s", type(error).__name__)
+            self._end()
+            return UNREADABLE
 
     def kill(self, reason: Ended) -> None:
         """End what it does, for a reason that the next answer tells."""
