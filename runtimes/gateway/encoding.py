@@ -27,6 +27,10 @@ BEST, WORST, STEP = 95, 20, 10
 JPEG_SIDE = 65_500
 """libjpeg's JPEG_MAX_DIMENSION."""
 SHRUNK = 0.75
+OPTIMISED = 4_000_000
+"""Pixels of a JPEG with codes of its own, which are some hundredths shorter; libjpeg holds all of it for that."""
+STRIP = 1 << 20
+"""Pixels that are looked up at once."""
 EFFORTS = (1, 6)
 """zlib's levels: the first is several times as fast."""
 
@@ -79,21 +83,38 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _png(image: Image.Image, effort: int) -> bytes:
-    few = image.getcolors(256 if image.mode == "RGB" else 16)
+    few = _colours(image)
     buffer = io.BytesIO()
-    (image if few is None else _indexed(image, len(few))).save(buffer, "PNG", compress_level=effort)
+    (image if few is None else _indexed(image, few)).save(buffer, "PNG", compress_level=effort)
     return buffer.getvalue()
 
 
-def _indexed(image: Image.Image, colours: int) -> Image.Image:
-    """Return an image of few colours as indices into a palette of just these."""
-    levels = np.asarray(image.convert("RGB")).astype(np.uint32)
-    packed = levels[..., 0] << 16 | levels[..., 1] << 8 | levels[..., 2]
-    table = np.unique(packed)
-    assert len(table) == colours
-    indexed = Image.frombytes("P", image.size, np.searchsorted(table, packed).astype(np.uint8).tobytes())
+def _indexed(image: Image.Image, colours: list[int]) -> Image.Image:
+    """Return an image of few colours, packed red first, as indices into a palette of just these."""
+    table = np.array(sorted(colours), np.uint32)
+    if image.mode == "L":
+        indexed = image.point(np.searchsorted(table & 255, np.arange(256)).clip(0, len(table) - 1).tolist())
+        indexed = Image.frombytes("P", image.size, indexed.tobytes())
+    else:
+        indexed = Image.new("P", image.size)
+        for top in range(0, image.height, rows := max(1, STRIP // image.width)):
+            levels = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height)))).astype(np.uint32)
+            packed = levels[..., 0] << 16 | levels[..., 1] << 8 | levels[..., 2]
+            indexed.paste(Image.fromarray(np.searchsorted(table, packed).astype(np.uint8)), (0, top))
     indexed.putpalette(np.stack([table >> 16, table >> 8 & 255, table & 255], axis=1).astype(np.uint8).tobytes())
     return indexed
+
+
+def _colours(image: Image.Image) -> list[int] | None:
+    """Return the colours of an image, packed red first, None where an index into them would save nothing."""
+    if image.mode == "L":
+        levels = [level for level, count in enumerate(image.histogram()) if count]
+        return [level * 0x010101 for level in levels] if len(levels) <= 16 else None
+    found = image.getcolors(256)
+    if found is None:
+        return None
+    packed: list[int] = (np.array([colour for _, colour in found]) @ (1 << 16, 1 << 8, 1)).tolist()
+    return packed
 
 
 # -- JPEG ---------------------------------------------------------------------------------------------------
@@ -101,9 +122,12 @@ def _indexed(image: Image.Image, colours: int) -> Image.Image:
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
     buffer, block = io.BytesIO(), ImageFile.MAXBLOCK
-    ImageFile.MAXBLOCK = max(block, 4 * (image.width + 8) * (image.height + 8))  # Pillow's own holds no noise
+    pixels = (image.width + 8) * (image.height + 8)
+    ImageFile.MAXBLOCK = max(block, min(4 * pixels, 4 * OPTIMISED))  # Pillow's own may be too small for noise
     try:
-        image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=pixels <= OPTIMISED)
+    except OSError as error:  # nothing else stops libjpeg's writing into memory
+        raise MemoryError from error
     finally:
         ImageFile.MAXBLOCK = block
     return buffer.getvalue()
