@@ -40,6 +40,7 @@ __all__ = ["Decoded", "Decoders"]
 _log = logging.getLogger(__name__)
 SHORT = 1.0
 """Seconds after which an image counts as slow."""
+STARTING = 120.0
 ENDING = 5.0
 """Seconds that a process which has closed its socket has to end: how it ended is what is told."""
 PATIENCE = 4
@@ -124,7 +125,7 @@ class Decoders:
         try:
             found = await asyncio.shield(job.running)
         except asyncio.CancelledError:
-            job.is_wanted = False
+            job.leave()
             raise
         if isinstance(found, _Failure):
             raise found.refusal(where)
@@ -137,7 +138,7 @@ class _Job:
     def __init__(self, pool: Decoders, process: _Process, content: bytes) -> None:
         loop = asyncio.get_running_loop()
         self.pool, self.process = pool, process
-        self.is_wanted = True
+        self._is_wanted = True
         self._is_slow = False
         self.running = loop.run_in_executor(process.thread, process.ask, content)
         self._timers = [
@@ -146,8 +147,14 @@ class _Job:
         ]
         self.running.add_done_callback(self._ended)
 
+    def leave(self) -> None:
+        """Say that nobody waits for it any more: it is ended, unless it is about to end anyhow."""
+        self._is_wanted = False
+        if self._is_slow:
+            self.process.kill("given up")
+
     def _turns_slow(self) -> None:
-        if not self.is_wanted:
+        if not self._is_wanted:
             self.process.kill("given up")
         elif self.pool._slow < self.pool._slow_most:
             self.pool._slow += 1
@@ -229,9 +236,13 @@ class _Process:
         self._socket = Connection(ours.detach())
         try:
             self._socket.send_bytes(self.settings.packed())
-            self._socket.recv_bytes()
+            if self._socket.poll(STARTING):
+                self._socket.recv_bytes()
+                return
         except (OSError, EOFError):
             raise SafeVLMError(f"an image decoder did not start: it {self._end(ENDING)}.") from None
+        self._end()
+        raise SafeVLMError(f"an image decoder did not start in {STARTING:.0f} s.")
 
     def restart(self) -> None:
         """Start it anew in its thread; where that fails, the next image tries."""
@@ -240,7 +251,7 @@ class _Process:
 
     def ask(self, content: bytes) -> Decoded | _Failure:
         """Return the image in some bytes, or why there is none."""
-        if not self.is_alive:
+        if not self.is_alive or (self._process is not None and self._process.poll() is not None):
             self._start_again()
         if self._socket is None:
             return UNAVAILABLE
@@ -249,7 +260,7 @@ class _Process:
             return self._read(self._socket)
         except (EOFError, OSError):
             return self._failure(self._end(ENDING))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of any kind: an image may have taken over what speaks here
             _log.warning("an image decoder says what makes no sense: %s", type(error).__name__)
             self._end()
             return UNREADABLE

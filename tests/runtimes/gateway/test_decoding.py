@@ -208,7 +208,7 @@ def test_hostile_files_are_refused_and_the_next_image_is_served() -> None:
             assert await code_of(decoders, make()) in allowed, name
             assert await code_of(decoders, PLAIN) is None, name
 
-    with_decoders(work, seconds=2.0)
+    with_decoders(work, seconds=0.5)
 
 
 def test_other_formats_are_refused_by_their_content() -> None:
@@ -302,10 +302,13 @@ def test_nobody_waits_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_nobody_works_for_a_client_that_has_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_nobody_works_for_a_client_that_has_left(late: bool, tmp_path: Path) -> None:
     async def work(decoders: Decoders) -> None:
         left = asyncio.ensure_future(decoders.decode(hang(tmp_path), "here"))
         (process,) = await hanging(tmp_path)
+        while late and not decoders._slow:
+            await asyncio.sleep(0.01)
         left.cancel()
         await ended(process)
         assert await asyncio.gather(*(code_of(decoders, PLAIN) for _ in range(9))) == [None] * 9
@@ -325,6 +328,16 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").split(") ")[1][0] != "Z"
     except OSError:
         return False
+
+
+def test_a_decoder_that_ended_while_it_had_nothing_to_do_is_no_clients_fault() -> None:
+    async def work(decoders: Decoders) -> None:
+        for process in [each._process for each in decoders._processes if each._process]:
+            process.kill()
+            await ended(process.pid)
+        assert await asyncio.gather(*(code_of(decoders, PLAIN) for _ in range(9))) == [None] * 9
+
+    with_decoders(work)
 
 
 # -- the processes --------------------------------------------------------------------------------------------
