@@ -54,6 +54,11 @@ ENDING_SECONDS = 1.0
 @click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--max-images", type=click.IntRange(min=1), default=8, show_default=True, help="In one request.")
+@click.option("--formats", default="JPEG,PNG,WEBP,GIF,BMP", show_default=True, help="Of images that are read.")
+@click.option("--decode-timeout", type=float, default=10.0, show_default=True, help="Seconds of computing an image.")
+@click.option(
+    "--decode-memory-mb", type=click.IntRange(min=1), default=1024, show_default=True, help="To read an image."
+)
 @click.option("--max-concurrent", type=click.IntRange(min=1), default=64, show_default=True, help="Requests at once.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images of one guard call.")
 @click.option("--batch-wait-ms", type=float, default=5.0, show_default=True, help="Wait so long for more of them.")
@@ -140,6 +145,9 @@ def _gateway(given: dict[str, Any]) -> Any:
         cors_origins=given["cors_origin"],
         show_probabilities=given["show_probabilities"],
         view=given["view"],
+        formats=tuple(name.strip().upper() for name in given["formats"].split(",")),
+        decode_timeout=given["decode_timeout"],
+        decode_memory=given["decode_memory_mb"] * MEBIBYTE,
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")

@@ -289,7 +289,7 @@ class _Running:
     async def _passed_on(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], upstream: HttpUpstream
     ) -> Response:
-        body = parsed.upstream_body(await self.judging.png_urls(judged))
+        body = parsed.upstream_body([each.url for each in judged])
         stated = self._stated(judged)
         request.scope[NOTES]["outcome"] = "allowed"
         headers = self._headers(request)

@@ -84,7 +84,7 @@ class Embedded:
             if gone:
                 return
             result = self.gate.ask(
-                judged.picture,
+                judged.picture(),
                 asked.question,
                 max_new_tokens=asked.max_new_tokens,
                 decoding=asked.decoding,

@@ -1,14 +1,11 @@
-"""Judge the images of a request: bytes to pictures to verdicts, and what goes on in their place."""
+"""Judge the images of a request: files to pixels to verdicts, and the files that go on in their place."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import io
-import weakref
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,35 +13,46 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.errors import ImageFileError, SafeVLMError
-from models.machine import core_count
+from models.errors import SafeVLMError
+from models.image import open_image
 from runtimes.gateway.batching import Batching
+from runtimes.gateway.decoding import Decoded, Decoding
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import bad_request, guard_error, overloaded
+from runtimes.gateway.refusal import guard_error, overloaded
 from runtimes.gateway.remote import fetch_image
 from runtimes.gateway.requests import ImageReference
 from runtimes.judge import Guard
 from runtimes.policy import Finding, Policy, find
 from runtimes.verdict import worst
-from runtimes.views import ImageViews, read_views
 
 __all__ = ["Judged", "Judging"]
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """One image: the upright RGB image that was judged, its C probabilities, and what the policy makes of them.
+    """One image: the file that was judged and goes on, its C probabilities, and what the policy makes of them.
 
-    Where readers show the image in several ways, ``view`` names the one that these are of, the worst; ``hidden`` says
-    that it is another than the picture.
+    Where readers show the client's file in several ways, or it was judged in tiles, ``view`` names what these are of,
+    the worst; ``hidden`` says that it is not in the file that goes on.
     """
 
-    picture: Image.Image
+    content: bytes
+    kind: str
+    """The file's media type."""
     probs: npt.NDArray[np.float32]
     finding: Finding
     view: str | None = None
     hidden: bool = False
+
+    @property
+    def url(self) -> str:
+        """The file as a data URL."""
+        return f"data:{self.kind};base64,{base64.b64encode(self.content).decode('ascii')}"
+
+    def picture(self) -> Image.Image:
+        """Return the file's RGB image."""
+        return open_image(self.content)
 
     def stated(self, index: int) -> dict[str, Any]:
         """Return what a client is told of it."""
@@ -62,23 +70,23 @@ class Judged:
 
 
 class Judging:
-    """The way of an image; an asynchronous context manager around the guard's queue and the threads that decode."""
+    """The way of an image; an asynchronous context manager around the guard's queue and the processes that decode."""
 
     def __init__(self, guard: Guard, policy: Policy, options: GatewayOptions, metrics: Metrics) -> None:
         policy.check(guard.classes)
         self.guard, self.policy, self.options, self.metrics = guard, policy, options, metrics
         self.batching = Batching(guard.runner, options, metrics)
-        self._threads = ThreadPoolExecutor(max(2, core_count()), "gateway image")
+        self.decoding = Decoding(guard.runner.preprocessing, guard.view, options)
         self._held = 0
-        self._freed: deque[int] = deque()
 
     async def __aenter__(self) -> Judging:
+        await self.decoding.__aenter__()
         await self.batching.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.batching.__aexit__(*error)
-        self._threads.shutdown(wait=False)
+        await self.decoding.__aexit__(*error)
 
     async def judge(self, images: Sequence[ImageReference]) -> list[Judged]:
         """Judge all images of a request, those together that can be.
@@ -92,11 +100,6 @@ class Judging:
             for task in tasks:
                 task.cancel()
 
-    async def png_urls(self, judged: Sequence[Judged]) -> list[str]:
-        """Return the judged pictures as data URLs: what the guard saw is what the language model is shown."""
-        loop = asyncio.get_running_loop()
-        return list(await asyncio.gather(*(loop.run_in_executor(self._threads, _png, each.picture) for each in judged)))
-
     async def _one(self, image: ImageReference) -> Judged:
         self.batching.coming += 1
         try:
@@ -104,39 +107,35 @@ class Judging:
             if content is None:
                 assert image.url is not None
                 content = await fetch_image(image.url, image.where, self.options)
-            loop = asyncio.get_running_loop()
-            views = await loop.run_in_executor(self._threads, self._decoded, content, image.where)
-            self._hold(views.image)
+            decoded = await self.decoding.decode(content, image.where)
         finally:
             self.batching.coming -= 1
-        rows = [await self.batching.judge(pixels) for pixels in views.pixels]  # one at a time: one place in the queue
+        with self._hold(decoded.pixels.nbytes):
+            rows = await self._rows(decoded)
         try:
             findings = [find(row, self.guard.classes, self.policy, "guard", self.guard.thresholds) for row in rows]
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
-        at = worst(findings, views.own)
-        return Judged(views.image, rows[at], findings[at], views.name(at), hidden=views.is_hidden(at))
+        at = worst(findings, decoded.own)
+        view = decoded.names[at] if len(decoded.names) > 1 else None
+        return Judged(decoded.content, decoded.kind, rows[at], findings[at], view, hidden=at >= decoded.own)
 
-    def _hold(self, picture: Image.Image) -> None:
-        """Count a decoded picture for as long as it lives: small files of large pictures must not fill the memory."""
-        while self._freed:
-            self._held -= self._freed.popleft()
-        size = picture.width * picture.height
+    async def _rows(self, decoded: Decoded) -> list[npt.NDArray[np.float32]]:
+        """Judge all views and tiles, so many at a time that the images of one request do not fill the queue."""
+        at_once = max(1, min(self.options.batch, self.options.queue // self.options.max_images))
+        rows: list[npt.NDArray[np.float32]] = []
+        for start in range(0, len(decoded.pixels), at_once):
+            some = decoded.pixels[start : start + at_once]
+            rows += await asyncio.gather(*(self.batching.judge(pixels) for pixels in some))
+        return rows
+
+    @contextmanager
+    def _hold(self, size: int) -> Iterator[None]:
+        """Count pixels while they wait for the guard: many images must not fill the memory."""
         if self._held + size > self.options.max_held:
-            raise overloaded(f"the pictures being judged have {self.options.max_held} pixels; try again in a second.")
+            raise overloaded(f"the images being judged have {self.options.max_held} bytes; try again in a second.")
         self._held += size
-        weakref.finalize(picture, self._freed.append, size).atexit = False  # called in whichever thread lets go of it
-
-    def _decoded(self, content: bytes, where: str) -> ImageViews:
         try:
-            size, most, mode = self.guard.runner.preprocessing, self.options.max_pixels, self.guard.view
-            return read_views(content, size, where, max_pixels=most, mode=mode)
-        except ImageFileError as error:
-            reason = str(error).removeprefix("the given bytes: ")
-            raise bad_request(f"{where}: {reason}", code="invalid_image", param=where) from None
-
-
-def _png(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+            yield
+        finally:
+            self._held -= size

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.errors import InputError
 from models.image import MAX_PIXELS
+from models.machine import core_count
 from runtimes.gateway.pass_keys import check_pass_keys
 from runtimes.tiling import ViewMode, checked_mode
 
@@ -15,6 +16,7 @@ __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
 UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 ORIGIN = re.compile(
     r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
 )
@@ -64,20 +66,25 @@ class GatewayOptions:
     """Whether clients are given probabilities, which let them search for the threshold."""
     view: ViewMode = "tiles"
     """How large images are treated: see ``runtimes.tiling``."""
-
-    @property
-    def max_held(self) -> int:
-        """Pixels, of 3 bytes each, of all pictures that are held at once: those of every request being served."""
-        return 16 * self.max_pixels
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+    """Of image files that are decoded, told by their content; :data:`FORMATS` are known."""
+    decoders: int = field(default_factory=lambda: max(2, core_count()))
+    """Processes that decode images."""
+    decode_timeout: float = 10.0
+    """Seconds of computing that an image may take."""
+    decode_memory: int = 1024 * MEBIBYTE
+    """Bytes that decoding an image may take."""
+    max_held: int = 1024 * MEBIBYTE
+    """Bytes of all pixels that wait for the guard at once."""
 
     def __post_init__(self) -> None:
         checked_mode(self.view)
         numbers = ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue")
-        for name in (*numbers, "max_connections"):
+        for name in (*numbers, "max_connections", "decoders", "decode_memory", "max_held"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
         times = ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout")
-        for name in (*times, "header_timeout", "write_timeout"):
+        for name in (*times, "header_timeout", "write_timeout", "decode_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
@@ -85,6 +92,9 @@ class GatewayOptions:
             raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
         if self.upstream_kind not in UPSTREAM_KINDS:
             raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
+        unknown = sorted(set(self.formats) - set(FORMATS))
+        if unknown or not self.formats:
+            raise InputError(f"--formats {', '.join(unknown)}: one or more of {', '.join(FORMATS)} are allowed.")
         check_pass_keys(self.pass_keys)
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):

@@ -63,7 +63,7 @@ def patched_judging(judged: set[str]) -> Iterator[None]:
         found: Sequence[Judged] = await inner(self, *given, **more)
         for each in found:
             if each.finding.verdict != "block":
-                judged.add(pixels(encoded("PNG", each.picture)) or "")
+                judged.add(pixels(encoded("PNG", each.picture())) or "")
         return list(found)
 
     with patch.object(Judging, "judge", judge):
