@@ -126,13 +126,22 @@ class Judging:
             self._hold(decoded)
         finally:
             self.batching.coming -= 1
-        rows = [await self.batching.judge(pixels) for pixels in decoded.pixels]  # one at a time: one place in the queue
+        rows = await self._rows(decoded)
         try:
             findings = [find(row, self.guard.classes, self.policy, "guard", self.guard.thresholds) for row in rows]
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
         at = worst(findings, decoded.own)
         return Judged(decoded, rows[at], findings[at], decoded.name(at), hidden=decoded.is_hidden(at))
+
+    async def _rows(self, decoded: Decoded) -> list[npt.NDArray[np.float32]]:
+        """Judge all views and tiles, so many at a time that the images of one request do not fill the queue."""
+        at_once = max(1, min(self.options.batch, self.options.queue // self.options.max_images))
+        rows: list[npt.NDArray[np.float32]] = []
+        for start in range(0, len(decoded.pixels), at_once):
+            some = decoded.pixels[start : start + at_once]
+            rows += await asyncio.gather(*(self.batching.judge(pixels) for pixels in some))
+        return rows
 
     def _hold(self, decoded: Decoded) -> None:
         """Count decoded images for as long as they live: small files of large images must not fill the memory."""

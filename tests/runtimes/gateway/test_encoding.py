@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import struct
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from tests.models.image_files import DISPLAY_P3, profile, smooth
 Levels = npt.NDArray[np.uint8]
 Reader = Callable[[bytes, str], Levels]
 ROUNDING = 2
-"""Grey levels by which two decoders of one JPEG without subsampling may differ; libjpeg's family does not at all."""
+"""Grey levels by which two decoders of one JPEG without subsampling may differ, libjpeg's and stb_image's."""
 MARKERS = {0xE0: "JFIF", 0xDB: "tables", 0xC0: "frame", 0xC4: "codes", 0xDA: "scan"}
 P3 = profile(np.linspace(0, 1, 64) ** 1.8, DISPLAY_P3)
 
@@ -41,6 +42,20 @@ def libvips(content: bytes, kind: str) -> Levels:
     image = pyvips.Image.new_from_buffer(content, "")
     assert not image.get_typeof("icc-profile-data") and not image.hasalpha()
     return np.asarray(image.colourspace("srgb").numpy())
+
+
+def llamacpp(content: bytes, kind: str) -> Levels:
+    """Read it as llama-server does, by stb_image."""
+    mtmd = pytest.importorskip("llama_cpp.mtmd_cpp")
+    buffer = (ctypes.c_uint8 * len(content)).from_buffer_copy(content)
+    bitmap = mtmd.mtmd_helper_bitmap_init_from_buf(None, buffer, len(content), False)
+    assert bitmap is not None
+    try:
+        shape = mtmd.mtmd_bitmap_get_ny(bitmap), mtmd.mtmd_bitmap_get_nx(bitmap), 3
+        data = ctypes.string_at(mtmd.mtmd_bitmap_get_data(bitmap), mtmd.mtmd_bitmap_get_n_bytes(bitmap))
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    finally:
+        mtmd.mtmd_bitmap_free(bitmap)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +154,7 @@ def test_all_readers_see_the_judged_pixels(chromium: Reader) -> None:
         written = encoded(content)
         judged = np.asarray(written.image).astype(int)
         kinds.add(written.kind)
-        for reader in (opencv, libvips, chromium):
+        for reader in (opencv, libvips, llamacpp, chromium):
             seen = reader(written.content, written.kind)
             assert seen.shape == judged.shape
             most = int(np.abs(seen - judged).max())
