@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import SafeVLMError
 from models.preprocessing import Preprocessing
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.refusal import Refusal, bad_request, guard_error, overloaded
+from runtimes.gateway.refusal import Refusal, bad_request, overloaded
 
 __all__ = ["Decoded", "Decoding"]
 
@@ -88,7 +89,7 @@ class Decoding:
                 self._idle.put(each)
         except _Ended:
             await self.__aexit__()
-            raise guard_error("the processes that decode images do not start.") from None
+            raise SafeVLMError("the processes that decode images do not start.") from None
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -44,6 +44,8 @@ class Judged:
     finding: Finding
     view: str | None = None
     hidden: bool = False
+    bundle: str | None = None
+    """Hash of the bundle whose guard it was."""
 
     @property
     def url(self) -> str:
@@ -118,7 +120,9 @@ class Judging:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
         at = worst(findings, decoded.own)
         view = decoded.names[at] if len(decoded.names) > 1 else None
-        return Judged(decoded.content, decoded.kind, rows[at], findings[at], view, hidden=at >= decoded.own)
+        bundle = getattr(getattr(self.guard.runner, "bundle", None), "digest", None)
+        hidden = at >= decoded.own
+        return Judged(decoded.content, decoded.kind, rows[at], findings[at], view, hidden, bundle)
 
     async def _rows(self, decoded: Decoded) -> list[npt.NDArray[np.float32]]:
         """Judge all views and tiles, so many at a time that the images of one request do not fill the queue."""
