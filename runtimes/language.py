@@ -27,7 +27,7 @@ from models.dialogue import Question, as_turns
 from models.errors import InputError
 from models.preprocessing import Preprocessing
 from runtimes.activation import Activated
-from runtimes.question import Reader, check_plain, prompt_tokens
+from runtimes.question import Reader, check_turns
 from runtimes.writing import Decoding, Writing
 
 __all__ = ["LanguageRunner", "Prefilled"]
@@ -69,11 +69,7 @@ class LanguageRunner(Activated):
 
         ``max_new_tokens`` must have room in the context, too; None leaves the answer's length to what is left.
         """
-        turns = as_turns(question)
-        check_plain(turns)
-        reader = self._reader()
-        if reader is not None:
-            prompt_tokens(reader, turns, max_new_tokens)
+        check_turns(self._reader(), as_turns(question), max_new_tokens)
 
     def _reader(self) -> Reader | None:
         """Return how this runner reads questions, None where that is not known."""

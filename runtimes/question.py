@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from models.dialogue import ChatFormat, PromptFormat, Turn
 from models.errors import QuestionError
 
-__all__ = ["MOST_CONTEXT", "Reader", "check_plain", "prompt_tokens"]
+__all__ = ["MOST_CONTEXT", "Reader", "check_turns", "prompt_tokens"]
 
 MOST_CONTEXT = 4096
 """Tokens of a prompt with its answer, by default: memory grows with what a model could read, not with what it needs."""
@@ -40,16 +40,22 @@ class Reader:
         return self.chat.prompt
 
 
-def check_plain(turns: Sequence[Turn]) -> None:
-    """Raise QuestionError for turns that no model could be asked.
+def check_turns(reader: Reader | None, turns: Sequence[Turn], max_new_tokens: int | None) -> None:
+    """Raise QuestionError for turns that a model cannot be asked; without a reader, for those that none can be.
 
-    The user's last text must say something; so must every other text that has no image beside it.
+    ``max_new_tokens`` must have room in the context, too; None leaves the answer's length to what is left.
     """
+    _check_plain(turns)
+    if reader is not None:
+        prompt_tokens(reader, turns, max_new_tokens)
+
+
+def _check_plain(turns: Sequence[Turn]) -> None:
+    """Raise QuestionError for half a character, and where what the user said last says nothing."""
     last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for number, turn in enumerate(turns):
-        if (number == last or not turn.image) and _is_blank(turn.text):
-            what = "the question is empty: ask something about the image in words."
-            raise QuestionError(what if number == last else f"a text of the {turn.role} is empty.", turn=number)
+        if number == last and _is_blank(turn.text):
+            raise QuestionError("the question is empty: ask something about the image in words.", turn=number)
         try:
             turn.text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -74,25 +80,22 @@ def prompt_tokens(reader: Reader, turns: Sequence[Turn], max_new_tokens: int | N
     reader.chat.check(turns)
     room = reader.context - (1 if max_new_tokens is None else max_new_tokens)
     size = sum(len(turn.text.encode("utf-8")) for turn in turns)
-    least = reader.image_tokens + size // reader.longest
+    least = reader.image_tokens + max(len(turns), size // reader.longest)
     if least > room:
         raise _too_long(reader, least, max_new_tokens, at_least=True)
+    named = sorted(set(CONTROL.findall(reader.chat.all_pieces)))
     for number, turn in enumerate(turns):
-        _check_control(reader, turn, number)
+        found = next((name for name in named if name in turn.text), None) or next(
+            (reader.name(token) for token in reader.tokens(turn.text) if token in reader.control), None
+        )
+        if found is not None:
+            raise QuestionError(
+                f"the question contains {found!r}, which is a control token of this model: leave it out.", turn=number
+            )
     tokens = reader.count(turns)
     if tokens > room:
         raise _too_long(reader, tokens, max_new_tokens)
     return tokens
-
-
-def _check_control(reader: Reader, turn: Turn, number: int) -> None:
-    found = next((name for name in sorted(set(CONTROL.findall(reader.chat.all_pieces))) if name in turn.text), None)
-    if found is None:
-        found = next((reader.name(token) for token in reader.tokens(turn.text) if token in reader.control), None)
-    if found is not None:
-        raise QuestionError(
-            f"the question contains {found!r}, which is a control token of this model: leave it out.", turn=number
-        )
 
 
 def _too_long(reader: Reader, tokens: int, max_new_tokens: int | None, *, at_least: bool = False) -> QuestionError:
