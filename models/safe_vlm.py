@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from models.decoding import decoding_steps
-from models.dialogue import Question
+from models.dialogue import Question, as_turns
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.ignored import report_unplaced
 from models.prefill import Answer, Begun, Prefill
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, check_ids, dialogue_ids, fitting_tokenizer, prompt_ids, stated_ends, text_ids
+from models.prompt_tokens import IMAGE, check_ids, dialogue_ids, fitting_tokenizer, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
@@ -125,9 +125,7 @@ class SafeVLM(nn.Module):
         """
         height, width = size or (self.preprocessing.height, self.preprocessing.width)
         tokens = self._geometry.tokens(height, width)
-        if isinstance(question, str):
-            return prompt_ids(self.tokenizer, self.family.prompt, question, tokens)
-        return dialogue_ids(self.tokenizer, self.family.chat, question, tokens)
+        return dialogue_ids(self.tokenizer, self.family.chat, as_turns(question), tokens)
 
     def _usual_prefix(self, size: tuple[int, int]) -> list[int]:
         """Return the token ids up to the image's last in a prompt of one user turn: what the guard is calibrated on."""
