@@ -30,7 +30,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt install.sh
 
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
-peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed
+peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed .venv-litellm/.installed \
+       .venv-vercel/.installed .venv-deploy/.installed
+
+# A client for Node; without npm its test skips.
+.venv-vercel/.installed: tests/peers/vercel.json
+	mkdir -p .venv-vercel
+	cp tests/peers/vercel.json .venv-vercel/package.json
+	if command -v npm > /dev/null; then npm install --prefix .venv-vercel --silent --no-fund --no-audit; fi
+	touch $@
 
 .venv-%/.installed: tests/peers/%.txt install_peers.sh
 	PYTHON=$(PYTHON) sh install_peers.sh $*

@@ -24,7 +24,7 @@ from runtimes.gateway.json_bounds import JsonSizeError, check_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request, overloaded
-from runtimes.gateway.threads import json_thread
+from runtimes.gateway.threads import off_loop
 
 __all__ = [
     "ACCESS",
@@ -254,7 +254,7 @@ async def read_body(request: Request, options: GatewayOptions, parse: Callable[[
         content = await asyncio.wait_for(_read(request, options.max_body, too_large), options.body_timeout)
     except asyncio.TimeoutError:
         raise bad_request("the body did not come in time.", code="body_timeout", status=408) from None
-    return await json_thread(lambda: _parsed(content, options, parse))
+    return await off_loop(len(content), lambda: _parsed(content, options, parse))
 
 
 def _parsed(content: bytes, options: GatewayOptions, parse: Callable[[Any, GatewayOptions], T]) -> T:

@@ -101,13 +101,13 @@ class HttpUpstream:
         """Return what the upstream says of its models, or of one. Raises Refusal."""
         if name is None:
             return await self._models("", headers)
-        if "%" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):  # leads elsewhere, or may do so there
-            raise no_such_model(name)
-        with contextlib.suppress(Refusal):
-            found = await self._models(f"/{quote(name, safe='')}", headers)
-            if "id" in found.body if found.status == httpx.codes.OK else found.status not in NOT_SERVED:
-                return found
-        return _of_list(await self._models("", headers), name)  # several servers serve the list alone
+        leads_elsewhere = "%" in name or not {"", ".", ".."}.isdisjoint(name.split("/"))  # or may do so there
+        if not leads_elsewhere:
+            with contextlib.suppress(Refusal):
+                found = await self._models(f"/{quote(name, safe='')}", headers)
+                if "id" in found.body if found.status == httpx.codes.OK else found.status not in NOT_SERVED:
+                    return found
+        return _of_list(await self._models("", headers), name)  # all that llama-server and others serve
 
     async def _models(self, path: str, headers: Mapping[str, str]) -> Passed:
         more: dict[str, Any] = {"headers": self._headers(headers), "timeout": self._times(None)}

@@ -1,13 +1,12 @@
 """Clients' own packages over a real socket: questions with images, streams, second turns, and what a block becomes.
 
-The packages live in environments of their own: ``.venv-clients`` (``make peers``), and for Vercel's a folder with a
-``node_modules`` that ``SAFEVLM_NODE_MODULES`` names. Their tests skip where these are missing.
+The packages live in environments of their own, ``.venv-clients`` and, for Node, ``.venv-vercel`` (``make peers``).
+Their tests skip where these are missing.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -76,10 +75,10 @@ def asking(request: pytest.FixtureRequest) -> list[str]:
     """The command of a client's package."""
     peers = ROOT / "tests" / "peers"
     if request.param == "vercel":
-        node, folder = shutil.which("node"), os.environ.get("SAFEVLM_NODE_MODULES")
-        if node is None or folder is None:
-            pytest.skip("no node, or no SAFEVLM_NODE_MODULES: npm install ai @ai-sdk/openai @ai-sdk/openai-compatible")
-        return [node, str(peers / "clients.mjs"), folder]
+        node, folder = shutil.which("node"), ROOT / ".venv-vercel" / "node_modules"
+        if node is None or not folder.is_dir():
+            pytest.skip("no node, or no .venv-vercel; make peers")
+        return [node, str(peers / "clients.mjs"), str(folder)]
     if not PYTHON.exists():
         pytest.skip("no .venv-clients; make peers")
     return [str(PYTHON), str(peers / "clients.py"), request.param]

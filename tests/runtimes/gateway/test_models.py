@@ -20,6 +20,8 @@ from runtimes.gateway.app import Gateway
 from tests.runtimes.gateway.servers import serving
 
 NAMES = ("fake", "org/model", "org/model:7b", "a b", "ü", "model?x=1", "a#b", "ft:gpt-4o:org::id", "a&b=c")
+A_FILE = "/models/tiny.gguf"
+"""What llama-server calls a model by default: only its list can be asked for it."""
 
 
 class Models(BaseHTTPRequestHandler):
@@ -35,7 +37,7 @@ class Models(BaseHTTPRequestHandler):
         self.seen.append(self.path)
         name = self.path.removeprefix("/v1/models")
         if not name:
-            self.reply(200, {"object": "list", "data": [{"id": each, "object": "model"} for each in NAMES]})
+            self.reply(200, {"object": "list", "data": [{"id": each, "object": "model"} for each in (*NAMES, A_FILE)]})
         elif self.alone:
             self.reply(404, {"detail": "Not Found"})
         else:
@@ -91,7 +93,13 @@ def test_no_name_leads_elsewhere(behind: tuple[str, list[str], bool], name: str)
     told = host.getresponse()
     assert told.status == 404 and json.loads(told.read())["error"]["code"] == "model_not_found"
     host.close()
-    assert not seen
+    assert seen == ["/v1/models"], "the list alone was asked"
+
+
+def test_a_model_that_is_called_by_its_file_is_found_in_the_list(behind: tuple[str, list[str], bool]) -> None:
+    url, seen, _ = behind
+    seen.clear()
+    assert httpx.get(f"{url}/v1/models/{quote(A_FILE)}").json()["id"] == A_FILE and seen == ["/v1/models"]
 
 
 def test_a_model_that_there_is_not(bundle: Path) -> None:

@@ -113,7 +113,7 @@ def test_fifty_images_are_too_many(address: str, upstream: Upstream) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]}, "video_url"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": SAFE_URL}]}]}, "'text'"),
         ({"messages": [{"role": "user", "content": [3]}]}, "is of type 'None'"),
-        ({"messages": [{"role": "user", "content": [SAFE_URL]}]}, "an image stands in the text"),
+        ({"messages": [{"role": "user", "content": [SAFE_URL]}]}, "holds a data URL of an image"),
         ({"messages": [{"role": "user", "content": "hi"}], "multi_modal_data": {"image": "x"}}, "multi_modal_data"),
         ({"messages": [{"role": "user", "content": "hi"}], "image_urls": ["x"]}, "image_urls"),
         ({"messages": [{"role": "user", "content": "hi"}], "stream": 1}, "true or false"),
