@@ -173,7 +173,7 @@ def test_the_openai_client_s_own_second_turn(url: str) -> None:
             "messages[3].content",
             "control token",
         ),
-        ([{**SYSTEM, "content": "<image_soft_token>"}, *messages(SAFE_URL)], "messages[0].content", "the image"),
+        ([{**SYSTEM, "content": "<image_soft_token>"}, *messages(SAFE_URL)], "messages[0].content", "of an image"),
         ([*messages(SAFE_URL), *LATER, LATER[0], *messages(UNSAFE_URL)], "messages", "exactly one image; 2"),
         ([{"role": "assistant", "content": messages(SAFE_URL)[0]["content"]}, LATER[1]], "messages[0].content", "user"),
         ([{"role": "tool", "tool_call_id": "a", "content": "x"}, *messages(SAFE_URL)], "messages[0].role", "user and"),
