@@ -25,6 +25,8 @@ reported as StorageError, too: see :mod:`models.storage`. Any other exception is
 
 from __future__ import annotations
 
+from typing import Literal
+
 from models.printable import one_line, printable
 
 __all__ = [
@@ -108,11 +110,21 @@ class ImageFormatError(ImageFileError):
 
 
 class QuestionError(InputError):
-    """A question is empty, too long, or holds what is not text; ``code`` is OpenAI's word for it."""
+    """A question is empty, too long, or holds what is not text; ``code`` is OpenAI's word for it.
 
-    def __init__(self, message: str, *, code: str = "invalid_value") -> None:
+    ``turn`` is the number of the turn that is wrong where it is one of them, ``key`` what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "invalid_value",
+        turn: int | None = None,
+        key: Literal["role", "content"] = "content",
+    ) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.turn, self.key = code, turn, key
 
 
 class StorageError(InputError):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from models.dialogue import ChatFormat, PromptFormat
+
 __all__ = [
     "FLAT_LANGUAGE_RENAME",
     "HEAD_PREFIX",
@@ -37,24 +39,6 @@ WRAPPERS = re.compile(
 """Levels of a name that torch.compile, FSDP, activation checkpointing, Fabric and data-parallel wrappers add."""
 OUTER = re.compile(r"^(?:base_model\.model\.|model\.(?=model\.|lm_head\.))+")
 """Levels that PEFT's model and a module holding the model (``self.model``) add before all others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptFormat:
-    """One user turn with one image, as text pieces around the image tokens and the question.
-
-    The prompt is ``before_image``, the image token repeated once per image feature, ``after_image``, the
-    question, ``after_question``; the model answers and ends with ``end_of_turn``. Special tokens stand in
-    the text by name, the beginning-of-sequence token included. Without an image the prompt is ``before_text``,
-    the question, ``after_question``.
-    """
-
-    before_image: str
-    image_token: str
-    after_image: str
-    after_question: str
-    end_of_turn: str
-    before_text: str
 
 
 @dataclass(frozen=True)
@@ -111,7 +95,7 @@ class Family:
     vision_prefixes: tuple[str, ...]
     """Canonical prefixes of the vision tower and the projector: what a guard export reads, with the head."""
     language_prefix: str = "model.language_model."
-    prompt: PromptFormat
+    chat: ChatFormat
     processor_source: str
     """Hub id of the base model whose processor is used when the checkpoint carries none."""
     preprocessing: dict[str, object] = field(default_factory=dict)
@@ -122,6 +106,11 @@ class Family:
     """``model_type`` of transformers' own config; another one is the family's original code."""
     own_settings: tuple[OwnSetting, ...] = ()
     """What the family's original code reads from ``config.json``."""
+
+    @property
+    def prompt(self) -> PromptFormat:
+        """The prompt of one user turn."""
+        return self.chat.prompt
 
     def canonical(self, name: str) -> str | None:
         """Return the canonical name of a stored tensor, or ``None`` when no rule of this family knows it.

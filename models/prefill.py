@@ -41,6 +41,8 @@ class Prefill:
     """N × L, true at the T image tokens of every row."""
     features: Tensor
     """N × T × D, the projector's output before it became part of ``inputs_embeds``."""
+    usual: bool = True
+    """Whether every image stands behind the very tokens that it does in a prompt of one user turn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

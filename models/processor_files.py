@@ -23,7 +23,7 @@ a key that file leaves out     the default of its class (:data:`models.processor
                                family's end of turn (:mod:`models.prompt_tokens`)
 ``do_sample``, ``temperature`` read nowhere: answers are decoded greedily by every runtime, and records say so
 and other sampling
-``chat_template``              read nowhere: the prompt is the family's (:class:`models.family.PromptFormat`)
+``chat_template``              read nowhere: the prompt is the family's (:class:`models.dialogue.ChatFormat`)
 =============================  ================================================================================
 
 Sources: ``image_processing_base.get_image_processor_dict`` and ``AutoImageProcessor`` of transformers 5.17;

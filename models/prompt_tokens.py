@@ -1,4 +1,4 @@
-"""Turn one question about one image into token ids, with a placeholder where the image's features go.
+"""Turn a question or a dialogue about one image into token ids, with a placeholder where the image's features go.
 
 Works with tokenizers that have no image token (original LLaVA: 32,000 words, none of them ``<image>``), so
 no embedding has to grow.
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
+from models.dialogue import Around, ChatFormat, Turn
 from models.errors import CheckpointError, InputError, QuestionError
 from models.family import PromptFormat
 from models.json_file import read_json_object
@@ -24,6 +25,7 @@ __all__ = [
     "answer_ids",
     "check_ids",
     "check_tokenizer",
+    "dialogue_ids",
     "fitting_tokenizer",
     "load_tokenizer",
     "prompt_ids",
@@ -134,9 +136,6 @@ def stated_ends(folder: Path) -> frozenset[int]:
 def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens: int) -> list[int]:
     """Return the ids of one user turn, ``IMAGE`` standing ``image_tokens`` times at the image's place.
 
-    Where the tokenizer has the image token, the text is tokenised whole, as the family's processor does it.
-    Else it is tokenised in two pieces around the image, as LLaVA's own ``tokenizer_image_token`` does.
-
     Errors: InputError when the question itself contains the image token.
     """
     if prompt.image_token in question:
@@ -144,12 +143,25 @@ def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens
             f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
             "Exactly one image is asked about; leave the token out."
         )
-    after = prompt.after_image + question + prompt.after_question
-    placeholder = _single_id(tokenizer, prompt.image_token)
+    around = Around(prompt.before_image, prompt.after_image + question + prompt.after_question)
+    return _around_ids(tokenizer, prompt.image_token, around, image_tokens)
+
+
+def dialogue_ids(tokenizer: Any, chat: ChatFormat, turns: Sequence[Turn], image_tokens: int) -> list[int]:
+    """Return the ids of a dialogue in the same way. Raises QuestionError, see :meth:`ChatFormat.check`."""
+    return _around_ids(tokenizer, chat.image_token, chat.around(turns), image_tokens)
+
+
+def _around_ids(tokenizer: Any, image_token: str, around: Around, image_tokens: int) -> list[int]:
+    """Where the tokenizer has the image token, tokenise the text whole, as the family's processor does it.
+
+    Else it is tokenised in two pieces around the image, as LLaVA's own ``tokenizer_image_token`` does.
+    """
+    placeholder = _single_id(tokenizer, image_token)
     if placeholder is None:
-        before_ids, after_ids = _encode(tokenizer, prompt.before_image), _encode(tokenizer, after)
+        before_ids, after_ids = _encode(tokenizer, around.before), _encode(tokenizer, around.after)
     else:
-        ids = _encode(tokenizer, prompt.before_image + prompt.image_token + after)
+        ids = _encode(tokenizer, around.before + image_token + around.after)
         at = ids.index(placeholder)
         before_ids, after_ids = ids[:at], ids[at + 1 :]
     return [*before_ids, *[IMAGE] * image_tokens, *after_ids]

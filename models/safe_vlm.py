@@ -27,13 +27,14 @@ from transformers import (
 )
 
 from models.decoding import decoding_steps
+from models.dialogue import Question, as_turns
 from models.errors import InputError
 from models.family import Family, TapSource
 from models.filling import fill, on_meta
 from models.ignored import report_unplaced
 from models.prefill import Answer, Begun, Prefill
 from models.preprocessing import Preprocessing
-from models.prompt_tokens import IMAGE, check_ids, fitting_tokenizer, prompt_ids, stated_ends, text_ids
+from models.prompt_tokens import IMAGE, check_ids, dialogue_ids, fitting_tokenizer, stated_ends, text_ids
 from models.quantized import QuantizedTensors, round_inputs
 from models.qwen_grid import grid_thw
 from models.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
@@ -116,17 +117,23 @@ class SafeVLM(nn.Module):
         """Return the projector's output, N × T × D, of uint8 RGB images; gradients flow."""
         return image_features(self.core, self._geometry, self.preprocessing, rgb_NHWC)
 
-    def prompt_ids(self, question: str, *, size: tuple[int, int] | None = None) -> list[int]:
+    def prompt_ids(self, question: Question, *, size: tuple[int, int] | None = None) -> list[int]:
         """Return the prompt's token ids, ``IMAGE`` (-200) once for every image token.
 
-        ``size`` is the image's (height, width) in pixels, by default the preprocessing contract's.
+        ``size`` is the image's (height, width) in pixels, by default the preprocessing contract's. Raises
+        QuestionError for a dialogue that the family's chat template does not take.
         """
         height, width = size or (self.preprocessing.height, self.preprocessing.width)
         tokens = self._geometry.tokens(height, width)
-        return prompt_ids(self.tokenizer, self.family.prompt, question, tokens)
+        return dialogue_ids(self.tokenizer, self.family.chat, as_turns(question), tokens)
+
+    def _usual_prefix(self, size: tuple[int, int]) -> list[int]:
+        """Return the token ids up to the image's last in a prompt of one user turn: what the guard is calibrated on."""
+        ids = self.prompt_ids("", size=size)
+        return ids[: len(ids) - ids[::-1].index(IMAGE)]
 
     def embed(
-        self, images_NHWC: Tensor | None, questions: Sequence[str], features_NTD: Tensor | None = None
+        self, images_NHWC: Tensor | None, questions: Sequence[Question], features_NTD: Tensor | None = None
     ) -> Prefill:
         """Return the prefill's input for one question an image.
 
@@ -142,8 +149,7 @@ class SafeVLM(nn.Module):
                 f"{0 if given is None else len(given)} images and {len(questions)} questions were given; one "
                 "question an image is needed, and at least one of each. Repeat an image that is asked about twice."
             )
-        contract = (self.preprocessing.height, self.preprocessing.width)
-        size = contract if images_NHWC is None else (images_NHWC.shape[1], images_NHWC.shape[2])
+        size = self._size(images_NHWC)
         sequences = [self.prompt_ids(question, size=size) for question in questions]
         if features_NTD is None:
             features_NTD = self.image_features(cast(Tensor, images_NHWC))
@@ -153,7 +159,9 @@ class SafeVLM(nn.Module):
                 f"image features of shape {tuple(features_NTD.shape)} were given; {wanted} (images, image tokens, "
                 f"width) is needed for {size[0]}x{size[1]} pixels. Give those of this checkpoint's vision tower."
             )
-        return self.assemble(sequences, features_NTD, size)
+        usual = self._usual_prefix(size)
+        prefill = self.assemble(sequences, features_NTD, size)
+        return replace(prefill, usual=all(ids[: len(usual)] == usual for ids in sequences))
 
     def embed_text(self, questions: Sequence[str]) -> Prefill:
         """Return the prefill's input for at least one question without an image: T is 0."""
@@ -246,29 +254,39 @@ class SafeVLM(nn.Module):
         Image tokens see only what stands before them (Gemma-3: and each other), so a tap behind the language
         model needs the prompt up to the image and no more.
         """
-        features = self.image_features(images_NHWC)
-        if self.tap_source == "projector":
-            logits = self._head_of(features)
-        else:
-            size = (images_NHWC.shape[1], images_NHWC.shape[2])
-            ids = self.prompt_ids("", size=size)
-            prefix = ids[: len(ids) - ids[::-1].index(IMAGE)]
-            prefill = self.assemble([prefix] * len(features), features, size)
-            hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
-            logits = self.guard_logits(prefill, hidden)
+        logits = self._usual_logits(self.image_features(images_NHWC), (images_NHWC.shape[1], images_NHWC.shape[2]))
         return torch.softmax(logits, dim=-1), logits
 
+    def _usual_logits(self, features_NTD: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the guard's N × C logits from the image behind the prompt that the guard is calibrated on."""
+        if self.tap_source == "projector":
+            return self._head_of(features_NTD)
+        prefill = self.assemble([self._usual_prefix(size)] * len(features_NTD), features_NTD, size)
+        hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
+        return self.guard_logits(prefill, hidden)
+
     @torch.inference_mode()
-    def begin(self, images_NHWC: Tensor | None, questions: Sequence[str], features_NTD: Tensor | None = None) -> Begun:
+    def begin(
+        self, images_NHWC: Tensor | None, questions: Sequence[Question], features_NTD: Tensor | None = None
+    ) -> Begun:
         """Run the one prefill that decoding needs and read the guard from it; :meth:`finish` goes on.
 
         Arguments and errors are those of :meth:`embed`. Of the last hidden state the image positions are read
-        and the last position is kept: no hidden states of other layers, no second pass.
+        and the last position is kept: no hidden states of other layers, no second pass. Where a system text or earlier
+        turns stand before an image, what a guard behind the language model reads depends on them: the verdict then
+        comes from a pass of its own over the image behind the usual prefix, the only one that the guard is calibrated
+        on, and nobody talks it round.
         """
         prefill = self.embed(images_NHWC, questions, features_NTD)
+        logits = None if prefill.usual else self._usual_logits(prefill.features, self._size(images_NHWC))
         hidden, begun = self._begin(prefill)
-        probs = torch.softmax(self.guard_logits(prefill, hidden), dim=-1)
+        probs = torch.softmax(self.guard_logits(prefill, hidden) if logits is None else logits, dim=-1)
         return replace(begun, guard_probs=probs.cpu().numpy())
+
+    def _size(self, images_NHWC: Tensor | None) -> tuple[int, int]:
+        """Return the images' (height, width) in pixels, without images the preprocessing contract's."""
+        contract = (self.preprocessing.height, self.preprocessing.width)
+        return contract if images_NHWC is None else (images_NHWC.shape[1], images_NHWC.shape[2])
 
     @torch.inference_mode()
     def _begin(self, prefill: Prefill) -> tuple[Tensor, Begun]:

@@ -6,7 +6,8 @@
                                ├─ unsure ─► prefill ─► exact verdict ─┬─ block ─► refused before a token
                                └─ allow ──► prefill ─► exact verdict ─┴─ allow ─► answer from that prefill
 
-The exact verdict falls out of the prefill that the answer needs, so it costs no pass of its own; the policy's
+The exact verdict falls out of the prefill that the answer needs, so it costs no pass of its own (but where a system
+text or earlier turns stand before the image, see ``runtimes.language``: text cannot change it); the policy's
 ``confirm`` says whether it may still block what the guard allowed. Without a standalone guard (a bundle that says
 ``standalone: false``) every image is judged by the exact verdict.
 
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from models.dialogue import Question
 from models.errors import InputError, QuestionError
 from runtimes.gate_request import GateRequest
 from runtimes.gate_result import GateResult
@@ -125,7 +127,7 @@ class Gate:
     def ask(
         self,
         image: ImageSource,
-        question: str,
+        question: Question,
         *,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
@@ -133,7 +135,7 @@ class Gate:
         on_text: Callable[[str], None] | None = None,
         probs: npt.NDArray[np.float32] | None = None,
     ) -> GateResult:
-        """Judge an image and, if it passes, answer the question about it.
+        """Judge an image and, if it passes, answer the question about it, or the last turn of a dialogue.
 
         ``probs`` are what the standalone guard said of this very picture before. ``on_text`` is told the pieces of the
         answer as they are written, from another thread, and nothing of an image that is blocked; what it raises ends

@@ -51,8 +51,8 @@ def open_gate(
 
     On torch pictures are brought to the bundle's size for both. Image embeddings are shared when the bundle gives
     them and was made from the very vision tower that the answers are, by hash. A bundle that is not standalone gates
-    by the exact verdict alone. Without a bundle, GGUF files (see ``export.gguf``) judge by themselves. ``context``
-    (tokens) and ``gpu_layers`` are llama.cpp's; ``view`` is the standalone guard's, see ``runtimes.tiling``. Errors:
+    by the exact verdict alone. Without a bundle, GGUF files (see ``export.gguf``) judge by themselves. ``context`` is
+    in tokens; ``gpu_layers`` is llama.cpp's; ``view`` is the standalone guard's, see ``runtimes.tiling``. Errors:
     InputError for neither; those of opening either.
     """
     from runtimes.bundle import open_bundle
@@ -177,6 +177,7 @@ def ended(gate: Gate, result: GateResult) -> int:
 @click.option("--device", default="cpu", show_default=True, help="Of the language model: cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
 @view_option
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
@@ -196,6 +197,7 @@ def main(
     device: str,
     dtype: Dtype,
     threads: int | None,
+    context: int | None,
     view: ViewMode,
     timeout: float,
     max_new_tokens: int | None,
@@ -221,6 +223,7 @@ def main(
         revision=revision,
         tap=tap,
         threads=threads,
+        context=context,
         view=view,
         timeout=timeout,
     )

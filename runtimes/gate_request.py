@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from models.dialogue import Question, last_question
 from models.errors import BusyError, ImageFileError, SafeVLMError
 from runtimes.gate_result import GateResult
 from runtimes.lane import OverranError, WaitedError
@@ -40,14 +41,15 @@ class GateRequest:
         self,
         gate: Gate,
         image: ImageSource,
-        question: str,
+        question: Question,
         max_new_tokens: int,
         on_text: Callable[[str], None] | None,
         known: npt.NDArray[np.float32] | None,
     ) -> None:
         self.gate = gate
         self.image = image
-        self.question = question
+        self.asked = question
+        self.question = last_question(question)
         self.max_new_tokens = max_new_tokens
         self.on_text = on_text
         self.known = known
@@ -179,14 +181,14 @@ class GateRequest:
 
     def _input(
         self, language: LanguageRunner, judged: JudgedViews
-    ) -> tuple[npt.NDArray[np.uint8], str, npt.NDArray[np.float32] | None]:
+    ) -> tuple[npt.NDArray[np.uint8], Question, npt.NDArray[np.float32] | None]:
         """Return the picture at the language model's size, which is the guard's very pixels where sizes agree."""
         size, guard = language.preprocessing, self.gate.guard
         if size is None:
-            return np.array(judged.views.image, dtype=np.uint8), self.question, None
+            return np.array(judged.views.image, dtype=np.uint8), self.asked, None
         if guard is not None and guard.runner.preprocessing != size:
-            return size.apply(judged.views.image), self.question, None
-        return judged.views.pixels[0], self.question, judged.embeddings
+            return size.apply(judged.views.image), self.asked, None
+        return judged.views.pixels[0], self.asked, judged.embeddings
 
     def _can_settle(self) -> bool:
         """Say whether there is an exact verdict on all of the usual view that the guard is unsure of.

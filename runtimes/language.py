@@ -1,5 +1,11 @@
 """The contract of every language runner: a picture and a question in, the exact verdict and an answer out.
 
+A question is a text, or the turns of a dialogue around the one picture (``models.dialogue``), written as the family's
+own chat template writes them. The exact verdict is on the picture alone: it is read where the picture stands as the
+guard was calibrated, behind the prefix of one user turn. Where a guard behind the language model would see other text
+before the picture (a system text, earlier turns), the runner reads the picture behind that prefix first, takes the
+verdict there, and reads the dialogue for the answer alone. So no text can change a verdict.
+
 It is asked in two steps so that a gate can stop between them: :meth:`LanguageRunner.prefill` runs what generation
 needs anyway and gives the exact guard's verdict where the runtime can read it there, :meth:`LanguageRunner.generate`
 goes on from that very prefill. Name law: as in ``runtimes.runner``.
@@ -17,10 +23,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from models.dialogue import Question, as_turns
 from models.errors import InputError
 from models.preprocessing import Preprocessing
 from runtimes.activation import Activated
-from runtimes.question import Reader, check_plain, prompt_tokens
+from runtimes.question import Reader, check_turns
 from runtimes.writing import Decoding, Writing
 
 __all__ = ["LanguageRunner", "Prefilled"]
@@ -57,15 +64,12 @@ class LanguageRunner(Activated):
     random_weights: bool = False
     """Whether the model is known to be a stand-in, whose answers and verdicts are noise."""
 
-    def check_question(self, question: str, max_new_tokens: int | None = None) -> None:
-        """Raise QuestionError for a question that cannot be asked, without touching the model.
+    def check_question(self, question: Question, max_new_tokens: int | None = None) -> None:
+        """Raise QuestionError for a question or dialogue that cannot be asked, without touching the model.
 
         ``max_new_tokens`` must have room in the context, too; None leaves the answer's length to what is left.
         """
-        check_plain(question)
-        reader = self._reader()
-        if reader is not None:
-            prompt_tokens(reader, question, max_new_tokens)
+        check_turns(self._reader(), as_turns(question), max_new_tokens)
 
     def _reader(self) -> Reader | None:
         """Return how this runner reads questions, None where that is not known."""
@@ -74,16 +78,16 @@ class LanguageRunner(Activated):
     def prefill(
         self,
         rgb: npt.NDArray[np.uint8],
-        question: str,
+        question: Question,
         embeddings: npt.NDArray[np.float32] | None = None,
     ) -> Prefilled:
-        """Read an H x W x 3 picture (uint8, at :attr:`preprocessing`'s size) and a question.
+        """Read an H x W x 3 picture (uint8, at :attr:`preprocessing`'s size) and a question or dialogue.
 
         ``embeddings`` (float32, T x D) is this checkpoint's projector output for the same picture, where it is at
         hand and :attr:`takes_embeddings`.
 
         Errors: InputError for another type or shape; SafeVLMError when the runner is not active; BusyError while an
-        earlier call runs.
+        earlier call runs; QuestionError for turns that the chat template does not take.
         """
         self._check_active()
         self._check_picture(rgb)
@@ -115,7 +119,7 @@ class LanguageRunner(Activated):
 
     @abc.abstractmethod
     def _prefill(
-        self, rgb: npt.NDArray[np.uint8], question: str, embeddings: npt.NDArray[np.float32] | None
+        self, rgb: npt.NDArray[np.uint8], question: Question, embeddings: npt.NDArray[np.float32] | None
     ) -> Prefilled: ...
 
     @abc.abstractmethod

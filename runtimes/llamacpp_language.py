@@ -1,14 +1,15 @@
 """The language model on llama.cpp: a folder that ``export.gguf`` wrote, answer and exact verdict from one prefill.
 
 A guard on the projector's output reads the image embeddings that mtmd makes; one behind the language model reads the
-hidden states of the image tokens in the prefill that the answer needs. Image and prefix stay in memory, so a second
-question about the same picture costs its own tokens alone.
+hidden states of the image tokens in the prefill that the answer needs, or, where a system text or earlier turns stand
+before the image, in one of the image behind the usual prefix. Image and prefix stay in memory, so a second question
+about the same picture costs its own tokens alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import BundleError, InputError, QuestionError
+from models.dialogue import ChatFormat, Question, Turn, as_turns
+from models.errors import BundleError, InputError
+from models.families import FAMILIES
+from models.gguf_manifest import GgufManifest
 from models.text_stream import TextStream
 from runtimes.gguf_artifact import GgufArtifact, open_gguf
 from runtimes.head import head_logits, pooled, softmax
@@ -82,6 +86,7 @@ class LlamaCppLanguageRunner(LanguageRunner):
         exact = manifest.head("exact")
         assert exact is not None  # the manifest's own check
         self._exact = exact
+        self._chat = chat_of(manifest, self.artifact.folder)
         self._holds = False
         self._questions: Reader | None = None
         self._weights = self.artifact.weights(exact)
@@ -97,11 +102,11 @@ class LlamaCppLanguageRunner(LanguageRunner):
             self._stops = {llama.end_of_sequence, *(end if len(end) == 1 else []), *self.artifact.manifest.ends}
             control, longest = llama.vocabulary()
             self._questions = Reader(
-                prompt=prompt,
+                chat=self._chat,
                 tokens=self._tokens,
                 name=lambda token: control[token],
                 control=control,
-                before=len(self._before) + self.artifact.manifest.image_tokens,
+                count=self._count,
                 image_tokens=self.artifact.manifest.image_tokens,
                 longest=longest,
                 context=llama.context,
@@ -110,6 +115,10 @@ class LlamaCppLanguageRunner(LanguageRunner):
     def _tokens(self, text: str) -> list[int]:
         with self.session.using() as llama:
             return llama.tokens(text)
+
+    def _count(self, turns: Sequence[Turn]) -> int:
+        around = self._chat.around(turns)
+        return len(self._tokens(around.before)) + self.artifact.manifest.image_tokens + len(self._tokens(around.after))
 
     def _reader(self) -> Reader:
         self._check_active()  # outside of a call: nothing of the model is run
@@ -121,37 +130,46 @@ class LlamaCppLanguageRunner(LanguageRunner):
             self.session.deactivate()
         self._holds, self._questions = False, None
 
-    def _prefill(self, rgb: npt.NDArray[np.uint8], question: str, embeddings: Floats | None) -> Prefilled:
-        prompt = self.artifact.manifest.prompt
-        if prompt.image_token in question:
-            raise QuestionError(
-                f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
-                "Exactly one image is asked about; leave the token out."
-            )
+    def _prefill(self, rgb: npt.NDArray[np.uint8], question: Question, embeddings: Floats | None) -> Prefilled:
+        around = self._chat.around(as_turns(question))
         image = hashlib.sha256(rgb.tobytes() + repr(rgb.shape).encode()).digest()
         with self.session.prompting() as llama:
+            before, after = llama.tokens(around.before), llama.tokens(around.after)
             prefix = llama.prefix
-            if not (isinstance(prefix, _Prefix) and prefix.runner is self and prefix.image == image):
-                prefix = self._read_image(llama, rgb, image, embeddings)
+            known = isinstance(prefix, _Prefix) and prefix.runner is self and prefix.image == image
+            if not (known and prefix.before == before):
+                prefix = self._read_image(llama, rgb, image, before, embeddings, prefix.probs if known else None)
             llama.keep(prefix.positions)
-            after = llama.tokens(prompt.after_image + question + prompt.after_question)
             llama.handle = [llama.read_text(after)]
-            tokens = len(self._before) + self.artifact.manifest.image_tokens + len(after)
+            tokens = len(before) + self.artifact.manifest.image_tokens + len(after)
             return Prefilled(prefix.probs.copy(), llama.handle, tokens)
 
     def _read_image(
-        self, llama: LlamaCpp, rgb: npt.NDArray[np.uint8], image: bytes, embeddings: Floats | None
+        self,
+        llama: LlamaCpp,
+        rgb: npt.NDArray[np.uint8],
+        image: bytes,
+        before: list[int],
+        embeddings: Floats | None,
+        probs: Floats | None,
     ) -> _Prefix:
-        """Read the prefix and the image, and the exact verdict out of that; an error leaves no prefix to go on from."""
-        llama.keep(0)
-        llama.read_text(self._before)
+        """Read a prefix and the image, and the exact verdict where it is not known; an error leaves no prefix."""
         if embeddings is None:
             embeddings = llama.encode(rgb)
-        tapped = self._exact.reads == "language_model"
-        states = llama.read_image(rgb, embeddings, tapped=tapped)
-        features = embeddings if states is None else states
-        probs = softmax(head_logits(self._weights, pooled(features, self._exact.pooling)))
-        read = _Prefix(self, image, probs, llama.position)
+        tapped = self._exact.reads == "language_model" and probs is None
+        states = None
+        if tapped and before != self._before:  # the guard is calibrated on the usual prefix alone
+            llama.keep(0)
+            llama.read_text(self._before)
+            states, tapped = llama.read_image(rgb, embeddings, tapped=True), False
+        llama.keep(0)
+        llama.read_text(before)
+        found = llama.read_image(rgb, embeddings, tapped=tapped)
+        if probs is None:
+            states = found if states is None else states
+            features = embeddings if states is None else states
+            probs = softmax(head_logits(self._weights, pooled(features, self._exact.pooling)))
+        read = _Prefix(self, image, before, probs, llama.position)
         llama.prefix = read
         return read
 
@@ -189,8 +207,22 @@ class _Prefix:
     runner: LlamaCppLanguageRunner
     image: bytes
     """SHA-256 of the pixels."""
+    before: list[int]
+    """Token ids before the image."""
     probs: Floats
+    """The exact verdict: of the image behind the usual prefix, whatever this one is."""
     positions: int
+
+
+def chat_of(manifest: GgufManifest, folder: Path) -> ChatFormat:
+    """Return the chat format of a folder's family. Raises BundleError where it is not the one that the prompt is of."""
+    family = FAMILIES.get(manifest.source.family)
+    if family is None or family.prompt != manifest.prompt.format():
+        raise BundleError(
+            f"{folder}: the prompt in gguf.json is not that of the family {manifest.source.family!r} here. Write the "
+            f"files again with this version: python -m export.gguf {manifest.source.model_option} --out DIR."
+        )
+    return family.chat
 
 
 def probe_picture(height: int, width: int) -> npt.NDArray[np.uint8]:

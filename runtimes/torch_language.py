@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from models.dialogue import Question, as_turns
 from models.errors import InputError, MissingExtraError
 from models.text_stream import TextStream
 from runtimes.language import LanguageRunner, Prefilled
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
     from models.safe_vlm import Begun, SafeVLM
 
-__all__ = ["Dtype", "TorchLanguageRunner"]
+__all__ = ["Dtype", "TorchLanguageRunner", "reader_of"]
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -73,7 +74,7 @@ class TorchLanguageRunner(LanguageRunner):
         self._vlm = vlm.to(device=device, dtype=dtype).eval()
         self.preprocessing = vlm.preprocessing
         self.classes = vlm.classes
-        self._questions = self._read_by(vlm)
+        self._questions = reader_of(vlm, self.context)
 
     def _deactivate(self) -> None:
         self._vlm = self._questions = None
@@ -83,27 +84,8 @@ class TorchLanguageRunner(LanguageRunner):
         assert self._questions is not None
         return self._questions
 
-    def _read_by(self, vlm: SafeVLM) -> Reader:
-        """Return how a loaded model reads questions."""
-        from models.prompt_tokens import IMAGE
-
-        tokenizer, around = vlm.tokenizer, vlm.prompt_ids("")
-        image_tokens = around.count(IMAGE)
-        own = int(vlm.core.config.get_text_config().max_position_embeddings)
-        return Reader(
-            prompt=vlm.family.prompt,
-            tokens=lambda text: tokenizer.encode(text, add_special_tokens=False),
-            name=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
-            control={token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-            - {tokenizer.unk_token_id},
-            before=len(around) - around[::-1].index(IMAGE),
-            image_tokens=image_tokens,
-            longest=max(len(word.encode("utf-8", "replace")) for word in tokenizer.get_vocab()),
-            context=min(own, self.context or max(MOST_CONTEXT, 2 * image_tokens)),
-        )
-
     def _prefill(
-        self, rgb: npt.NDArray[np.uint8], question: str, embeddings: npt.NDArray[np.float32] | None
+        self, rgb: npt.NDArray[np.uint8], question: Question, embeddings: npt.NDArray[np.float32] | None
     ) -> Prefilled:
         import torch
 
@@ -112,7 +94,7 @@ class TorchLanguageRunner(LanguageRunner):
         features = None
         if embeddings is not None:
             features = torch.from_numpy(embeddings[None].copy()).to(self.device, getattr(torch, self.dtype))
-        begun = vlm.begin(images, [question], features)
+        begun = vlm.begin(images, [as_turns(question)], features)
         return Prefilled(begun.guard_probs[0], [begun], begun.attention_mask.shape[-1])
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
@@ -136,6 +118,26 @@ class TorchLanguageRunner(LanguageRunner):
         if piece := text.end():
             yield piece
         writing.ended = text.stopped or writing.tokens < limit
+
+
+def reader_of(vlm: SafeVLM, context: int | None = None) -> Reader:
+    """Return how a loaded model reads questions; ``context`` is by default :class:`TorchLanguageRunner`'s."""
+    from models.prompt_tokens import IMAGE
+
+    tokenizer = vlm.tokenizer
+    image_tokens = vlm.prompt_ids("").count(IMAGE)
+    own = int(vlm.core.config.get_text_config().max_position_embeddings)
+    return Reader(
+        chat=vlm.family.chat,
+        tokens=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        name=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
+        control={token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        - {tokenizer.unk_token_id},
+        count=lambda turns: len(vlm.prompt_ids(turns)),
+        image_tokens=image_tokens,
+        longest=max(len(word.encode("utf-8", "replace")) for word in tokenizer.get_vocab()),
+        context=min(own, context or max(MOST_CONTEXT, 2 * image_tokens)),
+    )
 
 
 def _begun(handle: Any) -> Begun:

@@ -94,6 +94,8 @@ class GgufAnswerer:
     def _one(self, row: Row, picture: Image.Image) -> Row:
         begun = time.perf_counter()
         try:
+            if row.kind != "image":
+                self.runner.check_question(row.query or "", self.max_new_tokens)
             rgb = self.runner.artifact.manifest.preprocessing.apply(picture)
             prefilled = self.runner.prefill(rgb, row.query or "")
             text = None if row.kind == "image" else self.runner.generate(prefilled.handle, self.max_new_tokens)

@@ -19,7 +19,10 @@ from benchmarks.answering.answerer import (
     prompt_text,
 )
 from benchmarks.record import Row, Runtime
+from models.dialogue import as_turns
 from models.errors import InputError, SafeVLMError
+from runtimes.question import Reader, check_turns
+from runtimes.torch_language import reader_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +56,7 @@ class TorchAnswerer:
         self.grid = grid
         self._order = class_order(checkpoint.classes, classes, checkpoint.name)
         self._vlm: Any = None
+        self._reader: Reader | None = None
 
     def __enter__(self) -> Self:
         import torch
@@ -63,12 +67,13 @@ class TorchAnswerer:
             raise InputError(f"--device {self.device}: torch sees no GPU here. Take --device cpu.")
         dtype = getattr(torch, self.dtype)
         self._vlm = load_safe_vlm(self.checkpoint, dtype=dtype, grid=self.grid).to(device=self.device, dtype=dtype)
+        self._reader = reader_of(self._vlm)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._vlm = None
+        self._vlm = self._reader = None
 
     def describe(self) -> Description:
         """Return the checkpoint, torch, the family's prompt, greedy decoding."""
@@ -85,8 +90,14 @@ class TorchAnswerer:
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
-        """Answer in one batch; where it fails, row by row, so that one bad row spoils no other."""
+        """Answer in one batch; where it fails, row by row, so that one bad row spoils no other.
+
+        A question that the gate would refuse is a failed row here, too.
+        """
         try:
+            for row in rows:
+                if row.kind != "image":
+                    check_turns(self._reader, as_turns(row.query or ""), self.max_new_tokens)
             return self._together(rows, pictures)
         except SafeVLMError as error:
             if len(rows) == 1:

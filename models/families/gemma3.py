@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from models.family import HEAD_RENAME, LANGUAGE_RENAMES, Family, PromptFormat, Rename
+from models.dialogue import ChatFormat
+from models.family import HEAD_RENAME, LANGUAGE_RENAMES, Family, Rename
 
 __all__ = ["GEMMA3"]
 
@@ -21,13 +22,18 @@ GEMMA3 = Family(
     ),
     default_tap="projector",
     vision_prefixes=("model.vision_tower.", "model.multi_modal_projector."),
-    prompt=PromptFormat(
-        before_image="<bos><start_of_turn>user\n\n\n<start_of_image>",
+    chat=ChatFormat(
+        opening="<bos>",
+        system=None,
+        folded_end="\n\n",
+        user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+        assistant=("<start_of_turn>model\n", "<end_of_turn>\n"),
+        image=("\n\n<start_of_image>", "<end_of_image>\n\n"),
         image_token="<image_soft_token>",
-        after_image="<end_of_image>\n\n",
-        after_question="<end_of_turn>\n<start_of_turn>model\n",
+        answer="<start_of_turn>model\n",
         end_of_turn="<end_of_turn>",
-        before_text="<bos><start_of_turn>user\n",
+        strict=True,
+        trimmed=True,
     ),
     processor_source="google/gemma-3-12b-it",
     preprocessing={

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, OwnSetting, PromptFormat, Rename
+from models.dialogue import ChatFormat
+from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, OwnSetting, Rename
 
 __all__ = ["LLAVA", "NAMED_TOWERS", "UNNAMED_TOWER"]
 
-OPENING = (
-    "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. USER: "
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
 )
 
 LLAVA = Family(
@@ -33,13 +34,18 @@ LLAVA = Family(
     ),
     default_tap="language_model",
     vision_prefixes=("model.vision_tower.", "model.multi_modal_projector."),
-    prompt=PromptFormat(
-        before_image=OPENING,
+    # LLaVA's `conversation.py`, "vicuna_v1": no space follows the end of an answer.
+    chat=ChatFormat(
+        opening="<s>",
+        system=("", " "),
+        default_system=SYSTEM,
+        user=("USER: ", " "),
+        assistant=("ASSISTANT: ", "</s>"),
+        image=("", "\n"),
         image_token="<image>",
-        after_image="\n",
-        after_question=" ASSISTANT:",
+        answer="ASSISTANT:",
         end_of_turn="</s>",
-        before_text=OPENING,
+        strict=True,
     ),
     processor_source="openai/clip-vit-large-patch14-336",
     preprocessing={

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, PromptFormat, Rename
+from models.dialogue import ChatFormat
+from models.family import FLAT_LANGUAGE_RENAME, HEAD_RENAME, LANGUAGE_RENAMES, Family, Rename
 
 __all__ = ["QWEN2_5_VL"]
-
-OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 
 QWEN2_5_VL = Family(
     key="qwen2_5_vl",
@@ -24,13 +23,17 @@ QWEN2_5_VL = Family(
     ),
     default_tap="language_model",
     vision_prefixes=("model.visual.",),
-    prompt=PromptFormat(
-        before_image=OPENING + "<|vision_start|>",
+    chat=ChatFormat(
+        opening="",
+        system=("<|im_start|>system\n", "<|im_end|>\n"),
+        default_system="You are a helpful assistant.",
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
+        image=("<|vision_start|>", "<|vision_end|>"),
         image_token="<|image_pad|>",
-        after_image="<|vision_end|>",
-        after_question="<|im_end|>\n<|im_start|>assistant\n",
+        answer="<|im_start|>assistant\n",
         end_of_turn="<|im_end|>",
-        before_text=OPENING,
+        strict=False,
     ),
     processor_source="Qwen/Qwen2.5-VL-7B-Instruct",
     preprocessing={

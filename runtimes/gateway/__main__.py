@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import click
 from models.commandline import leave, run
 from models.errors import InputError, MissingExtraError
 from runtimes.chat_endpoint import read_key
+from runtimes.gateway.config import PREFIX, config_option, naming_its_line
 from runtimes.gateway.logs import LineHandler
 from runtimes.policy import read_policy
 from runtimes.random_weights import warn_of_random_weights
@@ -24,7 +26,8 @@ MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
 
 
-@click.command(name="gateway")
+@click.command(name="gateway", context_settings={"auto_envvar_prefix": PREFIX})
+@config_option()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle.")
 @click.option("--upstream", metavar="URL", help="OpenAI-compatible server to put the guard in front of.")
 @click.option("--model", help="Checkpoint or GGUF folder to answer here.  [default: what the bundle was made from]")
@@ -54,6 +57,7 @@ ENDING_SECONDS = 1.0
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
+@click.option("--client-keys", type=click.Path(path_type=Path), help="File of clients: hashed keys, limits a minute.")
 @click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
 @click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--max-images", type=click.IntRange(min=1), default=8, show_default=True, help="In one request.")
@@ -83,7 +87,11 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         if (error.name or "").split(".")[0] not in ("uvicorn", "fastapi", "httpx", "prometheus_client"):
             raise
         raise MissingExtraError(str(error.name), "gateway", "the gateway") from error
-    gateway = _gateway(given)
+    try:
+        gateway = _gateway(given)
+    except InputError as error:
+        raise naming_its_line(click.get_current_context(), error) from error
+    gateway = replace(gateway, again=lambda: _gateway(given))
     warn_of_random_weights(given["bundle"], gateway.gate.language)
     app = create_app(gateway)
     if gateway.upstream is not None:
@@ -93,6 +101,7 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has ended in good order
         signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGHUP, lambda *_: app.state.reload_soon())
     bound = listening(host, port)
     click.echo(f"serving on http://{host}:{bound.getsockname()[1]}", err=True)
     try:
@@ -120,6 +129,7 @@ def _threads_end() -> bool:
 
 def _gateway(given: dict[str, Any]) -> Any:
     from runtimes.gateway.app import Gateway
+    from runtimes.gateway.clients import read_clients
     from runtimes.gateway.options import GatewayOptions
 
     options = GatewayOptions(
@@ -149,7 +159,7 @@ def _gateway(given: dict[str, Any]) -> Any:
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")
-    return Gateway.open(
+    gateway = Gateway.open(
         given["bundle"],
         upstream=given["upstream"],
         model=given["model"],
@@ -161,6 +171,11 @@ def _gateway(given: dict[str, Any]) -> Any:
         precision=given["precision"],
         threads=given["threads"],
     )
+    if given["client_keys"] is None:
+        return gateway
+    if given["api_key_env"] is not None:
+        raise InputError("--client-keys and --api-key-env both say who may ask: give one of them.")
+    return replace(gateway, clients=read_clients(given["client_keys"]))
 
 
 def _key(variable: str | None) -> str | None:

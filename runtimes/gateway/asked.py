@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from runtimes.gateway.refusal import bad_request
+from models.dialogue import Role, Turn
+from models.errors import QuestionError
+from runtimes.gateway.refusal import Refusal, bad_request
 from runtimes.writing import Decoding
 
 __all__ = ["Asked", "read_asked", "wants_usage"]
 
 MOST_NEW_TOKENS = 4096
 MOST_STOPS, LONGEST_STOP = 4, 256
-SYSTEM = ("system", "developer")
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("n", (1,)),
     ("tools", ([],)),
@@ -33,12 +35,21 @@ PLAIN_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One question about one image; ``max_new_tokens`` is None where the client leaves it to us."""
+    """A dialogue about one image; ``max_new_tokens`` is None where the client leaves it to us.
 
-    question: str
+    ``numbers`` are those of the messages that the turns came from.
+    """
+
+    turns: tuple[Turn, ...]
+    numbers: tuple[int, ...]
     max_new_tokens: int | None
     decoding: Decoding
     include_usage: bool
+
+    def refusal(self, error: QuestionError) -> Refusal:
+        """Return what a client is told of a dialogue that the model cannot be asked."""
+        param = "messages" if error.turn is None else f"messages[{self.numbers[error.turn]}].{error.key}"
+        return bad_request(str(error), code=error.code, param=param)
 
 
 def read_asked(body: dict[str, Any], images: int) -> Asked:
@@ -47,9 +58,14 @@ def read_asked(body: dict[str, Any], images: int) -> Asked:
         value = body.get(key)
         if value is not None and value not in served:
             raise bad_request(f"the model in this server gives one plain answer: leave out {key!r}.", param=key)
-    question = _question(body["messages"], images)
+    if images != 1:
+        raise bad_request(
+            f"the model in this server answers about exactly one image; {images} were sent.", param="messages"
+        )
+    turns = {number: turn for number, each in enumerate(body["messages"]) if (turn := _turn(each, number)) is not None}
     return Asked(
-        question=question,
+        turns=tuple(turns.values()),
+        numbers=tuple(turns),
         max_new_tokens=_new_tokens(body),
         decoding=Decoding(
             temperature=_number(body, "temperature", 0.0, 2.0),
@@ -67,22 +83,30 @@ def wants_usage(body: dict[str, Any]) -> bool:
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
-def _question(messages: list[dict[str, Any]], images: int) -> str:
-    """Return the text of the one user turn: an earlier turn or a system text would move the image from its place."""
-    turns = [message for message in messages if message.get("role") not in SYSTEM]
-    system = [message for message in messages if message.get("role") in SYSTEM]
-    if len(turns) != 1 or turns[0].get("role") != "user" or any(_text(each).strip() for each in system):
-        raise bad_request(
-            "the model in this server was trained on one user turn, and its verdict on the image is exact there alone: "
-            "send one user message, with no system message and no earlier turns.",
-            code="unsupported_value",
-            param="messages",
+def _turn(message: dict[str, Any], number: int) -> Turn | None:
+    """Return a message as a turn, None for a system text that says nothing: it is as if it was not there.
+
+    Several texts are lines of one, and the image stands before them, as the model was trained.
+    """
+    role = ROLES.get(message["role"])
+    if role is None:
+        raise _unserved(
+            "the model in this server takes messages of system, developer, user and assistant.", f"[{number}].role"
         )
-    if images != 1:
-        raise bad_request(
-            f"the model in this server answers about exactly one image; {images} were sent.", param="messages"
-        )
-    return _text(turns[0])
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise _unserved(f"the model in this server calls no tools: leave out {key!r}.", f"[{number}].{key}")
+    content = message.get("content") or message.get("refusal") or ""
+    parts = content if isinstance(content, list) else [content]
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    texts = (part if isinstance(part, str) else part.get("text", part.get("refusal")) for part in parts)
+    text = "\n".join(each for each in texts if isinstance(each, str))
+    image = "image_url" in kinds
+    return None if role == "system" and not image and not text.strip() else Turn(role, text, image)
+
+
+def _unserved(message: str, place: str) -> Refusal:
+    return bad_request(message, code="unsupported_value", param=f"messages{place}")
 
 
 def _new_tokens(body: dict[str, Any]) -> int | None:
@@ -123,11 +147,3 @@ def _stop(value: Any) -> tuple[str, ...]:
             param="stop",
         )
     return tuple(texts)
-
-
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = (part if isinstance(part, str) else part.get("text") for part in content)
-        return "\n".join(text for text in parts if isinstance(text, str))
-    return content or ""

@@ -14,7 +14,7 @@ from runtimes.gate_result import GateResult
 from runtimes.gateway.asked import Asked
 from runtimes.gateway.judging import Judged
 from runtimes.gateway.metrics import Metrics
-from runtimes.gateway.refusal import bad_request, overloaded
+from runtimes.gateway.refusal import overloaded
 
 __all__ = ["Embedded", "Told"]
 
@@ -60,9 +60,9 @@ class Embedded:
         language = self.gate.language
         assert language is not None
         try:
-            await asyncio.to_thread(language.check_question, asked.question, asked.max_new_tokens)
+            await asyncio.to_thread(language.check_question, asked.turns, asked.max_new_tokens)
         except QuestionError as error:
-            raise bad_request(str(error), code=error.code, param="messages") from None
+            raise asked.refusal(error) from None
 
     async def answer(self, judged: Judged, asked: Asked) -> AsyncGenerator[Told, None]:
         """Yield the answer's pieces and the result; closed early, the answer is no longer written.
@@ -85,7 +85,7 @@ class Embedded:
                 return
             result = self.gate.ask(
                 judged.picture,
-                asked.question,
+                asked.turns,
                 max_new_tokens=asked.max_new_tokens,
                 decoding=asked.decoding,
                 gone=lambda: gone,

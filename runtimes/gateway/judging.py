@@ -42,6 +42,8 @@ class Judged:
     finding: Finding
     view: str | None = None
     hidden: bool = False
+    bundle: str | None = None
+    """Hash of the bundle whose guard it was."""
 
     @property
     def url(self) -> str:
@@ -132,7 +134,8 @@ class Judging:
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
         at = worst(findings, decoded.own)
-        return Judged(decoded, rows[at], findings[at], decoded.name(at), hidden=decoded.is_hidden(at))
+        bundle = getattr(getattr(self.guard.runner, "bundle", None), "digest", None)
+        return Judged(decoded, rows[at], findings[at], decoded.name(at), decoded.is_hidden(at), bundle)
 
     async def _rows(self, decoded: Decoded) -> list[npt.NDArray[np.float32]]:
         """Judge all views and tiles, so many at a time that the images of one request do not fill the queue."""

@@ -26,6 +26,10 @@ class Metrics:
         self.batch = Histogram(f"{name}_guard_batch", "Images of a guard call.", registry=registry, buckets=IMAGES)
         self.queue = Gauge(f"{name}_guard_queue", "Images that wait for the guard.", registry=registry)
         self.upstream = Counter(f"{name}_upstream_errors", "Failures of the upstream.", ["kind"], registry=registry)
+        self.reloads = Counter(f"{name}_reloads", "Reloads by what became of them.", ["outcome"], registry=registry)
+        self.clients = Counter(
+            f"{name}_client_requests", "Requests by client and outcome.", ["client", "outcome"], registry=registry
+        )
         self.in_flight = Gauge(f"{name}_in_flight", "Requests being served.", registry=registry)
 
     def text(self) -> bytes:

@@ -14,16 +14,25 @@ class Refusal(Exception):  # noqa: N818  # an answer to a client, not an error o
     """
 
     def __init__(
-        self, status: int, kind: str, message: str, *, code: str | None = None, param: str | None = None, retry: int = 0
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry: int = 0,
+        more: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.kind, self.message = status, kind, message
         self.code, self.param, self.retry = code, param, retry
+        self._more = more or {}
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers that belong to it."""
-        return {"Retry-After": str(self.retry)} if self.retry else {}
+        return {**({"Retry-After": str(self.retry)} if self.retry else {}), **self._more}
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""

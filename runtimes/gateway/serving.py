@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import socket
@@ -32,7 +31,6 @@ __all__ = [
     "NOTES",
     "ClientGone",
     "Served",
-    "check_key",
     "gone",
     "listening",
     "or_gone",
@@ -138,6 +136,8 @@ class Served:
         path = path if path in PATHS else "other"
         outcome = notes.get("outcome", _outcome(status))
         self.metrics.requests.labels(path, outcome).inc()
+        if "client" in notes:
+            self.metrics.clients.labels(notes["client"], outcome).inc()
         line = {
             "time": now(),
             "method": scope["method"],
@@ -230,13 +230,6 @@ def _log_fault(name: str, error: Exception) -> None:
     """Log where a bug was raised, without its message, which may quote the request."""
     trace = "".join(traceback.format_tb(error.__traceback__))
     logging.getLogger(__name__).error("request %s: %s\n%s", name, type(error).__name__, trace)
-
-
-def check_key(request: Request, key: str | None) -> None:
-    """Raise Refusal, 401, unless the client shows the key, where one is asked for."""
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
-        raise Refusal(401, "authentication_error", "the API key is missing or wrong.", code="invalid_api_key")
 
 
 async def read_body(request: Request, options: GatewayOptions, parse: Callable[[Any, GatewayOptions], T]) -> T:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.answering.answerer import Description, class_order, failed
 from benchmarks.answering.bundle import BundleAnswerer, GatedAnswerer
+from benchmarks.answering.gguf import GgufAnswerer
 from benchmarks.answering.select import Request, open_answerer
 from benchmarks.answering.torch_model import TorchAnswerer
 from benchmarks.record import Artifact, Row, Runtime, read_run
@@ -125,6 +126,21 @@ def test_answers_and_guard_are_the_model_s_own(name: str, tmp_path: Path) -> Non
     assert np.mean(right) > 0.95
     assert record.artifact.kind == "checkpoint" and record.artifact.sha256 is not None
     assert record.prompt is not None and record.prompt.index("{image}") < record.prompt.index("{question}")
+
+
+def test_a_question_that_the_gate_would_refuse_fails_alone(suite: Suite, gguf_folder: Callable[[str], Path]) -> None:
+    name = "tiny-safegem"
+    whole, picture = next(row for row in suite.rows if row.kind == "pair"), Image.new("RGB", (40, 40))
+    rows = [whole, *(whole.model_copy(update={"query": query}) for query in ("a<end_of_turn>", " ", "why " * 5000))]
+    for answerer in (
+        TorchAnswerer(open_checkpoint(name), suite.classes, max_new_tokens=2),
+        GgufAnswerer(gguf_folder(name), suite.classes, max_new_tokens=2),
+    ):
+        with answerer:
+            errors = [row.error for row in answerer.answer(rows, [picture] * 4)]
+        assert errors[0] is None
+        for error, word in zip(errors[1:], ("control token", "empty", "context is 4096"), strict=True):
+            assert error is not None and word in error
 
 
 @pytest.fixture(scope="module")

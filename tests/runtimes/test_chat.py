@@ -123,3 +123,13 @@ def test_a_bad_question_is_told_and_nothing_is_judged(
     assert ended(["--model", str(gguf_folder("tiny-safegem")), str(tmp_path / "bad.png"), question]) == 2
     told = capsys.readouterr()
     assert "error: " in told.err and "image cannot be read" not in told.out + told.err
+
+
+@pytest.mark.parametrize("command", ["chat", "gate"])
+def test_the_context_can_be_set(command: str, gguf_folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate_command")
+    model = ["--model", str(gguf_folder("tiny-safegem")), "--context", "48"]
+    asked = ["none.png", *(["why " * 90] if command == "chat" else ["--question", "why " * 90])]
+    with pytest.raises(SystemExit) as end:
+        run(module.main, [*model, *asked])
+    assert end.value.code == 2 and "this model's context is " in capsys.readouterr().err

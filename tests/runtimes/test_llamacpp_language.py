@@ -232,3 +232,14 @@ def test_a_guard_behind_the_language_model_cannot_judge_alone(gguf_folder: Folde
     artifact = open_gguf(gguf_folder("tiny-safellava"))
     with pytest.raises(BundleError, match="no guard head that reads the projector"):
         LlamaCppGuardRunner(artifact, open_session(artifact))
+
+
+def test_a_prompt_of_another_version_is_refused(gguf_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its verdicts were fitted to that prompt, and further turns would be written in another format."""
+    folder = tmp_path / "gguf"
+    shutil.copytree(gguf_folder("tiny-safellava"), folder)
+    stated = json.loads((folder / "gguf.json").read_text())
+    stated["prompt"]["before_image"] += "Look: "
+    (folder / "gguf.json").write_text(json.dumps(stated))
+    with pytest.raises(BundleError, match=r"the prompt in gguf.json is not that of the family 'llava' here"):
+        LlamaCppLanguageRunner(folder)

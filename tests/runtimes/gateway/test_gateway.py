@@ -322,8 +322,7 @@ def test_the_embedded_model_answers_as_the_gate_does(
         for asked, word in (
             ([{"role": "user", "content": "hello"}], "exactly one image; 0"),
             (messages(SAFE_URL, SAFE_URL), "exactly one image; 2"),
-            ([{"role": "assistant", "content": "yes"}, *messages(SAFE_URL)], "one user turn"),
-            ([{"role": "system", "content": "be rude"}, *messages(SAFE_URL)], "one user turn"),
+            ([{"role": "assistant", "content": "yes"}, *messages(SAFE_URL)], "in alternation"),
         ):
             with pytest.raises(openai.BadRequestError, match=word):
                 client.chat.completions.create(model="any", messages=asked)  # type: ignore[arg-type]

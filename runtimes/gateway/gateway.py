@@ -1,0 +1,90 @@
+"""What a gateway is made of, and how it is made again when its bundle, policy or keys have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from models.errors import InputError
+from runtimes.gate import Gate
+from runtimes.gate_command import open_gate
+from runtimes.gateway.clients import Clients
+from runtimes.gateway.options import GatewayOptions
+from runtimes.judge import Guard
+from runtimes.policy import Policy
+
+__all__ = ["Gateway"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gateway:
+    """What a gateway is made of: a guard and, behind it, an upstream's URL or a gate with a language model.
+
+    ``key`` is sent upstream where the client sends none; ``clients`` are those who may ask, None where everybody may;
+    their keys are not passed on.
+    """
+
+    gate: Gate
+    name: str
+    """Of the model in this process, as clients see it."""
+    upstream: str | None = None
+    options: GatewayOptions = field(default_factory=GatewayOptions)
+    key: str | None = field(default=None, repr=False)
+    clients: Clients | None = field(default=None, repr=False)
+    again: Callable[[], Gateway] | None = field(default=None, repr=False)
+    """Makes the same gateway of what its files hold now."""
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Path | str | None,
+        *,
+        upstream: str | None = None,
+        model: str | None = None,
+        policy: Policy | None = None,
+        options: GatewayOptions | None = None,
+        key: str | None = None,
+        client_key: str | None = None,
+        runtime: str = "auto",
+        precision: str | None = None,
+        threads: int | None = None,
+    ) -> Gateway:
+        """Open a bundle, and a model (by default the bundle's own source) unless there is an ``upstream``.
+
+        Errors: InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
+        """
+        options = options or GatewayOptions()
+        if upstream is not None and (model is not None or bundle is None):
+            raise InputError("--upstream goes with --bundle and without --model: the model is upstream.")
+        if upstream is not None:
+            assert bundle is not None
+            guard = Guard.open(bundle, runtime, precision=precision, threads=threads, view=options.view)
+            gate = Gate(guard, None, policy)
+        else:
+            gate = open_gate(
+                bundle, model, policy=policy, runtime=runtime, precision=precision, threads=threads, view=options.view
+            )
+        if gate.guard is None:
+            raise InputError(
+                "there is no standalone guard to put in front: the bundle (or GGUF folder) reads the language model. "
+                "Make one that can judge by itself: python -m export.onnx --model M --out DIR --images DIR."
+            )
+        name = Path(model).name if model is not None else "safe-vlm"
+        return cls(
+            gate=gate,
+            name=name,
+            upstream=upstream,
+            options=options,
+            key=key,
+            clients=None if client_key is None else Clients.of_key(client_key),
+        )
+
+    def renewed(self) -> Gateway:
+        """Return the same gateway, made of what its files hold now.
+
+        Raises InputError for one with a model in this process, which is not loaded twice, and what opening raises.
+        """
+        if self.again is None or self.upstream is None:
+            raise InputError("a gateway with a model in its own process is not reloaded; start it again.")
+        return replace(self.again(), again=self.again)
