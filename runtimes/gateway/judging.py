@@ -109,7 +109,8 @@ class Judging:
             if content is None:
                 assert image.url is not None
                 content = await fetch_image(image.url, image.where, self.options)
-            decoded = await self.decoding.decode(content, image.where)
+            with self.metrics.decode.time():
+                decoded = await self.decoding.decode(content, image.where)
         finally:
             self.batching.coming -= 1
         with self._hold(decoded.pixels.nbytes):

@@ -288,7 +288,8 @@ class _Sent:
     async def __aenter__(self) -> httpx.Response:
         upstream = self._upstream
         try:
-            self._response = await upstream._open().send(self._request, stream=True)
+            with upstream.metrics.answer.time():
+                self._response = await upstream._open().send(self._request, stream=True)
         except httpx.HTTPError as error:
             raise upstream._failed(error) from None
         if self._response.is_redirect:
