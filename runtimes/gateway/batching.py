@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ Row = npt.NDArray[np.float32]
 class _Waiting:
     pixels: Pixels
     answer: asyncio.Future[Row]
+    since: float
 
 
 class Batching:
@@ -81,7 +83,7 @@ class Batching:
 
         Errors: Refusal when too many wait, the guard fails, or its time is over.
         """
-        waiting = _Waiting(pixels, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(pixels, asyncio.get_running_loop().create_future(), time.perf_counter())
         try:
             self._queue.put_nowait(waiting)
         except asyncio.QueueFull:
@@ -98,6 +100,9 @@ class Batching:
             await self._fill(batch)
             self.metrics.queue.set(self._queue.qsize())
             batch = [each for each in batch if not each.answer.done()]  # whose client gave up is not judged
+            now = time.perf_counter()
+            for each in batch:
+                self.metrics.waited.observe(now - each.since)
             if batch:
                 self._running = self._thread.submit(self._judge, [each.pixels for each in batch])
                 found = await asyncio.wrap_future(self._running)

@@ -124,7 +124,8 @@ class Judging:
             if content is None:
                 assert image.url is not None
                 content = await fetch_image(image.url, image.where, self.options)
-            decoded = await self.decoders.decode(content, image.where)
+            with self.metrics.decode.time():
+                decoded = await self.decoders.decode(content, image.where)
             self._hold(decoded)
         finally:
             self.batching.coming -= 1

@@ -136,6 +136,8 @@ class Served:
         path = path if path in PATHS else "other"
         outcome = notes.get("outcome", _outcome(status))
         self.metrics.requests.labels(path, outcome).inc()
+        if scope["path"] not in UNCOUNTED:
+            self.metrics.total.observe(ms / 1000)
         if "client" in notes:
             self.metrics.clients.labels(notes["client"], outcome).inc()
         line = {

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import socket
 import ssl
 import time
@@ -44,6 +45,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 MAX_NODES, MAX_DEPTH = 500_000, 100
 """Of an answer's JSON; the log probabilities of 20 tokens a place are many."""
 PROBE_SECONDS = 5.0
+PROBED_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 NOT_SERVED = (404, 405)
@@ -79,6 +81,8 @@ class HttpUpstream:
             )
         self.url, self.options, self.metrics, self._key = str(parsed), options, metrics, key
         self._client: httpx.AsyncClient | None = None
+        self._reaching = asyncio.Lock()
+        self._reached = (-math.inf, False)
 
     async def __aenter__(self) -> HttpUpstream:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.options.max_concurrent)
@@ -90,12 +94,18 @@ class HttpUpstream:
             await self._client.aclose()
 
     async def reachable(self) -> bool:
-        """Say whether the upstream answers at all."""
-        try:
-            async with self._open().stream("GET", f"{self.url}/models", timeout=2.0):
-                return True
-        except httpx.HTTPError:
-            return False
+        """Say whether the upstream answers at all; it is asked once a second, however often this is."""
+        async with self._reaching:
+            asked, answered = self._reached
+            if time.monotonic() - asked < PROBED_SECONDS:
+                return answered
+            try:
+                async with self._open().stream("GET", f"{self.url}/models", timeout=2.0):
+                    answered = True
+            except httpx.HTTPError:
+                answered = False
+            self._reached = (time.monotonic(), answered)
+            return answered
 
     async def models(self, headers: Mapping[str, str], name: str | None = None) -> Passed:
         """Return what the upstream says of its models, or of one. Raises Refusal."""
@@ -288,7 +298,8 @@ class _Sent:
     async def __aenter__(self) -> httpx.Response:
         upstream = self._upstream
         try:
-            self._response = await upstream._open().send(self._request, stream=True)
+            with upstream.metrics.answer.time():
+                self._response = await upstream._open().send(self._request, stream=True)
         except httpx.HTTPError as error:
             raise upstream._failed(error) from None
         if self._response.is_redirect:

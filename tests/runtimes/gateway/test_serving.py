@@ -95,7 +95,7 @@ def test_a_bug_is_answered_and_logged_without_what_was_asked(
     def fault(*_: Any, **__: Any) -> Any:
         raise RuntimeError(secret)
 
-    monkeypatch.setattr("runtimes.gateway.app.safe_vlm", fault)
+    monkeypatch.setattr("runtimes.gateway.running.safe_vlm", fault)
     with caplog.at_level(logging.DEBUG), serving(Gateway.open(bundle, upstream=upstream.url)) as url:
         found = ask(url, {"messages": messages(SAFE_URL)})
         assert found.status_code == 500 and found.json()["error"]["type"] == "server_error"
