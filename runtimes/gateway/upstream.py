@@ -13,6 +13,7 @@ import logging
 import math
 import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from runtimes.gateway.json_bounds import check_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, no_such_model, upstream_error
-from runtimes.gateway.threads import json_thread, off_loop
+from runtimes.gateway.threads import off_loop
 from runtimes.gateway.upstream_errors import MAX_ERROR, stated_error, upstream_words
 
 __all__ = ["Events", "HttpUpstream", "Passed", "check_speaks_http"]
@@ -225,7 +226,9 @@ class HttpUpstream:
         return None if self._key is None or "authorization" in headers else self._key.encode("latin-1")
 
     async def _request(self, body: dict[str, Any], headers: Mapping[str, str], silence: float | None) -> httpx.Request:
-        content = await json_thread(lambda: json.dumps(body).encode("ascii"))  # images are large
+        came = headers.get("content-length", "")  # what is written is at most half as large again
+        size = int(came) if came.isascii() and came.isdigit() else sys.maxsize
+        content = await off_loop(size, lambda: json.dumps(body).encode("ascii"))
         url = f"{self.url}/chat/completions"
         more: dict[str, Any] = {"headers": self._headers(headers), "timeout": self._times(silence)}
         return self._open().build_request("POST", url, content=content, **more)
