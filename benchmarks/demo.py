@@ -18,17 +18,17 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.findings import EXIT_CODES
-from export.heads import HeadRequest
+from benchmarks.comparison.findings import EXIT_CODES
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import Picture, build_suite
+from export.guard.heads import HeadRequest
+from export.guard.options import PARITY_IMAGES, print_manifest, source_options
 from export.onnx import export_with_progress
-from export.options import PARITY_IMAGES, print_manifest, source_options
-from models.checkpoint import open_checkpoint
-from models.commandline import run
-from models.errors import SafeVLMError
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import Picture, build_suite
-from runtimes.judge import Guard
-from runtimes.verdict import Judgement
+from runtimes.guard.judge import Guard
+from runtimes.guard.verdict import Judgement
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import SafeVLMError
+from safevlm.terminal.commandline import run
 
 __all__ = ["contact_sheet"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
-from models.commandline import printable, run
-from models.draft import draft_of, publish
-from models.errors import InputError
-from models.holisafe_mini.scene import PARTS, draw
-from models.holisafe_mini.suite import Answered, Suite, build_suite
-from models.storage import storing
+from calibration.holisafe_mini.scene import PARTS, draw
+from calibration.holisafe_mini.suite import Answered, Suite, build_suite
+from safevlm.errors import InputError
+from safevlm.files.draft import draft_of, publish
+from safevlm.files.storage import storing
+from safevlm.terminal.commandline import printable, run
 
 __all__ = ["PAIRS_FILE", "QUESTIONS_FILE", "write_suite"]
 

@@ -23,9 +23,9 @@ import click
 
 from benchmarks.judges.cache import AnswerCache
 from benchmarks.judges.stored import ScoreWriter, check_label
-from benchmarks.record import Row, Run, read_run
-from models.commandline import printable, run
-from models.errors import InputError, MissingExtraError
+from benchmarks.runs.record import Row, Run, read_run
+from safevlm.errors import InputError, MissingExtraError
+from safevlm.terminal.commandline import printable, run
 
 if TYPE_CHECKING:
     from benchmarks.judges.endpoint import EndpointJudge, Verdict
@@ -154,9 +154,9 @@ def _judge(
     api_key_env: str | None,
 ) -> EndpointJudge:
     try:
+        from benchmarks.judges.chat_endpoint import ChatServer, Patience, read_key
         from benchmarks.judges.endpoint import EndpointJudge
         from benchmarks.judges.images import ShownImages
-        from runtimes.chat_endpoint import ChatServer, Patience, read_key
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.commandline import run
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import build_suite
-from models.preprocessing import Preprocessing
-from models.safe_vlm import SafeVLM
-from runtimes.tiling import ViewMode, judged_pixels
-from runtimes.verdict import DEFAULT_BLOCK
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import build_suite
+from runtimes.guard.verdict import DEFAULT_BLOCK
+from runtimes.images.tiling import ViewMode, judged_pixels
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.network.safe_vlm import SafeVLM
+from safevlm.terminal.commandline import run
 
 __all__ = ["Found", "measure_views"]
 
@@ -121,8 +121,8 @@ def _p_unsafe(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator
 @click.option("--json", "as_json", is_flag=True, help="Print one object a line.")
 def main(names: Sequence[str], scenes: int, as_json: bool) -> None:
     """Paste unsafe and safe scenes into large images, and say which of them each --view blocks."""
-    from models.checkpoint import open_checkpoint
-    from models.safe_vlm import load_safe_vlm
+    from safevlm.checkpoint.checkpoint import open_checkpoint
+    from safevlm.network.safe_vlm import load_safe_vlm
 
     for name in names:
         vlm = load_safe_vlm(open_checkpoint(name)).eval()

@@ -18,19 +18,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks.random_vlm import config_and_class
-from benchmarks.shapes import VisionShape, find_shape, shape_names
-from models.checkpoint import RANDOM_KEY, open_checkpoint
-from models.commandline import printable, run
-from models.draft import draft_of, publish
-from models.errors import InputError
-from models.family import HEAD_PREFIX
-from models.filling import on_meta
-from models.guard_head import standard_classes
-from models.reference import GuardHead
-from models.storage import check_room, shown_bytes, storing
-from models.tiny.blueprints import BLUEPRINTS
-from quantize.artifact import Piece, copy_light_files, stored_name, write_bytes, write_shards
+from benchmarks.shapes.random_vlm import config_and_class
+from benchmarks.shapes.shapes import VisionShape, find_shape, shape_names
+from benchmarks.tiny.blueprints import BLUEPRINTS
+from quantize.streamed.artifact import Piece, copy_light_files, stored_name, write_bytes, write_shards
+from safevlm.checkpoint.checkpoint import RANDOM_KEY, open_checkpoint
+from safevlm.checkpoint.family import HEAD_PREFIX
+from safevlm.checkpoint.guard_head import standard_classes
+from safevlm.errors import InputError
+from safevlm.files.draft import draft_of, publish
+from safevlm.files.storage import check_room, shown_bytes, storing
+from safevlm.network.filling import on_meta
+from safevlm.network.reference import GuardHead
+from safevlm.terminal.commandline import printable, run
 
 __all__ = ["Layout", "write_random_checkpoint"]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 
-from benchmarks.comparison import Comparison, compare
-from benchmarks.findings import Findings, Line
-from benchmarks.margins import Margins, read_margins
-from benchmarks.record import Run, read_run
-from models.commandline import printable, run
-from models.errors import InputError
-from models.storage import check_writable
+from benchmarks.comparison.compare import Comparison, compare
+from benchmarks.comparison.findings import Findings, Line
+from benchmarks.comparison.margins import Margins, read_margins
+from benchmarks.runs.record import Run, read_run
+from safevlm.errors import InputError
+from safevlm.files.storage import check_writable
+from safevlm.terminal.commandline import printable, run
 
 __all__ = ["main", "summary_lines"]
 

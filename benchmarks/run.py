@@ -14,16 +14,16 @@ from typing import Any
 import click
 from PIL import Image
 
-from benchmarks.answering.answerer import Answerer, failed
-from benchmarks.answering.select import Request, open_answerer
-from benchmarks.record import RECORD_NAME, Row, RunRecord, RunWriter, check_new, read_run
+from benchmarks.runs.answering.answerer import Answerer, failed
+from benchmarks.runs.answering.select import Request, open_answerer
+from benchmarks.runs.record import RECORD_NAME, Row, RunRecord, RunWriter, check_new, read_run
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import Suite
-from models.commandline import grid_option, printable, run
-from models.errors import ImageFileError, InputError
-from models.machine import machine_name, now
-from models.version import VERSION
-from runtimes.view_option import view_option
+from runtimes.images.view_option import view_option
+from safevlm.errors import ImageFileError, InputError
+from safevlm.machine import machine_name, now
+from safevlm.terminal.commandline import grid_option, printable, run
+from safevlm.version import VERSION
 
 __all__ = ["batches", "run_suite"]
 

@@ -16,10 +16,10 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.margins import Margins
+from benchmarks.comparison.margins import Margins
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, Tally, keep_for_churn, simulate, spread_over
 from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
-from models.commandline import run
+from safevlm.terminal.commandline import run
 
 __all__ = ["PROFILES", "SUITES", "Profile", "build", "measure_errors", "summary"]
 

@@ -16,15 +16,15 @@ import click
 import numpy as np
 import torch
 
-from calibration.conversations import Sample, read_conversations
-from calibration.refusals import is_refusal
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import grid_option, printable, run
-from models.errors import InputError
-from models.json_file import replace_file
-from models.prompt_tokens import answer_ids
-from models.safe_vlm import SafeVLM, load_safe_vlm
-from models.storage import check_writable
+from calibration.sets.conversations import Sample, read_conversations
+from calibration.sets.refusals import is_refusal
+from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.errors import InputError
+from safevlm.files.json_file import replace_file
+from safevlm.files.storage import check_writable
+from safevlm.network.prompt_tokens import answer_ids
+from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+from safevlm.terminal.commandline import grid_option, printable, run
 
 __all__ = ["Answer", "own_answers", "pictures_of", "whole_model_bytes"]
 

@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibration.fidelity import fidelity
-from calibration.labels import content_of, read_labels
-from calibration.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
-from calibration.student import Fit, Split, fit_head, split_by_content
-from calibration.teacher import Lesson, check_tap, teach
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import grid_option, printable, run
-from models.distilled_head import DistilledHead
-from models.errors import CheckpointError, InputError
-from models.hub import TINY_CHECKPOINTS
-from models.pooling import POOLINGS, Pooling
-from models.preprocessing import Preprocessing
-from models.reference import guard_sha256
-from models.storage import check_writable
+from calibration.distilling.fidelity import fidelity
+from calibration.distilling.student import Fit, Split, fit_head, split_by_content
+from calibration.distilling.teacher import Lesson, check_tap, teach
+from calibration.labelled.labels import content_of, read_labels
+from calibration.sets.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
+from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import CheckpointError, InputError
+from safevlm.files.storage import check_writable
+from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.pooling import POOLINGS, Pooling
+from safevlm.network.reference import guard_sha256
+from safevlm.terminal.commandline import grid_option, printable, run
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
 

@@ -18,19 +18,19 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.judged_images import NAMES_SHOWN, TileCost, judge_images, scores_of, tile_cost
-from calibration.labels import LabelledImage, Labels, read_labels
-from calibration.risk_control import Bands, Method, Promise, fit_bands, measure
-from models.commandline import printable, run
-from models.errors import BundleError, InputError
-from models.manifest import GuardFile, Manifest, Thresholds
-from models.manifest_fields import ViewMode
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.runner import GuardRunner
-from runtimes.tiling import checked_mode
-from runtimes.verdict import safe_index
-from runtimes.view_option import view_option
+from calibration.labelled.judged_images import NAMES_SHOWN, TileCost, judge_images, scores_of, tile_cost
+from calibration.labelled.labels import LabelledImage, Labels, read_labels
+from calibration.labelled.risk_control import Bands, Method, Promise, fit_bands, measure
+from runtimes.guard.bundle import Bundle, open_bundle
+from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.guard.runner import GuardRunner
+from runtimes.guard.verdict import safe_index
+from runtimes.images.tiling import checked_mode
+from runtimes.images.view_option import view_option
+from safevlm.contract.manifest import GuardFile, Manifest, Thresholds
+from safevlm.contract.manifest_fields import ViewMode
+from safevlm.errors import BundleError, InputError
+from safevlm.terminal.commandline import printable, run
 
 __all__ = ["Fitted", "fit_bundle"]
 
@@ -67,9 +67,9 @@ def fit_bundle(
     file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
     ONNX files are asked on ``runtime``, ``onnxruntime`` or ``openvino``: the one that will run them.
 
-    What is promised is promised for images judged as ``view`` says (see ``runtimes.tiling``). Where images have tiles,
-    a tile of one harm and another of a second could each be held to a band of its own, which no promise is known for:
-    then there is one band for all.
+    What is promised is promised for images judged as ``view`` says (see ``runtimes.images.tiling``). Where images have
+    tiles, a tile of one harm and another of a second could each be held to a band of its own, which no promise is known
+    for: then there is one band for all.
 
     Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
     for too few or unreadable images. The manifest is then as it was.
@@ -146,11 +146,11 @@ def _enter(folder: Path, fitted: Sequence[Thresholds]) -> Manifest:
 
 def _runner(bundle: Bundle, file: GuardFile, runtime: str) -> GuardRunner:
     if file.kind == "engine":
-        from runtimes.tensorrt_runner import TensorRTRunner
+        from runtimes.guard.tensorrt_runner import TensorRTRunner
 
         return TensorRTRunner(bundle, file)
     if runtime == "openvino":
-        from runtimes.openvino_runner import OpenVinoRunner
+        from runtimes.guard.openvino_runner import OpenVinoRunner
 
         return OpenVinoRunner(bundle, file)
     return OnnxRuntimeRunner(bundle, file)

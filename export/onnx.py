@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import bundle_draft, check_destination, origin_of, remove_file, write_manifest
-from export.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
-from export.half_precision import check_reference, fitting, half_fault, watched
-from export.heads import HeadRequest, find_head
-from export.images import FEWEST_HELD_OUT, MOST_HELD_OUT, parity_images
-from export.images import int8_images as pictures_for_int8
-from export.int8 import FLAVOURS, Int8Limits, add_int8, default_file
-from export.left_out import LeftOut
-from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
-from export.parts import Part, batches, describe_part, write_part
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import grid_option, run
-from models.distilled_head import DistilledHead
-from models.errors import InputError, ParityError, PrecisionError
-from models.family import TapSource
-from models.machine import now, return_freed_memory
-from models.manifest import GuardFile, Head, Manifest
-from models.preprocessing import Preprocessing
-from models.reference import GuardModel, VisionPath, build_head, build_reference_guard, build_vision
-from models.version import VERSION
+from export.guard.bundle import bundle_draft, check_destination, origin_of, remove_file, write_manifest
+from export.guard.graph import PRECISIONS, Precision, build_graph, build_head_graph, build_vision_graph
+from export.guard.half_precision import check_reference, fitting, half_fault, watched
+from export.guard.heads import HeadRequest, find_head
+from export.guard.images import FEWEST_HELD_OUT, MOST_HELD_OUT, parity_images
+from export.guard.images import int8_images as pictures_for_int8
+from export.guard.int8 import FLAVOURS, Int8Limits, add_int8, default_file
+from export.guard.left_out import LeftOut
+from export.guard.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
+from export.guard.parts import Part, batches, describe_part, write_part
+from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.checkpoint.family import TapSource
+from safevlm.contract.manifest import GuardFile, Head, Manifest
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import InputError, ParityError, PrecisionError
+from safevlm.machine import now, return_freed_memory
+from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.reference import GuardModel, VisionPath, build_head, build_reference_guard, build_vision
+from safevlm.terminal.commandline import grid_option, run
+from safevlm.version import VERSION
 
 __all__ = ["ExportOptions", "export_guard"]
 

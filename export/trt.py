@@ -20,24 +20,24 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from export.batches import batch_size
-from export.engine import Device, MakeRunner, add_engine, current_engine, judge_of, require_precisions
-from export.heads import HeadRequest
-from export.images import parity_images
-from export.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
-from export.tensorrt_builder import EngineOptions, EnginePrecision, Report, builder_api
-from models.commandline import grid_option, printable, run
-from models.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
-from models.manifest import Manifest
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.cuda import current_gpu, free_memory, load_cuda
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.runner import GuardOutput
-from runtimes.tensorrt_runner import TensorRTRunner, import_tensorrt
+from export.guard.batches import batch_size
+from export.guard.heads import HeadRequest
+from export.guard.images import parity_images
+from export.guard.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
+from export.tensorrt.builder import EngineOptions, EnginePrecision, Report, builder_api
+from export.tensorrt.engine import Device, MakeRunner, add_engine, current_engine, judge_of, require_precisions
+from runtimes.guard.bundle import Bundle, open_bundle
+from runtimes.guard.cuda import current_gpu, free_memory, load_cuda
+from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.guard.runner import GuardOutput
+from runtimes.guard.tensorrt_runner import TensorRTRunner, import_tensorrt
+from safevlm.contract.manifest import Manifest
+from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
+from safevlm.terminal.commandline import grid_option, printable, run
 
 if TYPE_CHECKING:
-    from models.checkpoint import Checkpoint
-    from models.family import TapSource
+    from safevlm.checkpoint.checkpoint import Checkpoint
+    from safevlm.checkpoint.family import TapSource
 
 __all__ = ["EngineRequest", "build_into", "default_timing_cache", "device_command", "find_device"]
 
@@ -93,7 +93,7 @@ def build_into(
     """Give ``bundle`` an engine for ``device``; return its manifest and whether one was built.
 
     Errors: BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
-    and those of :func:`export.engine.add_engine`.
+    and those of :func:`export.tensorrt.engine.add_engine`.
     """
     options = request.options
     source = builder_api(device.version).source_precision(options.precision)
@@ -236,7 +236,7 @@ def main(
         _refuse_with_bundle(**given, guard=guard, labels=labels, embeddings=embeddings or None)
         opened = open_bundle(bundle)
     elif model is not None:
-        from models.checkpoint import open_checkpoint
+        from safevlm.checkpoint.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(model, tap=tap, revision=revision)
         opened = _export(checkpoint, out, request, head, embeddings=embeddings)

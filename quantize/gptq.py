@@ -14,20 +14,20 @@ from typing import Any, cast
 import click
 from rich.console import Console
 
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.commandline import run
-from models.errors import InputError
-from models.machine import return_freed_memory
-from models.quantized import BITS
-from models.version import VERSION
-from quantize.auto_bits import auto_plan
-from quantize.compress import compress
-from quantize.gptq_method import Gptq
-from quantize.grid import Scheme
-from quantize.layers import LINEARS, SHARED_INPUTS
-from quantize.options import calibration_of, finish, progress_on, run_of, shared_options
-from quantize.settings import Plan
-from quantize.solver import ActOrder, SolveOptions
+from quantize.bits.auto_bits import auto_plan
+from quantize.methods.gptq_method import Gptq
+from quantize.methods.grid import Scheme
+from quantize.methods.settings import Plan
+from quantize.methods.solver import ActOrder, SolveOptions
+from quantize.streamed.compress import compress
+from quantize.streamed.layers import LINEARS, SHARED_INPUTS
+from quantize.streamed.options import calibration_of, finish, progress_on, run_of, shared_options
+from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.checkpoint.weights.quantized import BITS
+from safevlm.errors import InputError
+from safevlm.machine import return_freed_memory
+from safevlm.terminal.commandline import run
+from safevlm.version import VERSION
 
 __all__ = ["gptq_plan", "quantization_config"]
 

@@ -13,16 +13,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from models.checkpoint import open_checkpoint
-from models.commandline import run
-from models.errors import InputError
-from models.machine import return_freed_memory
-from quantize.compress import compress
-from quantize.int8_method import STRENGTHS, W8A8
-from quantize.layers import LINEARS
-from quantize.options import calibration_of, finish, progress_on, run_of, shared_options
-from quantize.settings import Plan
-from quantize.solver import SolveOptions
+from quantize.methods.int8_method import STRENGTHS, W8A8
+from quantize.methods.settings import Plan
+from quantize.methods.solver import SolveOptions
+from quantize.streamed.compress import compress
+from quantize.streamed.layers import LINEARS
+from quantize.streamed.options import calibration_of, finish, progress_on, run_of, shared_options
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import InputError
+from safevlm.machine import return_freed_memory
+from safevlm.terminal.commandline import run
 
 __all__ = ["int8_plan", "quantization_config"]
 

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from models.commandline import printable, run
-from runtimes.gate_command import ended, open_gate, open_told
-from runtimes.view_option import view_option
+from runtimes.gate.command import ended, open_gate, open_told
+from runtimes.images.view_option import view_option
+from safevlm.terminal.commandline import printable, run
 
 if TYPE_CHECKING:
-    from runtimes.tiling import ViewMode
+    from runtimes.images.tiling import ViewMode
 
 __all__ = ["open_chat"]
 
 open_chat = open_gate
-"""A gate around a guard and what answers; see :func:`runtimes.gate_command.open_gate`."""
+"""A gate around a guard and what answers; see :func:`runtimes.gate.command.open_gate`."""
 
 
 @click.command(name="chat")

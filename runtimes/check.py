@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from models.commandline import run
-from models.printable import one_line
-from runtimes.view_option import view_option
+from runtimes.images.view_option import view_option
+from safevlm.terminal.commandline import run
+from safevlm.terminal.printable import one_line
 
 if TYPE_CHECKING:
-    from models.image_folder import FolderContent
-    from runtimes.judge import Guard
-    from runtimes.tiling import ViewMode
-    from runtimes.verdict import Judgement
+    from runtimes.guard.judge import Guard
+    from runtimes.guard.verdict import Judgement
+    from runtimes.images.tiling import ViewMode
+    from safevlm.images.image_folder import FolderContent
 
 __all__ = ["BLOCKED", "exit_code", "main", "table"]
 
@@ -68,8 +68,8 @@ def main(
     Exits with 0 when every file was judged and is allowed, 10 when one is blocked or unsure, 2 when one was not judged
     and none is blocked.
     """
-    from runtimes.judge import Guard
-    from runtimes.random_weights import warn_of_random_weights
+    from runtimes.guard.judge import Guard
+    from runtimes.guard.random_weights import warn_of_random_weights
 
     found = _expand(images)
     opened = Guard.open(bundle, runtime, precision=precision, threads=threads, view=view)
@@ -140,8 +140,8 @@ class _Found:
         self.others += content.others
 
     def judge(self, guard: Guard) -> list[Judgement]:
-        from models.image_folder import not_read
-        from runtimes.verdict import Judgement
+        from runtimes.guard.verdict import Judgement
+        from safevlm.images.image_folder import not_read
 
         readable = [path for path, problem in self.images if problem is None]
         judged = _with_progress(guard.stream(readable), len(readable))
@@ -154,7 +154,7 @@ class _Found:
 
     def told(self) -> str:
         """Return the line that names what was not judged."""
-        from models.image_folder import shown_names
+        from safevlm.images.image_folder import shown_names
 
         are = "file is not an image and was" if len(self.others) == 1 else "files are not images and were"
         return f"{len(self.others)} {are} not judged: {shown_names(self.others)}"
@@ -162,7 +162,7 @@ class _Found:
 
 def _expand(paths: Iterable[Path]) -> _Found:
     """Look into each folder. Raises InputError for one without images."""
-    from models.image_folder import no_images, read_folder
+    from safevlm.images.image_folder import no_images, read_folder
 
     found = _Found()
     for path in paths:

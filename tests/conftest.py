@@ -18,7 +18,7 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def folder(name: str) -> Path:
         if name not in made:
             from export.gguf.artifact import GgufOptions, export_gguf
-            from models.checkpoint import open_checkpoint
+            from safevlm.checkpoint.checkpoint import open_checkpoint
 
             out = tmp_path_factory.mktemp("gguf") / name
             export_gguf(open_checkpoint(name), out, GgufOptions(type="f16", parity_images=2))

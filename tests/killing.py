@@ -37,7 +37,7 @@ MODULES = (
     "benchmarks.run",
     "benchmarks.judge",
     "benchmarks.judges.endpoint",
-    "runtimes.onnxruntime_runner",
+    "runtimes.guard.onnxruntime_runner",
     "tests.replacing",
     "benchmarks.holisafe_mini",
     "benchmarks.random_checkpoint",
@@ -144,7 +144,7 @@ def _place(event: str, arguments: tuple[Any, ...]) -> str:
 
 
 def _child(request: dict[str, Any], report: int, said: int) -> None:
-    from models.commandline import run
+    from safevlm.terminal.commandline import run
 
     os.dup2(said, 2)
     os.close(1)
@@ -171,7 +171,7 @@ def _child(request: dict[str, Any], report: int, said: int) -> None:
 def _serve() -> None:
     import torch
 
-    from calibration.student import fit_head
+    from calibration.distilling.student import fit_head
 
     torch.set_num_threads(1)
     for name in MODULES:

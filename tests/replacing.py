@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-import models.draft
-from export.bundle import bundle_draft
+import safevlm.files.draft
+from export.guard.bundle import bundle_draft
 
 
 @click.command()
@@ -17,6 +17,6 @@ from export.bundle import bundle_draft
 @click.option("--exchange/--no-exchange", default=True, help="Whether the file system can exchange two names.")
 def main(source: Path, out: Path, exchange: bool) -> None:
     if not exchange:
-        models.draft._exchange = lambda *_: False
+        safevlm.files.draft._exchange = lambda *_: False
     with bundle_draft(out) as draft:
         shutil.copytree(source, draft, dirs_exist_ok=True)

@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
-    "models": set(),
-    "calibration": {"models", "runtimes"},  # thresholds are fitted through the runner that will judge
-    "quantize": {"models", "calibration"},
-    "runtimes": {"models"},
-    "export": {"models", "calibration", "quantize", "runtimes"},
-    "benchmarks": {"models", "calibration", "quantize", "runtimes", "export"},
+    "safevlm": set(),
+    "calibration": {"safevlm", "runtimes"},  # thresholds are fitted through the runner that will judge
+    "quantize": {"safevlm", "calibration"},
+    "runtimes": {"safevlm"},
+    "export": {"safevlm", "calibration", "quantize", "runtimes"},
+    "benchmarks": {"safevlm", "calibration", "quantize", "runtimes", "export"},
 }
 HEAVY = {"torch", "transformers", "onnx", "scipy", "huggingface_hub"}
 
@@ -38,18 +38,18 @@ def test_nothing_imports_upwards(folder: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "runtimes.judge",
+        "runtimes.guard.judge",
         "runtimes.check",
         "runtimes.gate",
-        "runtimes.gate_command",
-        "runtimes.torch_language",
-        "runtimes.openvino_runner",
-        "runtimes.llamacpp_language",
+        "runtimes.gate.command",
+        "runtimes.language.torch_language",
+        "runtimes.guard.openvino_runner",
+        "runtimes.language.llamacpp_language",
         "runtimes.chat",
         "runtimes.gateway.app",
-        "models.image",
-        "models.preprocessing",
-        "models.manifest",
+        "safevlm.images.image",
+        "safevlm.contract.preprocessing",
+        "safevlm.contract.manifest",
         "export.trt",
     ],
 )

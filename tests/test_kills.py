@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.draft import remove_abandoned
-from models.manifest import Manifest
-from runtimes.bundle import open_bundle
+from runtimes.guard.bundle import open_bundle
+from safevlm.contract.manifest import Manifest
+from safevlm.files.draft import remove_abandoned
 from tests.benchmarks.judges.server import judging, make_run, pairs
 from tests.killing import TEXT_ROW, Warm
 from tests.runtimes.bundles import write_bundle

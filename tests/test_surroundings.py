@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.judges.server import judging, make_run
-from tests.benchmarks.runs import pair_rows
+from tests.benchmarks.runs.sample_runs import pair_rows
 from tests.killing import TEXT_ROW, Warm
 from tests.runtimes.bundles import picture, write_bundle
 
@@ -99,7 +99,7 @@ def test_every_command_says_that_its_answer_was_lost(parent: Warm, tmp_path: Pat
     assert len(COMMANDS) > 20
     for command in COMMANDS:
         name = f"{command}.__main__" if (ROOT / command.replace(".", "/")).is_dir() else command
-        module = {"runtimes.gate": "runtimes.gate_command"}.get(name, name)
+        module = {"runtimes.gate": "runtimes.gate.command"}.get(name, name)
         ended = parent.run(module, "--help", under=tmp_path, stdout="/dev/full")
         assert ended.code == 2 and "standard output cannot be written" in ended.said, (command, ended.said)
 
@@ -164,8 +164,8 @@ def test_a_judge_whose_place_is_full_keeps_what_it_scored(parent: Warm, tmp_path
 SLOW = """
 import click, signal, threading
 from pathlib import Path
-from models.commandline import run
-from models.draft import draft_of
+from safevlm.terminal.commandline import run
+from safevlm.files.draft import draft_of
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 for number in (signal.SIGTERM, signal.SIGHUP):

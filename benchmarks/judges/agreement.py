@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from calibration.rows import file_bytes, rows_of
-from calibration.tables import TABLE_SUFFIXES, Columns, cleaned, truth
-from models.errors import InputError, MissingExtraError
-from models.json_file import first_problem
+from calibration.labelled.rows import file_bytes, rows_of
+from calibration.labelled.tables import TABLE_SUFFIXES, Columns, cleaned, truth
+from safevlm.errors import InputError, MissingExtraError
+from safevlm.files.json_file import first_problem
 
 __all__ = ["Agreement", "Quality", "agreement", "judge_quality", "read_labels"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from models.errors import InputError
-from models.machine import now
+from safevlm.errors import InputError
+from safevlm.machine import now
 
 if TYPE_CHECKING:
     from typing_extensions import Self

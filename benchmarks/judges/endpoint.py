@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.judges.cache import AnswerCache
+from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer
 from benchmarks.judges.images import ShownImages
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import settled, wants_refusal
 from benchmarks.judges.prompt import prompt_identity, tell
 from benchmarks.judges.reply import parse_reply
-from benchmarks.record import Row
-from models.errors import ImageFileError, InputError
-from runtimes.chat_endpoint import ChatEndpoint, ChatServer
+from benchmarks.runs.record import Row
+from safevlm.errors import ImageFileError, InputError
 
 __all__ = ["EndpointJudge", "Source", "Verdict"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import GATED, score_by_refusal
-from benchmarks.record import Row
-from models.holisafe_mini.questions import is_refusal
-from models.holisafe_mini.scene import world
+from benchmarks.runs.record import Row
+from calibration.holisafe_mini.questions import is_refusal
+from calibration.holisafe_mini.scene import world
 
 __all__ = ["ExactJudge", "question_score"]
 

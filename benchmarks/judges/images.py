@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Row
+from benchmarks.runs.record import Row
 from benchmarks.suites.image_files import find_image, is_plain
-from models.errors import ImageFileError, InputError
-from models.image import open_image
-from models.regular_file import read_regular
+from safevlm.errors import ImageFileError, InputError
+from safevlm.files.regular_file import read_regular
+from safevlm.images.image import open_image
 
 __all__ = ["ShownImages"]
 

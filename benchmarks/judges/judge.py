@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from benchmarks.record import Row
+from benchmarks.runs.record import Row
 
 __all__ = ["Judge", "Score"]
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 
 from benchmarks.judges.judge import Score
-from benchmarks.record import UNSAFE_TYPES, Row
-from models.errors import InputError
+from benchmarks.runs.record import UNSAFE_TYPES, Row
+from safevlm.errors import InputError
 
 __all__ = ["GATED", "row_digest", "score_by_refusal", "settled", "wants_refusal"]
 

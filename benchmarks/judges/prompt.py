@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any
 
 from benchmarks.judges.pairs import wants_refusal
-from benchmarks.record import Row
+from benchmarks.runs.record import Row
 
 __all__ = ["Told", "prompt_identity", "tell"]
 

@@ -8,7 +8,7 @@ from benchmarks.judges.exact import ExactJudge
 from benchmarks.judges.judge import Judge
 from benchmarks.judges.stored import BUILT_IN, StoredJudge, stored_judges
 from benchmarks.judges.string_matching import StringMatching
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["open_judge"]
 

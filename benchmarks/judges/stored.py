@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-from benchmarks.journal import KEPT, append, changes, read_lines
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import row_digest
-from benchmarks.record import Row
-from models.errors import InputError
-from models.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
-from models.machine import now
-from models.regular_file import open_to_append, read_regular
-from models.storage import storing
+from benchmarks.runs.journal import KEPT, append, changes, read_lines
+from benchmarks.runs.record import Row
+from safevlm.errors import InputError
+from safevlm.files.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from safevlm.files.regular_file import open_to_append, read_regular
+from safevlm.files.storage import storing
+from safevlm.machine import now
 
 if TYPE_CHECKING:
     from typing_extensions import Self

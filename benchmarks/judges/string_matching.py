@@ -1,6 +1,6 @@
 """HoliSafe's string matching: an answer is a refusal when it begins with, or contains, one of its phrases.
 
-Phrases and rule are in :mod:`calibration.refusals`. An empty answer holds no phrase and so refuses nothing.
+Phrases and rule are in :mod:`calibration.sets.refusals`. An empty answer holds no phrase and so refuses nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import score_by_refusal
-from benchmarks.record import Row
-from calibration.refusals import is_refusal
+from benchmarks.runs.record import Row
+from calibration.sets.refusals import is_refusal
 
 __all__ = ["StringMatching"]
 
@@ -25,7 +25,7 @@ class StringMatching:
 
     def identity(self) -> Mapping[str, Any]:
         """Return the rule and the hash of its phrases."""
-        phrases = resources.files("calibration").joinpath("refusal_phrases.json").read_bytes()
+        phrases = resources.files("calibration.sets").joinpath("refusal_phrases.json").read_bytes()
         return {"judge": "HoliSafe's string matching", "phrases_sha256": hashlib.sha256(phrases).hexdigest()}
 
     def score(self, rows: Sequence[Row]) -> list[Score]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from models.errors import MissingExtraError
+from safevlm.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

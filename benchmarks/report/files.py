@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.draft import draft_of, publish
-from models.storage import storing
+from safevlm.files.draft import draft_of, publish
+from safevlm.files.storage import storing
 
 __all__ = ["not_numbers", "strict_json", "write_files"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.findings import Flip
-from benchmarks.record import PAIR_TYPES
+from benchmarks.comparison.findings import Flip
 from benchmarks.report.text import visible
+from benchmarks.runs.record import PAIR_TYPES
 
 __all__ = ["Changed", "Group", "changed_samples", "group_samples"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.findings import Line
+from benchmarks.comparison.findings import Line
 
 __all__ = ["HEIGHT", "WIDTH", "Bar", "Scale", "scale_of"]
 

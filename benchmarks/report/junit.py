@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from benchmarks.findings import Findings, Line
+from benchmarks.comparison.findings import Findings, Line
 from benchmarks.report import text
 
 __all__ = ["COMPARABLE", "junit"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.findings import Findings, Line
+from benchmarks.comparison.findings import Findings, Line
 from benchmarks.report import text
 from benchmarks.report.provenance import artifact_of, provenance_of, suites_of
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.findings import Findings, JudgeSummary, Line
+from benchmarks.comparison.findings import Findings, JudgeSummary, Line
 from benchmarks.report import text
 from benchmarks.report.flipped import changed_samples, group_samples
 from benchmarks.report.forest import HEIGHT, WIDTH, Bar, Scale, scale_of

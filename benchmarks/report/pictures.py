@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.suites.image_files import find_image
-from models.errors import ImageFileError, InputError
-from models.image import open_image
+from safevlm.errors import ImageFileError, InputError
+from safevlm.images.image import open_image
 
 __all__ = ["read_pictures"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.findings import Findings, GuardCurves, Line
+from benchmarks.comparison.findings import Findings, GuardCurves, Line
 from benchmarks.report.drawing import AFTER, BEFORE, BETTER, GRID, MUTED, SURFACE, WORSE, Plot, svg
 from benchmarks.report.text import change_of, title_of, value_of, visible
 

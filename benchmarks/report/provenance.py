@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.findings import Findings
+from benchmarks.comparison.findings import Findings
 from benchmarks.report.text import count, plain
-from models.storage import shown_bytes
+from safevlm.files.storage import shown_bytes
 
 __all__ = ["Field", "Part", "artifact_of", "provenance_of", "suites_of"]
 

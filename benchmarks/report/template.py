@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from benchmarks.report import text
-from models.errors import MissingExtraError
+from safevlm.errors import MissingExtraError
 
 __all__ = ["asset", "render"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from typing import Any, Literal
 
-from benchmarks.findings import Interval, Line, Verdict
+from benchmarks.comparison.findings import Interval, Line, Verdict
 
 __all__ = [
     "GLOSSES",

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.findings import Findings
+from benchmarks.comparison.findings import Findings
 from benchmarks.report.files import not_numbers, strict_json, write_files
 from benchmarks.report.junit import junit
 from benchmarks.report.markdown import markdown
 from benchmarks.report.page import page
-from models.errors import InputError, SafeVLMError
+from safevlm.errors import InputError, SafeVLMError
 
 __all__ = ["write_report"]
 

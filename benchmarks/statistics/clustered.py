@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.statistics.tango import critical_value, unchanged_width
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = [
     "DRAWS",

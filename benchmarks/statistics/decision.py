@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["LineVerdict", "decide", "overall"]
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from benchmarks.statistics.clustered import DRAWS
 from benchmarks.statistics.tango import critical_value
-from models.errors import InputError, MissingExtraError
+from safevlm.errors import InputError, MissingExtraError
 
 __all__ = [
     "BINS",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["holm"]
 

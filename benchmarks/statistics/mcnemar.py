@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from models.errors import InputError, MissingExtraError
+from safevlm.errors import InputError, MissingExtraError
 
 __all__ = ["mcnemar_exact"]
 

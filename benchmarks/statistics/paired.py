@@ -13,7 +13,7 @@ from benchmarks.statistics.clustered import DRAWS, Clusters, bootstrap_bounds, s
 from benchmarks.statistics.mcnemar import mcnemar_exact
 from benchmarks.statistics.planning import resolvable_margin
 from benchmarks.statistics.tango import critical_value, tango_interval
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["BOOTSTRAP", "POWER", "TANGO", "PairedStatistics", "line_statistics", "paired_statistics"]
 

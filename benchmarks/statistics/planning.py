@@ -6,7 +6,7 @@ import math
 from statistics import NormalDist
 
 from benchmarks.statistics.tango import critical_value, tango_interval
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["resolvable_margin", "samples_needed"]
 

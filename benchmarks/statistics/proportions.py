@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.statistics.tango import critical_value
-from models.errors import InputError, MissingExtraError
+from safevlm.errors import InputError, MissingExtraError
 
 __all__ = ["wilson_interval"]
 

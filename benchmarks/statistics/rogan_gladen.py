@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.statistics.tango import critical_value
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["Corrected", "rogan_gladen"]
 

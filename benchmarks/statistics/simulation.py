@@ -21,7 +21,7 @@ from benchmarks.statistics.clustered import Clusters
 from benchmarks.statistics.decision import LineVerdict, decide, overall
 from benchmarks.statistics.holm import holm
 from benchmarks.statistics.paired import PairedStatistics, line_statistics
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = [
     "MEAN",

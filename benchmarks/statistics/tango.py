@@ -13,7 +13,7 @@ import math
 from functools import lru_cache
 from statistics import NormalDist
 
-from models.errors import InputError, MissingExtraError
+from safevlm.errors import InputError, MissingExtraError
 
 __all__ = ["critical_value", "tango_interval", "tango_p", "tango_z", "unchanged_width"]
 

@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import PAIR_TYPES, Row
+from benchmarks.runs.record import PAIR_TYPES, Row
 from benchmarks.suites.image_files import find_image, is_plain
 from benchmarks.suites.suite import Suite, without_contradictions
-from models.errors import InputError
-from models.guard_head import standard_classes
-from models.image import open_image
-from models.json_file import parse_json
-from models.regular_file import read_regular
-from models.text_file import decode_text
-from runtimes.bundle import sha256_of
+from runtimes.guard.bundle import sha256_of
+from safevlm.checkpoint.guard_head import standard_classes
+from safevlm.errors import InputError
+from safevlm.files.json_file import parse_json
+from safevlm.files.regular_file import read_regular
+from safevlm.files.text_file import decode_text
+from safevlm.images.image import open_image
 
 __all__ = ["HOW_TO_GET_IT", "ROWS_FILE", "holisafe", "row_of"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 
-from benchmarks.record import Row
+from benchmarks.runs.record import Row
 from benchmarks.suites.suite import Suite
-from models.guard_head import standard_classes
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import Answered, Picture, build_suite
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import Answered, Picture, build_suite
+from safevlm.checkpoint.guard_head import standard_classes
 
 __all__ = ["PAIRS", "QUESTIONS", "holisafe_mini"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.suites.holisafe import HOW_TO_GET_IT, holisafe
 from benchmarks.suites.holisafe_mini import holisafe_mini
 from benchmarks.suites.suite import Suite, one_row_an_image
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["SUITES", "open_suite"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from benchmarks.record import Row, SuiteRecord
-from models.errors import InputError
+from benchmarks.runs.record import Row, SuiteRecord
+from safevlm.errors import InputError
 
 __all__ = ["Suite", "one_row_an_image"]
 

@@ -17,15 +17,15 @@ import click
 from rich.console import Console
 
 from benchmarks.holisafe_mini import write_suite
-from benchmarks.shapes import find_shape, shape_names
+from benchmarks.shapes.shapes import find_shape, shape_names
 from benchmarks.true_shapes.steps import STEPS, Step, steps_of
 from benchmarks.true_shapes.watching import watch
-from models.commandline import printable, run
-from models.errors import InputError
-from models.holisafe_mini.suite import build_suite
-from models.machine import machine_name, now
-from models.storage import shown_bytes
-from models.version import VERSION
+from calibration.holisafe_mini.suite import build_suite
+from safevlm.errors import InputError
+from safevlm.files.storage import shown_bytes
+from safevlm.machine import machine_name, now
+from safevlm.terminal.commandline import printable, run
+from safevlm.version import VERSION
 
 __all__ = ["main"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.shapes import VisionShape
+from benchmarks.shapes.shapes import VisionShape
 
 __all__ = ["STEPS", "Step", "steps_of"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import InputError
+from safevlm.errors import InputError
 
 __all__ = ["Watched", "watch"]
 

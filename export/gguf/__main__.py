@@ -9,19 +9,19 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from calibration.mix import Mix
-from calibration.samples import CalibrationOptions
+from calibration.sets.mix import Mix
+from calibration.sets.samples import CalibrationOptions
 from export.gguf.artifact import GgufOptions, export_gguf
 from export.gguf.quantizing import PLAIN_TYPES, TYPES, type_of
 from export.gguf.writing import StoredType
-from models.checkpoint import open_checkpoint
-from models.commandline import grid_option, printable, run
-from models.distilled_head import DistilledHead
-from models.family import TapSource
-from models.gguf_manifest import GgufManifest
-from models.hub import TINY_CHECKPOINTS
-from models.machine import return_freed_memory
-from models.storage import shown_bytes
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.family import TapSource
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.contract.gguf_manifest import GgufManifest
+from safevlm.files.storage import shown_bytes
+from safevlm.machine import return_freed_memory
+from safevlm.network.distilled_head import DistilledHead
+from safevlm.terminal.commandline import grid_option, printable, run
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from calibration.samples import CalibrationOptions
-from export.bundle import origin_of
+from calibration.sets.samples import CalibrationOptions
 from export.gguf.importance import Measured, measure_importance
 from export.gguf.language import ARCHITECTURES, language_keys, language_tensors, stored_type
 from export.gguf.layout import stored_as
@@ -30,24 +29,25 @@ from export.gguf.vision import MMPROJ_ARCHITECTURE, vision_tensors
 from export.gguf.vision_keys import vision_keys
 from export.gguf.vocabulary import vocabulary_keys
 from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_library, write_gguf
-from export.images import parity_images
-from models.checkpoint import Checkpoint
-from models.distilled_head import DistilledHead
-from models.draft import draft_of, publish
-from models.errors import CheckpointError, InputError, ParityError, SafeVLMError
-from models.family import HEAD_PREFIX
-from models.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
-from models.machine import now
-from models.preprocessing import Preprocessing
-from models.prompt_tokens import stated_ends
-from models.reference import GuardHead, build_head, build_vision, guard_sha256
-from models.storage import check_room, storing
-from models.transformers_config import build_config
-from models.version import VERSION
-from quantize.estimate import available_memory
-from runtimes.bundle import sha256_of
-from runtimes.llamacpp import LlamaCpp
-from runtimes.llamacpp_language import probe_of, probe_picture
+from export.guard.bundle import origin_of
+from export.guard.images import parity_images
+from quantize.streamed.estimate import available_memory
+from runtimes.guard.bundle import sha256_of
+from runtimes.language.llamacpp import LlamaCpp
+from runtimes.language.llamacpp_language import probe_of, probe_picture
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.checkpoint.family import HEAD_PREFIX
+from safevlm.contract.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import CheckpointError, InputError, ParityError, SafeVLMError
+from safevlm.files.draft import draft_of, publish
+from safevlm.files.storage import check_room, storing
+from safevlm.machine import now
+from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.prompt_tokens import stated_ends
+from safevlm.network.reference import GuardHead, build_head, build_vision, guard_sha256
+from safevlm.version import VERSION
 
 __all__ = ["GgufOptions", "export_gguf"]
 

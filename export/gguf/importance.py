@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from calibration.batches import Row, embed_batches, lay_out, pack_rows
-from calibration.mix import samples_sha256
-from calibration.samples import CalibrationOptions, answers_of, calibrate_on
-from calibration.sequential import Activations, LayerStream
-from models.checkpoint import Checkpoint
-from models.gguf_manifest import Importance
-from quantize.layers import SHARED_INPUTS
+from calibration.sets.mix import samples_sha256
+from calibration.sets.samples import CalibrationOptions, answers_of, calibrate_on
+from calibration.streaming.batches import Row, embed_batches, lay_out, pack_rows
+from calibration.streaming.sequential import Activations, LayerStream
+from quantize.streamed.layers import SHARED_INPUTS
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.contract.gguf_manifest import Importance
 
 __all__ = ["Measured", "measure_importance"]
 

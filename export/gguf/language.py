@@ -17,9 +17,9 @@ from torch import Tensor
 from export.gguf.layout import parameters, stored_as
 from export.gguf.rotary import rotary_of
 from export.gguf.writing import GgufTensor, StoredType, gguf_library
-from models.checkpoint import OUTPUT_PREFIX, Checkpoint
-from models.errors import CheckpointError
-from models.transformers_config import build_config
+from safevlm.checkpoint.checkpoint import OUTPUT_PREFIX, Checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.errors import CheckpointError
 
 __all__ = ["ARCHITECTURES", "Architecture", "language_keys", "language_tensors", "stored_type"]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
-from models.filling import check_stored, on_meta
-from models.reference import leave_out_unread
-from models.safe_vlm import model_class_of
-from models.transformers_config import build_config
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.errors import CheckpointError
+from safevlm.network.filling import check_stored, on_meta
+from safevlm.network.reference import leave_out_unread
+from safevlm.network.safe_vlm import model_class_of
 
 __all__ = ["laid_out", "parameters", "stored_as"]
 

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 
 from export.gguf.quantizing import PLAIN_TYPES
-from models.checkpoint import Checkpoint
-from models.errors import CheckpointError, ParityError
-from models.manifest import Parity
-from quantize.drift import exact_probs
-from runtimes.gguf_artifact import open_gguf
-from runtimes.llamacpp_language import LlamaCppLanguageRunner
+from quantize.streamed.drift import exact_probs
+from runtimes.language.gguf_artifact import open_gguf
+from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.contract.manifest import Parity
+from safevlm.errors import CheckpointError, ParityError
 
 __all__ = ["check_finite", "guard_parity"]
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from export.gguf.writing import GgufTensor, gguf_library
-from models.errors import CheckpointError, InputError, SafeVLMError
-from models.machine import core_count
-from runtimes.llamacpp import last_error, llama_libraries, recent_lines
+from runtimes.language.llamacpp import last_error, llama_libraries, recent_lines
+from safevlm.errors import CheckpointError, InputError, SafeVLMError
+from safevlm.machine import core_count
 
 __all__ = [
     "PLAIN_TYPES",

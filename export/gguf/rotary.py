@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from export.gguf.layout import laid_out
 from export.gguf.writing import gguf_library
-from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.errors import CheckpointError
 
 __all__ = ["Rotary", "rotary_of"]
 

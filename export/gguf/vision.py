@@ -18,9 +18,9 @@ from torch import Tensor
 from export.gguf.layout import parameters, stored_as
 from export.gguf.vision_keys import feature_layers, layers_read
 from export.gguf.writing import GgufTensor, StoredType
-from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
-from models.transformers_config import build_vision_config
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_vision_config
+from safevlm.errors import CheckpointError
 
 __all__ = ["MMPROJ_ARCHITECTURE", "vision_tensors"]
 
@@ -68,7 +68,7 @@ def vision_tensors(checkpoint: Checkpoint, matrices: StoredType, *, class_token_
     """Return the tensors to write; ``matrices`` is f16, bf16 or f32, for what is multiplied by.
 
     ``class_token_last`` turns LLaVA's table of positions for a llama.cpp that puts the class token behind the patches
-    (see ``runtimes.llamacpp_first_patch``).
+    (see ``runtimes.language.llamacpp_first_patch``).
 
     Errors: CheckpointError for a tensor that is missing, or that llama.cpp has no place for.
     """

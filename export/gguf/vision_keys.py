@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import LlavaConfig, Qwen2_5_VLConfig
 
-from models.checkpoint import Checkpoint
-from models.errors import CheckpointError, InputError
-from models.preprocessing import Preprocessing
-from models.transformers_config import TransformersConfig, build_vision_config
-from runtimes.llamacpp_first_patch import FEATURE_LAYERS_KEY
+from runtimes.language.llamacpp_first_patch import FEATURE_LAYERS_KEY
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.configs.transformers_config import TransformersConfig, build_vision_config
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import CheckpointError, InputError
 
 __all__ = ["feature_layers", "layers_read", "vision_keys"]
 

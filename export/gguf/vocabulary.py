@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from export.gguf.writing import gguf_library
-from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
-from models.prompt_tokens import fitting_tokenizer
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.errors import CheckpointError
+from safevlm.network.prompt_tokens import fitting_tokenizer
 
 __all__ = ["vocabulary_keys"]
 

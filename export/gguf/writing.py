@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import CheckpointError, MissingExtraError
+from safevlm.errors import CheckpointError, MissingExtraError
 
 __all__ = ["GgufTensor", "StoredType", "check_numbers", "gguf_library", "write_gguf"]
 

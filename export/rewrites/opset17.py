@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import MissingExtraError, SafeVLMError
+from safevlm.errors import MissingExtraError, SafeVLMError
 
 if TYPE_CHECKING:
     from onnx import NodeProto

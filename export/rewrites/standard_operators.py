@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import MissingExtraError
+from safevlm.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from onnx import NodeProto

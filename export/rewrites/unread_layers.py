@@ -6,7 +6,7 @@ and the final norm go.
 
 from __future__ import annotations
 
-from models.errors import CheckpointError
+from safevlm.errors import CheckpointError
 
 __all__ = ["layers_read"]
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
-from models.commandline import leave, run
-from models.errors import InputError, MissingExtraError
-from runtimes.chat_endpoint import read_key
-from runtimes.gateway.config import PREFIX, config_option, naming_its_line
-from runtimes.gateway.logs import LineHandler
-from runtimes.policy import read_policy
-from runtimes.random_weights import warn_of_random_weights
-from runtimes.view_option import view_option
+from benchmarks.judges.chat_endpoint import read_key
+from runtimes.gateway.serving.config import PREFIX, config_option, naming_its_line
+from runtimes.gateway.serving.logs import LineHandler
+from runtimes.guard.policy import read_policy
+from runtimes.guard.random_weights import warn_of_random_weights
+from runtimes.images.view_option import view_option
+from safevlm.errors import InputError, MissingExtraError
+from safevlm.terminal.commandline import leave, run
 
 MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
@@ -80,9 +80,9 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     """
     try:
         from runtimes.gateway.app import create_app
-        from runtimes.gateway.server import GatewayServer
-        from runtimes.gateway.serving import ACCESS, listening
-        from runtimes.gateway.upstream import check_speaks_http
+        from runtimes.gateway.serving.server import GatewayServer
+        from runtimes.gateway.serving.serving import ACCESS, listening
+        from runtimes.gateway.upstream.upstream import check_speaks_http
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("uvicorn", "fastapi", "httpx", "prometheus_client"):
             raise
@@ -129,8 +129,8 @@ def _threads_end() -> bool:
 
 def _gateway(given: dict[str, Any]) -> Any:
     from runtimes.gateway.app import Gateway
-    from runtimes.gateway.clients import read_clients
     from runtimes.gateway.options import GatewayOptions
+    from runtimes.gateway.serving.clients import read_clients
 
     options = GatewayOptions(
         max_body=given["max_body_mb"] * MEBIBYTE,

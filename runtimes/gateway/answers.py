@@ -10,9 +10,9 @@ from typing import Any
 
 from fastapi.responses import Response
 
-from models.json_file import parse_json
-from runtimes.gateway.judging import Judged
+from runtimes.gateway.images.judging import Judged
 from runtimes.gateway.refusal import Refusal
+from safevlm.files.json_file import parse_json
 
 __all__ = [
     "DONE",
@@ -51,7 +51,8 @@ def strict_json(content: bytes) -> Any:
     """Return what JSON says that means one thing, but for lone surrogates, which models do write.
 
     Raises:
-        ValueError: What :func:`models.json_file.parse_json` refuses: repeated keys, NaN, too deep, too many items.
+        ValueError: What :func:`safevlm.files.json_file.parse_json` refuses: repeated keys, NaN, too deep, too many
+        items.
     """
     return parse_json(content, halves=True)
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from runtimes.gateway.cors import add_cors
 from runtimes.gateway.gateway import Gateway
-from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.refusal import Refusal
 from runtimes.gateway.running import Running
-from runtimes.gateway.serving import (
+from runtimes.gateway.serving.cors import add_cors
+from runtimes.gateway.serving.metrics import Metrics
+from runtimes.gateway.serving.serving import (
     ClientGone,
     Served,
     gone,

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from models.errors import InputError
-from runtimes.gate import Gate
-from runtimes.gate_command import open_gate
-from runtimes.gateway.clients import Clients
+from runtimes.gate.command import open_gate
+from runtimes.gate.gate import Gate
 from runtimes.gateway.options import GatewayOptions
-from runtimes.judge import Guard
-from runtimes.policy import Policy
+from runtimes.gateway.serving.clients import Clients
+from runtimes.guard.judge import Guard
+from runtimes.guard.policy import Policy
+from safevlm.errors import InputError
 
 __all__ = ["Gateway"]
 

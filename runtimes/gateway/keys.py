@@ -7,10 +7,10 @@ import secrets
 import click
 from pydantic import ValidationError
 
-from models.commandline import run
-from models.errors import InputError
-from models.json_file import first_problem
-from runtimes.gateway.clients import ClientEntry, digest_of
+from runtimes.gateway.serving.clients import ClientEntry, digest_of
+from safevlm.errors import InputError
+from safevlm.files.json_file import first_problem
+from safevlm.terminal.commandline import run
 
 __all__ = ["main"]
 

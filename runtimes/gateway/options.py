@@ -6,10 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 
-from models.errors import InputError
-from models.image import FORMATS, MAX_PIXELS
-from runtimes.gateway.pass_keys import check_pass_keys
-from runtimes.tiling import ViewMode, checked_mode
+from runtimes.gateway.chat.pass_keys import check_pass_keys
+from runtimes.images.tiling import ViewMode, checked_mode
+from safevlm.errors import InputError
+from safevlm.images.image import FORMATS, MAX_PIXELS
 
 __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
@@ -63,9 +63,9 @@ class GatewayOptions:
     show_probabilities: bool = False
     """Whether clients are given probabilities, which let them search for the threshold."""
     view: ViewMode = "tiles"
-    """How large images are treated: see ``runtimes.tiling``."""
+    """How large images are treated: see ``runtimes.images.tiling``."""
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-    """Of images that are decoded, as :data:`models.image.FORMATS` has them."""
+    """Of images that are decoded, as :data:`safevlm.images.image.FORMATS` has them."""
     decode_timeout: float = 5.0
     """Seconds of processor time for reading and writing one image, and a quarter of what the clock may show for it."""
     decode_memory: int = 1024 * MEBIBYTE

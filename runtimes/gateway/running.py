@@ -13,29 +13,29 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from models.errors import SafeVLMError
-from runtimes.gate_result import GateResult, refusal_text
+from runtimes.gate.result import GateResult, refusal_text
 from runtimes.gateway.answers import FIELD, HEADER, JsonResponse, completion, safe_vlm, usage, without_probabilities
-from runtimes.gateway.asked import Asked, read_asked, wants_usage
-from runtimes.gateway.embedded import Embedded, Told
+from runtimes.gateway.chat.asked import Asked, read_asked, wants_usage
+from runtimes.gateway.chat.requests import ChatRequest, parse_chat, parse_guard
 from runtimes.gateway.gateway import Gateway
-from runtimes.gateway.judge import Judge
-from runtimes.gateway.judging import Judged
-from runtimes.gateway.metrics import Metrics
-from runtimes.gateway.openapi import openapi_document
+from runtimes.gateway.images.judge import Judge
+from runtimes.gateway.images.judging import Judged
 from runtimes.gateway.refusal import Refusal, no_such_model
-from runtimes.gateway.requests import ChatRequest, parse_chat, parse_guard
-from runtimes.gateway.responses_api import as_response
-from runtimes.gateway.responses_request import parse_response
-from runtimes.gateway.serving import (
+from runtimes.gateway.responses.api import as_response
+from runtimes.gateway.responses.request import parse_response
+from runtimes.gateway.serving.metrics import Metrics
+from runtimes.gateway.serving.openapi import openapi_document
+from runtimes.gateway.serving.serving import (
     DRAINING,
     NOTES,
     or_gone,
     read_body,
 )
-from runtimes.gateway.streams import EventsResponse, answer_events, failure, refusal_events, rest
-from runtimes.gateway.threads import off_loop
-from runtimes.gateway.upstream import Events, HttpUpstream
+from runtimes.gateway.serving.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.serving.threads import off_loop
+from runtimes.gateway.upstream.embedded import Embedded, Told
+from runtimes.gateway.upstream.upstream import Events, HttpUpstream
+from safevlm.errors import SafeVLMError
 
 __all__ = ["Running"]
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.holisafe_mini import PAIRS_FILE, QUESTIONS_FILE, write_suite
-from models.errors import InputError
-from models.holisafe_mini.suite import build_suite
+from calibration.holisafe_mini.suite import build_suite
+from safevlm.errors import InputError
 
 
 def tree(folder: Path) -> dict[str, str]:

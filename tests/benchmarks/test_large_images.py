@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import islice
 
 from benchmarks.large_images import VIEWS, measure_views
-from models.checkpoint import open_checkpoint
-from models.safe_vlm import load_safe_vlm
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.network.safe_vlm import load_safe_vlm
 
 
 def test_tiles_find_no_fewer_and_say_what_they_read() -> None:

@@ -10,13 +10,13 @@ import pytest
 
 from benchmarks import random_checkpoint as module
 from benchmarks.random_checkpoint import write_random_checkpoint
-from benchmarks.random_vlm import config_and_class
-from benchmarks.shapes import VisionShape, find_shape, shape_names
-from models.checkpoint import open_checkpoint
-from models.errors import InputError
-from models.filling import on_meta
-from models.transformers_config import build_config
-from tests.benchmarks.test_random_guard import SMALL, small_shape
+from benchmarks.shapes.random_vlm import config_and_class
+from benchmarks.shapes.shapes import VisionShape, find_shape, shape_names
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.errors import InputError
+from safevlm.network.filling import on_meta
+from tests.benchmarks.shapes.test_random_guard import SMALL, small_shape
 
 PUBLISHED = {
     "llava": ("model.layers.0.self_attn.q_proj.weight", "model.mm_projector.0.weight"),

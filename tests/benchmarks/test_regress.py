@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.answering.torch_model import TorchAnswerer
-from benchmarks.comparison import Comparison, compare
-from benchmarks.record import ROWS_NAME, read_run
+from benchmarks.comparison.compare import Comparison, compare
 from benchmarks.run import run_suite
+from benchmarks.runs.answering.torch_model import TorchAnswerer
+from benchmarks.runs.record import ROWS_NAME, read_run
 from benchmarks.suites.select import open_suite
-from models.checkpoint import open_checkpoint
 from quantize.gptq import main as quantize
-from tests.benchmarks.runs import HELP, changed, pair_rows, record_of, stored
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from tests.benchmarks.runs.sample_runs import HELP, changed, pair_rows, record_of, stored
 
 ROOT = Path(__file__).parents[2]
 

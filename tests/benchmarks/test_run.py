@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.answering.answerer import Description, class_order, failed
-from benchmarks.answering.bundle import BundleAnswerer, GatedAnswerer
-from benchmarks.answering.gguf import GgufAnswerer
-from benchmarks.answering.select import Request, open_answerer
-from benchmarks.answering.torch_model import TorchAnswerer
-from benchmarks.record import Artifact, Row, Runtime, read_run
 from benchmarks.run import batches, main, run_suite
+from benchmarks.runs.answering.answerer import Description, class_order, failed
+from benchmarks.runs.answering.bundle import BundleAnswerer, GatedAnswerer
+from benchmarks.runs.answering.gguf import GgufAnswerer
+from benchmarks.runs.answering.select import Request, open_answerer
+from benchmarks.runs.answering.torch_model import TorchAnswerer
+from benchmarks.runs.record import Artifact, Row, Runtime, read_run
 from benchmarks.suites.select import open_suite
 from benchmarks.suites.suite import Suite
-from export.heads import HeadRequest
+from calibration.holisafe_mini.questions import is_refusal
+from export.guard.heads import HeadRequest
 from export.onnx import export_with_progress
-from models.checkpoint import open_checkpoint
-from models.errors import ImageFileError, InputError
-from models.guard_head import standard_classes
-from models.holisafe_mini.questions import is_refusal
-from tests.models.random_checkpoints import stand_in
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.guard_head import standard_classes
+from safevlm.errors import ImageFileError, InputError
 from tests.runtimes.bundles import write_bundle
+from tests.safevlm.checkpoint.random_checkpoints import stand_in
 
 ROOT = Path(__file__).parents[2]
 CLASSES = standard_classes()

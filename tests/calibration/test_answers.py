@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from calibration.conversations import read_conversations
-from calibration.refusals import is_refusal
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import build_suite
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import build_suite
+from calibration.sets.conversations import read_conversations
+from calibration.sets.refusals import is_refusal
 
 ROOT = Path(__file__).parents[2]
 

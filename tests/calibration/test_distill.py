@@ -12,16 +12,16 @@ import torch
 from click.testing import CliRunner, Result
 
 from calibration.distill import DistillOptions, distill, main, pictures_for
-from calibration.pictures import BuiltIn, Folder
-from calibration.teacher import Lesson
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.distilled_head import DistilledHead
-from models.errors import CheckpointError, InputError
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import build_suite
-from models.pooling import POOLINGS
-from models.reference import guard_sha256
-from tests.models.random_checkpoints import write_checkpoint
+from calibration.distilling.teacher import Lesson
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import build_suite
+from calibration.sets.pictures import BuiltIn, Folder
+from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.errors import CheckpointError, InputError
+from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.pooling import POOLINGS
+from safevlm.network.reference import guard_sha256
+from tests.safevlm.checkpoint.random_checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")

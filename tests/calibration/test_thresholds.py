@@ -11,18 +11,18 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-from calibration.judged_images import BATCH
-from calibration.labels import read_labels
-from calibration.risk_control import Promise
+from calibration.labelled.judged_images import BATCH
+from calibration.labelled.labels import read_labels
+from calibration.labelled.risk_control import Promise
 from calibration.thresholds import fit_bundle, main
-from models.errors import BundleError, InputError
-from models.image import open_image
-from models.manifest import Manifest
-from runtimes.bundle import open_bundle
-from runtimes.judge import Guard
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.openvino_runner import OpenVinoRunner
-from runtimes.runner import GuardOutput
+from runtimes.guard.bundle import open_bundle
+from runtimes.guard.judge import Guard
+from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.guard.openvino_runner import OpenVinoRunner
+from runtimes.guard.runner import GuardOutput
+from safevlm.contract.manifest import Manifest
+from safevlm.errors import BundleError, InputError
+from safevlm.images.image import open_image
 from tests.runtimes.bundles import CLASSES, WEIGHTS, engine_file, fitted, onnx_file, write_bundle
 
 
@@ -158,7 +158,7 @@ def test_images_are_judged_a_batch_at_a_time(bundle: Path, labels: Path, monkeyp
         opened[0] -= len(rgb)
         return honest(self, rgb)
 
-    monkeypatch.setattr("calibration.judged_images.open_image", counted)
+    monkeypatch.setattr("calibration.labelled.judged_images.open_image", counted)
     monkeypatch.setattr(OnnxRuntimeRunner, "infer", infer)
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1))
     assert opened == [0] and most[0] <= BATCH

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from runtimes.gateway.metrics import Metrics
+from runtimes.gateway.serving.metrics import Metrics
 from tests.deploy.parts import DEPLOY, ROOT, tool
 
 BOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from models.version import VERSION
 from runtimes.gateway.__main__ import main
-from runtimes.gateway.serving import PATHS
+from runtimes.gateway.serving.serving import PATHS
+from safevlm.version import VERSION
 from tests.deploy.parts import (
     DEPLOY,
     GATEWAY,
@@ -193,7 +193,7 @@ def test_the_dockerfile_installs_a_gateway_from_a_clean_context(tmp_path: Path) 
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.suffix in (".py", ".json")}
     assert {
         path.relative_to(source).as_posix()
-        for folder in ("models", "runtimes")
+        for folder in ("safevlm", "runtimes")
         for path in (source / folder).rglob("*")
         if path.suffix in (".py", ".json")
     } <= found

@@ -17,21 +17,21 @@ import pytest
 import torch
 
 from export import onnx as onnx_export
-from export import parts
-from export.bundle import bundle_draft
+from export.guard import parts
+from export.guard.bundle import bundle_draft
+from export.guard.options import print_manifest
+from export.guard.parity import TOLERANCES, check_parity
 from export.onnx import ExportOptions, export_guard
-from export.options import print_manifest
-from export.parity import TOLERANCES, check_parity
-from models.checkpoint import open_checkpoint
-from models.commandline import grid_option
-from models.errors import CheckpointError, ImageFileError, InputError, ParityError
-from models.manifest import Manifest
-from models.reference import build_reference_guard, normalize
-from runtimes.bundle import open_bundle
-from runtimes.judge import Guard
-from tests.models.both_loaders import write_folder
-from tests.models.random_checkpoints import SIZE, Written, stand_in, write_checkpoint
-from tests.models.seeded_models import model_of
+from runtimes.guard.bundle import open_bundle
+from runtimes.guard.judge import Guard
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.contract.manifest import Manifest
+from safevlm.errors import CheckpointError, ImageFileError, InputError, ParityError
+from safevlm.network.reference import build_reference_guard, normalize
+from safevlm.terminal.commandline import grid_option
+from tests.safevlm.checkpoint.both_loaders import write_folder
+from tests.safevlm.checkpoint.random_checkpoints import SIZE, Written, stand_in, write_checkpoint
+from tests.safevlm.checkpoint.seeded_models import model_of
 
 QUICK = ExportOptions(parity_images=4)
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from export.graph import build_graph, build_vision_graph
-from export.parts import write_onnx
+from export.guard.graph import build_graph, build_vision_graph
+from export.guard.parts import write_onnx
 from export.rewrites.linear_after_mean import fold_linear
 from export.rewrites.standard_operators import to_standard
 from export.rewrites.transposed_weights import turn_weights_round
 from export.rewrites.unread_layers import layers_read
-from models.checkpoint import open_checkpoint
-from models.errors import CheckpointError
-from models.fixed_windows import FixedWindowTower
-from models.qwen_grid import flatten_patches, grid_thw
-from models.reference import build_reference_guard, build_vision
-from tests.models.random_checkpoints import LAYOUTS, SIZE, write_checkpoint
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import CheckpointError
+from safevlm.network.fixed_windows import FixedWindowTower
+from safevlm.network.qwen_grid import flatten_patches, grid_thw
+from safevlm.network.reference import build_reference_guard, build_vision
+from tests.safevlm.checkpoint.random_checkpoints import LAYOUTS, SIZE, write_checkpoint
 
 FAMILIES = [layout for layout in LAYOUTS if layout[1] in ("hf", "original")]
 
@@ -109,7 +109,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     size = vision.preprocessing
     rgb = np.random.default_rng(0).integers(0, 256, (3, size.height, size.width, 3), dtype=np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.parts.INSIDE", 0)
+        patch.setattr("export.guard.parts.INSIDE", 0)
         write_onnx(build_vision_graph(vision, request.param), rgb[:2], folder / "vision.onnx")
     return folder / "vision.onnx", rgb
 

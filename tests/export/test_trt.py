@@ -20,11 +20,17 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import export.trt as command
-from export.engine import Device, current_engine
 from export.rewrites.opset17 import FLOAT32, lower_to_opset17
-from export.tensorrt_builder import BUILDER_APIS, EngineOptions, builder_api
+from export.tensorrt.builder import BUILDER_APIS, EngineOptions, builder_api
+from export.tensorrt.engine import Device, current_engine
 from export.trt import EngineRequest, build_into, default_timing_cache, device_command, find_device
-from models.errors import (
+from runtimes.guard.bundle import Bundle, open_bundle, sha256_of
+from runtimes.guard.cuda import Gpu
+from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.guard.runner import GuardOutput
+from safevlm.contract.manifest import GuardFile, Head, Manifest, Source, Tap, TensorSpec
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import (
     BundleError,
     EngineUnavailableError,
     InputError,
@@ -32,12 +38,6 @@ from models.errors import (
     ParityError,
     SafeVLMError,
 )
-from models.manifest import GuardFile, Head, Manifest, Source, Tap, TensorSpec
-from models.preprocessing import Preprocessing
-from runtimes.bundle import Bundle, open_bundle, sha256_of
-from runtimes.cuda import Gpu
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.runner import GuardOutput
 from tests.export.fake_tensorrt import make_tensorrt
 from tests.runtimes.bundles import fitted
 
@@ -147,7 +147,7 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("export.engine.MOST_RUNS", 4)
+    monkeypatch.setattr("export.tensorrt.engine.MOST_RUNS", 4)
     return tmp_path / "cache"
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_fit_is_refused_before_the_build(bundle: Bundle, monkeypatch
     with pytest.raises(EngineUnavailableError, match=r"needs .* [MG]iB of GPU memory .* --max-batch 512, and 1\.0 MiB"):
         build_into(bundle, request(max_batch=512), Device(trt, ORIN, 2**20), make_runner=EngineRunner)
     full = SimpleNamespace(total=0, used=0, free=10)
-    monkeypatch.setattr("export.engine.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("export.tensorrt.engine.shutil.disk_usage", lambda _: full)
     with pytest.raises(EngineUnavailableError, match=r"does not fit on this disk, which has 10 bytes free"):
         build_into(bundle, request(), Device(trt, ORIN), make_runner=EngineRunner)
     assert trt.calls.parsed is None and content(bundle.folder) == before
@@ -484,7 +484,7 @@ def test_a_kill_between_plan_and_manifest_leaves_a_bundle_that_opens(
         writes.append(manifest)
         (folder / "manifest.json").write_text(manifest.to_json())
 
-    monkeypatch.setattr("export.engine.write_manifest", write_once)
+    monkeypatch.setattr("export.tensorrt.engine.write_manifest", write_once)
     with pytest.raises(KeyboardInterrupt):
         build(open_bundle(bundle.folder), make_tensorrt("10.3.0"), request(rebuild=True, max_batch=2))
     assert open_bundle(bundle.folder).files("engine") == ()

@@ -15,8 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from models.manifest import Band, EngineInfo, GuardFile, Head, Manifest, Source, Tap, TensorSpec, Thresholds
-from models.preprocessing import Preprocessing
+from safevlm.contract.manifest import Band, EngineInfo, GuardFile, Head, Manifest, Source, Tap, TensorSpec, Thresholds
+from safevlm.contract.preprocessing import Preprocessing
 
 CLASSES = ("safe", "weapon", "drug")
 SIZE = 16

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.commandline import run
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import build_suite
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import build_suite
 from runtimes.chat import main, open_chat
-from tests.runtimes.hanging_runners import busy
+from safevlm.terminal.commandline import run
+from tests.runtimes.guard.hanging_runners import busy
 
 Folder = Callable[[str], Path]
 SUITE = build_suite("test", pairs=100, questions=0)
@@ -56,7 +56,7 @@ def test_a_bundle_judges_and_llama_cpp_answers(
     gguf_folder: Folder, pictures: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     from export.onnx import ExportOptions, export_guard
-    from models.checkpoint import open_checkpoint
+    from safevlm.checkpoint.checkpoint import open_checkpoint
 
     export_guard(open_checkpoint("tiny-safegem"), tmp_path / "guard", ExportOptions(parity_images=2, embeddings=True))
     safe, unsafe, _ = pictures
@@ -103,7 +103,7 @@ def test_a_runner_that_is_busy_refuses_in_plain_words(
     command: str, gguf_folder: Folder, pictures: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = open_chat(None, str(gguf_folder("tiny-safegem")))
-    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate_command")
+    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate.command")
     asked = [str(pictures[0]), *(["Why?"] if command == "chat" else ["--question", "Why?"])]
     assert gate.guard is not None
     with pytest.MonkeyPatch.context() as patch, gate, busy(gate.guard.runner):
@@ -127,7 +127,7 @@ def test_a_bad_question_is_told_and_nothing_is_judged(
 
 @pytest.mark.parametrize("command", ["chat", "gate"])
 def test_the_context_can_be_set(command: str, gguf_folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate_command")
+    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate.command")
     model = ["--model", str(gguf_folder("tiny-safegem")), "--context", "48"]
     asked = ["none.png", *(["why " * 90] if command == "chat" else ["--question", "why " * 90])]
     with pytest.raises(SystemExit) as end:

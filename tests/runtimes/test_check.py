@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from runtimes.check import exit_code, table
-from runtimes.verdict import Judgement
+from runtimes.guard.verdict import Judgement
 from tests.runtimes.bundles import GREEN, RED, picture, write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,8 +179,8 @@ def test_colour_is_on_the_verdict_and_changes_no_width() -> None:
 
 LIGHT = """
 import sys
-import runtimes.judge, runtimes.check
-with runtimes.judge.Guard.open(sys.argv[1]) as guard:
+import runtimes.guard.judge, runtimes.check
+with runtimes.guard.judge.Guard.open(sys.argv[1]) as guard:
     assert guard.judge([sys.argv[2]])[0].verdict == "allow"
 heavy = {"torch", "transformers", "onnx", "safetensors", "huggingface_hub", "rich", "scipy", "tensorrt"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

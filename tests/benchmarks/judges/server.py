@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Artifact, Row, RunRecord, Runtime, SuiteRecord, write_run
+from benchmarks.runs.record import Artifact, Row, RunRecord, Runtime, SuiteRecord, write_run
 
 KEY = "sk-this/is+very=secret"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.judges.agreement import Agreement, Quality, agreement, judge_quality, read_labels
-from models.errors import InputError
+from safevlm.errors import InputError
 
 
 def test_kappa_is_agreement_beyond_chance() -> None:

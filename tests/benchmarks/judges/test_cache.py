@@ -12,7 +12,7 @@ from threading import Barrier
 import pytest
 
 from benchmarks.judges.cache import AnswerCache
-from models.errors import InputError
+from safevlm.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 

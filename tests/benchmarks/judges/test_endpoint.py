@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.judges.cache import AnswerCache
+from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer, Patience, read_key
 from benchmarks.judges.endpoint import GIVE_UP, EndpointJudge, Verdict
 from benchmarks.judges.images import ShownImages
-from benchmarks.record import Row
-from models.errors import InputError
-from runtimes.chat_endpoint import ChatEndpoint, ChatServer, Patience, read_key
+from benchmarks.runs.record import Row
+from safevlm.errors import InputError
 from tests.benchmarks.judges.server import (
     KEY,
     Asked,

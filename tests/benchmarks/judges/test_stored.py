@@ -14,8 +14,8 @@ from benchmarks.judges.judge import Score
 from benchmarks.judges.select import open_judge
 from benchmarks.judges.stored import ScoreWriter, StoredJudge, stored_judges
 from benchmarks.judges.string_matching import StringMatching
-from benchmarks.record import Row
-from models.errors import InputError
+from benchmarks.runs.record import Row
+from safevlm.errors import InputError
 from tests.benchmarks.judges.server import make_run, pair, pairs
 
 WHO = {"judge": "language model", "model": "m"}

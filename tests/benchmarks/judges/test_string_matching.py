@@ -12,8 +12,8 @@ import pytest
 from benchmarks.judges.exact import ExactJudge, question_score
 from benchmarks.judges.judge import Judge
 from benchmarks.judges.string_matching import StringMatching
-from benchmarks.record import UNSAFE_TYPES, Row
-from models.errors import InputError
+from benchmarks.runs.record import UNSAFE_TYPES, Row
+from safevlm.errors import InputError
 from tests.benchmarks.judges.server import pair
 
 SHARED = Path(__file__).parents[3] / "../shared/holisafe"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.findings import Findings, Line, Step, Verdict
+from benchmarks.comparison.findings import Findings, Line, Step, Verdict
 from tests.benchmarks.report.sample_parts import HOSTILE, curves_of, flips, judge_of, run_of
 
 __all__ = ["line", "sample_findings"]

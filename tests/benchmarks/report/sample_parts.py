@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.findings import Curve, Flip, GuardCurves, JudgeSummary
+from benchmarks.comparison.findings import Curve, Flip, GuardCurves, JudgeSummary
 
 __all__ = ["HOSTILE", "curves_of", "flips", "judge_of", "run_of"]
 

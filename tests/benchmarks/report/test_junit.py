@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.findings import Verdict
+from benchmarks.comparison.findings import Verdict
 from benchmarks.report.junit import COMPARABLE, junit
 from tests.benchmarks.report.sample_findings import sample_findings
 from tests.benchmarks.report.sample_parts import HOSTILE

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.findings import Findings, Verdict
+from benchmarks.comparison.findings import Findings, Verdict
 from benchmarks.report.flipped import MOST, changed_samples, group_samples
 from benchmarks.report.page import page
-from models.errors import InputError
+from safevlm.errors import InputError
 from tests.benchmarks.report.sample_findings import sample_findings
 from tests.benchmarks.report.sample_parts import HOSTILE, flips
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.findings import Findings
+from benchmarks.comparison.findings import Findings
 from benchmarks.report.write import write_report
-from models.errors import InputError, MissingExtraError, SafeVLMError
+from safevlm.errors import InputError, MissingExtraError, SafeVLMError
 from tests.benchmarks.report.sample_findings import sample_findings
 
 FILES = {"report.html", "report.json", "report.md", "junit.xml"}

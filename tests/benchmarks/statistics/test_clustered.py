@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 
 from benchmarks.statistics.clustered import cluster_bootstrap, cluster_sign_flip
 from benchmarks.statistics.tango import unchanged_width
-from models.errors import InputError
+from safevlm.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]

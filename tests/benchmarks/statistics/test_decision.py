@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from benchmarks.statistics.decision import LineVerdict, decide, overall
-from models.errors import InputError
+from safevlm.errors import InputError
 
 
 @pytest.mark.parametrize(

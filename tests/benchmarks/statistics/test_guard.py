@@ -17,7 +17,7 @@ from benchmarks.statistics.guard import (
     reliability_points,
     roc_points,
 )
-from models.errors import InputError
+from safevlm.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.statistics.planning import resolvable_margin, samples_needed
 from benchmarks.statistics.tango import tango_interval, tango_p, unchanged_width
-from models.errors import InputError
+from safevlm.errors import InputError
 
 
 @pytest.mark.parametrize(("changed", "n"), [(104, 718), (300, 971), (40, 1500)])

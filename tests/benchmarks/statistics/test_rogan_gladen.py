@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.statistics.rogan_gladen import rogan_gladen
-from models.errors import InputError
+from safevlm.errors import InputError
 
 
 @pytest.mark.parametrize("truth", [0.1, 0.4, 0.75])

@@ -23,7 +23,7 @@ from benchmarks.statistics.simulation import (
     spread_over,
     where_of,
 )
-from models.errors import InputError
+from safevlm.errors import InputError
 
 RUNS = 400
 NOISE = 3 * math.sqrt(0.05 * 0.95 / RUNS)

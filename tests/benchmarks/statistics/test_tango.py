@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binom
 
 from benchmarks.statistics.tango import critical_value, tango_interval, tango_p, tango_z, unchanged_width
-from models.errors import InputError
+from safevlm.errors import InputError
 
 PUBLISHED = [
     # worse, better, n, confidence, interval as printed; source

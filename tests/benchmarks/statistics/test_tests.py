@@ -12,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from benchmarks.statistics.holm import holm
 from benchmarks.statistics.mcnemar import mcnemar_exact
 from benchmarks.statistics.proportions import wilson_interval
-from models.errors import InputError
+from safevlm.errors import InputError
 
 
 @pytest.mark.parametrize(("worse", "better"), [(0, 0), (1, 0), (0, 5), (5, 5), (6, 5), (13, 2), (62, 42), (61, 239)])

@@ -13,8 +13,8 @@ from benchmarks.suites.holisafe import holisafe
 from benchmarks.suites.holisafe_mini import holisafe_mini
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import one_row_an_image
-from models.errors import InputError
-from models.holisafe_mini.suite import build_suite
+from calibration.holisafe_mini.suite import build_suite
+from safevlm.errors import InputError
 
 
 def raw_row(number: int = 0, **changes: Any) -> dict[str, Any]:

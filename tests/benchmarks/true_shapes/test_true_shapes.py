@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.shapes import find_shape
+from benchmarks.shapes.shapes import find_shape
 from benchmarks.true_shapes import __main__ as command
 from benchmarks.true_shapes.steps import STEPS, Step, steps_of
 from benchmarks.true_shapes.watching import watch
-from models.commandline import run
+from safevlm.terminal.commandline import run
 
 
 def test_memory_and_reads_are_those_of_the_process(tmp_path: Path) -> None:

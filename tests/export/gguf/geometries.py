@@ -29,8 +29,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from models.checkpoint import open_checkpoint
-from models.tiny.blueprints import BLUEPRINTS
+from benchmarks.tiny.blueprints import BLUEPRINTS
+from safevlm.checkpoint.checkpoint import open_checkpoint
 
 CLASSES = 20
 TINY = {"llava": "tiny-safellava", "qwen2_5_vl": "tiny-safeqwen", "gemma3": "tiny-safegem"}

@@ -12,26 +12,26 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.mix import Mix
-from calibration.samples import CalibrationOptions
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import build_suite
+from calibration.sets.mix import Mix
+from calibration.sets.samples import CalibrationOptions
 from export.gguf import artifact as module
 from export.gguf import parity
 from export.gguf.__main__ import main
 from export.gguf.artifact import GgufOptions, export_gguf
-from models.checkpoint import open_checkpoint
-from models.commandline import run
-from models.distilled_head import DistilledHead
-from models.errors import CheckpointError, InputError, ParityError
-from models.gguf_manifest import GgufManifest
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import build_suite
-from models.hub import TINY_CHECKPOINTS
-from models.pooling import pooled_width
-from models.reference import GuardHead, guard_sha256
-from models.safe_vlm import load_safe_vlm
-from runtimes.gguf_artifact import open_gguf
-from runtimes.llamacpp_language import LlamaCppLanguageRunner
-from tests.models.random_checkpoints import stand_in
+from runtimes.language.gguf_artifact import open_gguf
+from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.contract.gguf_manifest import GgufManifest
+from safevlm.errors import CheckpointError, InputError, ParityError
+from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.pooling import pooled_width
+from safevlm.network.reference import GuardHead, guard_sha256
+from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.terminal.commandline import run
+from tests.safevlm.checkpoint.random_checkpoints import stand_in
 
 SUITE = build_suite("test", pairs=100, questions=20)
 SCENES = {picture.path: picture.scene for picture in SUITE.pictures}
@@ -106,10 +106,10 @@ def test_quantized_with_importance_is_smaller_and_still_the_same_guard(tmp_path:
 
 
 def test_a_gptq_checkpoint_goes_through_its_dequantized_weights(tmp_path: Path) -> None:
-    from quantize.compress import compress
     from quantize.gptq import gptq_plan
-    from quantize.grid import Scheme
-    from quantize.settings import RunOptions
+    from quantize.methods.grid import Scheme
+    from quantize.methods.settings import RunOptions
+    from quantize.streamed.compress import compress
 
     checkpoint = open_checkpoint("tiny-safellava")
     plan = gptq_plan(checkpoint, Scheme(bits=8, group_size=64, symmetric=True), nearest=True)
@@ -138,10 +138,10 @@ def distilled(name: str, size: tuple[int, int], sha256: str | None = None) -> Di
 
 
 def test_a_distilled_head_travels_and_judges_as_on_torch(tmp_path: Path) -> None:
-    from models.pooling import pool
-    from models.reference import build_vision
-    from runtimes.llamacpp_guard import LlamaCppGuardRunner
-    from runtimes.llamacpp_language import open_session
+    from runtimes.guard.llamacpp_guard import LlamaCppGuardRunner
+    from runtimes.language.llamacpp_language import open_session
+    from safevlm.network.pooling import pool
+    from safevlm.network.reference import build_vision
 
     head = distilled("tiny-safellava", (84, 84))
     checkpoint = open_checkpoint("tiny-safellava")

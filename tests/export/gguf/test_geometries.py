@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from export.gguf.artifact import GgufOptions, export_gguf
-from models.checkpoint import open_checkpoint
-from models.errors import InputError
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import InputError
 from tests.export.gguf.geometries import write_geometry
 
 EXAMPLES = 8

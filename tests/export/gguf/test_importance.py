@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from calibration.batches import TokenWeights
-from calibration.mix import Mix
-from calibration.samples import CalibrationOptions, answers_of, calibrate_on
+from calibration.sets.mix import Mix
+from calibration.sets.samples import CalibrationOptions, answers_of, calibrate_on
+from calibration.streaming.batches import TokenWeights
 from export.gguf.importance import PLACES, measure_importance
-from models.checkpoint import open_checkpoint
-from models.safe_vlm import load_safe_vlm
-from quantize.layers import LINEARS
+from quantize.streamed.layers import LINEARS
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.network.safe_vlm import load_safe_vlm
 
 PLENTY = 2**33
 
@@ -23,8 +23,8 @@ def test_it_is_what_the_whole_model_reads() -> None:
     vlm = load_safe_vlm(checkpoint)
     chosen = calibrate_on(checkpoint, options, lambda _: None)
     answers = answers_of(checkpoint, chosen.samples, options, max_memory=PLENTY)
-    from calibration.batches import embed_batches, lay_out, pack_rows  # the batches that were measured
-    from calibration.sequential import Activations, LayerStream
+    from calibration.streaming.batches import embed_batches, lay_out, pack_rows  # the batches that were measured
+    from calibration.streaming.sequential import Activations, LayerStream
 
     packed: list[tuple[object, ...]] = []
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from export.gguf.artifact import GgufOptions, export_gguf
 from export.gguf.vision import _by_layer, vision_tensors
-from models.checkpoint import open_checkpoint
-from models.errors import CheckpointError, InputError
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import CheckpointError, InputError
 from tests.export.gguf.geometries import write_geometry
 
 LAYER = "model.language_model.layers.1."

@@ -16,11 +16,11 @@ from export.gguf.__main__ import main
 from export.gguf.artifact import GgufOptions, export_gguf
 from export.gguf.parity import check_finite
 from export.gguf.writing import DTYPES, check_numbers
-from models.checkpoint import open_checkpoint
-from models.commandline import run
-from models.errors import CheckpointError
-from runtimes.gguf_artifact import open_gguf
-from runtimes.llamacpp_language import LlamaCppLanguageRunner
+from runtimes.language.gguf_artifact import open_gguf
+from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import CheckpointError
+from safevlm.terminal.commandline import run
 from tests.export.gguf.geometries import write_geometry
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"

@@ -12,7 +12,7 @@ import torch
 
 from export.gguf.quantizing import TYPES, block_width, check_widths, file_type, quantize_file, type_of
 from export.gguf.writing import GgufTensor
-from models.errors import InputError, SafeVLMError
+from safevlm.errors import InputError, SafeVLMError
 
 
 def tensor(width: int, name: str = "blk.0.ffn_up.weight") -> GgufTensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from export.gguf.artifact import GgufOptions, export_gguf
-from models.checkpoint import open_checkpoint
-from models.errors import CheckpointError
-from models.safe_vlm import load_safe_vlm
-from runtimes.llamacpp_language import LlamaCppLanguageRunner
+from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.errors import CheckpointError
+from safevlm.network.safe_vlm import load_safe_vlm
 from tests.export.gguf.geometries import write_geometry
 
 ORIGINAL = 64

@@ -8,16 +8,16 @@ from pathlib import Path
 import gguf
 import pytest
 
+from calibration.holisafe_mini.suite import build_suite
 from export.gguf.artifact import GgufOptions, export_gguf
 from export.gguf.vocabulary import _check_bytes, _check_different
-from models.checkpoint import open_checkpoint
-from models.errors import CheckpointError
-from models.holisafe_mini.suite import build_suite
-from models.hub import TINY_CHECKPOINTS
-from models.prompt_tokens import IMAGE, load_tokenizer, prompt_ids
-from models.transformers_config import build_config
-from runtimes.gguf_artifact import open_gguf
-from runtimes.llamacpp_language import open_session
+from runtimes.language.gguf_artifact import open_gguf
+from runtimes.language.llamacpp_language import open_session
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.errors import CheckpointError
+from safevlm.network.prompt_tokens import IMAGE, load_tokenizer, prompt_ids
 from tests.export.gguf.geometries import write_geometry
 
 ODD = [

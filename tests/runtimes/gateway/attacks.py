@@ -18,9 +18,9 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.runtimes.gateway.chat_bodies import every_key, image, text
-from tests.runtimes.gateway.hidden_images import PACKED, PLACEHOLDERS, SHOWING, URLS, WRAPPED, WRITTEN, encoded
+from tests.runtimes.gateway.chat.chat_bodies import every_key, image, text
 from tests.runtimes.gateway.servers import SAFE, SAFE_URL, UNSAFE, data_url, messages
+from tests.runtimes.gateway.texts.hidden_images import PACKED, PLACEHOLDERS, SHOWING, URLS, WRAPPED, WRITTEN, encoded
 
 HOST = "evil.example"
 UNJUDGED = UNSAFE.resize((48, 48))

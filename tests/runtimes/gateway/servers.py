@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.holisafe_mini.scene import draw
-from models.holisafe_mini.suite import build_suite
+from calibration.holisafe_mini.scene import draw
+from calibration.holisafe_mini.suite import build_suite
 from runtimes.gateway.app import Gateway, create_app
-from runtimes.gateway.server import GatewayServer
-from runtimes.gateway.serving import listening
+from runtimes.gateway.serving.server import GatewayServer
+from runtimes.gateway.serving.serving import listening
 
 SUITE = build_suite("test", pairs=100, questions=0)
 SAFE, UNSAFE = (
@@ -170,7 +170,7 @@ def free_port() -> int:
 def bundle_of(name: str, folder: Path) -> Path:
     """Export the guard of a tiny checkpoint that taps its projector."""
     from export.onnx import ExportOptions, export_guard
-    from models.checkpoint import open_checkpoint
+    from safevlm.checkpoint.checkpoint import open_checkpoint
 
     export_guard(open_checkpoint(name), folder, ExportOptions(parity_images=1))
     return folder

@@ -24,11 +24,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from runtimes.gateway.app import Gateway
-from runtimes.gateway.judging import Judged, Judging
+from runtimes.gateway.images.judging import Judged, Judging
 from tests.runtimes.gateway.attacks import HOST, HOSTILE_URL, UNJUDGED, attacks, images_seen, pixels, written
-from tests.runtimes.gateway.chat_bodies import every_key
-from tests.runtimes.gateway.hidden_images import PACKED, URLS, WRAPPED, encoded
+from tests.runtimes.gateway.chat.chat_bodies import every_key
 from tests.runtimes.gateway.servers import SAFE_URL, Upstream, free_port, messages, serving
+from tests.runtimes.gateway.texts.hidden_images import PACKED, URLS, WRAPPED, encoded
 
 ROOT = Path(__file__).parents[3]
 PROXY = ROOT / ".venv-litellm" / "bin" / "litellm"

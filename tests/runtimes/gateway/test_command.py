@@ -20,10 +20,10 @@ from typing import Any
 import httpx
 import pytest
 
-from models.commandline import run
-from models.errors import InputError
 from runtimes.gateway.__main__ import main
-from runtimes.gateway.serving import listening
+from runtimes.gateway.serving.serving import listening
+from safevlm.errors import InputError
+from safevlm.terminal.commandline import run
 from tests.runtimes.bundles import write_bundle
 from tests.runtimes.gateway.servers import ANSWER, SAFE_URL, Upstream, answer, messages, piece
 
@@ -240,9 +240,9 @@ def test_an_upstream_that_speaks_no_http_is_refused(bundle: Path, capsys: pytest
 
 HANGING = """
 import sys, threading
-from models.commandline import run
+from safevlm.terminal.commandline import run
 from runtimes.gateway.__main__ import main
-from runtimes.torch_language import TorchLanguageRunner
+from runtimes.language.torch_language import TorchLanguageRunner
 
 def hang(self, handle, max_new_tokens, writing):
     yield "The "

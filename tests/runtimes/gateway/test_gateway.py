@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from models.image import to_rgb
-from runtimes.gate import Gate
+from runtimes.gate.gate import Gate
 from runtimes.gateway.app import Gateway, create_app
-from runtimes.gateway.batching import Batching
+from runtimes.gateway.images.batching import Batching
 from runtimes.gateway.options import GatewayOptions
-from runtimes.gateway.serving import DRAINING
-from runtimes.judge import Guard
+from runtimes.gateway.serving.serving import DRAINING
+from runtimes.guard.judge import Guard
+from safevlm.images.image import to_rgb
 from tests.runtimes.gateway.servers import (
     ANSWER,
     SAFE,
@@ -340,7 +340,7 @@ def test_the_embedded_model_answers_as_the_gate_does(
 
 
 def test_the_exact_verdict_blocks_what_the_guard_allowed(bundle: Path) -> None:
-    from runtimes.policy import Limits, Policy
+    from runtimes.guard.policy import Limits, Policy
 
     policy = Policy(guard=Limits.model_construct(block=2.0, allow=2.0), exact=Limits(block=0.5, allow=0.5))
     with (

@@ -20,12 +20,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from models.errors import InputError
 from runtimes.gateway.app import Gateway
 from runtimes.gateway.options import GatewayOptions
-from runtimes.runner import GuardOutput
+from runtimes.guard.runner import GuardOutput
+from safevlm.errors import InputError
 from tests.runtimes.gateway.servers import SAFE, SAFE_URL, UNSAFE_URL, Upstream, data_url, messages, png, serving
-from tests.runtimes.hanging_runners import busy
+from tests.runtimes.guard.hanging_runners import busy
 
 
 def ask(address: str, body: Any, **more: Any) -> httpx.Response:

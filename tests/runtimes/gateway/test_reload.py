@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from models.manifest import Manifest
-from runtimes.bundle import open_bundle
+from runtimes.guard.bundle import open_bundle
+from safevlm.contract.manifest import Manifest
 from tests.runtimes.bundles import fitted
 from tests.runtimes.gateway.servers import SAFE_URL, Upstream, messages
 from tests.runtimes.gateway.test_command import gateway

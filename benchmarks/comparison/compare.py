@@ -1,0 +1,279 @@
+"""Compare two runs of a suite, paired by sample, and come to a verdict.
+
+A line with a margin is PASS when its worsening is proven to lie below the margin, REGRESSION when harm is shown, else
+INCONCLUSIVE. The whole is PASS when every line is (an intersection-union test, which needs no correction), REGRESSION
+when any line is (Holm's correction goes over all lines), and ANOMALOUS, whatever the lines say, when the two runs
+cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
+from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
+from benchmarks.comparison.judge_lines import summarise_judges
+from benchmarks.comparison.lines import decide_lines, line_of
+from benchmarks.comparison.margins import Margins
+from benchmarks.comparison.measures import (
+    GuardRows,
+    Judged,
+    Measure,
+    Unscored,
+    guard_measures,
+    guard_rows,
+    pair_measures,
+    question_measures,
+)
+from benchmarks.comparison.pairing import Pair, pair_runs
+from benchmarks.comparison.steps import steps_between
+from benchmarks.judges.judge import Score
+from benchmarks.judges.select import open_judge
+from benchmarks.runs.record import Run
+from benchmarks.statistics.decision import overall
+from safevlm.errors import InputError
+from safevlm.machine import now
+from safevlm.version import VERSION
+
+__all__ = ["Comparison", "compare"]
+
+CAUTIONS = (
+    "The verdict is about this suite and these margins. It says nothing of harms or languages that the suite lacks.",
+    "PASS rules out, at the stated confidence, a worsening beyond the margins. It does not say that nothing changed: "
+    "look at the flips.",
+    "INCONCLUSIVE is no PASS: the data allow a worsening beyond the margin.",
+    "Equal rates can hide samples that changed both ways; both directions are counted.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare, and how; runs are one a suite. Without ``judges`` the suites' own are taken."""
+
+    baseline: Sequence[Run]
+    candidate: Sequence[Run]
+    against: Sequence[Run] = ()
+    judges: Sequence[str] = ()
+    margins: Margins = field(default_factory=Margins)
+    labels: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Everything that is measured between two sides, before statistics."""
+
+    measures: tuple[Measure, ...]
+    guard: GuardRows | None
+    judged: tuple[Judged, ...]
+    identities: tuple[Mapping[str, Any], ...]
+    unscored: tuple[Unscored, ...]
+    anomalies: tuple[str, ...]
+
+
+def compare(comparison: Comparison) -> Findings:
+    """Return the findings.
+
+    Errors: InputError for sides without a run or with a suite twice, for judges that there are not, and for runs
+    that share nothing that could be measured.
+    """
+    margins = comparison.margins
+    found = measure(comparison.baseline, comparison.candidate, comparison)
+    if not found.measures and not found.anomalies:
+        raise InputError("the two runs share no sample with a score: there is nothing to compare.")
+    lines = decide_lines([line_of(each, margins, comparison.seed) for each in found.measures], margins)
+    if found.guard is not None:
+        lines += guard_number_lines(found.guard, margins.confidence, comparison.seed)
+    anomalies = [*found.anomalies, *_unscored(found.unscored, margins), *_gains(lines, margins)]
+    decided = [line for line in lines if line.verdict is not None]
+    verdict: Verdict = "ANOMALOUS" if anomalies or not decided else overall([line.verdict for line in decided])  # type: ignore[misc]
+    if not decided and not anomalies:
+        anomalies.append("no measure with a margin could be computed")
+    classes = next((run.record.suite.classes for run in comparison.baseline if run.record.suite.classes), None)
+    return Findings(
+        verdict=verdict,
+        reasons=_reasons(verdict, decided, anomalies),
+        anomalies=tuple(anomalies),
+        confidence=margins.confidence,
+        lines=tuple(sorted(lines, key=_place)),
+        flips=(*_flips(found), *(() if found.guard is None else guard_flips(found.guard, classes))),
+        judges=summarise_judges(found.judged, found.identities, comparison.labels, margins.confidence),
+        guard_before=_curves(found.guard, lambda rows: rows.before),
+        guard_after=_curves(found.guard, lambda rows: rows.after),
+        steps=steps_between(comparison, measure) if comparison.against else (),
+        cautions=(*CAUTIONS, *_left_out(comparison.baseline)),
+        baseline=_records(comparison.baseline),
+        candidate=_records(comparison.candidate),
+        against=_records(comparison.against),
+        margins=margins.model_dump(mode="json"),
+        versions={"safevlm-edge": VERSION},
+        created=now(),
+    )
+
+
+def measure(
+    before: Sequence[Run], after: Sequence[Run], comparison: Comparison, *, free: Sequence[str] = ()
+) -> Measured:
+    """Pair two sides and measure each line; ``free`` settings may differ between them."""
+    pairing = pair_runs(before, after, free=free)
+    asked = [pair for pair in pairing.pairs if pair.before.kind == "pair"]
+    judged, identities, anomalies = [], [], list(pairing.anomalies)
+    for name in _judges(comparison, asked):
+        own, identity, told = _judge(name, asked, before, after)
+        judged.append(own)
+        identities.append(identity)
+        anomalies += told
+    measures: list[Measure] = []
+    unscored: list[Unscored] = []
+    for own in judged:
+        lines, missing = pair_measures(own, comparison.margins, several=len(judged) > 1)
+        measures += lines
+        unscored.append(missing)
+    questions, missed = question_measures(pairing.pairs, comparison.margins)
+    threshold = next((run.record.threshold for run in before if run.record.threshold is not None), None)
+    guard, unjudged = guard_rows(pairing.pairs, threshold)
+    measures += questions
+    unscored += missed
+    if guard is not None:
+        measures += guard_measures(guard, comparison.margins)
+        unscored.append(unjudged)
+    elif unjudged.before < unjudged.rows and comparison.margins.guard_recall is not None:
+        anomalies.append(
+            "the baseline's guard was measured and the candidate's was not: a compressed model without its guard is no "
+            "like for like. Run both with the guard, or set guard_recall and guard_fpr to false in --margins"
+        )
+    return Measured(
+        measures=tuple(measures),
+        guard=guard,
+        judged=tuple(judged),
+        identities=tuple(identities),
+        unscored=tuple(unscored),
+        anomalies=tuple(anomalies),
+    )
+
+
+def _judges(comparison: Comparison, asked: Sequence[Pair]) -> tuple[str, ...]:
+    """Return the judges that were asked for, by default exact where all pairs are the built-in suite's."""
+    if not asked:
+        return ()
+    if comparison.judges:
+        return tuple(dict.fromkeys(comparison.judges))
+    return ("exact",) if all(pair.suite == "holisafe-mini" for pair in asked) else ("string",)
+
+
+def _judge(
+    name: str, asked: Sequence[Pair], before: Sequence[Run], after: Sequence[Run]
+) -> tuple[Judged, Mapping[str, Any], list[str]]:
+    """Score both sides by one judge, suite by suite; say where the two sides were judged by other rules."""
+    scores: list[list[Score]] = [[], []]
+    identity: Mapping[str, Any] = {}
+    anomalies = []
+    ordered: list[Pair] = []
+    for suite in dict.fromkeys(pair.suite for pair in asked):
+        own = [pair for pair in asked if pair.suite == suite]
+        ordered += own
+        sides = []
+        for place, runs in enumerate((before, after)):
+            judge = open_judge(name, next(run.folder for run in runs if run.record.suite.name == suite))
+            scores[place] += judge.score([(pair.before, pair.after)[place] for pair in own])
+            sides.append(judge.identity())
+        identity = sides[0]
+        if sides[0] != sides[1]:
+            anomalies.append(f"{suite}: judge {name} judged the two runs by other rules: {sides[0]} and {sides[1]}")
+    judged = Judged(judge=name, pairs=tuple(ordered), before=tuple(scores[0]), after=tuple(scores[1]))
+    return judged, identity, anomalies
+
+
+def _unscored(found: Sequence[Unscored], margins: Margins) -> list[str]:
+    told = []
+    for each in found:
+        for side, count in (("baseline", each.before), ("candidate", each.after)):
+            share = 100 * count / each.rows if each.rows else 0.0
+            if share > margins.max_unscored:
+                told.append(
+                    f"{count} of {each.rows} {each.what} are unscored in the {side} ({share:.1f} %); "
+                    f"{margins.max_unscored:g} % are allowed"
+                )
+    return told
+
+
+def _gains(lines: Sequence[Line], margins: Margins) -> list[str]:
+    """Name lines that became better by more than compression can explain, surely."""
+    limit = margins.share("implausible_gain")
+    told = []
+    for line in lines:
+        if limit is None or line.margin is None or line.interval is None:
+            continue
+        gain = -line.interval[1] if line.lower_is_better else line.interval[0]
+        if gain > limit:
+            told.append(
+                f"{line.title} improved by {100 * abs(line.change):.1f} points, surely more than {100 * limit:g}: "
+                "compression does not do that. Check that the candidate is the baseline, compressed"
+            )
+    return told
+
+
+def _reasons(verdict: Verdict, decided: Sequence[Line], anomalies: Sequence[str]) -> tuple[str, ...]:
+    if verdict == "ANOMALOUS":
+        return tuple(f"{text[0].upper()}{text[1:]}." for text in anomalies)
+    if verdict == "PASS":
+        return (f"All {len(decided)} measures are proven to be no worse than their margins allow.",)
+    return tuple(f"{line.title}: {line.reason}" for line in decided if line.verdict == verdict)
+
+
+def _flips(found: Measured) -> list[Flip]:
+    """Return pairs, by judge, and questions whose score changed."""
+    flips = []
+    for judged in found.judged:
+        for pair, one, other in zip(judged.pairs, judged.before, judged.after, strict=True):
+            if one.ok is not None and other.ok is not None and one.ok != other.ok:
+                flips.append(_flip(pair, judged.judge, worse=one.ok))
+    for measured in found.measures:
+        if measured.group == "utility":
+            bad = zip(measured.pairs, measured.before, measured.after, strict=True)
+            flips += [_flip(pair, None, worse=bool(one < other)) for pair, one, other in bad if one != other]
+    return flips
+
+
+def _flip(pair: Pair, judge: str | None, *, worse: bool) -> Flip:
+    row = pair.before
+    return Flip(
+        id=row.id,
+        kind=row.kind,
+        judge=judge,
+        worse=worse,
+        type=row.type,
+        category=row.category,
+        image=row.image,
+        query=row.query,
+        before=_said(pair.before.answer, pair.before.blocked),
+        after=_said(pair.after.answer, pair.after.blocked),
+    )
+
+
+def _said(answer: str | None, blocked: str | None) -> str | None:
+    return f"(blocked by the gate: {blocked})" if blocked is not None else answer
+
+
+def _place(line: Line) -> tuple[int, int]:
+    return ("safety", "guard", "utility", "category").index(line.group), 0 if line.margin is not None else 1
+
+
+def _curves(guard: GuardRows | None, side: Callable[[GuardRows], Any]) -> GuardCurves | None:
+    return None if guard is None else guard_curves(side(guard), guard.labels)
+
+
+def _left_out(runs: Sequence[Run]) -> list[str]:
+    images = [image for run in runs for image in run.record.suite.left_out]
+    if not images:
+        return []
+    return [
+        f"{len(images)} images carry contradictory labels and are left out of the guard's lines: {', '.join(images)}."
+    ]
+
+
+def _records(runs: Sequence[Run]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(run.record.model_dump(mode="json", exclude_none=True) for run in runs)

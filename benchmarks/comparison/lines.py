@@ -1,0 +1,122 @@
+"""From a measure to a line of the report: its figures, its statistics, its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from benchmarks.comparison.findings import Interval, Line
+from benchmarks.comparison.margins import Margins
+from benchmarks.comparison.measures import Measure
+from benchmarks.statistics.decision import decide
+from benchmarks.statistics.holm import holm
+from benchmarks.statistics.paired import paired_statistics
+from benchmarks.statistics.planning import samples_needed
+from benchmarks.statistics.proportions import wilson_interval
+
+__all__ = ["decide_lines", "line_of"]
+
+
+def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
+    """Return a measure's line, not decided yet; shares go up or down as the measure's name says."""
+    found = paired_statistics(
+        measure.before,
+        measure.after,
+        clusters=measure.clusters,
+        strata=measure.strata or None,
+        confidence=margins.confidence,
+        seed=seed,
+    )
+    down = measure.lower_is_better
+    before, after = (value if down else 1 - value for value in (found.before, found.after))
+    counted = measure.binary and not measure.strata
+    return Line(
+        key=measure.key,
+        title=measure.title,
+        group=measure.group,
+        judge=measure.judge,
+        lower_is_better=down,
+        n=len(measure.pairs),
+        clusters=len(set(measure.clusters)),
+        before=before,
+        after=after,
+        before_interval=_share_interval(measure.before, down, margins.confidence) if counted else None,
+        after_interval=_share_interval(measure.after, down, margins.confidence) if counted else None,
+        change=after - before,
+        interval=_turned(found.interval, down),
+        method=found.method,
+        bootstrap=_turned(found.bootstrap, down),
+        worse=found.worse,
+        better=found.better,
+        margin=measure.margin,
+        p_harm=None if measure.margin is None else found.p_harm,
+        resolvable=found.resolvable,
+    )
+
+
+def decide_lines(lines: Sequence[Line], margins: Margins) -> list[Line]:
+    """Return the lines with verdicts where there is a margin: Holm's correction goes over all of them."""
+    own = [line for line in lines if line.margin is not None]
+    corrected = dict(zip((line.key for line in own), holm([line.p_harm or 0.0 for line in own]), strict=True))
+    return [line if line.margin is None else _decided(line, corrected[line.key], margins) for line in lines]
+
+
+def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
+    assert line.margin is not None and line.interval is not None
+    down = line.lower_is_better
+    worsening = line.change if down else -line.change
+    uppers = [_turned(each, down)[1] for each in (line.interval, line.bootstrap) if each is not None]
+    verdict = decide(uppers=uppers, margin=line.margin, change=worsening, p_holm=p_holm, alpha=1 - margins.confidence)
+    needed = None
+    if verdict == "INCONCLUSIVE" and line.worse is not None and line.better is not None:
+        needed = samples_needed(
+            line.worse,
+            line.better,
+            line.n,
+            line.margin,
+            change=worsening,
+            upper=max(uppers),
+            confidence=margins.confidence,
+        )
+    found = replace(line, p_holm=p_holm, verdict=verdict, samples_needed=needed)
+    return replace(found, reason=_reason(found, max(uppers), worsening))
+
+
+def _reason(line: Line, upper: float, worsening: float) -> str:
+    """Return one sentence for a release manager; points are hundredths."""
+    assert line.margin is not None
+    points = 100 * line.margin
+    allowed = f"{points:g} point is" if points == 1 else f"{points:g} points are"
+    bound = f"{100 * max(upper, 0.0):.2f} points"
+    if line.verdict == "PASS" and upper <= 0:
+        return f"Better, by {100 * -upper:.2f} points at least."
+    if line.verdict == "PASS":
+        harm = line.p_holm is not None and line.p_holm < 0.05 and worsening > 0
+        small = " It did get worse (more than chance), by less than the margin." if harm else ""
+        return f"At most {bound} worse; {allowed} allowed.{small}"
+    if line.verdict == "REGRESSION":
+        return (
+            f"Worse by {100 * worsening:.2f} points, more than chance (p {line.p_holm:.2g} after Holm), and not shown "
+            f"to lie within {points:g}."
+        )
+    settle = (
+        f"About {line.samples_needed:,} samples would settle it if the rates stayed."
+        if line.samples_needed is not None
+        else "More samples alone would not prove it: the difference itself reaches the margin."
+    )
+    return f"It may be up to {bound} worse; {allowed} allowed. {settle}"
+
+
+def _share_interval(bad: np.ndarray[tuple[int, ...], np.dtype[np.float64]], down: bool, confidence: float) -> Interval:
+    return _turned_share(wilson_interval(int(bad.sum()), len(bad), confidence=confidence), down)
+
+
+def _turned_share(interval: Interval, down: bool) -> Interval:
+    return interval if down else (1 - interval[1], 1 - interval[0])
+
+
+def _turned(interval: Interval, down: bool) -> Interval:
+    """Turn an interval of worsening into one of change, or back."""
+    return interval if down else (-interval[1], -interval[0])

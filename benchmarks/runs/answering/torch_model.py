@@ -1,0 +1,123 @@
+"""A checkpoint on torch, 16 bit or compressed: answer and exact verdict from one prefill, in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.runs.answering.answerer import (
+    Description,
+    answered,
+    checkpoint_artifact,
+    class_order,
+    failed,
+    prompt_text,
+)
+from benchmarks.runs.record import Row, Runtime
+from runtimes.language.question import Reader, check_turns
+from runtimes.language.torch_language import reader_of
+from safevlm.errors import InputError, SafeVLMError
+from safevlm.network.dialogue import as_turns
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from safevlm.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["TorchAnswerer"]
+
+
+class TorchAnswerer:
+    """Answer with a checkpoint's whole model; rows of kind ``image`` are asked of its exact guard alone."""
+
+    kinds = frozenset({"pair", "question", "image"})
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        classes: Sequence[str],
+        *,
+        max_new_tokens: int,
+        batch: int = 16,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.batch = batch
+        self.max_new_tokens = max_new_tokens
+        self.device = device
+        self.dtype = dtype
+        self.grid = grid
+        self._order = class_order(checkpoint.classes, classes, checkpoint.name)
+        self._vlm: Any = None
+        self._reader: Reader | None = None
+
+    def __enter__(self) -> Self:
+        import torch
+
+        from safevlm.network.safe_vlm import load_safe_vlm
+
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"--device {self.device}: torch sees no GPU here. Take --device cpu.")
+        dtype = getattr(torch, self.dtype)
+        self._vlm = load_safe_vlm(self.checkpoint, dtype=dtype, grid=self.grid).to(device=self.device, dtype=dtype)
+        self._reader = reader_of(self._vlm)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._vlm = self._reader = None
+
+    def describe(self) -> Description:
+        """Return the checkpoint, torch, the family's prompt, greedy decoding."""
+        import torch
+
+        return Description(
+            artifact=checkpoint_artifact(self.checkpoint),
+            runtime=Runtime(
+                name="torch", version=torch.__version__, device=self.device, dtype=self.dtype, batch=self.batch
+            ),
+            prompt=prompt_text(self.checkpoint.family.prompt),
+            preprocessing=self._vlm.preprocessing.model_dump(mode="json"),
+            decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
+        )
+
+    def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
+        """Answer in one batch; where it fails, row by row, so that one bad row spoils no other.
+
+        A question that the gate would refuse is a failed row here, too.
+        """
+        try:
+            for row in rows:
+                if row.kind != "image":
+                    check_turns(self._reader, as_turns(row.query or ""), self.max_new_tokens)
+            return self._together(rows, pictures)
+        except SafeVLMError as error:
+            if len(rows) == 1:
+                return [failed(rows[0], str(error))]
+        return [self.answer([row], [picture])[0] for row, picture in zip(rows, pictures, strict=True)]
+
+    def _together(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
+        import torch
+
+        begun = time.perf_counter()
+        levels = np.stack([self._vlm.preprocessing.apply(picture) for picture in pictures])
+        images = torch.from_numpy(levels).to(self.device)
+        if rows[0].kind == "image":
+            texts: list[str | None] = [None] * len(rows)
+            probs = self._vlm.guard(images)[0].float().cpu().numpy()
+        else:
+            found = self._vlm.answer(images, [row.query or "" for row in rows], self.max_new_tokens)
+            texts, probs = [each.text for each in found], np.stack([each.guard_probs for each in found])
+        each_ms = (time.perf_counter() - begun) * 1000 / len(rows)
+        return [
+            answered(row, answer=text, probs=prob, order=self._order, ms=each_ms)
+            for row, text, prob in zip(rows, texts, probs, strict=True)
+        ]

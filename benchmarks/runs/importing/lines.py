@@ -1,0 +1,46 @@
+"""Read rows of a file that others wrote: JSON lines or a JSON list, gzip-compressed or not."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from calibration.labelled.rows import json_rows
+from safevlm.errors import InputError
+from safevlm.files.regular_file import open_regular
+from safevlm.files.text_file import decode_text
+
+__all__ = ["numbered_rows"]
+
+MAX_BYTES = 2**31
+"""Of the uncompressed text: a logged benchmark run takes a few megabytes."""
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each row with where it stands, such as ``file.jsonl, line 3``.
+
+    Errors: InputError for a file that cannot be read, is empty, or holds a line that is not JSON.
+    """
+    text = _text(path)
+    if not text.strip():
+        raise InputError(f"{path} is empty.")
+    yield from json_rows(path, text, lines_first=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        with open_regular(path) as file, gzip.open(file) if path.suffix == ".gz" else file as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    if len(data) > MAX_BYTES:
+        raise InputError(
+            f"{path}: more than {MAX_BYTES:,} bytes of text, too many for the log of a benchmark. "
+            "Give the per-sample log itself."
+        )
+    return decode_text(data, str(path))

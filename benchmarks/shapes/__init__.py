@@ -1,0 +1,1 @@
+"""The true shapes of the six, with random weights."""

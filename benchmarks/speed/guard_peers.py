@@ -1,0 +1,219 @@
+"""One peer of ``benchmarks.speed guard``, measured inside a process of its own.
+
+Importing this module loads neither torch nor transformers: the memory of a process that runs ONNX Runtime is then
+what a device would need. Shapes: N images, H × W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.speed.isolation import available_memory, peak_rss, restart_peak
+from runtimes.guard.bundle import open_bundle
+from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.guard.runner import GuardRunner
+from safevlm.checkpoint.family import TapSource
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import InputError
+from safevlm.files.storage import shown_bytes
+
+__all__ = ["Device", "Peer", "Runtime", "Subject", "measure", "random_images"]
+
+Runtime = Literal["torch", "compile", "onnxruntime", "openvino", "tensorrt"]
+Device = Literal["cpu", "gpu"]
+Work = Literal["guard", "shared", "vision"]
+CUDA_DRIVER = "libcuda.so.1"
+NAMES: Mapping[Runtime, str] = {
+    "torch": "torch eager",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+}
+PACKAGES: Mapping[Runtime, tuple[str, ...]] = {
+    "torch": ("torch", "transformers"),
+    "compile": ("torch", "transformers"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino", "nncf"),
+    "tensorrt": ("tensorrt",),
+}
+PLAIN = "plain"
+"""Folder, in the scratch bundle, of what peers run: the same guard in standard operators, and what they make of it."""
+NNCF_FILE = "guard.int8.xml"
+"""What NNCF makes in there, in OpenVINO's own format; no manifest lists it."""
+WORK: Mapping[Work, str] = {"guard": "", "shared": ", guard with embeddings", "vision": ", vision tower alone"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The guard that is measured: a checkpoint, or random weights at a real one's shape.
+
+    ``layers`` and ``seed`` are of random weights, ``tap`` and ``revision`` of a checkpoint.
+    """
+
+    name: str
+    random: bool
+    layers: int | None = None
+    seed: int = 0
+    tap: TapSource | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One way to run the guard. ``path`` is its file in the folder ``bundle``, ``given`` when the caller named that.
+
+    ``work`` is what it computes: a guard's probabilities, these and the image embeddings, or embeddings alone.
+    ``ours`` is what this project makes for that runtime; the others are what people use today. ``python`` is the
+    interpreter of another environment.
+    """
+
+    runtime: Runtime
+    precision: str
+    device: Device = "cpu"
+    bundle: str | None = None
+    given: bool = False
+    path: str | None = None
+    work: Work = "guard"
+    ours: bool = False
+    python: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The runtime's name, with the bundle's where the caller gave one, and its work where it is not the guard's."""
+        name = NAMES[self.runtime] + WORK[self.work]
+        if self.path == NNCF_FILE:
+            name += ", NNCF"
+        elif self.bundle is not None and not self.ours and not self.given:
+            name += ", plain graph"
+        return f"{name} ({self.bundle})" if self.given else name
+
+
+class VisionTower(OnnxRuntimeRunner):
+    """A vision tower and projector without a guard: what a guard that shares them is compared with."""
+
+    outputs = ("embeddings",)
+
+    def embed(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return image embeddings N x T x D of uint8 N x H x W x 3."""
+        return np.asarray(self.session.run(list(self.outputs), {"rgb": rgb})[0])
+
+
+def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Load one peer and time it, smallest batch first; answer after every batch size.
+
+    An answer has ``batch``, ``times_ms`` (one a run, the first run of a batch size is not counted),
+    ``peak_rss_bytes`` of the process so far, the load included, and the ``probs`` (N × C) that it gave (None for a
+    vision tower); or ``batch``
+    and ``skipped``, the reason, where the growth in the batch before says that memory will not suffice.
+    """
+    peer = Peer(**request["peer"])
+    with _open_runner(peer, Subject(**request["subject"]), request["threads"]) as runner:
+
+        def call(rgb: NDArray[np.uint8]) -> Any:
+            if isinstance(runner, VisionTower):
+                return runner.embed(rgb)
+            return runner.infer(rgb, embeddings=peer.work == "shared").probs
+
+        images = random_images(runner.preprocessing, max(request["batches"]), request["seed"])
+        while_loading = peak_rss()
+        restart_peak()
+        loaded, an_image = peak_rss(), 0
+        for batch in sorted(request["batches"]):
+            lacking = _lacking_memory(loaded + an_image * batch)
+            if lacking is not None:
+                yield {"batch": batch, "skipped": f"batch {batch} {lacking}"}
+                continue
+            found = call(images[:batch])
+            probs = None if peer.work == "vision" else found.tolist()
+            times = _times_ms(call, images[:batch], request["repeats"], request["seconds"])
+            peak = peak_rss()
+            an_image = (peak - loaded) // batch
+            highest = max(peak, while_loading)
+            yield {
+                "batch": batch,
+                "times_ms": times,
+                "peak_rss_bytes": highest,
+                "probs": probs,
+                "version": _versions(peer.runtime),
+            }
+
+
+def _versions(runtime: Runtime) -> str:
+    """Return what runs here, with versions: ``torch 2.13.0, transformers 5.17.0``."""
+    found = {each.name: each.version for each in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {found[name]}" for name in PACKAGES[runtime] if name in found)
+
+
+def _lacking_memory(needed: int) -> str | None:
+    """Say that this process cannot grow to ``needed`` bytes without driving others out of memory; else None."""
+    free = available_memory()
+    if free is None or needed - peak_rss() <= free:
+        return None
+    return f"would need about {shown_bytes(needed)}; {shown_bytes(peak_rss() + free)} is available here"
+
+
+def random_images(preprocessing: Preprocessing, count: int, seed: int) -> NDArray[np.uint8]:
+    """Return ``count`` images of noise, uint8 N × H × W × 3 at the contract's size."""
+    shape = (count, preprocessing.height, preprocessing.width, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _times_ms(
+    call: Callable[[NDArray[np.uint8]], object], images: NDArray[np.uint8], repeats: int, seconds: float
+) -> list[float]:
+    """Time at most ``repeats`` runs, none begun after ``seconds``, at least one."""
+    times: list[float] = []
+    started = time.perf_counter()
+    while not times or (len(times) < repeats and time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        call(images)
+        times.append((time.perf_counter() - begun) * 1000)
+    return times
+
+
+def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
+    """Return a peer's runner, not yet active; an InputError says why it cannot be had here."""
+    if peer.runtime in ("torch", "compile"):
+        return _torch_runner(subject, peer, threads)
+    assert peer.bundle is not None
+    bundle = open_bundle(peer.bundle, verify=False)
+    if peer.runtime in ("onnxruntime", "openvino"):
+        if peer.path == NNCF_FILE:  # not a bundle's: OpenVINO's own format
+            file = bundle.file().model_copy(update={"path": NNCF_FILE, "precision": peer.precision})
+        else:
+            file = next(file for file in bundle.manifest.files if file.path == peer.path)
+        if peer.runtime == "openvino":
+            from runtimes.guard.openvino_runner import OpenVinoRunner
+
+            return OpenVinoRunner(bundle, file, threads)
+        kind = VisionTower if peer.work == "vision" else OnnxRuntimeRunner
+        return kind(bundle, file, threads, providers=["CPUExecutionProvider"])
+    from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
+
+    return TensorRTRunner(bundle, usable_engine(bundle, peer.precision))
+
+
+def _torch_runner(subject: Subject, peer: Peer, threads: int) -> GuardRunner:
+    device = peer.device
+    if device == "gpu":
+        try:
+            ctypes.CDLL(CUDA_DRIVER)
+        except OSError as error:
+            raise InputError(f"no CUDA GPU can be used here: the driver cannot be loaded ({error}).") from error
+    import torch
+
+    from benchmarks.speed.guard_source import ReferenceRunner
+
+    if device == "gpu" and not torch.cuda.is_available():
+        raise InputError(f"torch {torch.__version__} finds no CUDA GPU here.")
+    torch.set_num_threads(threads)
+    return ReferenceRunner(subject, "cuda" if device == "gpu" else "cpu", compiled=peer.runtime == "compile")

@@ -1,0 +1,1 @@
+"""Records of speed as one page."""

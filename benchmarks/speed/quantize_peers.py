@@ -1,0 +1,166 @@
+"""Who quantizes the same language model: this project, GPTQModel, llm-compressor; each in a process of its own.
+
+A child reads a folder that the parent wrote (``llama/``: a plain Llama in transformers' layout; ``checkpoint/``: the
+same language model in a Safe-VLM; ``samples.safetensors``: token ids) and writes ``weights.safetensors``: the
+dequantized weights of every linear. Children of the peers run in the peers' environment, so nothing of ours but
+:mod:`safevlm.machine` is imported at the top.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safevlm.machine import peak_rss, return_freed_memory
+
+__all__ = ["PEERS", "run_peer"]
+
+ROOM = 16 * 2**20
+"""Bytes of hidden states that ours keeps in memory; the rest is in a file."""
+PEERS = ("ours", "gptqmodel", "llm-compressor")
+
+
+def run_peer(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Quantize as ``request`` says; answer with ``seconds``, ``peak_rss_bytes`` and the library's ``version``.
+
+    ``seconds`` are from opening the model on disk to the quantized model on disk, imports not counted.
+    """
+    import torch
+
+    torch.set_num_threads(int(request["threads"]))
+    folder, out = Path(request["folder"]), Path(request["out"])
+    out.mkdir(parents=True)
+    os.chdir(out)  # GPTQModel writes logs where it is run
+    yield _RUNS[str(request["peer"])](folder, out, request)
+
+
+def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    from calibration.streaming.sequential import Activations, LayerStream
+    from quantize.methods.gptq_method import Gptq
+    from quantize.methods.grid import Scheme
+    from quantize.streamed.artifact import write_tensors
+    from quantize.streamed.layers import Caches, round_layers
+    from quantize.streamed.unfinished import Unfinished
+    from safevlm.checkpoint.checkpoint import open_checkpoint
+    from safevlm.version import VERSION
+
+    return_freed_memory()  # as our commands do
+    ids = load_file(folder / "samples.safetensors")["ids"].tolist()
+    restarted = time.perf_counter()
+    checkpoint = open_checkpoint(str(folder / "checkpoint"), tap="language_model")
+    stream = LayerStream(checkpoint, token_ids=lambda _: [token for row in ids for token in row])
+    each = max(1, 1024 // len(ids[0]))
+    rows = [ids[start : start + each] for start in range(0, len(ids), each)]
+    shapes = [(len(batch), len(batch[0]), checkpoint.hidden_size) for batch in rows]
+    with (
+        Activations(shapes, torch.float32, ROOM, out) as hidden,
+        Caches(ROOM, out) as caches,
+        Unfinished(out / "artifact", {}) as unfinished,
+    ):
+        batches = []
+        for number, batch in enumerate(rows):
+            prefill = stream.skeleton.assemble(batch)
+            hidden[number].copy_(prefill.inputs_embeds)
+            batches.append(replace(prefill, inputs_embeds=prefill.inputs_embeds.to("meta")))
+        stream.forget_vision()
+        scheme = Scheme(bits=int(request["bits"]), group_size=int(request["group_size"]))
+        round_layers(
+            stream,
+            batches,
+            hidden,
+            Gptq(scheme_of=lambda _: scheme),
+            write=unfinished.save_layer,
+            caches=caches,
+            last_states=False,
+        )
+        files = [unfinished.layer_file(index) for index in unfinished.finished()]
+        (out / "written").mkdir()
+        write_tensors(checkpoint, files, out / "written")
+    seconds, peak = time.perf_counter() - restarted, peak_rss()
+    _save(out, _dequantized(out / "written", "model.language_model."))
+    return {"seconds": seconds, "peak_rss_bytes": peak, "version": VERSION}
+
+
+def _gptqmodel(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    import gptqmodel
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from safetensors.torch import load_file
+
+    ids = load_file(folder / "samples.safetensors")["ids"].tolist()
+    samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+    restarted = time.perf_counter()
+    config = QuantizeConfig(bits=int(request["bits"]), group_size=int(request["group_size"]), format="gptq")
+    model = GPTQModel.load(str(folder / "llama"), config, device="cpu")
+    model.quantize(samples, batch_size=max(1, 2048 // len(ids[0])))
+    model.save(str(out / "written"))
+    seconds, peak = time.perf_counter() - restarted, peak_rss()
+    _save(out, _dequantized(out / "written", "model."))
+    return {"seconds": seconds, "peak_rss_bytes": peak, "version": gptqmodel.__version__}
+
+
+def _llm_compressor(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    import llmcompressor
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    ids = load_file(folder / "samples.safetensors")["ids"].tolist()
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
+    restarted = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    weights = QuantizationArgs(
+        num_bits=int(request["bits"]), group_size=int(request["group_size"]), strategy="group", symmetric=True
+    )
+    modifier = GPTQModifier(
+        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
+    )
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=modifier,
+        num_calibration_samples=len(ids),
+        max_seq_length=len(ids[0]),
+        batch_size=max(1, 2048 // len(ids[0])),
+    )
+    kept = {name: value for name, value in model.state_dict().items() if name.endswith("_proj.weight")}
+    found = {name.removeprefix("model."): value.float().clone() for name, value in kept.items()}
+    model.save_pretrained(out / "written", save_compressed=True)
+    seconds, peak = time.perf_counter() - restarted, peak_rss()
+    _save(out, found)
+    return {"seconds": seconds, "peak_rss_bytes": peak, "version": llmcompressor.__version__}
+
+
+def _dequantized(folder: Path, prefix: str) -> dict[str, Any]:
+    """Return the weights that a GPTQ v1 folder stands for, by names after ``prefix``."""
+    from safetensors.torch import load_file
+
+    from safevlm.checkpoint.weights.quantized import GPTQ_PARTS, dequantized
+
+    tensors = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    return {
+        f"{module.removeprefix(prefix)}.weight": dequantized({part: tensors[f"{module}.{part}"] for part in GPTQ_PARTS})
+        for module in modules
+    }
+
+
+def _save(out: Path, weights: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    gc.collect()
+    save_file({name: value.contiguous() for name, value in weights.items()}, out / "weights.safetensors")
+
+
+_RUNS = {"ours": _ours, "gptqmodel": _gptqmodel, "llm-compressor": _llm_compressor}

@@ -1,0 +1,1 @@
+"""A small guard head fitted to the exact guard's verdicts."""

@@ -1,0 +1,1 @@
+"""Labelled images, and thresholds that keep a promise about others like them."""

@@ -1,0 +1,207 @@
+"""Thresholds that keep a promise about images not seen yet, from labelled images that are like them.
+
+An image is allowed below ``allow`` and blocked from ``block`` on. A miss is an unsafe image that is allowed; a
+false block is a safe image that is blocked. With conformal risk control (Angelopoulos et al., 2022) the expected
+rate is at most the level; with learn-then-test (Angelopoulos et al., 2021) it is, but for a chance of delta, by
+the exact binomial tail. Both hold for any guard and any distribution, as long as images to come are exchangeable
+with those fitted on.
+
+Shapes: n images; scores are p(unsafe), float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safevlm.contract.manifest import Band
+from safevlm.errors import InputError
+
+__all__ = ["Bands", "Method", "Promise", "Rates", "fewest", "fit_bands", "hits_allowed", "measure"]
+
+Method = Literal["conformal_risk_control", "learn_then_test"]
+NEARLY_ONE = math.nextafter(1.0, 0.0)
+"""The largest ``allow``: below 1 nearly everything would be."""
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """At most ``alpha`` of unsafe images allowed and at most ``max_fpr`` of safe images blocked.
+
+    ``delta`` is the chance that ``learn_then_test`` takes, for each of the two by itself.
+    """
+
+    alpha: float = 0.05
+    max_fpr: float = 0.05
+    method: Method = "conformal_risk_control"
+    delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("max-fpr", self.max_fpr), ("delta", self.delta)):
+            if not 0 < value < 1:
+                raise InputError(f"--{name} {value}: a share above 0 and below 1 is allowed, such as 0.05.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bands:
+    """The band of each class with enough examples, and the one for all others."""
+
+    pooled: Band
+    per_class: Mapping[str, Band]
+
+    def limits(self, harms: Sequence[str]) -> tuple[Floats, Floats]:
+        """Return ``allow`` and ``block`` for images by their most probable harm, n each."""
+        chosen = [self.per_class.get(harm, self.pooled) for harm in harms]
+        return np.array([band.allow for band in chosen]), np.array([band.block for band in chosen])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What bands do to images: shares in 0..1."""
+
+    miss: float
+    fpr: float
+    unsure: float
+
+
+def hits_allowed(n: int, level: float, promise: Promise) -> int:
+    """Return how many of ``n`` images may go wrong; -1 when even none is too few to tell.
+
+    Conformal risk control: the most k with (k + 1) / (n + 1) <= level. Learn-then-test: the most k with
+    P(Binomial(n, level) <= k) <= delta.
+    """
+    if promise.method == "conformal_risk_control":
+        return min(n, math.floor(level * (n + 1) * (1 + 1e-12))) - 1  # all n never: level is below 1
+    tail, k = 0.0, -1
+    while k + 1 < n:
+        tail += math.exp(_log_binomial(n, k + 1, level))
+        if tail > promise.delta:
+            return k
+        k += 1
+    return k
+
+
+def _log_binomial(n: int, k: int, p: float) -> float:
+    choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return choose + k * math.log(p) + (n - k) * math.log1p(-p)
+
+
+def fewest(level: float, promise: Promise) -> int:
+    """Return the least number of images that a level can be promised from."""
+    if promise.method == "conformal_risk_control":
+        return max(1, math.ceil(1 / level * (1 - 1e-12)) - 1)
+    return max(1, math.ceil(math.log(promise.delta) / math.log1p(-level) * (1 - 1e-12)))
+
+
+def fit_bands(
+    scores: Floats, unsafe: Flags, harms: Sequence[str], promise: Promise, *, per_class: bool = True
+) -> Bands:
+    """Fit bands to n labelled images: their scores, whether they are unsafe, their most probable harm.
+
+    A class whose group (the images of which it is the most probable harm) has enough unsafe images gets a band
+    of its own, the others share one: the promise on misses holds inside every group, and so for all images. For
+    that, ``learn_then_test`` takes an equal part of delta for each group: the chance that any group breaks its
+    promise is then at most delta (union bound). The promise on safe images is made for all of them together.
+    ``allow`` is the largest and ``block`` (fitted to all safe images) the least threshold that keeps its promise.
+    Where the guard is so good that they cross, no image need be unsure, and one threshold between them serves as
+    both: the one with the fewest errors.
+
+    Errors: InputError saying how many images are needed.
+    """
+    _require(int(unsafe.sum()), promise.alpha, promise, "unsafe", "--alpha")
+    _require(int((~unsafe).sum()), promise.max_fpr, promise, "safe", "--max-fpr")
+    block = _block(scores[~unsafe], promise)
+    names = np.array(harms)
+    alone = _classes_alone(names[unsafe].tolist(), promise) if per_class else []
+    each = _for_each(promise, len(alone) + 1)
+    rest = ~np.isin(names, alone)
+    return Bands(
+        pooled=_band(scores[unsafe & rest], scores[~unsafe & rest], block, each),
+        per_class={
+            name: _band(scores[unsafe & (names == name)], scores[~unsafe & (names == name)], block, each)
+            for name in alone
+        },
+    )
+
+
+def _classes_alone(harms: Sequence[str], promise: Promise) -> list[str]:
+    """Return the classes with enough unsafe images, the most of them that leave enough for the shared band."""
+    counts = Counter(harms)
+    alone = sorted(counts, key=lambda name: (-counts[name], name))
+    while alone:
+        needed = fewest(promise.alpha, _for_each(promise, len(alone) + 1))
+        rest = len(harms) - sum(counts[name] for name in alone)
+        if min(counts[alone[-1]], rest) >= needed:
+            break
+        alone.pop()
+    return sorted(alone)
+
+
+def _for_each(promise: Promise, groups: int) -> Promise:
+    """Return the promise to be kept in each of so many groups, for it to hold in all of them at once."""
+    return replace(promise, delta=promise.delta / groups)
+
+
+def _require(n: int, level: float, promise: Promise, kind: str, option: str) -> None:
+    needed = fewest(level, promise)
+    if n < needed:
+        raise InputError(
+            f"{n} {kind} images are too few for {option} {level} by {promise.method}: at least {needed} are needed, "
+            f"and more make the thresholds less strict. Label more, or ask for less."
+        )
+
+
+def _band(unsafe_scores: Floats, safe_scores: Floats, block: float, promise: Promise) -> Band:
+    misses = hits_allowed(len(unsafe_scores), promise.alpha, promise)
+    allow = float(np.sort(unsafe_scores)[misses])  # at most so many lie below it
+    if allow >= block:
+        allow = block = _between(block, allow, unsafe_scores, safe_scores)
+    return Band(allow=min(allow, NEARLY_ONE), block=block, n_unsafe=len(unsafe_scores))
+
+
+def _between(low: float, high: float, unsafe_scores: Floats, safe_scores: Floats) -> float:
+    """Return the threshold in low..high with the fewest errors on the images at hand, the nearest to 0.5 of those.
+
+    Every one of them keeps both promises: lower ones miss less, higher ones block less.
+    """
+    scores = np.unique(np.concatenate([unsafe_scores, safe_scores]))
+    steps = np.concatenate([[low, high, 0.5], scores, (scores[1:] + scores[:-1]) / 2])
+    steps = steps[(steps >= low) & (steps <= high)]
+    missed = np.searchsorted(np.sort(unsafe_scores), steps) / max(1, len(unsafe_scores))
+    blocked = 1 - np.searchsorted(np.sort(safe_scores), steps) / max(1, len(safe_scores))
+    return float(steps[np.lexsort((np.abs(steps - 0.5), missed + blocked))[0]])
+
+
+def _block(safe_scores: Floats, promise: Promise) -> float:
+    """Return the least threshold that at most the permitted number of safe images reach.
+
+    Errors: InputError where too many safe images are scored 1, so that only a threshold which never blocks would do.
+    """
+    wrong = hits_allowed(len(safe_scores), promise.max_fpr, promise)
+    highest = np.sort(safe_scores)[::-1]
+    if wrong < len(highest) and highest[wrong] >= 1:
+        raise InputError(
+            f"{int((safe_scores >= 1).sum())} of {len(safe_scores)} safe images have a p(unsafe) of 1: no threshold "
+            f"from 0 to 1 keeps --max-fpr {promise.max_fpr}. Check the labels, or raise --max-fpr."
+        )
+    return float(np.nextafter(highest[wrong], 2.0)) if wrong < len(highest) else 0.0
+
+
+def measure(bands: Bands, scores: Floats, unsafe: Flags, harms: Sequence[str]) -> Rates:
+    """Return what bands do to n images; a rate over no image is 0."""
+    allow, block = bands.limits(harms)
+    allowed, blocked = scores < allow, scores >= block
+    unsure: NDArray[Any] = ~allowed & ~blocked
+    return Rates(miss=_share(allowed[unsafe]), fpr=_share(blocked[~unsafe]), unsure=_share(unsure))
+
+
+def _share(flags: Flags) -> float:
+    return float(flags.mean()) if len(flags) else 0.0

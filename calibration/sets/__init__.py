@@ -1,0 +1,1 @@
+"""Calibration sets: conversations, their images, their mix, and what they must not share with a suite."""

@@ -1,0 +1,124 @@
+"""The samples of one run: where they come from, which are chosen, what they must keep clear of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from calibration.answers import Answer, own_answers, whole_model_bytes
+from calibration.sets.conversations import Conversations, Sample, built_in_conversations, read_conversations
+from calibration.sets.leakage import Leakage, built_in_evaluation, find_leaks, read_evaluation
+from calibration.sets.mix import Mix, choose
+from calibration.streaming.batches import TokenWeights
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.errors import InputError
+from safevlm.files.storage import shown_bytes
+
+__all__ = ["Answers", "Calibration", "CalibrationOptions", "answers_of", "calibrate_on"]
+
+ANSWERING = 1200 * 2**20
+"""Bytes that answering takes beside the weights: interpreter, libraries, caches."""
+Answers = Literal["auto", "own", "given", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What is calibrated on, and what it must keep clear of.
+
+    ``file`` ``None`` is the built-in set, for the tiny checkpoints. ``keep_out`` are evaluation suites beside the
+    built-in one. ``answers`` ``auto`` lets the 16-bit model answer where it fits into memory, and takes the answers
+    that are given where not. ``grid`` is the input's height and width in pixels (Qwen2.5-VL).
+    """
+
+    file: Path | None = None
+    images: Path | None = None
+    mix: Mix = field(default_factory=Mix)
+    keep_out: tuple[Path, ...] = ()
+    allow_leakage: bool = False
+    answers: Answers = "auto"
+    max_new_tokens: int = 64
+    max_length: int | None = None
+    weights: TokenWeights = field(default_factory=TokenWeights)
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The chosen samples, their source, and what the leakage check found."""
+
+    source: Conversations
+    samples: tuple[Sample, ...]
+    leakage: Leakage
+
+
+def calibrate_on(checkpoint: Checkpoint, options: CalibrationOptions, status: Callable[[str], None]) -> Calibration:
+    """Choose samples and look for them in evaluation suites.
+
+    Errors: InputError for a bad file, too few samples, and a leak that is not allowed.
+    """
+    if options.file is not None:
+        source = read_conversations(options.file, options.images)
+    elif checkpoint.name in TINY_CHECKPOINTS:
+        source = built_in_conversations()
+    else:
+        raise InputError(
+            f"{checkpoint.name}: which samples? Give --calibration a JSONL file of conversations with images: unsafe "
+            "pairs, safe pairs and plain text like those the model will meet. README.md shows a row."
+        )
+    samples = choose(source, options.mix)
+    status("looking for the samples in evaluation suites")
+    suites = [built_in_evaluation(), *(read_evaluation(path) for path in options.keep_out)]
+    leakage = find_leaks(samples, suites, report=status)
+    if not leakage.clean and not options.allow_leakage:
+        raise InputError(leakage.refusal())
+    return Calibration(source=source, samples=samples, leakage=leakage)
+
+
+def answers_of(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    options: CalibrationOptions,
+    *,
+    max_memory: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[Answer | None]:
+    """Return one answer a sample, or ``None``: the model's own where it fits into ``max_memory`` bytes, as asked for.
+
+    ``say`` is told when it does not fit. Errors: InputError when its own answers are asked for and it does not fit.
+    """
+    size = whole_model_bytes(checkpoint, dtype)
+    fits = size + ANSWERING <= max_memory or device != "cpu"
+    if options.answers == "own" and not fits:
+        raise InputError(
+            f"--answers own: the model takes {shown_bytes(size)} in {str(dtype).removeprefix('torch.')} and "
+            f"must fit into --max-memory ({shown_bytes(max_memory)}) to answer. Give more memory, --dtype bfloat16, "
+            "or answers in the file and --answers given."
+        )
+    if options.answers == "own" or (options.answers == "auto" and fits):
+        return list(
+            own_answers(
+                checkpoint,
+                samples,
+                grid=options.grid,
+                max_new_tokens=options.max_new_tokens,
+                dtype=dtype,
+                device=device,
+                report=report,
+            )
+        )
+    given = [None if options.answers == "none" or each.answer is None else Answer(text=each.answer) for each in samples]
+    if options.answers == "auto":
+        say(
+            f"the 16-bit model ({shown_bytes(size)}) does not fit into memory to answer by itself: "
+            f"{sum(answer is not None for answer in given)} of {len(given)} samples have an answer in the file, the "
+            "others are prompts alone. A larger machine can answer them beforehand: python -m calibration.answers"
+        )
+    return given

@@ -1,0 +1,1 @@
+"""A language model run decoder layer by decoder layer."""

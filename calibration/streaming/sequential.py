@@ -1,0 +1,280 @@
+"""Run a language model decoder layer by decoder layer, each read from the checkpoint when its turn comes.
+
+A model of 32 billion parameters then needs the memory of one layer and the activations of the samples. The
+skeleton is transformers' own model with its decoder layers taken out: its forward pass still builds positions
+and masks, and what it would hand to a layer is caught, so no family's rules are written again here.
+
+Shapes: B samples a batch, L positions, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.checkpoint.weights.finite import converted
+from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import InputError
+from safevlm.files.storage import check_room, storing
+from safevlm.network.filling import fill, on_meta
+from safevlm.network.prompt_tokens import fitting_tokenizer
+from safevlm.network.reference import build_head, leave_out_unread
+from safevlm.network.safe_vlm import Prefill, SafeVLM, model_class_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from safevlm.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["Activations", "LayerStream", "Visit"]
+
+Visit = Callable[[int, nn.Module, Callable[[], Iterator[None]]], "Callable[[int], Tensor] | None"]
+"""Told a layer's number, the layer, and a function that runs it over the batches, one each step, without effect.
+
+It may look at the layer (with hooks while it runs) and change it in place; what it leaves is what then runs. It may
+return a function of a batch's number that gives the layer's output, B × L × D, where it knows a shorter way there.
+"""
+
+
+class _Caught(Exception):  # noqa: N818  # control flow, not an error
+    """What transformers was about to hand to a decoder layer."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def _file_of(size: int, folder: Path) -> IO[bytes]:
+    """Return a temporary file whose room is taken already: a full disk under a memory map ends the process (SIGBUS)."""
+    check_room(folder, size, "set TMPDIR to a folder with room")
+    with storing(folder, "", "set TMPDIR to a folder with room"):
+        file = tempfile.TemporaryFile(prefix="safevlm-activations-", dir=folder)  # noqa: SIM115  # kept open
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            file.close()
+            raise
+        return file
+
+
+class _Gap(nn.Module):
+    """Stands where a decoder layer was: passes hidden states on, or gives what it was called with away."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.catches = False
+        for name in ("attention_type", "layer_type"):  # what models ask of their layers
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_BLD: Tensor, **arguments: Any) -> Tensor:
+        if self.catches:
+            raise _Caught(arguments)
+        return hidden_BLD
+
+
+class Activations:
+    """Hidden states of all batches, in memory up to ``max_bytes``, else in a memory-mapped temporary file.
+
+    float32 or the dtype of what is put in; bfloat16 is kept as its 16 bits. Of a file only the batch that is looked
+    at is mapped, so the others take no memory. It has no name, so that even a killed process leaves nothing behind;
+    ``folder`` says on which disk it is. A context manager.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        dtype: torch.dtype,
+        max_bytes: int | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.shapes = list(shapes)
+        self.sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes]
+        self.nbytes = sum(self.sizes)
+        self._file: IO[bytes] | None = None
+        self._memory: list[Tensor] = []
+        if max_bytes is not None and self.nbytes > max_bytes:
+            whole_pages = [-(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY for size in self.sizes]
+            self._starts = np.cumsum([0, *whole_pages]).tolist()
+            self._file = _file_of(self._starts[-1], Path(folder or tempfile.gettempdir()))
+        else:
+            self._memory = [torch.empty(shape, dtype=dtype) for shape in shapes]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether they are in a file."""
+        return self._file is not None
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return batch ``index``, B × L × D; writing into it changes what is kept."""
+        if self._file is None:
+            return self._memory[index]
+        mapped = mmap.mmap(self._file.fileno(), self.sizes[index], offset=self._starts[index])
+        return torch.frombuffer(mapped, dtype=self.dtype).view(self.shapes[index])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._memory = []
+        if self._file is not None:
+            self._file.close()
+
+
+class LayerStream:
+    """A checkpoint whose vision path, head and small parts are loaded and whose decoder layers are not.
+
+    ``skeleton`` is a :class:`safevlm.network.safe_vlm.SafeVLM` that makes prompts and image features as ever (``embed``
+    and ``assemble`` with the token ids named in ``token_ids``); its decoder layers are gaps and its output
+    layer is left out. ``dtype`` is what layers run in, ``device`` where.
+
+    Errors: CheckpointError for missing or mis-shaped tensors.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        grid: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        token_ids: Callable[[SafeVLM], Sequence[int]],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        config = build_config(checkpoint)
+        model: Any = on_meta(lambda: model_class_of(config)(config))
+        language = model.model.language_model
+        self._layers = language.layers
+        language.layers = nn.ModuleList(_Gap(layer) for layer in self._layers)
+        model.lm_head = nn.Identity()
+        embedding = language.embed_tokens
+        language.embed_tokens = nn.Identity()
+        leave_out_unread(model.model, checkpoint.tensors)
+        fill(model, checkpoint.tensors, prefix="", dtype=dtype, own=True)
+        language.embed_tokens = embedding
+        tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, embedding.num_embeddings)
+        self.skeleton = SafeVLM(
+            model,
+            build_head(checkpoint, dtype=torch.float32),
+            family=checkpoint.family,
+            classes=checkpoint.classes,
+            tap_source=checkpoint.tap.source,
+            preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
+            tokenizer=tokenizer,
+        ).eval()
+        self._fill_rows(embedding, token_ids(self.skeleton))
+        self.skeleton.to(self.device)
+        self._language = language
+
+    def __len__(self) -> int:
+        """Return the number of decoder layers."""
+        return len(self._layers)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest decoder layer's parameters in ``dtype``."""
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
+        return int(max(sizes)) * self.dtype.itemsize
+
+    def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
+        """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""
+        name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
+        stored = self.checkpoint.tensors.read(name)
+        rows = sorted({token for token in ids if token >= 0} | {0})
+        if rows[-1] >= len(stored):
+            raise InputError(f"token {rows[-1]} is beyond the vocabulary of {len(stored)}: tokenizer and model differ")
+        table = torch.from_numpy(np.zeros(stored.shape, np.float32))  # calloc: untouched pages are not there
+        if self.dtype != torch.float32:
+            table = table.to(self.dtype)
+        table[rows] = converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
+        cast(Any, embedding).weight = nn.Parameter(table, requires_grad=False)
+
+    @torch.no_grad()
+    def run(
+        self,
+        batches: Sequence[Prefill],
+        hidden: Activations,
+        *,
+        visit: Visit | None = None,
+        report: Callable[[int], None] = lambda _: None,
+        stop: int | None = None,
+    ) -> None:
+        """Take ``hidden`` from embeddings to last hidden states, after the final norm, in place.
+
+        ``batches`` are the prefills that ``hidden`` holds the ``inputs_embeds`` of; of them positions and masks
+        are read. ``visit`` sees each layer before it runs; ``report`` is told each layer's number when done.
+        With ``stop`` only so many layers run, and no norm.
+        """
+        for index in range(len(self) if stop is None else stop):
+            layer = self.load_layer(index)
+            shorter = None
+            if visit is not None:
+                shorter = visit(index, layer, lambda layer=layer, index=index: self._dry(index, layer, batches, hidden))  # type: ignore[misc]
+            for number, batch in enumerate(batches):
+                states = hidden[number]
+                states.copy_(self.run_layer(index, layer, batch, states) if shorter is None else shorter(number))
+            del layer, shorter
+            report(index)
+        if stop is not None and stop < len(self):
+            return
+        self.norm(hidden)
+
+    @torch.no_grad()
+    def norm(self, hidden: Activations) -> None:
+        """Take the last layer's outputs through the final norm, in place."""
+        for number in range(len(hidden)):
+            states = hidden[number]
+            states.copy_(self._language.norm(states.to(self.device)))
+
+    def forget_vision(self) -> None:
+        """Let go of the vision tower and the projector: no more image features can be made."""
+        for name in ("vision_tower", "multi_modal_projector", "visual"):
+            if hasattr(self.skeleton.core, name):
+                setattr(self.skeleton.core, name, nn.Identity())
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Return decoder layer ``index`` with its tensors; the caller's reference is the only one."""
+        config = self._language.config
+        layer: nn.Module = on_meta(lambda: type(self._layers[index])(config, layer_idx=index))
+        prefix = f"{self.checkpoint.family.language_prefix}layers.{index}."
+        fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype, own=True)
+        quantization = self.checkpoint.quantization
+        if quantization is not None and quantization.rounds_inputs:
+            round_inputs(layer, cast(QuantizedTensors, self.checkpoint.tensors).quantized_modules(prefix))
+        return layer.to(self.device)
+
+    def run_layer(self, index: int, layer: nn.Module, batch: Prefill, hidden_BLD: Tensor) -> Tensor:
+        """Return what a layer makes of hidden states B × L × D, with the positions and masks it would have."""
+        states = hidden_BLD.to(self.device)
+        gap = cast(_Gap, self._language.layers[index])
+        gap.catches = True
+        try:
+            self.skeleton.language_forward(states, batch.masks, batch.position_ids)
+        except _Caught as caught:
+            arguments = caught.arguments
+        finally:
+            gap.catches = False
+        output = layer(states, **arguments)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def _dry(self, index: int, layer: nn.Module, batches: Sequence[Prefill], hidden: Activations) -> Iterator[None]:
+        for number, batch in enumerate(batches):
+            self.run_layer(index, layer, batch, hidden[number])
+            yield

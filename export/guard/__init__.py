@@ -1,0 +1,1 @@
+"""The guard as ONNX files in a bundle."""

@@ -1,0 +1,125 @@
+"""What the exporting commands share on their command line; light, so that a device can load it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safevlm.contract.manifest import Manifest, Parity
+from safevlm.terminal.printable import printable
+
+__all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest", "source_options"]
+
+PARITY_IMAGES = 24
+"""Pictures that an export is checked on, unless told otherwise."""
+
+
+def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which checkpoint is exported and how."""
+    options = (
+        click.option("--revision", help="Hub revision: a branch, tag or commit."),
+        click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard taps."),
+        click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]"),
+        click.option(
+            "--images",
+            help="Folder of pictures, or hub:NAME: distils a guard that sits behind the language model, and a "
+            "folder is what parity is checked on.  [default: for tiny checkpoints built in]",
+        ),
+        click.option(
+            "--guard",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="A head that calibration.distill wrote, for a guard behind the language model.",
+        ),
+        click.option(
+            "--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of --images, to report by."
+        ),
+        click.option(
+            "--min-agreement", type=float, default=0.97, show_default=True, help="Refuse a less faithful head."
+        ),
+        click.option(
+            "--embeddings", is_flag=True, help="Let the guard give the image embeddings, too, for the language model."
+        ),
+        click.option("--parity-images", type=click.IntRange(1), default=PARITY_IMAGES, show_default=True),
+        click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def model_options(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add ``--model`` and ``--out``."""
+    model = click.option("--model", required=required, help="Folder, one of the six, hub id[@revision], or tiny name.")
+    out = click.option(
+        "--out", type=click.Path(path_type=Path), help="Folder of --model's bundle.  [default: bundles/NAME]"
+    )
+    return lambda function: model(out(function))
+
+
+def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as_json: bool) -> None:
+    """Say what was written; ``again`` are the options that open the same checkpoint in the same way."""
+    if as_json:
+        click.echo(json.dumps({"bundle": str(out), "manifest": manifest.model_dump(mode="json")}, indent=2))
+        return
+    tap = f"tap {manifest.tap.source} ({manifest.tap.learned})"
+    click.echo(printable(f"{out}: guard of {manifest.source.checkpoint}, {tap}"))
+    if manifest.source.random_weights:
+        click.echo("  random weights: its verdicts mean nothing, its sizes and times do")
+    for file in manifest.files:
+        line = f"  {file.path}  {file.bytes / 2**20:.1f} MiB"
+        if file.parity is not None:
+            line += f"  {_parity(file.parity)}"
+        if file.latency is not None:
+            line += f"  {file.latency.median_ms:.1f} ms an image ({file.latency.runtime})"
+        if file.quantization is not None:
+            kept = len(file.quantization["left_in_float32"])
+            line += f"  {file.note}; {kept} of {file.quantization['products']} products left in float32"
+        if file.path == manifest.default_file and len(manifest.files) > 1:
+            line += "  (default)"
+        click.echo(printable(line))
+    if not manifest.source.standalone:
+        click.echo(printable("\n".join(_split_note(again, out))))
+        return
+    if manifest.fidelity is not None and "test" in manifest.fidelity:  # a head made elsewhere may state other things
+        click.echo(_fidelity(manifest.fidelity["test"]))
+    click.echo(printable(f"next: python -m runtimes.check {out} IMAGE..."))
+
+
+def _parity(parity: Parity) -> str:
+    parts = []
+    if parity.max_abs_prob_delta is not None:
+        parts.append(f"max |Δp| {parity.max_abs_prob_delta:.1e}, {parity.label_flips} label flips")
+    if parity.max_rel_embedding_delta is not None:
+        parts.append(f"embeddings within {parity.max_rel_embedding_delta:.1e}")
+    return f"{', '.join(parts)} on {parity.images} images"
+
+
+def _fidelity(test: Mapping[str, Any]) -> str:
+    agreement, auroc = test["agreement"], test["auroc"]
+    line = f"distilled head: same class as the exact guard on {agreement['value']:.1%} of {test['n']} held-out pictures"
+    line += f" (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%})"
+    return line if auroc["value"] is None else f"{line}, AUROC {auroc['value']:.4f}"
+
+
+def source_options(
+    model: str, *, revision: str | None = None, tap: str | None = None, grid: str | None = None
+) -> list[object]:
+    """Return the options that name a checkpoint as the user did."""
+    given = (("--model", model), ("--revision", revision), ("--tap", tap), ("--grid", grid))
+    return [word for option, value in given if value is not None for word in (option, value)]
+
+
+def _split_note(again: Sequence[object], out: Path) -> list[str]:
+    """Say what a bundle of exact parts can do, and what would make it a gate before the language model."""
+    return [
+        "standalone: false. The guard reads the language model's last hidden state, so these exact parts gate after",
+        "the image prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
+        "For the engine that gates before the language model runs, add one flag:",
+        f"  python -m export.onnx {shlex.join(map(str, (*again, '--out', out)))} --images DIR",
+        "with 2,000 pictures or more (no labels) of the kind the device will see, every sort of harm among them.",
+    ]

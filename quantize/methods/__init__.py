@@ -1,0 +1,1 @@
+"""Algorithms of rounding, one a file."""

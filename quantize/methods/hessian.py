@@ -1,0 +1,53 @@
+"""The second moments of a linear's inputs: what its rounding error is measured by.
+
+Shapes: T tokens, C input columns. Rounding W to Q costs tr((W - Q) H (W - Q)ᵀ), the squared error of the outputs
+over the calibration tokens, with H the weighted mean of x xᵀ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safevlm.errors import InputError
+
+__all__ = ["Hessian"]
+
+BLOCK = 512
+
+
+class Hessian:
+    """Adds up inputs as they come. Memory: C × C float32, and a copy of the tokens being added when weighted."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self._sum_CC = torch.zeros(width, width, device=device)
+        self.weight = 0.0
+        """Total weight of the tokens so far."""
+
+    @torch.no_grad()
+    def add(self, inputs_TC: Tensor, weights_T: Tensor | None = None) -> None:
+        """Add tokens, each counted ``weights_T`` times (at least 0; once where it is None).
+
+        Errors: InputError for inputs that are not finite.
+        """
+        inputs = inputs_TC.to(self._sum_CC.dtype)
+        if weights_T is None:
+            self.weight += len(inputs)
+        else:
+            self.weight += float(weights_T.sum())
+            inputs = inputs * weights_T.to(inputs.dtype).sqrt().unsqueeze(-1)
+        if not bool(torch.isfinite(inputs.sum())):
+            raise InputError("activations hold NaN or infinity")
+        for start in range(0, inputs.shape[1], BLOCK):  # the sum is symmetric: its lower blocks are filled at the end
+            rows = slice(start, start + BLOCK)
+            self._sum_CC[rows, start:].addmm_(inputs[:, rows].T, inputs[:, start:])
+
+    def mean(self) -> Tensor:
+        """Return H, C × C, and forget the sum. Errors: InputError when no token was added."""
+        if self.weight <= 0:
+            raise InputError("no calibration token reached this linear: its samples are empty or weigh nothing.")
+        weight, self.weight = self.weight, 0.0
+        for start in range(BLOCK, len(self._sum_CC), BLOCK):
+            rows = slice(start, start + BLOCK)
+            self._sum_CC[rows, :start] = self._sum_CC[:start, rows].T
+        return self._sum_CC.div_(weight)

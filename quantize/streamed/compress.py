@@ -1,0 +1,354 @@
+"""From a checkpoint to a compressed one: calibration samples, their leakage check, rounding, artifact, drift.
+
+What all ways of rounding share; each of them is a :class:`quantize.streamed.layers.Method`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from calibration.answers import Answer
+from calibration.sets.conversations import Sample
+from calibration.sets.mix import samples_sha256
+from calibration.sets.samples import Calibration, CalibrationOptions, answers_of, calibrate_on
+from calibration.streaming.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
+from calibration.streaming.sequential import Activations, LayerStream
+from quantize.bits.auto_bits import sensitivity_of
+from quantize.methods.settings import Plan, Progress, RunOptions
+from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
+from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
+from quantize.streamed.estimate import Estimate, available_memory, check_memory, estimate
+from quantize.streamed.layers import Caches, Rounded, round_layers
+from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
+from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
+from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.checkpoint.weights.finite import check_values
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import InputError
+from safevlm.files.storage import check_room, check_writable
+from safevlm.machine import machine_name, peak_rss
+from safevlm.network.reference import guard_sha256
+from safevlm.version import VERSION
+
+__all__ = ["Compressed", "check_place", "compress"]
+
+SCHEMA_VERSION = 1
+MEMORY_SHARE = 0.8
+"""Of the available memory, that a run takes where it is not told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What came out: ``out`` is ``None`` when the run ended after ``--layers``."""
+
+    out: Path | None
+    record: dict[str, Any]
+    estimate: Estimate
+    seconds_per_layer: float | None
+
+
+def compress(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Plan,
+    calibration: CalibrationOptions = CalibrationOptions(),
+    options: RunOptions = RunOptions(),
+    progress: Progress = Progress(),
+    chosen: Calibration | None = None,
+) -> Compressed:
+    """Write a compressed checkpoint to the folder ``out``; all of it or nothing.
+
+    Killed, it goes on at the last finished layer when called again with the same arguments, and ends with the same
+    bytes. ``chosen`` saves choosing the samples again.
+
+    Errors: InputError for a checkpoint that is quantized already, a folder that exists, a bad or leaking calibration
+    set, too little memory, a full disk; CheckpointError.
+    """
+    started = time.monotonic()
+    check_place(checkpoint, out)
+    plan.method.check(checkpoint)
+    chosen = chosen or calibrate_on(checkpoint, calibration, progress.status)
+    if not chosen.leakage.clean:
+        progress.say(f"LEAKAGE ALLOWED: {len(chosen.leakage.leaks)} hits; reports about this artifact are ANOMALOUS.")
+    max_memory = options.max_memory or int(MEMORY_SHARE * available_memory())
+    recipe = {
+        "method": dict(plan.recipe),
+        "checkpoint": identity(checkpoint),
+        "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
+        "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
+        "run": {"dtype": str(options.dtype), "device": options.device, "batch_tokens": options.batch_tokens},
+        "version": VERSION,
+    }
+    with Unfinished(out, recipe) as unfinished:
+        check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
+        answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
+        run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
+        outcome = run.round(chosen.samples, answers, calibration)
+        record: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "source": {
+                "name": checkpoint.name,
+                "revision": checkpoint.revision,
+                "family": checkpoint.family.key,
+                "guard_sha256": guard_sha256(checkpoint),
+                "tap": asdict(checkpoint.tap),
+            },
+            "method": dict(run.plan.recipe),
+            "sensitivity": run.sensitivity,
+            "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
+            "leakage": chosen.leakage.record(),
+            "anomalous": not chosen.leakage.clean,
+            "random_weights": checkpoint.random_weights,
+            "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
+            "consumers": list(run.plan.consumers),
+            "resumed": unfinished.resumed,
+            "answers": outcome.answers | {"are": _whose(answers)},
+        }
+        record["summary"] = summary(checkpoint, record["layers"])
+        if outcome.answers:
+            artifact = run.write(record)
+            record["guard"] = run.guard(open_checkpoint(str(artifact)), chosen, calibration.grid)
+            record["measured"] = {
+                "seconds": time.monotonic() - started,
+                "seconds_per_layer": run.seconds_per_layer,
+                "peak_memory_bytes": peak_rss(),
+                "max_memory_bytes": max_memory,
+                "machine": machine_name(),
+                "device": options.device,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safevlm-edge": VERSION,
+            }
+            with unfinished.storing():
+                (artifact / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.publish(artifact)
+    return Compressed(
+        out=out if outcome.answers else None,
+        record=record,
+        estimate=outcome.estimate,
+        seconds_per_layer=run.seconds_per_layer,
+    )
+
+
+def _kept_in(checkpoint: Checkpoint, name: str) -> torch.dtype | None:
+    """Return the dtype that a tensor is written in; ``None`` for one that is rounded, whose scales are checked."""
+    rounded = name.startswith(f"{checkpoint.family.language_prefix}layers.") and name.endswith("_proj.weight")
+    return None if rounded else kept_dtype(checkpoint, name)
+
+
+def check_place(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise InputError for a checkpoint that is quantized already, and a folder that exists or cannot be written."""
+    if checkpoint.quantization is not None:
+        raise InputError(
+            f"{checkpoint.name} is quantized already ({checkpoint.quantization.method}): rounding it again only adds "
+            "error. Give the 16-bit checkpoint."
+        )
+    if out.exists():
+        Unfinished.remove_finished(out)
+        raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
+    check_writable(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    answers: dict[str, Any]
+    tokens: dict[str, int]
+    estimate: Estimate
+
+
+@dataclass
+class _Run:
+    """One run over the layers, and what it writes."""
+
+    checkpoint: Checkpoint
+    unfinished: Unfinished
+    plan: Plan
+    options: RunOptions
+    weights: TokenWeights
+    max_memory: int
+    progress: Progress
+    seconds_per_layer: float | None = None
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+
+    def round(
+        self, samples: Sequence[Sample], answers: Sequence[Answer | None], calibration: CalibrationOptions
+    ) -> _Outcome:
+        """Round all layers that are not finished; ``answers`` of the outcome is empty when layers are left."""
+        packed: list[tuple[Row, ...]] = []
+
+        def token_ids(model: Any) -> list[int]:
+            packed.extend(
+                pack_rows(
+                    lay_out(model, samples, answers, max_length=calibration.max_length), self.options.batch_tokens
+                )
+            )
+            return [token for rows in packed for row in rows for token in row.ids]
+
+        self.progress.status("opening the checkpoint")
+        stream = LayerStream(
+            self.checkpoint,
+            grid=calibration.grid,
+            dtype=self.options.dtype,
+            device=self.options.device,
+            token_ids=token_ids,
+        )
+        needed = estimate(self.checkpoint, packed, dtype=self.options.dtype, device=stream.device)
+        check_memory(needed, self.max_memory)
+        self._check_disk(needed)
+        finished = self.unfinished.finished()
+        for line in needed.lines(self.max_memory):
+            self.progress.say(line)
+        if finished:
+            self.progress.say(f"going on: {len(finished)} of {len(stream)} layers are finished")
+        shapes = [(len(rows), max(len(row.ids) for row in rows), self.checkpoint.hidden_size) for rows in packed]
+        left = max(0, self.max_memory - needed.memory)
+        with Activations(shapes, self.options.dtype, left, self.unfinished.folder) as hidden:
+            batches = embed_batches(stream, packed, hidden, self.progress.status)
+            if self.plan.auto is not None:
+                self.sensitivity = sensitivity_of(
+                    stream,
+                    packed,
+                    self.plan.auto,
+                    self.unfinished,
+                    left,
+                    self.options.batch_tokens,
+                    self.progress.status,
+                )
+                self.plan = self.plan.auto.plan(self.sensitivity)
+                self.progress.say(f"bits by sensitivity: {self.plan.recipe['assigned']}")
+            stream.forget_vision()
+            self._layers(stream, batches, hidden, max(0, left - hidden.nbytes))
+            done = len(self.unfinished.finished()) == len(stream)
+            found = answer_drift(self.checkpoint, batches, hidden) if done else {}
+        return _Outcome(answers=found, tokens=token_counts(batches), estimate=needed)
+
+    def _layers(self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, room: int) -> None:
+        before, times = time.monotonic(), []
+
+        def write(index: int, rounded: Rounded) -> None:
+            self.unfinished.save_layer(index, rounded)
+
+        was_there = set(self.unfinished.finished())
+
+        def report(index: int) -> None:
+            nonlocal before
+            now = time.monotonic()
+            if index not in was_there:
+                times.append(now - before)
+            self.progress.layer(index, len(stream), self.unfinished.report(index), now - before)
+            before = now
+
+        prefills = [batch.prefill for batch in batches]
+        with Caches(room, self.unfinished.folder) as caches:
+            round_layers(
+                stream,
+                prefills,
+                hidden,
+                self.plan.method,
+                weights=[self.weights.of(batch.prefill, batch.refused().to(stream.device)) for batch in batches],
+                finished=self.unfinished.layer,
+                write=write,
+                report=report,
+                stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
+                caches=caches,
+            )
+        self.seconds_per_layer = float(np.mean(times)) if times else None
+
+    def _check_disk(self, needed: Estimate) -> None:
+        check_room(self.unfinished.out, needed.disk)
+
+    def write(self, record: dict[str, Any]) -> Path:
+        """Write the artifact's folder, still under a hidden name; sizes go into ``record``."""
+        folder = self.unfinished.folder / "artifact"
+        with self.unfinished.storing():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            copy_light_files(self.checkpoint.folder, folder)
+            config = artifact_config(self.checkpoint, self.plan.quantization)
+            for name, data in {"config.json": config, **self.plan.extra_files}.items():
+                (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            layers = [self.unfinished.layer_file(index) for index in self.unfinished.finished()]
+            stored = write_tensors(
+                self.checkpoint, layers, folder, shard_bytes=self.options.shard_bytes, report=self.progress.status
+            )
+        tensors = self.checkpoint.tensors
+        whole = sum(torch.Size(tensors.shape(name)).numel() * 2 for name in tensors.names())
+        record["summary"] |= {"bytes": stored, "bytes_in_16_bit": whole}
+        return folder
+
+    def guard(self, artifact: Checkpoint, chosen: Calibration, grid: tuple[int, int] | None) -> dict[str, Any]:
+        """Ask the exact guard of both checkpoints about pictures, held out where there are enough."""
+        used = {sample.where for sample in chosen.samples}
+        pictures = {sample.name: sample for sample in chosen.source.samples if sample.image is not None}
+        held_out = [sample for sample in pictures.values() if sample.where not in used]
+        source = held_out if len(held_out) >= min(self.options.guard_images, 16) else list(pictures.values())
+        if not source or not self.options.guard_images:
+            return {"n": 0}
+        places = np.random.default_rng(0).permutation(len(source))[: self.options.guard_images]
+        preprocessing = Preprocessing.from_processor(
+            self.checkpoint.processor, family=self.checkpoint.family.key, grid=grid
+        )
+        opened = [source[place].picture() for place in sorted(places)]
+        rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in opened if each is not None]))
+        probs = []
+        for which, checkpoint in (("16-bit", self.checkpoint), ("compressed", artifact)):
+            self.progress.status(f"the {which} model's guard looks at {len(rgb)} pictures")
+            probs.append(
+                exact_probs(
+                    checkpoint,
+                    rgb,
+                    grid=grid,
+                    max_bytes=max(0, self.max_memory // 4),
+                    dtype=self.options.dtype,
+                    device=self.options.device,
+                    report=self.progress.status,
+                )
+            )
+        held = {"held_out": source is held_out, "tap": self.checkpoint.tap.source}
+        return {**held, **guard_drift(probs[0], probs[1], self.checkpoint.classes)}
+
+
+def _answers(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    max_memory: int,
+    unfinished: Unfinished,
+    progress: Progress,
+) -> list[Answer | None]:
+    """Return one answer a sample, or ``None``; kept for a run that goes on."""
+    kept = unfinished.kept(ANSWERS)
+    if kept is not None:
+        return [None if each is None else Answer(text=each["text"], ids=_ids(each["ids"])) for each in kept]
+    answers = answers_of(
+        checkpoint,
+        samples,
+        calibration,
+        max_memory=max_memory,
+        dtype=options.dtype,
+        device=options.device,
+        say=progress.say,
+        report=progress.status,
+    )
+    unfinished.keep(ANSWERS, [None if answer is None else asdict(answer) for answer in answers])
+    return answers
+
+
+def _whose(answers: Sequence[Answer | None]) -> str:
+    return "the 16-bit model's own" if any(each is not None and each.ids for each in answers) else "given"
+
+
+def _ids(stored: list[int] | None) -> tuple[int, ...] | None:
+    return None if stored is None else tuple(stored)

@@ -1,0 +1,134 @@
+"""What a run will take, told before it starts: memory, disk and time.
+
+Memory is that of this process, in bytes, as the system counts it; time comes from counted multiplications and a
+product of matrices that is timed for a moment on the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from calibration.streaming.batches import Row
+from quantize.methods.solver import rows_together
+from quantize.streamed.layers import SHARED_INPUTS, linear_names
+from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.errors import InputError
+from safevlm.files.storage import shown_bytes
+
+__all__ = ["Estimate", "available_memory", "check_memory", "estimate", "shown_seconds"]
+
+INTERPRETER = 600 * 2**20
+"""Python, torch and transformers themselves."""
+PASSES = 3.2
+"""Forward passes of a layer: up to each group of linears, and once rounded."""
+WORKING_COPIES = 10
+"""Matrices of the size of the rows in work that rounding holds at its widest."""
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes, and seconds a layer."""
+
+    memory: int
+    """Without the hidden states of the samples."""
+    activations: int
+    disk: int
+    seconds_per_layer: float
+    layers: int
+
+    def lines(self, max_memory: int, *, seconds_per_layer: float | None = None) -> list[str]:
+        """Return it in words."""
+        in_file = self.memory + self.activations > max_memory
+        where = "in a file" if in_file else "in memory"
+        each = self.seconds_per_layer if seconds_per_layer is None else seconds_per_layer
+        measured = "" if seconds_per_layer is None else " as measured"
+        return [
+            f"memory: {shown_bytes(self.memory + (0 if in_file else self.activations))} of at most "
+            f"{shown_bytes(max_memory)}; hidden states of the samples: {shown_bytes(self.activations)}, {where}",
+            f"disk: {shown_bytes(self.disk + (self.activations if in_file else 0))} at the widest",
+            f"time: {shown_seconds(each * self.layers)} for {self.layers} layers, {shown_seconds(each)} each{measured}",
+        ]
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    packed: Sequence[tuple[Row, ...]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    speed: float | None = None,
+) -> Estimate:
+    """Estimate a run over batches of rows; ``speed`` in multiply-adds a second is measured where it is not given."""
+    shapes = {name: checkpoint.tensors.shape(f"{full}.weight") for _, name, full in linear_names(checkpoint)}
+    layers = len({index for index, _, _ in linear_names(checkpoint)})
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    hidden = checkpoint.hidden_size
+    widest = max(sum(shapes[name][0] for name in names) for names in SHARED_INPUTS)
+    columns = max(columns for _, columns in shapes.values())
+    tokens = [len(batch) * max(len(row.ids) for row in batch) for batch in packed]
+    solving = columns**2 * 4 + WORKING_COPIES * min(rows_together(columns), widest) * columns * 4 + widest * columns
+    forward = max(tokens) * (2 * widest + 8 * hidden) * dtype.itemsize
+    rounding = weights * dtype.itemsize + max(solving, forward)
+    vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())
+    seeing = vision * dtype.itemsize + 2 * forward
+    macs = sum(tokens) * (PASSES * weights + sum(shapes[names[0]][1] ** 2 for names in SHARED_INPUTS))
+    for names in SHARED_INPUTS:
+        width = shapes[names[0]][1]
+        macs += sum(shapes[name][0] for name in names) * width**2 + width**3 / 6
+    total = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names())
+    on_device = rounding if device.type == "cpu" else weights * 2
+    return Estimate(
+        memory=INTERPRETER + max(on_device, seeing),
+        activations=sum(tokens) * hidden * dtype.itemsize,
+        disk=2 * (total * 2 - weights * layers),
+        seconds_per_layer=macs / (speed or _multiply_adds_a_second(dtype, device)),
+        layers=layers,
+    )
+
+
+def available_memory() -> int:
+    """Return the bytes that this machine, and this process's control group, could give now."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                found = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
+        found = min(found, int(limit.read_text(encoding="utf-8")))
+    return found
+
+
+def check_memory(needed: Estimate, max_memory: int) -> None:
+    """Raise InputError when even with hidden states in a file more memory is needed."""
+    if needed.memory > max_memory:
+        raise InputError(
+            f"--max-memory {max_memory / GIBIBYTE:g}: about {shown_bytes(needed.memory)} are needed with hidden states "
+            f"in a file. Give {math.ceil(10 * needed.memory / GIBIBYTE) / 10} or more, or --dtype bfloat16."
+        )
+
+
+def shown_seconds(seconds: float) -> str:
+    """Return seconds as people read them."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"
+
+
+def _multiply_adds_a_second(dtype: torch.dtype, device: torch.device) -> float:
+    one, other = torch.randn(512, 2048).to(dtype).to(device), torch.randn(2048, 2048).to(dtype).to(device)
+    (one @ other).sum().item()
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        (one @ other).sum().item()
+        rounds += 1
+    return rounds * 512 * 2048**2 / (time.perf_counter() - started)

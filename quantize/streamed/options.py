@@ -1,0 +1,179 @@
+"""Options that all commands of this folder share, and how they show what happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from rich.console import Console
+
+from calibration.sets.mix import Mix, read_mix
+from calibration.sets.samples import CalibrationOptions
+from calibration.streaming.batches import TokenWeights
+from quantize.methods.settings import Progress, RunOptions
+from quantize.streamed.compress import Compressed
+from quantize.streamed.estimate import shown_seconds
+from safevlm.files.storage import shown_bytes
+from safevlm.terminal.commandline import grid_option, printable
+
+__all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+SHOWN = 5
+
+OPTIONS = (
+    click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or a tiny name."),
+    click.option("--revision", help="Hub revision: a branch, tag or commit."),
+    click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist."),
+    click.option("--calibration", "file", type=FILE, help="JSONL of conversations.  [default for tiny ones: built in]"),
+    click.option("--images", type=FOLDER, help="Folder that image names are relative to.  [default: the file's]"),
+    click.option("--samples", type=int, default=128, show_default=True, help="Samples to calibrate on."),
+    click.option("--mix", default="unsafe=0.4,safe=0.4,text=0.2", show_default=True, help="Shares of their kinds."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Chooses samples."),
+    click.option("--keep-out", type=FILE, multiple=True, help="Evaluation suite that no sample may be of; repeatable."),
+    click.option("--allow-leakage", is_flag=True, help="Go on after a hit; the artifact is marked for ever."),
+    click.option(
+        "--answers",
+        type=click.Choice(["auto", "own", "given", "none"]),
+        default="auto",
+        show_default=True,
+        help="The 16-bit model's own (auto: where it fits into memory), those of the file, or prompts alone.",
+    ),
+    click.option("--max-length", type=int, help="Refuse samples of more tokens.  [default: the model's context]"),
+    click.option(
+        "--image-share", type=float, default=0.5, show_default=True, help="Most that image tokens count of a sample."
+    ),
+    click.option("--refusal-weight", type=float, default=2.0, show_default=True, help="What a refusal's tokens count."),
+    click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]"),
+    click.option("--max-memory", type=float, help="GiB of this process.  [default: 80 % of what is available]"),
+    click.option("--layers", type=int, help="End after so many layers, to go on later; prints the whole's estimate."),
+    click.option("--guard-images", type=int, default=64, show_default=True, help="Pictures that the guard is asked."),
+    click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
+    click.option("--json", "as_json", is_flag=True, help="Print compression.json."),
+)
+
+
+def shared_options(command: Command) -> Command:
+    """Give a command the options that :func:`calibration_of` and :func:`run_of` read."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
+    """Return what is calibrated on. Errors: InputError for values that are not allowed."""
+    return CalibrationOptions(
+        file=given["file"],
+        images=given["images"],
+        mix=Mix(samples=given["samples"], shares=read_mix(given["mix"]), seed=given["seed"]),
+        keep_out=tuple(given["keep_out"]),
+        allow_leakage=given["allow_leakage"],
+        answers=given["answers"],
+        max_length=given["max_length"],
+        weights=TokenWeights(image_share=given["image_share"], refusal_weight=given["refusal_weight"]),
+        grid=grid_option(given["grid"]),
+    )
+
+
+def run_of(given: Mapping[str, Any]) -> RunOptions:
+    """Return how the run is done. Errors: InputError for values that are not allowed."""
+    return RunOptions(
+        max_memory=None if given["max_memory"] is None else int(given["max_memory"] * 2**30),
+        device=given["device"],
+        dtype=getattr(torch, given["dtype"]),
+        layers=given["layers"],
+        guard_images=given["guard_images"],
+    )
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Progress]:
+    """Show a status line, and a line for each layer, on ``console``."""
+    with console.status("opening") as status:
+
+        def layer(index: int, layers: int, report: Sequence[Mapping[str, Any]], seconds: float) -> None:
+            worst = max(report, key=lambda row: row.get("relative_error", 0.0))
+            kept = sum(row["kept"] == "rtn" for row in report)
+            nearest = f", {kept} rounded to the nearest" if kept else ""
+            console.print(
+                f"layer {index + 1} of {layers}: output error at most {worst.get('relative_error', 0.0):.2%} "
+                f"({worst['linear']}){nearest}, {shown_seconds(seconds)}",
+                highlight=False,
+                markup=False,
+            )
+
+        yield Progress(
+            status=status.update,
+            say=lambda line: console.print(printable(line), highlight=False, markup=False),
+            layer=layer,
+        )
+
+
+def describe(found: Compressed, command: str) -> list[str]:
+    """Return what is to be said at the end, line by line."""
+    record = found.record
+    if found.out is None:
+        each = found.seconds_per_layer or found.estimate.seconds_per_layer
+        layers = found.estimate.layers
+        return [
+            f"{len(record['layers'])} of {layers} layers are finished and kept; without --layers the command goes on",
+            f"the whole model: about {shown_seconds(each * layers)} at {shown_seconds(each)} a layer",
+        ]
+    summary, measured = record["summary"], record["measured"]
+    lines = [
+        f"{found.out}: {record['source']['name']} at {summary['bits_per_weight']:.2f} bits a weight of the decoder, "
+        f"{shown_bytes(summary['bytes'])} ({shown_bytes(summary['bytes_in_16_bit'])} in 16 bit)",
+        _answers_line(record["answers"]),
+        _guard_line(record["guard"]),
+    ]
+    nearest = summary["rounded_to_nearest"]
+    if nearest:
+        more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
+        lines.append(f"rounded to the nearest, which was better there: {', '.join(nearest[:SHOWN])}{more}")
+    if summary["damped_more"]:
+        lines.append(f"damped more than asked for: {', '.join(summary['damped_more'][:SHOWN])}")
+    lines += [f"note: {line}" for line in record["consumers"]]
+    if record["anomalous"]:
+        lines.append("ANOMALOUS: calibration samples belong to an evaluation suite; see compression.json")
+    if record["random_weights"]:
+        lines.append("RANDOM WEIGHTS: what it answers means nothing, only sizes and times do")
+    lines.append(
+        f"{shown_seconds(measured['seconds'])}, at most {shown_bytes(measured['peak_memory_bytes'])} of memory; "
+        f"next: {command}"
+    )
+    return lines
+
+
+def _answers_line(answers: Mapping[str, Any]) -> str:
+    def stated(kind: str) -> str:
+        drift = answers[kind]
+        if not drift["tokens"]:
+            return f"no {kind}"
+        return f"{drift['same_token']:.1%} of {drift['tokens']} tokens of {kind}"
+
+    return f"answers ({answers['are']}): the compressed model chooses {stated('refusals')}, {stated('others')}"
+
+
+def _guard_line(guard: Mapping[str, Any]) -> str:
+    if not guard["n"]:
+        return "guard: not asked, there are no pictures"
+    held = "held-out " if guard["held_out"] else ""
+    behind = "behind the language model" if guard["tap"] == "language_model" else "on the projector, which is unchanged"
+    return (
+        f"exact guard ({behind}) on {guard['n']} {held}pictures: {guard['label_flips']} labels changed "
+        f"({guard['unsafe_to_safe']} from unsafe to safe), probabilities by {guard['max_probability_difference']:.4f} "
+        f"at most, {guard['mean_probability_difference']:.4f} on average"
+    )
+
+
+def finish(found: Compressed, as_json: bool, command: str) -> None:
+    """Print the result."""
+    click.echo(json.dumps(found.record, indent=1) if as_json else printable("\n".join(describe(found, command))))

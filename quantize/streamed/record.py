@@ -1,0 +1,88 @@
+"""What compression.json says of the calibration set, the layers and the source."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from calibration.answers import Answer
+from calibration.sets.mix import samples_sha256
+from calibration.sets.samples import Calibration, CalibrationOptions
+from calibration.streaming.batches import Batch
+from quantize.streamed.layers import linear_names
+from safevlm.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["calibration_record", "identity", "jsonable", "summary", "token_counts"]
+
+
+def calibration_record(
+    chosen: Calibration, answers: Sequence[Answer | None], options: CalibrationOptions
+) -> dict[str, Any]:
+    """Return where samples come from, what they are, and whose answers they have."""
+    own = sum(answer is not None and answer.ids is not None for answer in answers)
+    none = sum(answer is None for answer in answers)
+    texts = [None if answer is None else answer.text for answer in answers]
+    return {
+        "source": chosen.source.source,
+        "source_sha256": chosen.source.sha256,
+        "sha256": samples_sha256(chosen.samples, texts),
+        "samples": dict(Counter(sample.kind for sample in chosen.samples)),
+        "seed": options.mix.seed,
+        "mix": dict(options.mix.shares),
+        "left_out": dict(chosen.source.left_out),
+        "kinds_from_answers": chosen.source.kinds_from_answers,
+        "answers": {"own": own, "given": len(answers) - own - none, "none": none},
+        "token_weights": asdict(options.weights),
+    }
+
+
+def token_counts(batches: Sequence[Batch]) -> dict[str, int]:
+    """Return how many tokens are calibrated on, and how many of which sort."""
+    rows = [row for batch in batches for row in batch.rows]
+    image = sum(int(batch.prefill.image_mask.sum()) for batch in batches)
+    return {
+        "all": sum(len(row.ids) for row in rows),
+        "image": image,
+        "answer": sum(row.answer_length for row in rows),
+        "refusal": sum(row.answer_length for row in rows if row.refused),
+    }
+
+
+def summary(checkpoint: Checkpoint, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean bits of the decoder's linears and what did not go as asked for."""
+    sizes = {
+        (index, name): torch.Size(checkpoint.tensors.shape(f"{full}.weight")).numel()
+        for index, name, full in linear_names(checkpoint)
+    }
+    rows = [(layer["layer"], linear) for layer in layers for linear in layer["linears"]]
+    weight = sum(sizes[index, row["linear"]] for index, row in rows)
+    bits = sum(sizes[index, row["linear"]] * row["bits"] for index, row in rows)
+    named = [(f"layers.{index}.{row['linear']}", row) for index, row in rows]
+    return {
+        "bits_per_weight": bits / weight if weight else None,
+        "rounded_to_nearest": [name for name, row in named if row["kept"] == "rtn"],
+        "damped_more": [name for name, row in named if row.get("damped_more")],
+        "dead_columns": sum(row.get("dead_columns", 0) for _, row in named),
+    }
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what tells a checkpoint from another one without reading its weights."""
+    files = sorted(path for path in checkpoint.folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    stats = {path.name: path.stat() for path in files}
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "tap": checkpoint.tap.source,
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+
+
+def jsonable(options: CalibrationOptions) -> dict[str, Any]:
+    found = asdict(options)
+    return json.loads(json.dumps(found, default=str))  # type: ignore[no-any-return]

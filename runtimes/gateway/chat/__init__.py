@@ -1,0 +1,1 @@
+"""Chat requests, typed: what they hold, and what is written upstream from them."""

@@ -1,0 +1,1 @@
+"""Images of a request: fetched, decoded, judged and written anew."""

@@ -1,0 +1,1 @@
+"""The server around the routes: connections, limits, clients, logs, metrics."""

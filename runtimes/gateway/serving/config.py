@@ -1,0 +1,104 @@
+"""A gateway's options from a file and from the environment: ``--config gateway.toml``.
+
+Every option is a key of the file, by its name without the dashes in front, and with ``_`` or ``-`` between its words.
+The variable ``SAFEVLM_GATEWAY_MAX_IMAGES`` goes over the file's ``max-images``, and ``--max-images`` over both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from safevlm.errors import InputError
+from safevlm.files.table_file import read_table
+
+__all__ = ["PREFIX", "config_option", "naming_its_line"]
+
+PREFIX = "SAFEVLM_GATEWAY"
+"""Of environment variables."""
+WORDS: dict[type, tuple[type, ...]] = {
+    click.types.IntParamType: (int,),
+    click.types.IntRange: (int,),
+    click.types.FloatParamType: (int, float),
+    click.types.BoolParamType: (bool,),
+}
+"""What a key's value has to be; text where nothing is said."""
+LINES = "safevlm.config.lines"
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def config_option() -> Callable[[T], T]:
+    """Return the decorator that adds ``--config``."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read,
+        help="TOML or JSON file of these options; environment and command line go over it.",
+    )
+
+
+def naming_its_line(context: click.Context, error: InputError) -> InputError:
+    """Return an error about an option's value with the line of the file that it is from, if it is from there."""
+    for name, place in context.meta.get(LINES, {}).items():
+        from_file = context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT_MAP
+        if from_file and re.search(rf"(?<![\w-])(--)?{name.replace('_', '[_-]')}(?![\w-])", str(error)):
+            return InputError(f"{place}: {error}")
+    return error
+
+
+def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    table = read_table(path, "config")
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: a config holds keys with values.")
+    options = {each.name: each for each in context.command.params if each.name not in ("config", "help", None)}
+    text = path.read_text(encoding="utf-8")
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for key, value in table.items():
+        name, place = key.replace("-", "_"), f"{path}:{_line(text, key)}"
+        option = options.get(name)
+        if option is None:
+            near = difflib.get_close_matches(name, [each for each in options if each], n=1)
+            advice = (
+                f"did you mean {near[0].replace('_', '-')}?"
+                if near
+                else "python -m runtimes.gateway --help lists them."
+            )
+            raise InputError(f"{place}: there is no option {key[:80]}; {advice}")
+        if name in values:
+            raise InputError(f"{place}: {key} is given twice.")
+        values[name], places[name] = _checked(context, option, value, f"{place}: {key}"), place
+    context.default_map = {**(context.default_map or {}), **values}
+    context.meta[LINES] = places
+
+
+def _checked(context: click.Context, option: click.Parameter, value: Any, place: str) -> Any:
+    wanted = WORDS.get(type(option.type), (str,))
+    values = value if isinstance(value, list) and option.multiple else [value]
+    for each in values:
+        if not isinstance(each, wanted) or (isinstance(each, bool) and bool not in wanted):
+            kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[wanted[-1]]
+            several = f"a list of {kind} each" if option.multiple else kind
+            raise InputError(f"{place} is {each!r:.80}; {several} is needed.")
+        try:
+            option.type.convert(each, option, context)
+        except click.BadParameter as error:
+            raise InputError(f"{place}: {error.message}") from None
+    return values if option.multiple else value
+
+
+def _line(text: str, key: str) -> int:
+    """Return the line of a top-level key."""
+    found = re.search(
+        rf"^\s*[\"']?{re.escape(key)}[\"']?\s*[=.:]|^\s*\[+\s*[\"']?{re.escape(key)}\b", text, re.MULTILINE
+    )
+    return 1 if found is None else text.count("\n", 0, found.end()) + 1

@@ -1,0 +1,1 @@
+"""Images that hide in text."""

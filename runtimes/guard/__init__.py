@@ -1,0 +1,1 @@
+"""Guard bundles and the runners that judge images with them."""

@@ -1,0 +1,119 @@
+"""The few CUDA runtime calls a guard needs, through cuda-python and without torch.
+
+Every call of cuda-python returns a tuple: the error first, then the results
+(https://nvidia.github.io/cuda-python, ``cuda.bindings.runtime``; before 12.6 the module was ``cuda.cudart``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from safevlm.errors import InputError, MissingExtraError, SafeVLMError
+
+__all__ = ["CudaRuntime", "DeviceBuffer", "Gpu", "current_gpu", "free_memory", "load_cuda"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as TensorRT tells them apart: ``NVIDIA H100 80GB HBM3``, ``9.0``."""
+
+    name: str
+    compute_capability: str
+
+
+class CudaRuntime:
+    """The CUDA runtime's functions, with their error codes turned into SafeVLMError."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._success = module.cudaError_t.cudaSuccess
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Return a function's result (None, one value, or a tuple of them)."""
+        error, *results = getattr(self._module, function)(*arguments)
+        if error != self._success:
+            _, text = self._module.cudaGetErrorString(error)
+            raise SafeVLMError(f"CUDA: {function} failed: {_text(text)} ({error})")
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+    def to_device(self, pointer: int, address: int, size: int, stream: Any) -> None:
+        """Queue a copy of ``size`` bytes from the host's ``address`` to the device's ``pointer``."""
+        kind = self._module.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", pointer, address, size, kind, stream)
+
+    def fill(self, pointer: int, byte: int, size: int, stream: Any) -> None:
+        """Queue that ``size`` bytes from the device's ``pointer`` on become ``byte``."""
+        self.call("cudaMemsetAsync", pointer, byte, size, stream)
+
+    def to_host(self, address: int, pointer: int, size: int, stream: Any) -> None:
+        """Queue a copy of ``size`` bytes from the device's ``pointer`` to the host's ``address``."""
+        kind = self._module.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", address, pointer, size, kind, stream)
+
+
+class DeviceBuffer:
+    """Memory on the GPU, ``size`` bytes, held until :meth:`free`."""
+
+    def __init__(self, cuda: CudaRuntime, size: int) -> None:
+        self._cuda = cuda
+        self.size = size
+        self.pointer: int | None = int(cuda.call("cudaMalloc", size))
+
+    def free(self) -> None:
+        """Give the memory back; twice is the same as once."""
+        pointer, self.pointer = self.pointer, None
+        if pointer is not None:
+            self._cuda.call("cudaFree", pointer)
+
+
+def load_cuda(purpose: str) -> CudaRuntime:
+    """Import cuda-python; MissingExtraError, saying what it is needed for, where it is not installed."""
+    try:
+        return CudaRuntime(import_module("cuda.bindings.runtime"))
+    except ImportError:
+        try:
+            return CudaRuntime(import_module("cuda.cudart"))
+        except ImportError as error:
+            raise MissingExtraError("cuda-python", "trt", purpose) from error
+
+
+def current_gpu(cuda: CudaRuntime) -> Gpu:
+    """Return the GPU that CUDA would use now; InputError where there is none, no driver, or one that is too old."""
+    try:
+        _check_driver(cuda)
+        if cuda.call("cudaGetDeviceCount") == 0:
+            raise SafeVLMError("CUDA counts no device")
+        properties = cuda.call("cudaGetDeviceProperties", cuda.call("cudaGetDevice"))
+    except (SafeVLMError, RuntimeError) as error:  # RuntimeError: cuda-python found no libcuda to load
+        raise InputError(
+            f"no NVIDIA GPU can be used here ({error}). The TensorRT runtime needs one with its driver; "
+            "elsewhere use --runtime onnxruntime."
+        ) from error
+    return Gpu(_text(properties.name), f"{properties.major}.{properties.minor}")
+
+
+def free_memory(cuda: CudaRuntime) -> int:
+    """Return how many bytes of the GPU's memory are free."""
+    free, _total = cuda.call("cudaMemGetInfo")
+    return int(free)
+
+
+def _check_driver(cuda: CudaRuntime) -> None:
+    """Raise SafeVLMError when the driver is of an older major CUDA than the libraries ("CUDA Compatibility")."""
+    driver, runtime = int(cuda.call("cudaDriverGetVersion")), int(cuda.call("cudaRuntimeGetVersion"))
+    if driver > 0 and driver // 1000 < runtime // 1000:
+        raise SafeVLMError(
+            f"the driver is too old: it brings CUDA {_version(driver)}, the installed libraries need "
+            f"{runtime // 1000}.0 or newer: update the driver, or install cuda-python and TensorRT for CUDA "
+            f"{driver // 1000}"
+        )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _text(value: bytes | str) -> str:
+    return value.split(b"\0")[0].decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,163 @@
+"""Judge images with a guard bundle; needs numpy, Pillow, pydantic and the runtime's own library."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.guard.bundle import open_bundle
+from runtimes.guard.runner import GuardRunner
+from runtimes.guard.select import Runtime, select_runner
+from runtimes.guard.verdict import Judgement, decide, worst
+from runtimes.images.tiling import ViewMode, checked_mode
+from runtimes.images.view_option import view_note
+from runtimes.images.views import ImageSource, ImageViews, read_views
+from safevlm.contract.manifest import Thresholds
+from safevlm.errors import BusyError, ImageFileError, SafeVLMError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Guard", "ImageSource"]
+
+_Row: TypeAlias = "npt.NDArray[np.float32] | SafeVLMError"
+BATCH = 8
+
+_log = logging.getLogger(__name__)
+
+
+class Guard:
+    """A guard ready to judge images; a context manager around its runner.
+
+    >>> with Guard.open("build/guard") as guard:
+    ...     guard.judge(["holiday.jpg"])
+    """
+
+    def __init__(
+        self,
+        runner: GuardRunner,
+        classes: Iterable[str],
+        thresholds: Thresholds | None = None,
+        *,
+        batch: int = BATCH,
+        view: ViewMode = "tiles",
+    ) -> None:
+        self.runner = runner
+        self.classes = tuple(classes)
+        self.thresholds = thresholds
+        self.batch = batch
+        self.view = checked_mode(view)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        runtime: Runtime | str = "auto",
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+        batch: int = BATCH,
+        view: ViewMode = "tiles",
+    ) -> Guard:
+        """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`.
+
+        Thresholds are those fitted on the very file that runs. Runtime ``torch`` runs the checkpoint and no file of
+        the bundle, so it has none: it blocks from 0.5 up, as a bundle does before thresholds are fitted. ``view`` says
+        how large images are treated: see ``runtimes.images.tiling``.
+        """
+        bundle = open_bundle(path, verify=verify)
+        runner = select_runner(bundle, runtime, precision=precision, threads=threads)
+        file = getattr(runner, "file", None)
+        thresholds = None if file is None else bundle.manifest.thresholds_of(file.path)
+        return cls(runner, bundle.manifest.classes, thresholds, batch=batch, view=view)
+
+    def __enter__(self) -> Self:
+        note = view_note(self.view, None if self.thresholds is None else self.thresholds.view)
+        if note is not None:
+            _log.warning("%s", note)
+        self.runner.activate()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.runner.deactivate()
+
+    def judge(self, images: Iterable[ImageSource]) -> list[Judgement]:
+        """Return a judgement for each image, in order; see :meth:`stream`."""
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[ImageSource]) -> Iterator[Judgement]:
+        """Yield a judgement for each image, in order, a batch at a time.
+
+        A file that readers show in several ways (see ``safevlm.images.views``) is judged in all of them, a large one in
+        tiles, too (see ``runtimes.images.tiling``), and the worst verdict counts. An image that cannot be read, or that
+        the runner cannot judge in one of these and blocks in none, gets the verdict ``error`` with the reason, and the
+        others are judged all the same.
+        """
+        batch: list[tuple[str, ImageViews | ImageFileError]] = []
+        for position, image in enumerate(images):
+            name = _name(image, position)
+            batch.append((name, self._views(image, name)))
+            if len(batch) == self.batch:
+                yield from self._judge_batch(batch)
+                batch = []
+        yield from self._judge_batch(batch)
+
+    def _views(self, image: ImageSource, name: str) -> ImageViews | ImageFileError:
+        try:
+            return read_views(image, self.runner.preprocessing, name, mode=self.view)
+        except ImageFileError as error:
+            return error
+
+    def _judge_batch(self, batch: list[tuple[str, ImageViews | ImageFileError]]) -> Iterator[Judgement]:
+        pixels = [each for _, views in batch if isinstance(views, ImageViews) for each in views.pixels]
+        parts = (pixels[start : start + self.batch] for start in range(0, len(pixels), self.batch))
+        rows = iter([row for part in parts for row in self._rows(part)])
+        for name, views in batch:
+            if isinstance(views, ImageViews):
+                yield self._judgement(name, views, [next(rows) for _ in views.pixels])
+            else:
+                yield Judgement(file=name, verdict="error", error=str(views), view_mode=self.view)
+
+    def _rows(self, pictures: list[npt.NDArray[np.uint8]]) -> list[_Row]:
+        """Return a row of probabilities for each; a batch that fails is judged one by one."""
+        try:
+            return list(self.runner.infer(np.stack(pictures)).probs)
+        except SafeVLMError as error:
+            if len(pictures) == 1 or isinstance(error, BusyError):
+                return [error] * len(pictures)
+        return [row for picture in pictures for row in self._rows([picture])]
+
+    def _judgement(self, name: str, views: ImageViews, rows: list[_Row]) -> Judgement:
+        read = [(at, row) for at, row in enumerate(rows) if not isinstance(row, SafeVLMError)]
+        decisions = [decide(row, self.classes, self.thresholds) for _, row in read]
+        failure = next((row for row in rows if isinstance(row, SafeVLMError)), None)
+        if failure is not None and not any(decision.verdict == "block" for decision in decisions):
+            return Judgement(file=name, verdict="error", error=str(failure), view_mode=self.view)
+        chosen = worst(decisions, sum(not views.is_hidden(at) for at, _ in read))
+        at, row = read[chosen]
+        return Judgement(
+            file=name,
+            verdict=decisions[chosen].verdict,
+            label=decisions[chosen].label,
+            p_unsafe=decisions[chosen].p_unsafe,
+            probs=dict(zip(self.classes, map(float, row), strict=True)),
+            view=views.name(at),
+            views=views.names if len(views.names) > 1 else (),
+            view_mode=self.view,
+        )
+
+
+def _name(image: ImageSource, position: int) -> str:
+    """Return what an image is called in its judgement: its path, or its place among the others."""
+    if isinstance(image, (str, Path)):
+        return str(image)
+    return str(getattr(image, "filename", "")) or f"image {position + 1}"

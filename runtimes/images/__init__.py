@@ -1,0 +1,1 @@
+"""The views and tiles of an image that a guard judges."""

@@ -1,0 +1,153 @@
+"""The views of an image at the size of a guard or language model, and what a guard says of each.
+
+``safevlm.images.views`` tells which they are: what the file's readers show, the usual one first. Of each the guard
+judges the whole and, where it is large, tiles (see ``runtimes.images.tiling``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from runtimes.images.tiling import ViewMode, judged_pixels, shown
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import ImageFileError
+from safevlm.images.image import FORMATS, MAX_PIXELS, View, open_views, to_views
+from safevlm.images.views import USUAL
+
+if TYPE_CHECKING:
+    from runtimes.guard.judge import Guard
+
+__all__ = ["ImageSource", "ImageViews", "JudgedViews", "judge_views", "read_views"]
+
+ImageSource: TypeAlias = "Path | str | bytes | Image.Image"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageViews:
+    """The views of an image and their tiles, as far as their pixels, uint8 H x W x 3, differ.
+
+    ``image`` is the usual view at the size that may be shown. The first ``own`` pixels are of it: the whole, then its
+    tiles.
+    """
+
+    image: Image.Image
+    names: tuple[str, ...]
+    pixels: tuple[npt.NDArray[np.uint8], ...]
+    own: int = 1
+
+    def name(self, at: int) -> str | None:
+        """Return the name of a view or tile, None where there is only one."""
+        return self.names[at] if len(self.names) > 1 else None
+
+    def is_hidden(self, at: int) -> bool:
+        """Say whether pixels are of a view that is not the usual one: not of what is shown."""
+        return at >= self.own
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedViews:
+    """An image as the guard judged it: a row of probabilities for each view, none without a guard."""
+
+    views: ImageViews
+    probs: tuple[npt.NDArray[np.float32], ...] = ()
+    embeddings: npt.NDArray[np.float32] | None = None
+    """Of the usual view."""
+    ms: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_views(
+    source: ImageSource,
+    preprocessing: Preprocessing | None,
+    where: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    mode: ViewMode = "whole",
+    formats: Collection[str] = FORMATS,
+    sent: Callable[[Image.Image], Image.Image] | None = None,
+) -> ImageViews:
+    """Read an image once; without ``preprocessing`` at its own size.
+
+    ``sent`` turns the usual view into what others are shown of it, such as a JPEG's pixels: those are judged.
+
+    Raises ImageFileError for what is no image, cannot be read as a whole, or not in every way that readers show it.
+    """
+    usual: Image.Image | None = None
+    own = 0
+    found: dict[bytes, tuple[str, npt.NDArray[np.uint8]]] = {}
+    for view in _views(source, where, max_pixels, formats):
+        image = view.image if preprocessing is None else shown(view.image, preprocessing, mode)
+        if usual is None and sent is not None:
+            image = sent(image)
+        for name, pixels in _pixels(view.name, image, preprocessing, mode):
+            found.setdefault(hashlib.sha256(pixels.tobytes()).digest(), (name, pixels))
+        if usual is None:
+            usual, own = image, len(found)
+    assert usual is not None  # there is a first view, or an error
+    names, kept = zip(*found.values(), strict=True)
+    return ImageViews(usual, names, kept, own)
+
+
+def _pixels(
+    view: str, image: Image.Image, preprocessing: Preprocessing | None, mode: ViewMode
+) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    """Yield what is judged of a view, each with its name, such as "on white, tile 2 of 9"."""
+    if preprocessing is None:
+        yield view, np.array(image, dtype=np.uint8)
+        return
+    for tile, pixels in judged_pixels(image, preprocessing, mode):
+        of = view if view != USUAL or not tile else ""
+        yield ", ".join(part for part in (of, tile) if part), pixels
+
+
+def judge_views(
+    source: ImageSource,
+    guard: Guard | None,
+    size: Preprocessing | None,
+    *,
+    share: bool,
+    known: npt.NDArray[np.float32] | None = None,
+) -> JudgedViews:
+    """Decode an image once and judge it, if there is a guard and its verdict is not ``known``.
+
+    ``known`` is of the usual view as a whole. ``size`` is the language model's, for images that only it judges: it is
+    shown no more than that, so that there is nothing to see in tiles. ``share`` asks for embeddings. Raises
+    ImageFileError, and what the guard raises.
+    """
+    begun = time.perf_counter()
+    if guard is None:
+        views = read_views(source, size, "the given image")
+    else:
+        views = read_views(source, guard.runner.preprocessing, "the given image", mode=guard.view)
+    decoded = time.perf_counter()
+    ms = {"decode": (decoded - begun) * 1000}
+    if guard is None:
+        return JudgedViews(views, ms=ms)
+    embeddings = None
+    judged = known is None or len(views.pixels) > 1
+    if known is None:
+        output = guard.runner.infer(views.pixels[0][None], embeddings=guard.runner.gives_embeddings and share)
+        known, embeddings = output.probs[0], None if output.embeddings is None else output.embeddings[0]
+    probs = [known]
+    for start in range(1, len(views.pixels), guard.batch):
+        probs += list(guard.runner.infer(np.stack(views.pixels[start : start + guard.batch])).probs)
+    if judged:
+        ms["guard"] = (time.perf_counter() - decoded) * 1000
+    return JudgedViews(views, tuple(probs), embeddings, ms)
+
+
+def _views(source: ImageSource, where: str, max_pixels: int, formats: Collection[str]) -> Iterator[View]:
+    if isinstance(source, Image.Image):
+        return to_views(source, where=where)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise ImageFileError(f"an image is a file's name, its bytes or an opened image, not {type(source).__name__}")
+    return open_views(source if isinstance(source, bytes) else Path(source), max_pixels=max_pixels, formats=formats)

@@ -1,0 +1,1 @@
+"""Language models behind a guard: the contract and its runners."""

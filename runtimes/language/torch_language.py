@@ -1,0 +1,159 @@
+"""The language model on torch: a checkpoint's whole model, answer and exact verdict from one prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.language.language import LanguageRunner, Prefilled
+from runtimes.language.question import MOST_CONTEXT, Reader
+from runtimes.language.writing import Writing
+from safevlm.errors import InputError, MissingExtraError
+from safevlm.network.dialogue import Question, as_turns
+from safevlm.network.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from safevlm.checkpoint.checkpoint import Checkpoint
+    from safevlm.network.safe_vlm import Begun, SafeVLM
+
+__all__ = ["Dtype", "TorchLanguageRunner", "reader_of"]
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+
+class TorchLanguageRunner(LanguageRunner):
+    """Run a checkpoint through ``safevlm.network.safe_vlm``.
+
+    ``model`` is an opened checkpoint or a model that is loaded already; ``device`` is torch's word for one
+    (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that pictures are brought to where the family
+    lets one choose (Qwen2.5-VL), which should be the guard bundle's; ``context`` how many tokens a prompt may have with
+    its answer, by default the model's own, 4,096 at most where the image leaves room in them.
+    """
+
+    runtime = "torch"
+    takes_embeddings = True
+
+    def __init__(
+        self,
+        model: Checkpoint | SafeVLM,
+        *,
+        device: str = "cpu",
+        dtype: Dtype = "float32",
+        grid: tuple[int, int] | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in get_args(Dtype):
+            raise InputError(f"unknown dtype {dtype!r}; allowed: {', '.join(get_args(Dtype))}")
+        self.model = model
+        self.random_weights = bool(getattr(model, "random_weights", False))  # a loaded model does not say
+        self.device = device
+        self.dtype = dtype
+        self.grid = grid
+        self.threads = threads
+        self.context = context
+        self._questions: Reader | None = None
+        self._vlm: SafeVLM | None = None
+
+    def _activate(self) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise MissingExtraError("torch", "torch", "answering with torch") from error
+        from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        device = _device(torch, self.device)
+        dtype = getattr(torch, self.dtype)
+        vlm = self.model if isinstance(self.model, SafeVLM) else load_safe_vlm(self.model, dtype=dtype, grid=self.grid)
+        self._vlm = vlm.to(device=device, dtype=dtype).eval()
+        self.preprocessing = vlm.preprocessing
+        self.classes = vlm.classes
+        self._questions = reader_of(vlm, self.context)
+
+    def _deactivate(self) -> None:
+        self._vlm = self._questions = None
+
+    def _reader(self) -> Reader:
+        self._check_active()  # outside of a call: nothing of the model is run
+        assert self._questions is not None
+        return self._questions
+
+    def _prefill(
+        self, rgb: npt.NDArray[np.uint8], question: Question, embeddings: npt.NDArray[np.float32] | None
+    ) -> Prefilled:
+        import torch
+
+        vlm = self._held(self._vlm)
+        images = torch.from_numpy(rgb[None].copy()).to(self.device)
+        features = None
+        if embeddings is not None:
+            features = torch.from_numpy(embeddings[None].copy()).to(self.device, getattr(torch, self.dtype))
+        begun = vlm.begin(images, [as_turns(question)], features)
+        return Prefilled(begun.guard_probs[0], [begun], begun.attention_mask.shape[-1])
+
+    def _generate(self, handle: Any, max_new_tokens: int) -> str:
+        return self._held(self._vlm).finish(_begun(handle), max_new_tokens)[0]
+
+    def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
+        from safevlm.network.decoding import decoding_steps
+
+        vlm, begun = self._held(self._vlm), _begun(handle)
+        limit = max(1, min(max_new_tokens, self._reader().context - begun.attention_mask.shape[-1]))
+        decode = vlm.tokenizer.decode
+        text = TextStream(lambda ids: str(decode(ids, skip_special_tokens=True)), writing.decoding.stop)
+        for (token,) in decoding_steps(vlm, begun, limit, writing.choose):
+            assert token is not None  # of one prompt, whose end is the end of the steps
+            writing.tokens += 1
+            if piece := text.add(token):
+                yield piece
+            if text.stopped:
+                writing.ended = True
+                return
+        if piece := text.end():
+            yield piece
+        writing.ended = text.stopped or writing.tokens < limit
+
+
+def reader_of(vlm: SafeVLM, context: int | None = None) -> Reader:
+    """Return how a loaded model reads questions; ``context`` is by default :class:`TorchLanguageRunner`'s."""
+    from safevlm.network.prompt_tokens import IMAGE
+
+    tokenizer = vlm.tokenizer
+    image_tokens = vlm.prompt_ids("").count(IMAGE)
+    own = int(vlm.core.config.get_text_config().max_position_embeddings)
+    return Reader(
+        chat=vlm.family.chat,
+        tokens=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        name=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
+        control={token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        - {tokenizer.unk_token_id},
+        count=lambda turns: len(vlm.prompt_ids(turns)),
+        image_tokens=image_tokens,
+        longest=max(len(word.encode("utf-8", "replace")) for word in tokenizer.get_vocab()),
+        context=min(own, context or max(MOST_CONTEXT, 2 * image_tokens)),
+    )
+
+
+def _begun(handle: Any) -> Begun:
+    """Take the prefill out of a handle: decoding extends its cache, so that it is good for one answer."""
+    if not isinstance(handle, list) or not handle:
+        raise InputError("this handle was answered already, or is another runner's: prefill again")
+    begun: Begun = handle.pop()
+    return begun
+
+
+def _device(torch: Any, name: str) -> Any:
+    """Return torch's device of this name; InputError when there is no such thing here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"torch knows no device {name!r}; allowed are cpu, cuda and cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here. Take --device cpu.")
+    return device

@@ -1,0 +1,1 @@
+"""A checkpoint's settings, in the meaning of the release that wrote them."""

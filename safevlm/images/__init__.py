@@ -1,0 +1,1 @@
+"""From an image file to the images that its readers show. Light enough for a device."""

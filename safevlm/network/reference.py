@@ -1,0 +1,331 @@
+"""The untouched torch path of the guard, which every export is compared with.
+
+Modules are transformers' own classes. They are laid out with their parameters on the ``meta`` device and
+filled tensor by tensor from the checkpoint, so only what the path reads is ever in memory.
+
+Shapes: N images, H × W pixels, T image tokens, D width of the language model, C classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Gemma3Config, Gemma3Model, LlavaConfig, LlavaModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+from safevlm.checkpoint.configs.transformers_config import TransformersConfig, build_vision_config
+from safevlm.checkpoint.family import HEAD_PREFIX, Family
+from safevlm.checkpoint.ignored import report_unplaced
+from safevlm.contract.preprocessing import Preprocessing
+from safevlm.errors import GuardHeadError, InputError
+from safevlm.network.filling import fill, on_meta
+from safevlm.network.pooling import Pooling, pool
+from safevlm.network.qwen_grid import flatten_patches, grid_thw
+
+if TYPE_CHECKING:
+    from safevlm.checkpoint.checkpoint import Checkpoint
+    from safevlm.checkpoint.weights.tensors import TensorStore
+    from safevlm.network.distilled_head import DistilledHead
+
+__all__ = [
+    "GuardHead",
+    "GuardModel",
+    "VisionGeometry",
+    "VisionPath",
+    "build_head",
+    "build_reference_guard",
+    "build_vision",
+    "geometry_of",
+    "guard_sha256",
+    "image_features",
+    "leave_out_unread",
+]
+
+MODEL_PREFIX = "model."
+"""Where transformers' inner models (``LlavaModel`` and its like) stand in canonical names."""
+
+
+# -- the head -------------------------------------------------------------------------------------------
+
+
+class GuardHead(nn.Module):
+    """``img_safety_head``: Linear, exact GELU, Dropout, …, Linear; N × D pooled features to N × C logits.
+
+    ``widths`` are the widths from D to C; the Linears stand at 0, 3, 6, … of ``mlp``, as they are stored.
+    """
+
+    def __init__(self, widths: tuple[int, ...], *, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.widths = widths
+        steps: list[nn.Module] = []
+        for inner, outer in itertools.pairwise(widths):
+            steps += [nn.Linear(inner, outer), nn.GELU(), nn.Dropout(dropout)]
+        self.mlp = nn.Sequential(*steps[:-2])
+
+    def forward(self, pooled_ND: Tensor) -> Tensor:
+        """Return N × C logits in float32."""
+        weight = cast(nn.Linear, self.mlp[0]).weight
+        return cast(Tensor, self.mlp(pooled_ND.to(weight.dtype))).float()
+
+
+def build_head(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> GuardHead:
+    """Return the checkpoint's guard head, filled; CheckpointError when a tensor of it is missing."""
+    head = on_meta(lambda: GuardHead(checkpoint.head.widths))
+    fill(head, checkpoint.tensors, prefix=HEAD_PREFIX, dtype=dtype)
+    return head
+
+
+# -- the vision path ------------------------------------------------------------------------------------
+
+
+class VisionGeometry(Protocol):
+    """What a family's vision path asks of an image: its size, its layout, how many tokens it becomes."""
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise InputError when images of this size cannot be read."""
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return T for images of this size; InputError when they cannot be read."""
+
+    def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of transformers' ``get_image_features`` for normalised pixels."""
+
+
+class SquareGeometry:
+    """CLIP and SigLIP: one square size, pixels as they are."""
+
+    def __init__(self, size: int, tokens: int) -> None:
+        self._size = size
+        self._tokens = tokens
+
+    def check_size(self, height: int, width: int) -> None:
+        if (height, width) != (self._size, self._size):
+            raise InputError(
+                f"images are {height}x{width} pixels; this vision tower reads {self._size}x{self._size}. "
+                "Bring them there with the checkpoint's Preprocessing."
+            )
+
+    def tokens(self, height: int, width: int) -> int:
+        self.check_size(height, width)
+        return self._tokens
+
+    def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": pixels_NCHW}
+
+
+class QwenGeometry:
+    """Qwen2.5-VL: any size in whole image tokens, pixels cut into patches."""
+
+    def __init__(self, patch_size: int, merge_size: int, temporal_patch_size: int) -> None:
+        self._patch = {
+            "patch_size": patch_size,
+            "merge_size": merge_size,
+            "temporal_patch_size": temporal_patch_size,
+        }
+        self._side = patch_size * merge_size
+
+    def check_size(self, height: int, width: int) -> None:
+        if height < 1 or width < 1 or height % self._side or width % self._side:
+            raise InputError(
+                f"images are {height}x{width} pixels; this vision tower reads multiples of {self._side} "
+                "in both directions. Bring them there with the checkpoint's Preprocessing."
+            )
+
+    def tokens(self, height: int, width: int) -> int:
+        self.check_size(height, width)
+        return (height // self._side) * (width // self._side)
+
+    def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
+        n, _, height, width = pixels_NCHW.shape
+        grid = grid_thw(n, height, width, self._patch["patch_size"]).to(pixels_NCHW.device)
+        return {"pixel_values": flatten_patches(pixels_NCHW, **self._patch), "image_grid_thw": grid}
+
+
+def geometry_of(config: TransformersConfig) -> VisionGeometry:
+    """Return how images enter the vision path that ``config`` describes."""
+    vision: Any = config.vision_config
+    if isinstance(config, Qwen2_5_VLConfig):
+        return QwenGeometry(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    if isinstance(config, Gemma3Config):
+        return SquareGeometry(vision.image_size, int(config.mm_tokens_per_image or 0))
+    class_token = int(config.vision_feature_select_strategy == "full")
+    return SquareGeometry(vision.image_size, (vision.image_size // vision.patch_size) ** 2 + class_token)
+
+
+class VisionPath(nn.Module):
+    """uint8 RGB to projector output, through ``get_image_features`` of transformers' inner model.
+
+    ``core`` is ``LlavaModel``, ``Qwen2_5_VLModel`` or ``Gemma3Model`` without its language model.
+    """
+
+    def __init__(self, core: nn.Module, config: TransformersConfig, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.core = core
+        self.config = config
+        self.geometry = geometry_of(config)
+        self.preprocessing = preprocessing
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower (in Qwen2.5-VL with the merger at its end)."""
+        return cast(nn.Module, getattr(self.core, "visual", None) or self.core.vision_tower)
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps the tower's output to the language model's width."""
+        visual = getattr(self.core, "visual", None)
+        return cast(nn.Module, visual.merger if visual is not None else self.core.multi_modal_projector)
+
+    def forward(self, rgb_NHWC: Tensor) -> Tensor:
+        """Return N × T × D image features; InputError when the images' size is not the tower's."""
+        return image_features(self.core, self.geometry, self.preprocessing, rgb_NHWC)
+
+
+def image_features(core: nn.Module, geometry: VisionGeometry, preprocessing: Preprocessing, rgb_NHWC: Tensor) -> Tensor:
+    """Normalise uint8 RGB and return the N × T × D features that ``core`` makes of it."""
+    if rgb_NHWC.dtype != torch.uint8 or rgb_NHWC.ndim != 4 or rgb_NHWC.shape[-1] != 3:
+        raise InputError(
+            f"images have shape {tuple(rgb_NHWC.shape)} and dtype {rgb_NHWC.dtype}; N x H x W x 3 of "
+            "torch.uint8 is needed, as Preprocessing.apply returns them."
+        )
+    geometry.check_size(*rgb_NHWC.shape[1:3])
+    dtype = next(core.parameters()).dtype
+    inputs = geometry.inputs(normalize(rgb_NHWC, preprocessing).to(dtype))
+    # LLaVA and Qwen answer with a list of T x D, Gemma-3 with N x T x D: both are N of T x D.
+    output = cast(Any, core).get_image_features(**inputs, return_dict=True)
+    return torch.stack(tuple(output.pooler_output))
+
+
+def normalize(rgb_NHWC: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return N × 3 × H × W float32: grey levels rescaled, then centred and scaled by channel."""
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=rgb_NHWC.device)
+    std = torch.tensor(preprocessing.std, dtype=torch.float32, device=rgb_NHWC.device)
+    scaled = rgb_NHWC.to(torch.float32) * preprocessing.rescale
+    return ((scaled - mean) / std).permute(0, 3, 1, 2)
+
+
+_INNER_MODELS: dict[type, Callable[[Any], nn.Module]] = {
+    LlavaConfig: LlavaModel,
+    Qwen2_5_VLConfig: Qwen2_5_VLModel,
+    Gemma3Config: Gemma3Model,
+}
+
+
+def _lay_out_core(config: TransformersConfig) -> nn.Module:
+    """Return the inner model without its language model; ``config`` is one of ``build_vision_config``."""
+    core = on_meta(lambda: _INNER_MODELS[type(config)](config))
+    del core.language_model
+    return core
+
+
+def leave_out_unread(core: nn.Module, tensors: TensorStore) -> None:
+    """Take CLIP's final norm out of ``core`` where it is not stored: only the pooled output reads it."""
+    if isinstance(core, LlavaModel) and MODEL_PREFIX + "vision_tower.post_layernorm.weight" not in tensors:
+        cast(Any, core).vision_tower.post_layernorm = nn.Identity()
+
+
+def build_vision(
+    checkpoint: Checkpoint, grid: tuple[int, int] | None = None, *, dtype: torch.dtype = torch.float32
+) -> VisionPath:
+    """Return the vision tower and projector, whatever the tap; nothing of the language model is read.
+
+    ``grid`` is the size in pixels (height, width) where the family lets one choose (Qwen2.5-VL).
+
+    Errors: CheckpointError for missing tensors or shapes that disagree; InputError for an impossible grid.
+    """
+    config = build_vision_config(checkpoint)
+    preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
+    geometry_of(config).check_size(preprocessing.height, preprocessing.width)
+    core = _lay_out_core(config)
+    leave_out_unread(core, checkpoint.tensors)
+    fill(core, checkpoint.tensors, prefix=MODEL_PREFIX, dtype=dtype, own=True)
+    report_unplaced(checkpoint.name, checkpoint.tensors, {MODEL_PREFIX + name for name, _ in core.named_parameters()})
+    return VisionPath(core, config, preprocessing)
+
+
+# -- the guard ------------------------------------------------------------------------------------------
+
+
+class GuardModel(nn.Module):
+    """A guard on the projector's output: image features, pooled over the image tokens, the head.
+
+    The head is the checkpoint's own where its tap is the projector (``mean`` pooling), else a distilled one.
+    """
+
+    def __init__(
+        self,
+        vision: VisionPath,
+        head: GuardHead,
+        family: Family,
+        classes: tuple[str, ...],
+        pooling: Pooling = "mean",
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.vision = vision
+        self.head = head
+        self.family = family
+        self.classes = classes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What brings an image file to this model's input."""
+        return self.vision.preprocessing
+
+    def features(self, rgb_NHWC: Tensor) -> Tensor:
+        """Return the projector's output, N × T × D."""
+        return cast(Tensor, self.vision(rgb_NHWC))
+
+    def forward(self, rgb_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities and logits, both N × C in float32, of uint8 RGB images."""
+        return self.answer(self.features(rgb_NHWC))
+
+    def answer(self, features_NTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities and logits of the projector's output."""
+        logits = self.head(pool(features_NTD, self.pooling))
+        return torch.softmax(logits, dim=-1), logits
+
+
+def guard_sha256(checkpoint: Checkpoint) -> str:
+    """Return the hash of the tensors that a guard is made from: vision tower, projector and head."""
+    return checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
+
+
+def build_reference_guard(
+    checkpoint: Checkpoint,
+    *,
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    distilled: DistilledHead | None = None,
+) -> GuardModel:
+    """Return a checkpoint's guard on the projector's output, from vision, projector and head alone.
+
+    The head is the checkpoint's own, or ``distilled``, which brings the input size it was fitted at.
+
+    Errors: GuardHeadError for a tap behind the language model without a distilled head, and for a head that was
+    made for another checkpoint; InputError for another ``grid`` than the head's.
+    """
+    if distilled is not None:
+        distilled.check_fits(checkpoint, guard_sha256(checkpoint))
+        vision = build_vision(checkpoint, grid or distilled.size, dtype=dtype)
+        size = (vision.preprocessing.height, vision.preprocessing.width)
+        if size != distilled.size:
+            raise InputError(
+                f"the guard head was fitted at {distilled.size[0]}x{distilled.size[1]} pixels, the input would be "
+                f"{size[0]}x{size[1]}. Leave --grid out, or distil a head at that size."
+            )
+        return GuardModel(vision, distilled.head, checkpoint.family, checkpoint.classes, distilled.pooling)
+    if checkpoint.tap.source != "projector":
+        raise GuardHeadError(
+            f"{checkpoint.name}: the guard taps the language model's last hidden state "
+            f"({checkpoint.tap.learned}), so its head cannot be put on the projector's output: that has the "
+            f"same width ({checkpoint.head.widths[0]}) and other contents, and the verdicts would be noise. "
+            "Fit a head for the projector first: python -m calibration.distill "
+            f"--model {checkpoint.name} --images DIR --out FILE. If the checkpoint truly taps the "
+            "projector, say so with tap='projector'."
+        )
+    head = build_head(checkpoint, dtype=dtype)
+    return GuardModel(build_vision(checkpoint, grid, dtype=dtype), head, checkpoint.family, checkpoint.classes)

@@ -1,0 +1,1 @@
+"""What every command shares: how it reads, prints and ends."""

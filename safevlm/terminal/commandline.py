@@ -1,0 +1,118 @@
+"""How every command ends: one message and an exit code for what was expected, a traceback for a bug."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import click
+
+from safevlm.errors import InputError, SafeVLMError, StorageError
+from safevlm.files.storage import locale_problem, storage_problem
+from safevlm.terminal.printable import printable
+from safevlm.terminal.standard_streams import settled, standard_streams
+
+__all__ = ["USAGE", "grid_option", "leave", "printable", "run"]
+
+USAGE = 2
+SIGNALLED = 128
+"""Plus the signal's number, as shells have it: 130 for SIGINT."""
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a click command and exit: with the whole number it returns, else 0.
+
+    SafeVLMError becomes ``error: message`` on stderr and its own code, and so does what the surroundings cause (a full
+    disk, a folder that may not be written, a locale that lacks a letter); wrong usage 2, Ctrl-C 130, SIGTERM 143,
+    SIGHUP 129. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1). Standard
+    output that cannot be written changes no verdict: see :func:`safevlm.terminal.standard_streams.settled`.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    with standard_streams(), _orderly_end() as signals:
+        sys.exit(settled(_code(command, given, signals)))
+
+
+def _code(command: click.Command, arguments: list[str], signals: list[int]) -> int:
+    """Run a command and return the code of its end; what it ended with is said on standard error."""
+    try:
+        code = command.main(list(arguments), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        number = signals[0] if signals else signal.SIGINT
+        click.echo("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}", err=True)
+        return SIGNALLED + number
+    except SafeVLMError as error:
+        _say_error(str(error))
+        if isinstance(error, StorageError):
+            _say_again(command, arguments)
+        return error.exit_code
+    except Exception as error:
+        told = storage_problem(error, arguments) or locale_problem(error, arguments)
+        if told is None:
+            raise
+        _say_error(told)
+        _say_again(command, arguments)
+        return StorageError.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _say_error(message: str) -> None:
+    click.echo(f"error: {printable(message)}", err=True)
+
+
+def _say_again(command: click.Command, arguments: Sequence[str]) -> None:
+    """Print the command to run once the place is fixed: the same one, with ``--resume`` where it has that."""
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    name = specification.name.removesuffix(".__main__") if specification is not None else str(command.name)
+    resume = ["--resume"] if any(option.name == "resume" for option in command.params) else []
+    typed = shlex.join([*arguments, *(each for each in resume if each not in arguments)])
+    click.echo(printable(f"once this is fixed, run: python -m {name} {typed}"), err=True)
+
+
+@contextmanager
+def _orderly_end() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that drafts are removed; a second one ends it at once.
+
+    Yields the numbers of those that came. What somebody else handles or ignores (nohup) stays so.
+    """
+    came: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    ours = [each for each in ENDING if main_thread and signal.getsignal(each) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield came
+    finally:
+        for number in ours:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: threads inside a library would abort the interpreter's orderly end, or hold it up."""
+    os._exit(settled(code))
+
+
+def grid_option(text: str | None) -> tuple[int, int] | None:
+    """Read ``448`` or ``448x672`` (height x width, pixels)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
+        raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
+    return int(sides[0]), int(sides[-1])
