@@ -122,7 +122,7 @@ def _p_unsafe(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator
 def main(names: Sequence[str], scenes: int, as_json: bool) -> None:
     """Paste unsafe and safe scenes into large images, and say which of them each --view blocks."""
     from safevlm.checkpoint.checkpoint import open_checkpoint
-    from safevlm.network.safe_vlm import load_safe_vlm
+    from safevlm.network.loading import load_safe_vlm
 
     for name in names:
         vlm = load_safe_vlm(open_checkpoint(name)).eval()

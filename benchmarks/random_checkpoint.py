@@ -29,7 +29,7 @@ from safevlm.errors import InputError
 from safevlm.files.draft import draft_of, publish
 from safevlm.files.storage import check_room, shown_bytes, storing
 from safevlm.network.filling import on_meta
-from safevlm.network.reference import GuardHead
+from safevlm.network.head import GuardHead
 from safevlm.terminal.commandline import printable, run
 
 __all__ = ["Layout", "write_random_checkpoint"]

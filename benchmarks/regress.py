@@ -13,9 +13,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks.comparison.compare import Comparison, compare
+from benchmarks.comparison.compare import compare
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.comparison.margins import Margins, read_margins
+from benchmarks.comparison.measured import Comparison
 from benchmarks.runs.record import Run, read_run
 from safevlm.errors import InputError
 from safevlm.files.storage import check_writable

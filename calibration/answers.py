@@ -22,8 +22,9 @@ from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.errors import InputError
 from safevlm.files.json_file import replace_file
 from safevlm.files.storage import check_writable
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.prompt_tokens import answer_ids
-from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+from safevlm.network.safe_vlm import SafeVLM
 from safevlm.terminal.commandline import grid_option, printable, run
 
 __all__ = ["Answer", "own_answers", "pictures_of", "whole_model_bytes"]

@@ -24,8 +24,8 @@ from calibration.distilling.teacher import Lesson, check_tap, teach
 from calibration.labelled.labels import content_of, read_labels
 from calibration.sets.pictures import BuiltIn, Pictures, PictureSource, load_pictures, picture_source, shown
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import CheckpointError, InputError
 from safevlm.files.storage import check_writable
 from safevlm.network.distilled_head import DistilledHead
@@ -96,7 +96,7 @@ def distill(
     reasons), for a guard that taps the projector; CheckpointError.
     """
     check_tap(checkpoint)
-    preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=options.grid)
+    preprocessing = read_processor(checkpoint.processor, family=checkpoint.family.key, grid=options.grid)
     report(f"reading {pictures}")
     read = load_pictures(pictures, preprocessing)
     labels = None if options.labels is None else _labels(read, options.labels, checkpoint)

@@ -34,7 +34,8 @@ from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, ParityError, PrecisionError
 from safevlm.machine import now, return_freed_memory
 from safevlm.network.distilled_head import DistilledHead
-from safevlm.network.reference import GuardModel, VisionPath, build_head, build_reference_guard, build_vision
+from safevlm.network.head import build_head
+from safevlm.network.reference import GuardModel, VisionPath, build_reference_guard, build_vision
 from safevlm.terminal.commandline import grid_option, run
 from safevlm.version import VERSION
 

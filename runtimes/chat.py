@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runtimes.gate.command import ended, open_gate, open_told
+from runtimes.gate.open import ended, open_gate, open_told
 from runtimes.images.view_option import view_option
 from safevlm.terminal.commandline import printable, run
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["open_chat"]
 
 open_chat = open_gate
-"""A gate around a guard and what answers; see :func:`runtimes.gate.command.open_gate`."""
+"""A gate around a guard and what answers; see :func:`runtimes.gate.open.open_gate`."""
 
 
 @click.command(name="chat")

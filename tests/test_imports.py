@@ -41,7 +41,7 @@ def test_nothing_imports_upwards(folder: str) -> None:
         "runtimes.guard.judge",
         "runtimes.check",
         "runtimes.gate",
-        "runtimes.gate.command",
+        "runtimes.gate.__main__",
         "runtimes.language.torch_language",
         "runtimes.guard.openvino_runner",
         "runtimes.language.llamacpp_language",

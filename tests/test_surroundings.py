@@ -99,7 +99,7 @@ def test_every_command_says_that_its_answer_was_lost(parent: Warm, tmp_path: Pat
     assert len(COMMANDS) > 20
     for command in COMMANDS:
         name = f"{command}.__main__" if (ROOT / command.replace(".", "/")).is_dir() else command
-        module = {"runtimes.gate": "runtimes.gate.command"}.get(name, name)
+        module = {"runtimes.gate": "runtimes.gate.__main__"}.get(name, name)
         ended = parent.run(module, "--help", under=tmp_path, stdout="/dev/full")
         assert ended.code == 2 and "standard output cannot be written" in ended.said, (command, ended.said)
 

@@ -14,7 +14,7 @@ from benchmarks.runs.record import Run
 from safevlm.errors import InputError
 
 if TYPE_CHECKING:
-    from benchmarks.comparison.compare import Comparison, Measured
+    from benchmarks.comparison.measured import Comparison, Measured
 
 __all__ = ["steps_between"]
 

@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from benchmarks.shapes.shapes import VisionShape
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import TransformersConfig
 from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.guard_head import standard_classes
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.network.filling import on_meta
-from safevlm.network.reference import GuardHead, GuardModel, VisionPath
+from safevlm.network.head import GuardHead
+from safevlm.network.reference import GuardModel, VisionPath
 
 __all__ = ["build_random_guard", "fill_randomly"]
 
@@ -44,7 +45,7 @@ def build_random_guard(shape: VisionShape, *, seed: int) -> GuardModel:
     config._attn_implementation = "sdpa"
     core = on_meta(lambda: model_class(copy.deepcopy(config)))
     del core.language_model
-    preprocessing = Preprocessing.from_processor(family.preprocessing, family=family.key)
+    preprocessing = read_processor(family.preprocessing, family=family.key)
     head = on_meta(lambda: GuardHead(shape.head_widths))
     guard = GuardModel(VisionPath(core, config, preprocessing), head, family, standard_classes())
     fill_randomly(guard, seed)

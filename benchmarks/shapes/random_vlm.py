@@ -24,13 +24,13 @@ from transformers import (
 from benchmarks.shapes.random_guard import fill_randomly
 from benchmarks.shapes.shapes import VisionShape
 from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.family import TapSource
 from safevlm.checkpoint.guard_head import standard_classes
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.network.filling import on_meta
+from safevlm.network.head import GuardHead
 from safevlm.network.prompt_tokens import load_tokenizer
-from safevlm.network.reference import GuardHead
 from safevlm.network.safe_vlm import SafeVLM
 
 __all__ = ["build_random_vlm", "config_and_class"]
@@ -53,7 +53,7 @@ def build_random_vlm(shape: VisionShape, *, layers: int, seed: int) -> SafeVLM:
         family=family,
         classes=standard_classes(),
         tap_source=tap,
-        preprocessing=Preprocessing.from_processor(family.preprocessing, family=family.key),
+        preprocessing=read_processor(family.preprocessing, family=family.key),
         tokenizer=load_tokenizer(open_checkpoint(tokenizer).folder),
     ).eval()
 

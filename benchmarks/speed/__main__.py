@@ -14,7 +14,7 @@ from benchmarks.speed.gate import GateOptions, gate_table, measure_gate
 from benchmarks.speed.gateway import GatewayOptions, gateway_table, measure_gateway, tiny_pair
 from benchmarks.speed.gateway_soak import soak_gateway, soak_table
 from benchmarks.speed.guard import GuardSpeed, SpeedOptions, measure_guard
-from benchmarks.speed.guard_peers import Subject
+from benchmarks.speed.peer import Subject
 from benchmarks.speed.quantize_cases import CASES, quantize_table
 from benchmarks.speed.report import gate_record, gateway_record, guard_record, guard_table, quantize_record, soak_record
 from safevlm.checkpoint.family import TapSource

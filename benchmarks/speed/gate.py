@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.guard_peers import Subject
 from benchmarks.speed.isolation import run_isolated
+from benchmarks.speed.peer import Subject
 from safevlm.errors import InputError, SafeVLMError
 from safevlm.machine import core_count, machine_name
 from safevlm.terminal.commandline import printable

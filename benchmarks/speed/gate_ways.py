@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from benchmarks.shapes.random_guard import build_random_guard
 from benchmarks.shapes.random_vlm import build_random_vlm
 from benchmarks.shapes.shapes import find_shape
-from benchmarks.speed.guard_peers import Subject, random_images
 from benchmarks.speed.guard_source import write_scratch_bundle
+from benchmarks.speed.peer import Subject, random_images
 from runtimes.gate.gate import Gate
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
@@ -32,8 +32,10 @@ from runtimes.guard.policy import Limits, Policy
 from runtimes.language.torch_language import TorchLanguageRunner
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
-from safevlm.network.reference import GuardModel, build_head, build_vision
-from safevlm.network.safe_vlm import Begun, SafeVLM, load_safe_vlm
+from safevlm.network.head import build_head
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.reference import GuardModel, build_vision
+from safevlm.network.safe_vlm import Begun, SafeVLM
 
 __all__ = ["QUESTION", "measure"]
 

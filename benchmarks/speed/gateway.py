@@ -249,8 +249,8 @@ def _first_tokens(
     bundle: Path, gguf: Path, picture: Image.Image, options: GatewayOptions, report: Callable[[str], None]
 ) -> dict[str, float]:
     """Return the median milliseconds from an opened picture to the first piece of text, way by way, in turns."""
-    from runtimes.gate.command import open_gate
     from runtimes.gate.gate import Gate
+    from runtimes.gate.open import open_gate
     from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
 
     report("llama.cpp, time to the first token")

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.speed.guard_lineup import Measured, line_up
-from benchmarks.speed.guard_peers import PLAIN, Device, Subject, Work
 from benchmarks.speed.isolation import run_isolated
+from benchmarks.speed.peer import PLAIN, Device, Subject, Work
 from runtimes.guard.bundle import Bundle, open_bundle
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError
 from safevlm.machine import core_count

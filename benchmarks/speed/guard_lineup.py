@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.speed.guard_peers import NNCF_FILE, PLAIN, Device, Peer, Runtime, Work
 from benchmarks.speed.isolation import Outcome
+from benchmarks.speed.peer import NNCF_FILE, PLAIN, Device, Peer, Runtime, Work
 from runtimes.guard.bundle import Bundle, open_bundle
 from safevlm.contract.manifest import GuardFile
 

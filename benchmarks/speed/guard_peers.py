@@ -10,34 +10,22 @@ import ctypes
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.speed.isolation import available_memory, peak_rss, restart_peak
+from benchmarks.speed.peer import NNCF_FILE, Peer, Runtime, Subject, random_images
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.runner import GuardRunner
-from safevlm.checkpoint.family import TapSource
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
 
-__all__ = ["Device", "Peer", "Runtime", "Subject", "measure", "random_images"]
+__all__ = ["measure"]
 
-Runtime = Literal["torch", "compile", "onnxruntime", "openvino", "tensorrt"]
-Device = Literal["cpu", "gpu"]
-Work = Literal["guard", "shared", "vision"]
 CUDA_DRIVER = "libcuda.so.1"
-NAMES: Mapping[Runtime, str] = {
-    "torch": "torch eager",
-    "compile": "torch.compile",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-}
 PACKAGES: Mapping[Runtime, tuple[str, ...]] = {
     "torch": ("torch", "transformers"),
     "compile": ("torch", "transformers"),
@@ -45,56 +33,6 @@ PACKAGES: Mapping[Runtime, tuple[str, ...]] = {
     "openvino": ("openvino", "nncf"),
     "tensorrt": ("tensorrt",),
 }
-PLAIN = "plain"
-"""Folder, in the scratch bundle, of what peers run: the same guard in standard operators, and what they make of it."""
-NNCF_FILE = "guard.int8.xml"
-"""What NNCF makes in there, in OpenVINO's own format; no manifest lists it."""
-WORK: Mapping[Work, str] = {"guard": "", "shared": ", guard with embeddings", "vision": ", vision tower alone"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The guard that is measured: a checkpoint, or random weights at a real one's shape.
-
-    ``layers`` and ``seed`` are of random weights, ``tap`` and ``revision`` of a checkpoint.
-    """
-
-    name: str
-    random: bool
-    layers: int | None = None
-    seed: int = 0
-    tap: TapSource | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """One way to run the guard. ``path`` is its file in the folder ``bundle``, ``given`` when the caller named that.
-
-    ``work`` is what it computes: a guard's probabilities, these and the image embeddings, or embeddings alone.
-    ``ours`` is what this project makes for that runtime; the others are what people use today. ``python`` is the
-    interpreter of another environment.
-    """
-
-    runtime: Runtime
-    precision: str
-    device: Device = "cpu"
-    bundle: str | None = None
-    given: bool = False
-    path: str | None = None
-    work: Work = "guard"
-    ours: bool = False
-    python: str | None = None
-
-    @property
-    def title(self) -> str:
-        """The runtime's name, with the bundle's where the caller gave one, and its work where it is not the guard's."""
-        name = NAMES[self.runtime] + WORK[self.work]
-        if self.path == NNCF_FILE:
-            name += ", NNCF"
-        elif self.bundle is not None and not self.ours and not self.given:
-            name += ", plain graph"
-        return f"{name} ({self.bundle})" if self.given else name
 
 
 class VisionTower(OnnxRuntimeRunner):
@@ -161,12 +99,6 @@ def _lacking_memory(needed: int) -> str | None:
     return f"would need about {shown_bytes(needed)}; {shown_bytes(peak_rss() + free)} is available here"
 
 
-def random_images(preprocessing: Preprocessing, count: int, seed: int) -> NDArray[np.uint8]:
-    """Return ``count`` images of noise, uint8 N × H × W × 3 at the contract's size."""
-    shape = (count, preprocessing.height, preprocessing.width, 3)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
 def _times_ms(
     call: Callable[[NDArray[np.uint8]], object], images: NDArray[np.uint8], repeats: int, seconds: float
 ) -> list[float]:
@@ -211,7 +143,7 @@ def _torch_runner(subject: Subject, peer: Peer, threads: int) -> GuardRunner:
             raise InputError(f"no CUDA GPU can be used here: the driver cannot be loaded ({error}).") from error
     import torch
 
-    from benchmarks.speed.guard_source import ReferenceRunner
+    from benchmarks.speed.reference_runner import ReferenceRunner
 
     if device == "gpu" and not torch.cuda.is_available():
         raise InputError(f"torch {torch.__version__} finds no CUDA GPU here.")

@@ -6,7 +6,7 @@ Shapes: N images, H × W pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.shapes.random_guard import build_random_guard
-from benchmarks.shapes.shapes import find_shape
-from benchmarks.speed.guard_peers import PLAIN, Subject, Work, random_images
+from benchmarks.speed.peer import PLAIN, Subject, Work, random_images
+from benchmarks.speed.reference_runner import _build
 from export.guard.bundle import write_manifest
 from export.guard.graph import PRECISIONS, Graph, Precision, build_graph, build_vision_graph
 from export.guard.int8_file import FLAVOURS, quantize
 from export.guard.parts import write_onnx
 from runtimes.guard.bundle import specs
 from runtimes.guard.onnx_file import read_onnx
-from runtimes.guard.runner import GuardOutput, GuardRunner
-from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.contract.manifest import GuardFile, Head, Manifest, Source, Tap
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
 from safevlm.network.pooling import pool
-from safevlm.network.reference import GuardModel, build_reference_guard
+from safevlm.network.reference import GuardModel
 from safevlm.version import VERSION
 
-__all__ = ["ReferenceRunner", "prepare", "write_scratch_bundle"]
+__all__ = ["prepare", "write_scratch_bundle"]
 
 OUTPUTS = ("probs", "logits")
 UNHASHED = "0" * 64
 """The scratch bundle is opened, without its hashes being checked, by the command that has just written it."""
 INT8_CALIBRATION = 2
 """Images of noise that set static scales: figures of speed need no more."""
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
 def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -72,26 +68,6 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if "int8" in precisions:
         add_int8_files(folder, random_images(size, INT8_CALIBRATION, seed=1))
     yield answer
-
-
-def _build(subject: Subject) -> tuple[GuardModel, int, str]:
-    """Return the guard, its size on disk in bytes, and what that size counts."""
-    if subject.random:
-        guard = build_random_guard(find_shape(subject.name).shortened(subject.layers), seed=subject.seed)
-        held = sum(parameter.numel() * parameter.element_size() for parameter in guard.parameters())
-        return guard, held, "its parameters as float32 would store them"
-    checkpoint = _open(subject)
-    guard = build_reference_guard(checkpoint)
-    names = [*checkpoint.vision_names(), *checkpoint.head_names()]
-    held = sum(
-        int(np.prod(checkpoint.tensors.shape(name))) * STORED_BYTES.get(checkpoint.tensors.dtype(name), 4)
-        for name in names
-    )
-    return guard, held, "vision, projector and head tensors as the checkpoint stores them"
-
-
-def _open(subject: Subject) -> Checkpoint:
-    return open_checkpoint(subject.name, tap=subject.tap, revision=subject.revision)
 
 
 def _check_same_size(size: Preprocessing, folder: str) -> None:
@@ -211,34 +187,3 @@ def _graph(guard: GuardModel, precision: Precision, work: Work) -> Graph:
     if work == "vision":
         return build_vision_graph(guard.vision, guard.family.key, precision)
     return build_graph(guard, precision, embeddings=work == "shared")
-
-
-class ReferenceRunner(GuardRunner):
-    """The untouched torch path, float32, on a CPU or a CUDA GPU; copies to and from the GPU are timed.
-
-    ``compiled`` runs it through ``torch.compile``.
-    """
-
-    runtime = "torch"
-
-    def __init__(self, subject: Subject, device: str, *, compiled: bool = False) -> None:
-        super().__init__()
-        self.subject = subject
-        self.device = device
-        self.compiled = compiled
-        self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
-
-    def _activate(self) -> None:
-        guard, *_ = _build(self.subject)
-        self.preprocessing = guard.preprocessing
-        guard = guard.eval().to(self.device)
-        self._guard = torch.compile(guard, dynamic=False) if self.compiled else guard
-
-    def _deactivate(self) -> None:
-        self._guard = None
-
-    def _run(self, rgb: NDArray[np.uint8]) -> GuardOutput:
-        guard = self._held(self._guard)
-        with torch.inference_mode():
-            probs, logits = guard(torch.from_numpy(rgb).to(self.device))
-        return GuardOutput(probs=probs.cpu().numpy(), logits=logits.cpu().numpy())

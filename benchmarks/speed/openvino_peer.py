@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.guard_peers import NNCF_FILE, random_images
+from benchmarks.speed.peer import NNCF_FILE, random_images
 from safevlm.contract.manifest import Manifest
 from safevlm.errors import MissingExtraError
 

@@ -13,7 +13,7 @@ from benchmarks.speed.gate import GateSpeed
 from benchmarks.speed.gateway import GatewaySpeed
 from benchmarks.speed.gateway_soak import GatewaySoak
 from benchmarks.speed.guard import GuardSpeed, Row
-from benchmarks.speed.guard_peers import Subject
+from benchmarks.speed.peer import Subject
 from benchmarks.speed.quantize_cases import QuantizeSpeed
 from safevlm.machine import core_count, machine_name, now
 from safevlm.terminal.commandline import printable

@@ -20,7 +20,8 @@ from calibration.holisafe_mini.scene import draw
 from calibration.holisafe_mini.suite import Answered, Suite, build_suite
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
-from safevlm.network.safe_vlm import Answer, SafeVLM, load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.safe_vlm import Answer, SafeVLM
 from safevlm.terminal.commandline import run
 
 __all__ = ["TinyScore", "score"]

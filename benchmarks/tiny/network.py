@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.tiny.blueprints import Blueprint
 from benchmarks.tiny.packing import PADDING, PREFIX, Packed, image_tokens
 from safevlm.network.fixed_windows import FixedWindowTower
-from safevlm.network.reference import GuardHead
+from safevlm.network.head import GuardHead
 
 __all__ = ["TinyNetwork"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safevlm.errors import InputError
+from safevlm.network.head import GuardHead
 from safevlm.network.pooling import POOLINGS, Pooling
-from safevlm.network.reference import GuardHead
 
 __all__ = ["Fit", "Split", "fit_head", "split_by_content"]
 

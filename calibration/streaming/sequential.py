@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.weights.finite import converted
 from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, storing
 from safevlm.network.filling import fill, on_meta
+from safevlm.network.head import build_head
 from safevlm.network.prompt_tokens import fitting_tokenizer
-from safevlm.network.reference import build_head, leave_out_unread
+from safevlm.network.reference import leave_out_unread
 from safevlm.network.safe_vlm import Prefill, SafeVLM, model_class_of
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class LayerStream:
             family=checkpoint.family,
             classes=checkpoint.classes,
             tap_source=checkpoint.tap.source,
-            preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
+            preprocessing=read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
             tokenizer=tokenizer,
         ).eval()
         self._fill_rows(embedding, token_ids(self.skeleton))

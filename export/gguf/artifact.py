@@ -36,17 +36,18 @@ from runtimes.guard.bundle import sha256_of
 from runtimes.language.llamacpp import LlamaCpp
 from runtimes.language.llamacpp_language import probe_of, probe_picture
 from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.family import HEAD_PREFIX
 from safevlm.contract.gguf_manifest import GgufFile, GgufHead, GgufManifest, Prompt
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from safevlm.files.draft import draft_of, publish
 from safevlm.files.storage import check_room, storing
 from safevlm.machine import now
 from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.head import GuardHead, build_head
 from safevlm.network.prompt_tokens import stated_ends
-from safevlm.network.reference import GuardHead, build_head, build_vision, guard_sha256
+from safevlm.network.reference import build_vision, guard_sha256
 from safevlm.version import VERSION
 
 __all__ = ["GgufOptions", "export_gguf"]
@@ -133,7 +134,7 @@ class _Writing:
         if checkpoint.family.key != "qwen2_5_vl":
             grid = options.grid
         self.grid = grid
-        self.preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
+        self.preprocessing = read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
         self.text: Any = build_config(checkpoint).text_config
 
     def check(self) -> None:

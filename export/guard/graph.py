@@ -18,8 +18,9 @@ from safevlm.checkpoint.weights.finite import is_finite
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import CheckpointError
 from safevlm.network.fixed_windows import FixedWindowTower
+from safevlm.network.head import GuardHead
 from safevlm.network.pooling import Pooling, pool
-from safevlm.network.reference import GuardHead, GuardModel, VisionPath
+from safevlm.network.reference import GuardModel, VisionPath
 
 __all__ = [
     "PRECISIONS",

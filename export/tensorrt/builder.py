@@ -29,8 +29,8 @@ __all__ = [
     "BuilderApi",
     "EngineOptions",
     "EnginePrecision",
-    "builder_api",
     "build_engine",
+    "builder_api",
 ]
 
 EnginePrecision = Literal["fp16", "fp32", "int8"]

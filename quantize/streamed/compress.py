@@ -33,8 +33,8 @@ from quantize.streamed.layers import Caches, Rounded, round_layers
 from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
 from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, check_writable
 from safevlm.machine import machine_name, peak_rss
@@ -296,9 +296,7 @@ class _Run:
         if not source or not self.options.guard_images:
             return {"n": 0}
         places = np.random.default_rng(0).permutation(len(source))[: self.options.guard_images]
-        preprocessing = Preprocessing.from_processor(
-            self.checkpoint.processor, family=self.checkpoint.family.key, grid=grid
-        )
+        preprocessing = read_processor(self.checkpoint.processor, family=self.checkpoint.family.key, grid=grid)
         opened = [source[place].picture() for place in sorted(places)]
         rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in opened if each is not None]))
         probs = []

@@ -18,14 +18,11 @@ other readers show the file in another way (see ``safevlm.images.views``), that 
 image is judged in tiles, too, as the guard's ``view`` says (see ``runtimes.images.tiling``), and shown no larger than
 these resolve; a tile that the guard is unsure of needs an exact verdict of its own. Without a standalone guard the
 language model is shown the very pixels of its exact verdict, so that there is nothing to see in tiles.
-
-The command ``python -m runtimes.gate --bundle DIR IMAGE --question TEXT`` is in ``runtimes.gate.command``.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,13 +33,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.gate.lane import Lane
+from runtimes.gate.parts import GateParts
 from runtimes.gate.request import GateRequest
 from runtimes.gate.result import GateResult
-from runtimes.guard.judge import Guard
-from runtimes.guard.policy import Policy
 from runtimes.images.views import ImageSource
-from runtimes.language.language import LanguageRunner
 from runtimes.language.writing import Decoding, Writing
 from safevlm.errors import InputError, QuestionError
 from safevlm.network.dialogue import Question
@@ -57,7 +51,7 @@ MAX_NEW_TOKENS = 256
 _log = logging.getLogger(__name__)
 
 
-class Gate:
+class Gate(GateParts):
     """A guard, a language model, or both, behind one question; a context manager around them.
 
     >>> with Gate(Guard.open("build/guard"), TorchLanguageRunner(open_checkpoint("tiny-safellava"))) as gate:
@@ -71,37 +65,6 @@ class Gate:
     Errors: InputError when there is nothing to judge with, a time is not above 0, or the policy names a class that
     the guard does not know; on entering, too, when guard and language model have different classes.
     """
-
-    def __init__(
-        self,
-        guard: Guard | None,
-        language: LanguageRunner | None,
-        policy: Policy | None = None,
-        timeout: float = 30.0,
-        *,
-        generation_timeout: float = 300.0,
-        digest: str | None = None,
-        share_embeddings: bool = True,
-    ) -> None:
-        if guard is None and language is None:
-            raise InputError("a gate needs a guard, a language model, or both; neither was given.")
-        for name, seconds in (("timeout", timeout), ("generation_timeout", generation_timeout)):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise InputError(f"{name} is {seconds}: a number of seconds above 0 is needed.")
-        self.guard = guard
-        self.language = language
-        self.policy = policy or Policy()
-        self.timeout = timeout
-        self.generation_timeout = generation_timeout
-        self.share_embeddings = share_embeddings
-        self.digest = digest
-        if digest is None and guard is not None:
-            self.digest = getattr(getattr(guard.runner, "bundle", None), "digest", None)
-        if guard is not None:
-            self.policy.check(guard.classes)
-        self.guard_lane = Lane("guard")
-        self.language_lane = Lane("language model")
-        self._held = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as held:
@@ -178,10 +141,3 @@ class Gate:
                 "checkpoints. Give the checkpoint that the bundle was exported from."
             )
         self.policy.check(exact)
-
-
-if __name__ == "__main__":
-    from runtimes.gate.command import main
-    from safevlm.terminal.commandline import run
-
-    run(main)

@@ -9,23 +9,22 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.gate.judged_views import JudgedViews, judge_views
 from runtimes.gate.lane import OverranError, WaitedError
+from runtimes.gate.parts import GateParts
 from runtimes.gate.result import GateResult
 from runtimes.guard.policy import Finding, find
 from runtimes.guard.verdict import worst
-from runtimes.images.views import ImageSource, JudgedViews, judge_views
+from runtimes.images.views import ImageSource
 from runtimes.language.language import LanguageRunner
 from runtimes.language.writing import Writing
 from safevlm.errors import BusyError, ImageFileError, SafeVLMError
 from safevlm.network.dialogue import Question, last_question
-
-if TYPE_CHECKING:
-    from runtimes.gate.gate import Gate
 
 __all__ = ["GateRequest"]
 
@@ -39,7 +38,7 @@ class GateRequest:
 
     def __init__(
         self,
-        gate: Gate,
+        gate: GateParts,
         image: ImageSource,
         question: Question,
         max_new_tokens: int,

@@ -25,9 +25,9 @@ __all__ = [
     "event",
     "safe_vlm",
     "strict_json",
-    "without_probabilities",
     "usage",
     "usage_chunk",
+    "without_probabilities",
 ]
 
 FIELD = "safe_vlm"

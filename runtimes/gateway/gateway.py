@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtimes.gate.command import open_gate
 from runtimes.gate.gate import Gate
+from runtimes.gate.open import open_gate
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.serving.clients import Clients
 from runtimes.guard.judge import Guard

@@ -64,7 +64,8 @@ class TorchLanguageRunner(LanguageRunner):
             import torch
         except ImportError as error:
             raise MissingExtraError("torch", "torch", "answering with torch") from error
-        from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+        from safevlm.network.loading import load_safe_vlm
+        from safevlm.network.safe_vlm import SafeVLM
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -101,13 +102,12 @@ class TorchLanguageRunner(LanguageRunner):
         return self._held(self._vlm).finish(_begun(handle), max_new_tokens)[0]
 
     def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
-        from safevlm.network.decoding import decoding_steps
 
         vlm, begun = self._held(self._vlm), _begun(handle)
         limit = max(1, min(max_new_tokens, self._reader().context - begun.attention_mask.shape[-1]))
         decode = vlm.tokenizer.decode
         text = TextStream(lambda ids: str(decode(ids, skip_special_tokens=True)), writing.decoding.stop)
-        for (token,) in decoding_steps(vlm, begun, limit, writing.choose):
+        for (token,) in vlm.decoding_steps(begun, limit, writing.choose):
             assert token is not None  # of one prompt, whose end is the end of the steps
             writing.tokens += 1
             if piece := text.add(token):

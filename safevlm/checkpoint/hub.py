@@ -20,12 +20,12 @@ from safevlm.errors import CheckpointError, InputError
 
 __all__ = [
     "KNOWN_CHECKPOINTS",
+    "LIGHT_PATTERNS",
     "MODELS_VARIABLE",
     "TINY_CHECKPOINTS",
     "HubCheckpoint",
     "ModelReference",
     "fetch_checkpoint",
-    "LIGHT_PATTERNS",
     "find_model",
 ]
 

@@ -11,7 +11,7 @@ Qwen2-VL, and ``image_processing_pil_llava.pad_to_square`` for LLaVA-1.5's ``ima
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,20 +76,6 @@ class Preprocessing(BaseModel):
         if self.fit == "pad" and not 0 <= min(self.mean) <= max(self.mean) <= 1:
             raise ValueError(f"fit 'pad' fills with the mean colour, 0 to 1 in every channel: {self.mean}")
         return self
-
-    @classmethod
-    def from_processor(
-        cls, processor: Mapping[str, Any], *, family: str, grid: tuple[int, int] | None = None
-    ) -> Preprocessing:
-        """Read the settings of a Hugging Face ``preprocessor_config.json``.
-
-        ``grid`` is the fixed (height, width) of a tower that takes many sizes (Qwen2.5-VL; 448 x 448 unless
-        the processor's own pixel limits exclude it). A key or value that this contract cannot express is an
-        :class:`InputError` naming it. ``image_aspect_ratio`` of LLaVA's config may stand among the keys.
-        """
-        from safevlm.checkpoint.configs.processor_config import read_processor
-
-        return read_processor(processor, family=family, grid=grid)
 
     def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return the grey levels, H x W x 3, of an upright RGB picture (see ``safevlm.images.image``)."""

@@ -26,8 +26,8 @@ from safevlm.errors import CheckpointError, GuardHeadError
 from safevlm.files.json_file import parse_json, replace_file
 from safevlm.files.regular_file import read_regular
 from safevlm.files.storage import storing
+from safevlm.network.head import GuardHead
 from safevlm.network.pooling import POOLINGS, Pooling, pooled_width
-from safevlm.network.reference import GuardHead
 
 if TYPE_CHECKING:
     from safevlm.checkpoint.checkpoint import Checkpoint

@@ -8,7 +8,6 @@ Shapes: N images, H × W pixels, T image tokens, D width of the language model, 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3Model, LlavaConfig, LlavaModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import TransformersConfig, build_vision_config
-from safevlm.checkpoint.family import HEAD_PREFIX, Family
+from safevlm.checkpoint.family import Family
 from safevlm.checkpoint.ignored import report_unplaced
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import GuardHeadError, InputError
 from safevlm.network.filling import fill, on_meta
+from safevlm.network.head import GuardHead, build_head
 from safevlm.network.pooling import Pooling, pool
 from safevlm.network.qwen_grid import flatten_patches, grid_thw
 
@@ -31,11 +32,9 @@ if TYPE_CHECKING:
     from safevlm.network.distilled_head import DistilledHead
 
 __all__ = [
-    "GuardHead",
     "GuardModel",
     "VisionGeometry",
     "VisionPath",
-    "build_head",
     "build_reference_guard",
     "build_vision",
     "geometry_of",
@@ -46,36 +45,6 @@ __all__ = [
 
 MODEL_PREFIX = "model."
 """Where transformers' inner models (``LlavaModel`` and its like) stand in canonical names."""
-
-
-# -- the head -------------------------------------------------------------------------------------------
-
-
-class GuardHead(nn.Module):
-    """``img_safety_head``: Linear, exact GELU, Dropout, …, Linear; N × D pooled features to N × C logits.
-
-    ``widths`` are the widths from D to C; the Linears stand at 0, 3, 6, … of ``mlp``, as they are stored.
-    """
-
-    def __init__(self, widths: tuple[int, ...], *, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.widths = widths
-        steps: list[nn.Module] = []
-        for inner, outer in itertools.pairwise(widths):
-            steps += [nn.Linear(inner, outer), nn.GELU(), nn.Dropout(dropout)]
-        self.mlp = nn.Sequential(*steps[:-2])
-
-    def forward(self, pooled_ND: Tensor) -> Tensor:
-        """Return N × C logits in float32."""
-        weight = cast(nn.Linear, self.mlp[0]).weight
-        return cast(Tensor, self.mlp(pooled_ND.to(weight.dtype))).float()
-
-
-def build_head(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> GuardHead:
-    """Return the checkpoint's guard head, filled; CheckpointError when a tensor of it is missing."""
-    head = on_meta(lambda: GuardHead(checkpoint.head.widths))
-    fill(head, checkpoint.tensors, prefix=HEAD_PREFIX, dtype=dtype)
-    return head
 
 
 # -- the vision path ------------------------------------------------------------------------------------
@@ -237,7 +206,7 @@ def build_vision(
     Errors: CheckpointError for missing tensors or shapes that disagree; InputError for an impossible grid.
     """
     config = build_vision_config(checkpoint)
-    preprocessing = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
+    preprocessing = read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
     geometry_of(config).check_size(preprocessing.height, preprocessing.width)
     core = _lay_out_core(config)
     leave_out_unread(core, checkpoint.tensors)

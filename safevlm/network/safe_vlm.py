@@ -9,7 +9,7 @@ D width of the language model, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,24 +26,20 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.family import Family, TapSource
-from safevlm.checkpoint.ignored import report_unplaced
-from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
-from safevlm.network.decoding import decoding_steps
 from safevlm.network.dialogue import Question, as_turns
-from safevlm.network.filling import fill, on_meta
+from safevlm.network.head import GuardHead
 from safevlm.network.prefill import Answer, Begun, Prefill
-from safevlm.network.prompt_tokens import IMAGE, check_ids, dialogue_ids, fitting_tokenizer, stated_ends, text_ids
+from safevlm.network.prompt_tokens import IMAGE, check_ids, dialogue_ids, stop_ids, text_ids
 from safevlm.network.qwen_grid import grid_thw
-from safevlm.network.reference import GuardHead, build_head, geometry_of, image_features, leave_out_unread
+from safevlm.network.reference import geometry_of, image_features
 
 if TYPE_CHECKING:
-    from safevlm.checkpoint.checkpoint import Checkpoint
+    pass
 
-__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "load_safe_vlm", "model_class_of"]
+__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "model_class_of"]
 
 
 @dataclass(frozen=True)
@@ -319,10 +315,44 @@ class SafeVLM(nn.Module):
         texts = self.finish(begun, max_new_tokens)
         return [Answer(text, begun.guard_probs[row]) for row, text in enumerate(texts)]
 
+    def decoding_steps(
+        self, begun: Begun, max_new_tokens: int, choose: Callable[[Any], int] | None = None
+    ) -> Iterator[list[int | None]]:
+        """Yield the N ids that each step adds, None for a prompt whose answer has ended; ends when all have.
+
+        ``choose`` takes a row's V logits (float32, numpy) to its token; by default the likeliest is taken. The cache of
+        ``begun`` is extended: it is good for one decoding.
+        """
+        stops = stop_ids(self.tokenizer, self.family.prompt) | self.stated_ends
+        table = self.core.get_input_embeddings()
+        hidden_N1D, attention, position = begun.last_hidden, begun.attention_mask, begun.last_position
+        open_rows = set(range(len(hidden_N1D)))
+        for step in range(max_new_tokens):
+            with torch.inference_mode():
+                logits_N1V = self.token_logits(hidden_N1D)
+                if choose is None:
+                    chosen_N1 = logits_N1V.argmax(dim=-1)
+                else:
+                    rows = [[choose(row)] for row in logits_N1V[:, 0].float().cpu().numpy()]
+                    chosen_N1 = torch.tensor(rows, device=hidden_N1D.device)
+            ids = chosen_N1[:, 0].tolist()
+            open_rows -= {row for row in open_rows if ids[row] in stops}
+            if not open_rows:
+                return
+            yield [token if row in open_rows else None for row, token in enumerate(ids)]
+            if step + 1 == max_new_tokens:
+                return
+            with torch.inference_mode():
+                position = position + 1
+                attention = torch.cat([attention, torch.ones_like(chosen_N1)], dim=-1)
+                hidden_N1D = self.language_forward(
+                    table(chosen_N1), {"attention_mask": attention}, position, begun.cache
+                )
+
     def _decode(self, begun: Begun, max_new_tokens: int) -> list[list[int]]:
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
         written: list[list[int]] = [[] for _ in begun.last_hidden]
-        for ids in decoding_steps(self, begun, max_new_tokens):
+        for ids in self.decoding_steps(begun, max_new_tokens):
             for row, token in enumerate(ids):
                 if token is not None:
                     written[row].append(token)
@@ -332,35 +362,3 @@ class SafeVLM(nn.Module):
 def model_class_of(config: Any) -> Callable[[Any], nn.Module]:
     """Return transformers' class of the whole model that ``config`` describes."""
     return _LANGUAGES[type(config)].model_class
-
-
-def load_safe_vlm(
-    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, grid: tuple[int, int] | None = None
-) -> SafeVLM:
-    """Return the whole model of a checkpoint, in evaluation mode and without gradients.
-
-    ``grid`` is the preprocessing contract's (height, width) where the family lets one choose (Qwen2.5-VL);
-    the model itself takes every size that the family takes. A quantized checkpoint computes as it is stored.
-
-    Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
-    """
-    config = build_config(checkpoint)
-    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
-    model: Any = on_meta(lambda: model_class_of(config)(config))
-    leave_out_unread(model.model, checkpoint.tensors)
-    fill(model, checkpoint.tensors, prefix="", dtype=dtype)
-    report_unplaced(checkpoint.name, checkpoint.tensors, {name for name, _ in model.named_parameters()})
-    if config.tie_word_embeddings:
-        model.tie_weights()
-    if checkpoint.quantization is not None and checkpoint.quantization.rounds_inputs:
-        round_inputs(model, cast(QuantizedTensors, checkpoint.tensors).quantized_modules())
-    return SafeVLM(
-        model,
-        build_head(checkpoint, dtype=dtype),
-        family=checkpoint.family,
-        classes=checkpoint.classes,
-        tap_source=checkpoint.tap.source,
-        preprocessing=Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
-        tokenizer=tokenizer,
-        stated_ends=stated_ends(checkpoint.folder),
-    ).eval()

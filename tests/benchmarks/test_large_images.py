@@ -6,7 +6,7 @@ from itertools import islice
 
 from benchmarks.large_images import VIEWS, measure_views
 from safevlm.checkpoint.checkpoint import open_checkpoint
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 
 
 def test_tiles_find_no_fewer_and_say_what_they_read() -> None:

@@ -103,7 +103,7 @@ def test_a_runner_that_is_busy_refuses_in_plain_words(
     command: str, gguf_folder: Folder, pictures: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = open_chat(None, str(gguf_folder("tiny-safegem")))
-    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate.command")
+    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate.__main__")
     asked = [str(pictures[0]), *(["Why?"] if command == "chat" else ["--question", "Why?"])]
     assert gate.guard is not None
     with pytest.MonkeyPatch.context() as patch, gate, busy(gate.guard.runner):
@@ -127,7 +127,7 @@ def test_a_bad_question_is_told_and_nothing_is_judged(
 
 @pytest.mark.parametrize("command", ["chat", "gate"])
 def test_the_context_can_be_set(command: str, gguf_folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate.command")
+    module = import_module(f"runtimes.{command}" if command == "chat" else "runtimes.gate.__main__")
     model = ["--model", str(gguf_folder("tiny-safegem")), "--context", "48"]
     asked = ["none.png", *(["why " * 90] if command == "chat" else ["--question", "why " * 90])]
     with pytest.raises(SystemExit) as end:

@@ -21,7 +21,7 @@ from benchmarks.runs.answering.answerer import (
 )
 from benchmarks.runs.answering.gguf import gguf_artifact, gguf_runtime
 from benchmarks.runs.record import Artifact, Row, Runtime
-from runtimes.gate.command import open_gate
+from runtimes.gate.open import open_gate
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.images.tiling import ViewMode

@@ -61,7 +61,7 @@ class TorchAnswerer:
     def __enter__(self) -> Self:
         import torch
 
-        from safevlm.network.safe_vlm import load_safe_vlm
+        from safevlm.network.loading import load_safe_vlm
 
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"--device {self.device}: torch sees no GPU here. Take --device cpu.")

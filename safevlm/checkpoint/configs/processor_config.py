@@ -120,8 +120,13 @@ WITHOUT_EFFECT = frozenset(
 _Settings = Mapping[str, Any]
 
 
-def read_processor(processor: _Settings, *, family: str, grid: tuple[int, int] | None) -> Preprocessing:
-    """Return the contract that ``processor`` states; see :meth:`Preprocessing.from_processor`."""
+def read_processor(processor: _Settings, *, family: str, grid: tuple[int, int] | None = None) -> Preprocessing:
+    """Return the contract that the settings of a Hugging Face ``preprocessor_config.json`` state.
+
+    ``grid`` is the fixed (height, width) of a tower that takes many sizes (Qwen2.5-VL; 448 x 448 unless the
+    processor's own pixel limits exclude it). ``image_aspect_ratio`` of LLaVA's config may stand among the keys.
+    Raises InputError for a key or value that the contract cannot express, naming it.
+    """
     kind = _kind(processor, family)
     _check_keys(processor)
     settings = {**CLASS_DEFAULTS[kind], **_without_null(processor, kind)}

@@ -53,7 +53,7 @@ COUNTS = (
 
 
 def read_processor_settings(folder: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the image processor's settings as ``Preprocessing.from_processor`` takes them.
+    """Return the image processor's settings as ``read_processor`` takes them.
 
     Raises CheckpointError for a file that is not usable, and for
     settings that contradict each other or that are not followed here.

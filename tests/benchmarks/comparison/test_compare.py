@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from benchmarks.comparison.compare import Comparison, compare
+from benchmarks.comparison.compare import compare
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.comparison.margins import Margins
+from benchmarks.comparison.measured import Comparison
 from benchmarks.runs.importing.predictions import import_predictions
 from benchmarks.runs.record import Row, Run
 from calibration.sets.refusals import is_refusal

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.shapes.random_guard import build_random_guard
 from benchmarks.shapes.shapes import VisionShape, find_shape, shape_names
-from benchmarks.speed.guard_peers import random_images
+from benchmarks.speed.peer import random_images
 from export.guard.graph import build_graph
 from safevlm.checkpoint.hub import KNOWN_CHECKPOINTS
 

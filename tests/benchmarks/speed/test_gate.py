@@ -17,8 +17,8 @@ from benchmarks.shapes.random_vlm import build_random_vlm
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import gate as gate_speed
 from benchmarks.speed.gate import GateOptions, GateSpeed, gate_table, measure_gate, summed_up
-from benchmarks.speed.guard_peers import Subject
 from benchmarks.speed.isolation import Outcome
+from benchmarks.speed.peer import Subject
 from safevlm.errors import InputError, SafeVLMError
 from safevlm.terminal.commandline import run
 from tests.benchmarks.shapes.test_random_guard import SMALL, small_shape

@@ -14,11 +14,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from benchmarks.speed.guard_peers import PLAIN, Subject, random_images
 from benchmarks.speed.guard_source import prepare
+from benchmarks.speed.peer import PLAIN, Subject, random_images
 from export.rewrites import FUSED
 from safevlm.checkpoint.checkpoint import open_checkpoint
-from safevlm.contract.preprocessing import Preprocessing
+from safevlm.checkpoint.configs.processor_config import read_processor
 from tests.safevlm.checkpoint.random_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +72,7 @@ def test_peers_run_the_same_guard_in_standard_operators(record: dict[str, Any]) 
 
 def test_the_plain_graph_has_none_of_our_rewrites(tmp_path: Path) -> None:
     model = write_checkpoint("gemma3", "hf", tmp_path / "model").folder
-    size = Preprocessing.from_processor(open_checkpoint(str(model)).processor, family="gemma3")
+    size = read_processor(open_checkpoint(str(model)).processor, family="gemma3")
     rgb = random_images(size, 2, seed=3)
     folder = tmp_path / "bundle"
     folder.mkdir()

@@ -23,13 +23,14 @@ from benchmarks.speed import __main__ as speed
 from benchmarks.speed import guard as guard_speed
 from benchmarks.speed import guard_engine, guard_source
 from benchmarks.speed.guard import GuardSpeed, Row, SpeedOptions, measure_guard
-from benchmarks.speed.guard_peers import Subject, measure
+from benchmarks.speed.guard_peers import measure
 from benchmarks.speed.isolation import Outcome
+from benchmarks.speed.peer import Subject
 from export.tensorrt.engine import Device
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.cuda import Gpu
 from safevlm.checkpoint.checkpoint import open_checkpoint
-from safevlm.contract.preprocessing import Preprocessing
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.errors import InputError, SafeVLMError
 from safevlm.terminal.commandline import run
 from tests.benchmarks.shapes.test_random_guard import small_shape
@@ -304,7 +305,7 @@ def test_killed_peer_is_told_and_not_started_again(scratch_model: str, monkeypat
     found = scripted(script, scratch_model, monkeypatch)
     row = cpu_row(found, "onnxruntime")
     assert (row.status, row.latency, row.reason) == ("failed", None, "the process was ended by SIGKILL")
-    size = Preprocessing.from_processor(open_checkpoint(scratch_model).processor, family="gemma3")
+    size = read_processor(open_checkpoint(scratch_model).processor, family="gemma3")
     assert row.size_bytes == len(_small((size.height, size.width))), "the file was written"
     assert script.order.count("onnxruntime") == 1 and script.order.count("torch") == 3
     line = "not measured: ONNX Runtime fp32 on cpu, batch 4: the process was ended by SIGKILL"

@@ -10,8 +10,8 @@ import torch
 from calibration.distilling.teacher import teach
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.pooling import POOLINGS, pool
-from safevlm.network.safe_vlm import load_safe_vlm
 from tests.safevlm.checkpoint.random_checkpoints import SIZE, write_checkpoint
 
 

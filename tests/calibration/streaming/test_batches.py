@@ -14,7 +14,7 @@ from calibration.streaming.batches import TokenWeights, embed_batches, lay_out, 
 from calibration.streaming.sequential import Activations, LayerStream
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 from tests.safevlm.checkpoint.random_checkpoints import SIZE, TOKENS, Written, write_checkpoint
 
 FAMILIES = (("llava", "original"), ("qwen2_5_vl", "old"), ("gemma3", "hf"))

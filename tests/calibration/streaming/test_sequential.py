@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from calibration.streaming.sequential import Activations, LayerStream
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import StorageError
-from safevlm.network.safe_vlm import Prefill, SafeVLM, load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.safe_vlm import Prefill, SafeVLM
 from tests.safevlm.checkpoint.random_checkpoints import QUESTIONS, SIZE, Written, write_checkpoint
 
 FAMILIES = (("llava", "original"), ("qwen2_5_vl", "old"), ("gemma3", "hf"))

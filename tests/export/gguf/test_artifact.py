@@ -27,9 +27,10 @@ from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.contract.gguf_manifest import GgufManifest
 from safevlm.errors import CheckpointError, InputError, ParityError
 from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.head import GuardHead
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.pooling import pooled_width
-from safevlm.network.reference import GuardHead, guard_sha256
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.reference import guard_sha256
 from safevlm.terminal.commandline import run
 from tests.safevlm.checkpoint.random_checkpoints import stand_in
 

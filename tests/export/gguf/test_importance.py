@@ -11,7 +11,7 @@ from calibration.streaming.batches import TokenWeights
 from export.gguf.importance import PLACES, measure_importance
 from quantize.streamed.layers import LINEARS
 from safevlm.checkpoint.checkpoint import open_checkpoint
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 
 PLENTY = 2**33
 

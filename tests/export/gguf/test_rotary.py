@@ -15,7 +15,7 @@ from export.gguf.artifact import GgufOptions, export_gguf
 from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import CheckpointError
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 from tests.export.gguf.geometries import write_geometry
 
 ORIGINAL = 64

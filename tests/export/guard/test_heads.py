@@ -23,9 +23,10 @@ from runtimes.guard.select import select_runner
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.errors import BundleError, EngineUnavailableError, GuardHeadError, InputError, ParityError
 from safevlm.network.distilled_head import DistilledHead
+from safevlm.network.head import GuardHead
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.pooling import Pooling, pool, pooled_width
-from safevlm.network.reference import GuardHead, guard_sha256
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.reference import guard_sha256
 from tests.safevlm.checkpoint.random_checkpoints import SIZE, Written, write_checkpoint
 
 FAMILIES = (("llava", "original"), ("qwen2_5_vl", "old"), ("gemma3", "hf"))

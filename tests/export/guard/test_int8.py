@@ -20,6 +20,7 @@ from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, open_checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.contract.manifest import GuardFile, Manifest
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import CheckpointError, ImageFileError, InputError, PrecisionError
@@ -41,7 +42,7 @@ def images() -> Int8Images:
 
 def preprocessing() -> Preprocessing:
     checkpoint = open_checkpoint("tiny-safegem")
-    return Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key)
+    return read_processor(checkpoint.processor, family=checkpoint.family.key)
 
 
 def files_of(manifest: Manifest) -> dict[str, GuardFile]:

@@ -24,7 +24,8 @@ from quantize.methods.solver import SolveOptions
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.weights.quantized import QuantizedTensors
 from safevlm.errors import InputError
-from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.safe_vlm import SafeVLM
 from tests.quantize.streamed.test_compress import FEW, run
 
 REFUSAL = "I'm sorry, but I can't assist with that request."

@@ -33,7 +33,7 @@ from safevlm.checkpoint.family import HEAD_PREFIX
 from safevlm.checkpoint.hub import TINY_FOLDER
 from safevlm.checkpoint.weights.quantized import QuantizedTensors
 from safevlm.errors import CheckpointError, InputError, PrecisionError
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 from tests.safevlm.checkpoint.random_checkpoints import stand_in
 
 ROOT = Path(__file__).parents[3]

@@ -24,7 +24,7 @@ from quantize.methods.settings import Plan
 from quantize.methods.solver import SolveOptions
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.weights.quantized import QuantizedTensors
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 from tests.quantize.bits.test_sensitivity import auto
 from tests.quantize.streamed.test_compress import run
 

@@ -39,7 +39,7 @@ def test_flips_have_a_direction() -> None:
 
 @pytest.mark.parametrize("name", ["tiny-safellava", "tiny-safegem"])
 def test_exact_probabilities_are_the_models_own(name: str) -> None:
-    from safevlm.network.safe_vlm import load_safe_vlm
+    from safevlm.network.loading import load_safe_vlm
 
     checkpoint = open_checkpoint(name)
     vlm = load_safe_vlm(checkpoint)

@@ -17,7 +17,8 @@ from quantize.streamed.layers import LINEARS, Rounded, round_layers
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.weights.quantized import GPTQ_PARTS, dequantized
 from safevlm.errors import InputError
-from safevlm.network.safe_vlm import Prefill, SafeVLM, load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.safe_vlm import Prefill, SafeVLM
 from tests.safevlm.checkpoint.random_checkpoints import QUESTIONS, SIZE, Written, write_checkpoint
 
 SCHEME = Scheme(bits=3, group_size=32)

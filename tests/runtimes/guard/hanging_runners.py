@@ -27,6 +27,7 @@ from runtimes.guard.fake_runner import FakeRunner
 from runtimes.guard.runner import GuardRunner
 from runtimes.language.gguf_artifact import open_gguf
 from runtimes.language.language import LanguageRunner
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import SafeVLMError
 from tests.runtimes.bundles import CLASSES, PREPROCESSING, SIZE, WEIGHTS, engine_file, write_bundle
@@ -287,7 +288,7 @@ def torch_language(place: Place) -> Subject:
     for name in ("image_features", "language_forward", "token_logits"):
         place.hang.wrap(SafeVLM, name, place.monkeypatch)
     checkpoint = open_checkpoint("tiny-safegem")
-    size = Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key)
+    size = read_processor(checkpoint.processor, family=checkpoint.family.key)
     return Subject(runner=TorchLanguageRunner(checkpoint), images=drawn(size))
 
 

@@ -11,10 +11,10 @@ import click
 import pytest
 
 from runtimes import chat, check
-from runtimes.gate import command as gate_command
+from runtimes.gate import __main__ as gate_command
 from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.contract.manifest import Source
-from safevlm.contract.preprocessing import Preprocessing
 from safevlm.terminal.commandline import run
 from tests.runtimes.bundles import GREEN, guard_file_for, manifest_of, picture, write_bundle
 from tests.safevlm.checkpoint.random_checkpoints import stand_in
@@ -52,7 +52,7 @@ def test_the_gate_says_which_of_its_parts_are_random(
     checkpoint = open_checkpoint("tiny-safegem")
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    preprocessing = Preprocessing.from_processor(checkpoint.processor, family="gemma3")
+    preprocessing = read_processor(checkpoint.processor, family="gemma3")
     manifest = manifest_of(
         [guard_file_for(bundle, len(checkpoint.classes), preprocessing)],
         classes=checkpoint.classes,

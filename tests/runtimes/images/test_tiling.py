@@ -166,7 +166,7 @@ def test_another_word_is_refused() -> None:
 def test_every_command_that_judges_has_the_same_setting() -> None:
     for name in (
         "runtimes.check",
-        "runtimes.gate.command",
+        "runtimes.gate.__main__",
         "runtimes.chat",
         "runtimes.gateway.__main__",
         "benchmarks.run",

@@ -16,8 +16,8 @@ from runtimes.language.gguf_artifact import HeadWeights, is_gguf, open_gguf
 from runtimes.language.head import head_logits, pooled, softmax
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import BundleError
+from safevlm.network.head import GuardHead, build_head
 from safevlm.network.pooling import POOLINGS, pool
-from safevlm.network.reference import GuardHead, build_head
 
 Folder = Callable[[str], Path]
 

@@ -23,7 +23,8 @@ from runtimes.language.llamacpp_language import LlamaCppLanguageRunner, open_ses
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.gguf_manifest import GgufManifest
 from safevlm.errors import BundleError, InputError, SafeVLMError
-from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.safe_vlm import SafeVLM
 
 QUESTION = "Where is the square?"
 Folder = Callable[[str], Path]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtimes.gate import command as gate_command
+from runtimes.gate import __main__ as gate_command
 from runtimes.gate.gate import Gate
 from runtimes.guard.bundle import sha256_of
 from runtimes.guard.judge import Guard
@@ -21,8 +21,9 @@ from runtimes.language.torch_language import TorchLanguageRunner
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import Source
 from safevlm.errors import InputError, SafeVLMError
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.reference import build_reference_guard
-from safevlm.network.safe_vlm import SafeVLM, load_safe_vlm
+from safevlm.network.safe_vlm import SafeVLM
 from safevlm.terminal.commandline import run
 from tests.runtimes.bundles import guard_file_for, manifest_of, write_bundle
 from tests.safevlm.checkpoint.passes import Passes

@@ -12,7 +12,7 @@ import torch
 from benchmarks.tiny.blueprints import BLUEPRINTS
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS, TINY_FOLDER
-from safevlm.network.safe_vlm import load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
 
 REAL_NAMES = {
     "tiny-safellava": {

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from pydantic import ValidationError
 
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.families import FAMILIES
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
@@ -90,7 +91,7 @@ def assert_equal(contract: Preprocessing, image: Image.Image, values: np.ndarray
 def test_equal_to_the_hugging_face_processor(
     draw: Any, name: str, family: str, stated: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    contract = Preprocessing.from_processor(stated, family=family)
+    contract = read_processor(stated, family=family)
     processor = processed(name, settings)
     for size in SIZES:
         image = draw(size)
@@ -104,14 +105,14 @@ def test_equal_to_qwens_processor_at_the_grid_it_chooses(size: tuple[int, int]) 
     settings = without_type(QWEN)
     encoded = processed("qwen", settings)(image, return_tensors="np")
     _, rows, columns = (int(side) for side in encoded["image_grid_thw"][0])
-    contract = Preprocessing.from_processor(QWEN, family="qwen2_5_vl", grid=(rows * 14, columns * 14))
+    contract = read_processor(QWEN, family="qwen2_5_vl", grid=(rows * 14, columns * 14))
     patches = np.asarray(encoded["pixel_values"]).reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[..., 0, :, :]
     values = patches.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * 14, columns * 14)
     assert_equal(contract, image, values)
 
 
 def test_qwen_at_a_fixed_grid_is_a_plain_resize() -> None:
-    contract = Preprocessing.from_processor(QWEN, family="qwen2_5_vl", grid=(112, 224))
+    contract = read_processor(QWEN, family="qwen2_5_vl", grid=(112, 224))
     image = photograph((301, 97))
     assert np.array_equal(contract.apply(image), np.asarray(image.resize((224, 112), Image.Resampling.BICUBIC)))
 
@@ -127,32 +128,32 @@ def test_qwen_at_a_fixed_grid_is_a_plain_resize() -> None:
     ],
 )
 def test_qwens_default_grid_respects_the_processors_limits(limits: dict[str, Any], side: int) -> None:
-    contract = Preprocessing.from_processor({**QWEN, **limits}, family="qwen2_5_vl")
+    contract = read_processor({**QWEN, **limits}, family="qwen2_5_vl")
     assert (contract.height, contract.width, contract.fit) == (side, side, "squash")
 
 
 def test_qwen_reads_both_spellings_of_its_limits() -> None:
     new = {key: value for key, value in QWEN.items() if key not in ("min_pixels", "max_pixels")}
     new["size"] = {"shortest_edge": 3136, "longest_edge": 84 * 84}
-    assert Preprocessing.from_processor(new, family="qwen2_5_vl").height == 84
+    assert read_processor(new, family="qwen2_5_vl").height == 84
 
 
 @pytest.mark.parametrize("grid", [(450, 448), (0, 28), (28, -28)])
 def test_a_grid_between_the_patches_is_refused_with_the_nearest(grid: tuple[int, int]) -> None:
     with pytest.raises(InputError, match=r"multiples of 28 .*The nearest is \d+x\d+"):
-        Preprocessing.from_processor(QWEN, family="qwen2_5_vl", grid=grid)
+        read_processor(QWEN, family="qwen2_5_vl", grid=grid)
 
 
 def test_the_nearest_grid_is_near() -> None:
     with pytest.raises(InputError, match="nearest is 448x476"):
-        Preprocessing.from_processor(QWEN, family="qwen2_5_vl", grid=(450, 470))
+        read_processor(QWEN, family="qwen2_5_vl", grid=(450, 470))
 
 
 def test_a_fixed_size_takes_only_its_own_grid() -> None:
-    assert Preprocessing.from_processor(GEMMA, family="gemma3", grid=(896, 896)).height == 896
+    assert read_processor(GEMMA, family="gemma3", grid=(896, 896)).height == 896
     for settings, family in ((GEMMA, "gemma3"), (CLIP, "llava")):
         with pytest.raises(InputError, match="a grid of 448x448 is not possible"):
-            Preprocessing.from_processor(settings, family=family, grid=(448, 448))
+            read_processor(settings, family=family, grid=(448, 448))
 
 
 @pytest.mark.parametrize(
@@ -184,19 +185,17 @@ def test_a_setting_that_cannot_be_kept_is_refused_by_name(family: str, change: d
     stated = {**FAMILIES[family].preprocessing, **change}
     named = "crop_size" if {"image_aspect_ratio", "size"} <= set(change) else next(iter(change))
     with pytest.raises(InputError, match=named.removeprefix("image_")):
-        Preprocessing.from_processor(stated, family=family)
+        read_processor(stated, family=family)
 
 
 def test_settings_without_effect_and_empty_ones_are_read_over() -> None:
     noise = {"do_convert_rgb": None, "do_pan_and_scan": None, "processor_class": "X", "image_seq_length": 256}
-    assert Preprocessing.from_processor({**GEMMA, **noise}, family="gemma3") == Preprocessing.from_processor(
-        GEMMA, family="gemma3"
-    )
+    assert read_processor({**GEMMA, **noise}, family="gemma3") == read_processor(GEMMA, family="gemma3")
 
 
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(InputError, match="unknown model family 'blip'; allowed: llava"):
-        Preprocessing.from_processor({}, family="blip")
+        read_processor({}, family="blip")
 
 
 @pytest.mark.parametrize("stated", [CLIP, {**CLIP, "image_aspect_ratio": "pad"}])
@@ -204,7 +203,7 @@ def test_an_unknown_family_is_refused() -> None:
 def test_a_thread_of_a_picture_costs_no_gigabytes(
     stated: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contract = Preprocessing.from_processor(stated, family="llava")
+    contract = read_processor(stated, family="llava")
     made = [0]
     resize, new = Image.Image.resize, Image.new
 
@@ -227,7 +226,7 @@ def test_a_thread_of_a_picture_costs_no_gigabytes(
 def test_the_way_around_a_large_step_gives_nearly_the_same_picture(
     stated: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contract = Preprocessing.from_processor(stated, family="llava")
+    contract = read_processor(stated, family="llava")
     image = photograph(size).filter(ImageFilter.GaussianBlur(3))
     straight = contract.apply(image).astype(int)
     monkeypatch.setattr("safevlm.contract.preprocessing.LARGEST_STEP", 1000)
@@ -236,7 +235,7 @@ def test_the_way_around_a_large_step_gives_nearly_the_same_picture(
 
 
 def test_only_rgb_is_taken_and_the_contract_is_frozen() -> None:
-    contract = Preprocessing.from_processor(GEMMA, family="gemma3")
+    contract = read_processor(GEMMA, family="gemma3")
     with pytest.raises(InputError, match="mode L"):
         contract.apply(Image.new("L", (4, 4)))
     with pytest.raises(ValidationError, match="frozen"):

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import GuardHeadError, InputError
 from safevlm.network.distilled_head import DistilledHead
-from safevlm.network.reference import GuardHead, guard_sha256
+from safevlm.network.head import GuardHead
+from safevlm.network.reference import guard_sha256
 from tests.safevlm.checkpoint.random_checkpoints import write_checkpoint
 
 CLASSES = ("safe", "fire", "flood")

@@ -15,7 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from calibration.holisafe_mini.scene import draw, sample_scene, scene_rng
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
-from safevlm.network.safe_vlm import IMAGE, SafeVLM, load_safe_vlm
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.safe_vlm import IMAGE, SafeVLM
 from tests.safevlm.checkpoint.passes import Passes
 from tests.safevlm.checkpoint.random_checkpoints import LAYOUTS, QUESTIONS, SIZE, write_checkpoint
 

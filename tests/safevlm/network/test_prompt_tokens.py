@@ -14,8 +14,8 @@ import pytest
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.families import FAMILIES
 from safevlm.errors import CheckpointError, InputError
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.prompt_tokens import check_tokenizer, load_tokenizer, stated_ends
-from safevlm.network.safe_vlm import load_safe_vlm
 
 WORLD = Path(__file__).parents[2] / "fixtures" / "world" / "checkpoints"
 

@@ -20,8 +20,9 @@ from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.family import TapSource
 from safevlm.errors import CheckpointError, InputError
+from safevlm.network.loading import load_safe_vlm
 from safevlm.network.prompt_tokens import load_tokenizer, prompt_ids
-from safevlm.network.safe_vlm import IMAGE, SafeVLM, load_safe_vlm
+from safevlm.network.safe_vlm import IMAGE, SafeVLM
 from tests.safevlm.checkpoint.random_checkpoints import (
     CORPUS,
     IMAGE_TOKEN,

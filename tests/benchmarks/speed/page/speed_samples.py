@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.speed.gate import GateOptions, GateRow, GateSpeed
 from benchmarks.speed.gateway import GatewayOptions, GatewaySpeed
 from benchmarks.speed.guard import GuardSpeed, Latency, Row, SpeedOptions
-from benchmarks.speed.guard_peers import Device, Subject
+from benchmarks.speed.peer import Device, Subject
 from benchmarks.speed.quantize_cases import CASES, QuantizeRow, QuantizeSpeed
 from benchmarks.speed.report import gate_record, gateway_record, guard_record, quantize_record
 from benchmarks.true_shapes import __main__ as true_shapes

@@ -18,6 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import CheckpointError, InputError
 from tests.safevlm.checkpoint.folders import CONFIG, WIDTH, write_folder, write_json
@@ -48,7 +49,7 @@ def folder_of(root: Path, family: str, config: dict[str, Any], **files: dict[str
 
 def contract_of(folder: Path, **grid: Any) -> Preprocessing:
     checkpoint = open_checkpoint(folder)
-    return Preprocessing.from_processor(checkpoint.processor, family=checkpoint.family.key, **grid)
+    return read_processor(checkpoint.processor, family=checkpoint.family.key, **grid)
 
 
 # -- placements against the library's own processor -------------------------------------------------------

@@ -1,0 +1,125 @@
+"""The command line of the gate: see ``python -m runtimes.gate --help``."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from runtimes.gate.open import ended, open_told
+from runtimes.gate.result import GateResult
+from runtimes.images.view_option import view_option
+from safevlm.checkpoint.family import TapSource
+from safevlm.errors import InputError
+from safevlm.files.regular_file import open_to_append
+from safevlm.terminal.commandline import printable, run
+
+if TYPE_CHECKING:
+    from runtimes.images.tiling import ViewMode
+    from runtimes.language.torch_language import Dtype
+
+__all__ = ["main"]
+
+
+@click.command(name="gate")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
+)
+@click.option("--question", required=True, help="What is asked about IMAGE.")
+@click.option("--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]")
+@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
+@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
+@click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
+@click.option(
+    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
+)
+@click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
+@click.option("--device", default="cpu", show_default=True, help="Of the language model: cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
+@view_option
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision, question and answer as one JSON line.")
+@click.option("--log", type=click.Path(path_type=Path), help="Append the decision to this file, as one JSON line.")
+@click.option("--log-text", is_flag=True, help="Let --log hold question and answer, too.")
+def main(
+    image: Path,
+    bundle: Path | None,
+    question: str,
+    model: str | None,
+    revision: str | None,
+    tap: TapSource | None,
+    policy: Path | None,
+    runtime: str,
+    precision: str | None,
+    device: str,
+    dtype: Dtype,
+    threads: int | None,
+    context: int | None,
+    view: ViewMode,
+    timeout: float,
+    max_new_tokens: int | None,
+    as_json: bool,
+    log: Path | None,
+    log_text: bool,
+) -> int:
+    """Answer a question about IMAGE if the guard lets it pass.
+
+    Exits with 0 when it was answered and 10 when it was blocked, by a verdict or by an error on the way, such as an
+    image that cannot be read; 2 when bundle, checkpoint or policy cannot be used.
+    """
+    if log is not None:
+        _append(log, "")  # a log that cannot be written is told before anything is judged
+    gate = open_told(
+        bundle,
+        model,
+        policy,
+        runtime=runtime,
+        precision=precision,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        tap=tap,
+        threads=threads,
+        context=context,
+        view=view,
+        timeout=timeout,
+    )
+    with gate:
+        result = gate.ask(image, question, max_new_tokens=max_new_tokens)
+    if log is not None:  # before the answer: what cannot be logged is not answered
+        _append(log, result.to_json_line(text=log_text) + "\n")
+    click.echo(result.to_json_line(text=True) if as_json else "\n".join(_lines(result)))
+    return ended(gate, result)
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with open_to_append(path) as stream:
+            line = text.encode()
+            if stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    except OSError as error:
+        raise InputError(f"--log {path} cannot be written: {error.strerror or error}.") from error
+
+
+def _lines(result: GateResult) -> list[str]:
+    """Return the lines for a terminal: the decision, then the answer."""
+    finding = result.finding
+    about = "" if finding is None else f"  {finding.label}  p(unsafe) {finding.p_unsafe:.4f}"
+    review = "  (for review)" if result.review else ""
+    times = ", ".join(f"{name} {value:.0f} ms" for name, value in result.ms.items())
+    lines = [printable(f"{result.verdict}{about}{review}  {result.reason}"), times]
+    if result.error is not None:
+        lines.append(printable(f"error: {result.error}"))
+    return lines if result.answer is None else [*lines, "", printable(result.answer)]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,54 @@
+"""Load the whole model of a checkpoint on torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from safevlm.checkpoint.configs.processor_config import read_processor
+from safevlm.checkpoint.configs.transformers_config import build_config
+from safevlm.checkpoint.ignored import report_unplaced
+from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
+from safevlm.network.filling import fill, on_meta
+from safevlm.network.head import build_head
+from safevlm.network.prompt_tokens import fitting_tokenizer, stated_ends
+from safevlm.network.reference import leave_out_unread
+from safevlm.network.safe_vlm import SafeVLM, model_class_of
+
+if TYPE_CHECKING:
+    from safevlm.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["load_safe_vlm"]
+
+
+def load_safe_vlm(
+    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, grid: tuple[int, int] | None = None
+) -> SafeVLM:
+    """Return the whole model of a checkpoint, in evaluation mode and without gradients.
+
+    ``grid`` is the preprocessing contract's (height, width) where the family lets one choose (Qwen2.5-VL);
+    the model itself takes every size that the family takes. A quantized checkpoint computes as it is stored.
+
+    Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
+    """
+    config = build_config(checkpoint)
+    tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
+    model: Any = on_meta(lambda: model_class_of(config)(config))
+    leave_out_unread(model.model, checkpoint.tensors)
+    fill(model, checkpoint.tensors, prefix="", dtype=dtype)
+    report_unplaced(checkpoint.name, checkpoint.tensors, {name for name, _ in model.named_parameters()})
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    if checkpoint.quantization is not None and checkpoint.quantization.rounds_inputs:
+        round_inputs(model, cast(QuantizedTensors, checkpoint.tensors).quantized_modules())
+    return SafeVLM(
+        model,
+        build_head(checkpoint, dtype=dtype),
+        family=checkpoint.family,
+        classes=checkpoint.classes,
+        tap_source=checkpoint.tap.source,
+        preprocessing=read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
+        tokenizer=tokenizer,
+        stated_ends=stated_ends(checkpoint.folder),
+    ).eval()
