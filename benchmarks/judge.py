@@ -154,9 +154,10 @@ def _judge(
     api_key_env: str | None,
 ) -> EndpointJudge:
     try:
-        from benchmarks.judges.chat_endpoint import ChatServer, Patience, read_key
+        from benchmarks.judges.chat_endpoint import ChatServer, Patience
         from benchmarks.judges.endpoint import EndpointJudge
         from benchmarks.judges.images import ShownImages
+        from safevlm.terminal.api_key import read_key
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise

@@ -12,7 +12,6 @@ import email.utils
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import httpx
 
 from safevlm.errors import InputError
 
-__all__ = ["ChatEndpoint", "ChatServer", "Patience", "Reply", "read_key"]
+__all__ = ["ChatEndpoint", "ChatServer", "Patience", "Reply"]
 
 MAX_REPLY_BYTES = 2**20
 SHOWN = 160
@@ -107,21 +106,6 @@ class _Later:
 
     why: str
     seconds: float | None = None
-
-
-def read_key(variable: str, *, needed: bool) -> str | None:
-    """Return the key in an environment variable, None where there is none and none is ``needed``.
-
-    Errors: InputError, without the key, when it is needed and missing, or could not be sent in a header.
-    """
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        if needed:
-            raise InputError(f"the environment variable {variable} is not set, or empty: it should hold the API key.")
-        return None
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise InputError(f"the environment variable {variable} holds spaces or other characters that no API key has.")
-    return key
 
 
 class ChatEndpoint:

@@ -13,13 +13,13 @@ from typing import Any
 
 import click
 
-from benchmarks.judges.chat_endpoint import read_key
 from runtimes.gateway.serving.config import PREFIX, config_option, naming_its_line
 from runtimes.gateway.serving.logs import LineHandler
 from runtimes.guard.policy import read_policy
 from runtimes.guard.random_weights import warn_of_random_weights
 from runtimes.images.view_option import view_option
 from safevlm.errors import InputError, MissingExtraError
+from safevlm.terminal.api_key import read_key
 from safevlm.terminal.commandline import leave, run
 
 MEBIBYTE = 2**20

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer, Patience, Reply, read_key
+from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer, Patience, Reply
 from benchmarks.runs.answering.answerer import Description, failed
 from benchmarks.runs.record import Artifact, Row, Runtime
+from safevlm.terminal.api_key import read_key
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -21,11 +21,12 @@ import pytest
 from PIL import Image
 
 from benchmarks.judges.cache import AnswerCache
-from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer, Patience, read_key
+from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer, Patience
 from benchmarks.judges.endpoint import GIVE_UP, EndpointJudge, Verdict
 from benchmarks.judges.images import ShownImages
 from benchmarks.runs.record import Row
 from safevlm.errors import InputError
+from safevlm.terminal.api_key import read_key
 from tests.benchmarks.judges.server import (
     KEY,
     Asked,
