@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.weights.finite import converted
@@ -31,7 +32,7 @@ from safevlm.network.filling import fill, on_meta
 from safevlm.network.head import build_head
 from safevlm.network.prompt_tokens import fitting_tokenizer
 from safevlm.network.reference import leave_out_unread
-from safevlm.network.safe_vlm import Prefill, SafeVLM, model_class_of
+from safevlm.network.safe_vlm import Prefill, SafeVLM
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -160,7 +161,7 @@ class LayerStream:
         self.dtype = dtype
         self.device = torch.device(device)
         config = build_config(checkpoint)
-        model: Any = on_meta(lambda: model_class_of(config)(config))
+        model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
         language = model.model.language_model
         self._layers = language.layers
         language.layers = nn.ModuleList(_Gap(layer) for layer in self._layers)

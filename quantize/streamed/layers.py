@@ -257,11 +257,10 @@ def linear_names(checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the 16-bit dtype that what is not rounded is stored in: the checkpoint's own, else one that holds it."""
+    """Return the 16-bit dtype of tensors that are not rounded: the checkpoint's own, otherwise the family's."""
     stored = checkpoint.tensors.dtype(f"{checkpoint.family.language_prefix}norm.weight")
-    if stored in ("F16", "BF16"):
-        return torch.float16 if stored == "F16" else torch.bfloat16
-    return torch.bfloat16 if checkpoint.family.key == "gemma3" else torch.float16  # Gemma-3 exceeds float16
+    half = stored if stored in ("F16", "BF16") else checkpoint.family.half
+    return torch.float16 if half == "F16" else torch.bfloat16
 
 
 @torch.no_grad()

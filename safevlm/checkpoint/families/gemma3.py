@@ -45,4 +45,7 @@ GEMMA3 = Family(
     },
     auto_processor="Gemma3ImageProcessor",
     auto_model_type="gemma3",
+    half="BF16",  # its activations exceed float16
+    norm_offset=1.0,
+    mlp_norm="pre_feedforward_layernorm",  # "post attention" is another norm there
 )

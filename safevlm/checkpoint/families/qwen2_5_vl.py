@@ -49,4 +49,5 @@ QWEN2_5_VL = Family(
     },
     auto_processor="Qwen2VLImageProcessor",
     auto_model_type="qwen2_5_vl",
+    free_grid=True,
 )
