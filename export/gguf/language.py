@@ -1,4 +1,4 @@
-"""The language model as llama.cpp knows it: language, metadata, tensor names and layouts, family by family.
+"""The language model as llama.cpp knows it: architecture, metadata, tensor names and layouts, family by family.
 
 Names come from the ``gguf`` library's own map of Hugging Face names. Source of layouts and keys: llama.cpp's
 ``src/models/{llama,qwen2vl,gemma3}.cpp``, as of llama-cpp-python 0.3.36.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.gguf.families import gguf_family_of
+from export.gguf.families.family import GgufLanguage
 from export.gguf.layout import parameters, stored_as
 from export.gguf.rotary import rotary_of
 from export.gguf.writing import GgufTensor, StoredType, gguf_library
@@ -18,7 +20,7 @@ from safevlm.checkpoint.checkpoint import OUTPUT_PREFIX, Checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "Architecture", "language_keys", "language_tensors", "stored_type"]
+__all__ = ["language_keys", "language_tensors", "stored_type"]
 
 MOST_LAYERS = 512
 """``LLAMA_MAX_LAYERS`` in llama.cpp."""
@@ -40,12 +42,12 @@ def stored_type(checkpoint: Checkpoint, wanted: str) -> StoredType:
 def language_tensors(checkpoint: Checkpoint, matrices: StoredType) -> list[GgufTensor]:
     """Return the tensors to write, embedding first; vectors (norms, biases) are float32.
 
-    Errors: CheckpointError for a tensor that is missing, or that llama.cpp's language has no place for.
+    Errors: CheckpointError for a tensor that is missing, or that llama.cpp's architecture has no place for.
     """
     gguf = gguf_library()
     text: Any = build_config(checkpoint).text_config
     language = gguf_family_of(checkpoint).language
-    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[language.name]
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[language.architecture]
     places = gguf.get_tensor_name_map(arch, text.num_hidden_layers)
     prefix = checkpoint.family.language_prefix
     found = []
@@ -55,7 +57,7 @@ def language_tensors(checkpoint: Checkpoint, matrices: StoredType) -> list[GgufT
         source = stored_as(checkpoint, name)
         if place is None or name.endswith(language.unread):
             raise CheckpointError(
-                f"{checkpoint.name}: llama.cpp's {language.name} has no place for '{source}', which the model "
+                f"{checkpoint.name}: llama.cpp's {language.architecture} has no place for '{source}', which the model "
                 "reads. Use another runtime."
             )
 
@@ -82,7 +84,7 @@ def language_tensors(checkpoint: Checkpoint, matrices: StoredType) -> list[GgufT
 def language_keys(checkpoint: Checkpoint, writer: Any) -> None:
     """Set the metadata of the language model.
 
-    Errors: CheckpointError for a setting that llama.cpp's language does not follow.
+    Errors: CheckpointError for a setting that llama.cpp's architecture does not follow.
     """
     language = gguf_family_of(checkpoint).language
     text: Any = build_config(checkpoint).text_config
@@ -101,7 +103,7 @@ def language_keys(checkpoint: Checkpoint, writer: Any) -> None:
     language.set_keys(writer, text)
 
 
-def _check(text: Any, language: Architecture) -> None:
+def _check(text: Any, language: GgufLanguage) -> None:
     """Refuse what llama.cpp would fail on when it loads or first computes, where it ends the whole process."""
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     if heads % groups:
@@ -116,7 +118,7 @@ def _check(text: Any, language: Architecture) -> None:
     activation = getattr(text, "hidden_activation", None) or text.hidden_act
     if activation not in language.activations:
         raise CheckpointError(
-            f"config.json states the activation '{activation}' of the language model; llama.cpp's {language.name} "
-            f"computes {' or '.join(map(repr, language.activations))}. Use another runtime."
+            f"config.json states the activation '{activation}' of the language model; llama.cpp's "
+            f"{language.architecture} computes {' or '.join(map(repr, language.activations))}. Use another runtime."
         )
     language.check(text)

@@ -91,6 +91,8 @@ class Family:
     """Short name used in manifests: ``llava``, ``qwen2_5_vl`` or ``gemma3``."""
     title: str
     """The name people know: ``SafeLLaVA``, ``SafeQwen2.5-VL``, ``SafeGem``."""
+    tiny: str
+    """The tiny checkpoint of this family that ships with the package."""
     renames: tuple[Rename, ...]
     """Tried in order on a stored name; the first that matches gives the canonical name."""
     evidence: tuple[str, ...]

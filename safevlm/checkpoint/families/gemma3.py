@@ -10,6 +10,7 @@ __all__ = ["GEMMA3"]
 GEMMA3 = Family(
     key="gemma3",
     title="SafeGem",
+    tiny="tiny-safegem",
     renames=(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),

@@ -10,6 +10,7 @@ __all__ = ["QWEN2_5_VL"]
 QWEN2_5_VL = Family(
     key="qwen2_5_vl",
     title="SafeQwen2.5-VL",
+    tiny="tiny-safeqwen",
     renames=(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?visual\.", "model.visual."),
