@@ -24,6 +24,7 @@ from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.network.safe_vlm import SafeVLM
 from safevlm.terminal.commandline import run
+from safevlm.terminal.options import json_option
 
 __all__ = ["Found", "measure_views"]
 
@@ -119,7 +120,7 @@ def _p_unsafe(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator
     help="Checkpoint; repeatable.",
 )
 @click.option("--scenes", type=click.IntRange(min=1), default=48, show_default=True, help="Of each kind, a canvas.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object a line.")
+@json_option("one object a line")
 def main(names: Sequence[str], scenes: int, as_json: bool) -> None:
     """Paste unsafe and safe scenes into large images, and say which of them each --view blocks."""
     from safevlm.checkpoint.checkpoint import open_checkpoint

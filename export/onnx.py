@@ -36,7 +36,8 @@ from safevlm.machine import now, return_freed_memory
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.head import build_head
 from safevlm.network.reference import GuardModel, VisionPath, build_reference_guard, build_vision
-from safevlm.terminal.commandline import grid_option, run
+from safevlm.terminal.commandline import run
+from safevlm.terminal.options import parse_grid
 from safevlm.version import VERSION
 
 __all__ = ["ExportOptions", "export_guard"]
@@ -367,9 +368,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Split the guard off MODEL into a standalone ONNX bundle, checked against the torch path."""
-    request = HeadRequest(
-        guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=grid_option(grid)
-    )
+    request = HeadRequest(guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=parse_grid(grid))
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     out = out or default_out(checkpoint)
     asked = precision.split(",")

@@ -23,6 +23,7 @@ from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.safe_vlm import Answer, SafeVLM
 from safevlm.terminal.commandline import run
+from safevlm.terminal.options import json_option
 
 __all__ = ["TinyScore", "score"]
 
@@ -88,7 +89,7 @@ def _answer(model: SafeVLM, suite: Suite, items: Sequence[Answered], report: Cal
 @click.option("--model", "models", multiple=True, default=TINY_CHECKPOINTS, show_default=True, help="May be repeated.")
 @click.option("--pairs", type=click.IntRange(min=100), default=1200, show_default=True)
 @click.option("--questions", type=click.IntRange(min=1), default=400, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("the result")
 def main(models: Sequence[str], pairs: int, questions: int, as_json: bool) -> None:
     """Score tiny checkpoints on the test part of holisafe-mini."""
     from rich.console import Console
