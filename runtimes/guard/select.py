@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runtimes.guard.runner import GuardRunner
     from safevlm.contract.manifest import GuardFile
 
-__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "select_runner"]
+__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "on_file", "select_runner"]
 
 Choose: TypeAlias = "Callable[[Bundle, str | None, int | None], GuardRunner]"
 """Takes a bundle, the wanted precision and the number of threads."""
@@ -93,7 +93,7 @@ def _openvino(bundle: Bundle, file: GuardFile | None, threads: int | None) -> Gu
     return OpenVinoRunner(bundle, file, threads)
 
 
-def _on_file(open_file: OpenFile) -> Choose:
+def on_file(open_file: OpenFile) -> Choose:
     """Return the choice of a runtime that runs the bundle's ONNX file of the wanted precision."""
     return lambda bundle, precision, threads: open_file(
         bundle, None if precision is None else bundle.file(precision), threads
@@ -103,8 +103,8 @@ def _on_file(open_file: OpenFile) -> Choose:
 ONNX_RUNTIMES: dict[str, OpenFile] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 RUNTIMES: dict[str, Choose] = {
     "auto": _auto,
-    "onnxruntime": _on_file(_onnxruntime),
-    "openvino": _on_file(_openvino),
+    "onnxruntime": on_file(_onnxruntime),
+    "openvino": on_file(_openvino),
     "tensorrt": _tensorrt,
     "torch": _torch,
 }
