@@ -26,6 +26,7 @@ from calibration.sets.pictures import BuiltIn, Pictures, PictureSource, load_pic
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.contract.class_names import safe_index
 from safevlm.errors import CheckpointError, InputError
 from safevlm.files.storage import check_writable
 from safevlm.network.distilled_head import DistilledHead
@@ -169,7 +170,7 @@ def _measure(
     best = fits[0]
     with torch.no_grad():
         student = torch.softmax(best.head(lesson.pooled[best.pooling][split.test]), dim=-1).numpy()
-    safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
+    safe = safe_index(checkpoint.classes)
     test = fidelity(
         lesson.probs[split.test].numpy(),
         student,

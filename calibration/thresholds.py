@@ -24,9 +24,9 @@ from calibration.labelled.risk_control import Bands, Method, Promise, fit_bands,
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.runner import GuardRunner
 from runtimes.guard.select import ONNX_RUNTIMES
-from runtimes.guard.verdict import safe_index
 from runtimes.images.tiling import checked_mode
 from runtimes.images.view_option import view_option
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Manifest, Thresholds
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import BundleError, InputError

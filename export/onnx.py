@@ -29,6 +29,7 @@ from export.guard.options import PARITY_IMAGES, checkpoint_options, model_option
 from export.guard.parts import Part, batches, describe_part, write_part
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.family import TapSource
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Head, Manifest
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, ParityError, PrecisionError
@@ -252,7 +253,7 @@ def _int8_files(
     scales_from = min(INT8_CALIBRATION, options.int8_images)
     images = pictures_for_int8(preprocessing, scales_from, options.images, held_out=options.int8_images)
     widths = checkpoint.head.widths if options.distilled is None else options.distilled.widths
-    safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
+    safe = safe_index(checkpoint.classes)
     files = []
     for flavour in FLAVOURS:
         try:

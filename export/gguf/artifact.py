@@ -32,7 +32,6 @@ from export.gguf.vocabulary import vocabulary_keys
 from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_library, write_gguf
 from export.guard.bundle import origin_of
 from export.guard.images import parity_images
-from quantize.streamed.estimate import available_memory
 from runtimes.guard.bundle import sha256_of
 from runtimes.language.llamacpp import LlamaCpp
 from runtimes.language.llamacpp_language import probe_of, probe_picture
@@ -44,7 +43,7 @@ from safevlm.contract.gguf_manifest import GgufFile, GgufHead, GgufManifest, Pro
 from safevlm.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from safevlm.files.draft import draft_of, publish
 from safevlm.files.storage import check_room, storing
-from safevlm.machine import now
+from safevlm.machine import available_memory, now
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.head import GuardHead, build_head
 from safevlm.network.prompt_tokens import stated_ends
