@@ -254,7 +254,7 @@ def quantize(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for speed.html and speed.json.")
 def page(records: tuple[Path, ...], out: Path) -> None:
     """Show RECORDS that these commands (or benchmarks.true_shapes) wrote as one page, without network."""
-    from benchmarks.speed.page.page import write_speed_page
+    from benchmarks.speed.page import write_speed_page
 
     click.echo(f"page: {printable(str(write_speed_page(records, out)))}")
 
