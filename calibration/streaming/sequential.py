@@ -189,12 +189,6 @@ class LayerStream:
         """Return the number of decoder layers."""
         return len(self._layers)
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of the largest decoder layer's parameters in ``dtype``."""
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
-        return int(max(sizes)) * self.dtype.itemsize
-
     def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
         """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""
         name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
