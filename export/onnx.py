@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -88,13 +89,19 @@ class ExportOptions:
 
 
 def export_guard(
-    checkpoint: Checkpoint, out: Path, options: ExportOptions = ExportOptions(), *, report: Report = lambda _: None
+    checkpoint: Checkpoint,
+    out: Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    distil: Callable[[], DistilledHead | None] | None = None,
+    report: Report = lambda _: None,
 ) -> Manifest:
     """Write the guard of ``checkpoint`` as a bundle at ``out`` and return its manifest.
 
     A guard behind the language model without a distilled head becomes its two exact parts, and the bundle says
-    ``standalone: false``. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced
-    once the new one is complete.
+    ``standalone: false``. ``distil`` gives the distilled head, where ``options`` have none; it may take hours, and
+    is called once all that can be refused is checked. ``report`` is told each stage as it begins. An existing bundle at
+    ``out`` is replaced once the new one is complete.
 
     A precision that the checkpoint's numbers do not fit is left out; that is raised once the bundle is complete.
 
@@ -102,6 +109,9 @@ def export_guard(
     with ``left_out``, when the bundle at ``out`` lacks a precision, and without when none of those asked for is left.
     """
     check_destination(out)
+    _check_judges(checkpoint, options)
+    if distil is not None:
+        options = replace(options, distilled=distil())
     report("reading the vision tower, projector and head")
     standalone = options.distilled is not None or checkpoint.tap.source == "projector"
     if options.int8 and not standalone:
@@ -109,7 +119,6 @@ def export_guard(
             f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
             "model. Give --images or --guard for a standalone guard, or leave int8 out."
         )
-    _check_judges(checkpoint, options)
     left_out = LeftOut(options.precisions)
     with bundle_draft(out) as draft:
         write = _write_guard if standalone else _write_exact_parts
@@ -322,23 +331,23 @@ def export_with_progress(
     from rich.console import Console
     from rich.markup import escape
 
-    # refuses before hours of distillation
-    asked = ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8, int8_images=int8_images)
-    _check_judges(checkpoint, asked)
-    check_destination(out)
+    options = ExportOptions(
+        precisions=precisions,
+        grid=request.grid,
+        images=request.folder,
+        parity_images=parity_images,
+        embeddings=embeddings,
+        int8=int8,
+        int8_images=int8_images,
+    )
     return_freed_memory()
     with Console(stderr=True).status("opening") as status:
-        options = ExportOptions(
-            precisions=precisions,
-            grid=request.grid,
-            images=request.folder,
-            parity_images=parity_images,
-            distilled=find_head(checkpoint, request, report=lambda stage: status.update(escape(stage))),
-            embeddings=embeddings,
-            int8=int8,
-            int8_images=int8_images,
-        )
-        return export_guard(checkpoint, out, options, report=lambda stage: status.update(escape(stage)))
+
+        def report(stage: str) -> None:
+            status.update(escape(stage))
+
+        head = partial(find_head, checkpoint, request, report=report)
+        return export_guard(checkpoint, out, options, distil=head, report=report)
 
 
 @click.command()
