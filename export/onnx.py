@@ -99,11 +99,9 @@ def export_guard(
     """Write the guard of ``checkpoint`` as a bundle at ``out`` and return its manifest.
 
     A guard behind the language model without a distilled head becomes its two exact parts, and the bundle says
-    ``standalone: false``. ``distil`` gives the distilled head, where ``options`` have none; it may take hours, and
-    is called once all that can be refused is checked. ``report`` is told each stage as it begins. An existing bundle at
-    ``out`` is replaced once the new one is complete.
-
-    A precision that the checkpoint's numbers do not fit is left out; that is raised once the bundle is complete.
+    ``standalone: false``. ``distil`` gives a head where ``options`` have none; it may take hours, so it is called once
+    all else is checked. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced once the
+    new one is complete. A precision that the checkpoint's numbers do not fit is left out; that is raised at the end.
 
     Errors: GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
     with ``left_out``, when the bundle at ``out`` lacks a precision, and without when none of those asked for is left.
@@ -342,10 +340,7 @@ def export_with_progress(
     )
     return_freed_memory()
     with Console(stderr=True).status("opening") as status:
-
-        def report(stage: str) -> None:
-            status.update(escape(stage))
-
+        report: Report = lambda stage: status.update(escape(stage))  # noqa: E731
         head = partial(find_head, checkpoint, request, report=report)
         return export_guard(checkpoint, out, options, distil=head, report=report)
 
