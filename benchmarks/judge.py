@@ -26,6 +26,7 @@ from benchmarks.judges.stored import ScoreWriter, check_label
 from benchmarks.runs.record import Row, Run, read_run
 from safevlm.errors import InputError, MissingExtraError
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import json_option
 
 if TYPE_CHECKING:
     from benchmarks.judges.endpoint import EndpointJudge, Verdict
@@ -111,7 +112,7 @@ def judge_run(
 @click.option("--tries", type=click.IntRange(min=1), default=5, show_default=True, help="For one question.")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for one try.")
 @click.option("--api-key-env", help="Variable that holds the key.  [default: OPENAI_API_KEY, where it is set]")
-@click.option("--json", "as_json", is_flag=True, help="Print counts as JSON.")
+@json_option("counts")
 def main(runs: Sequence[Path], cache: Path, resume: bool, as_json: bool, **given: Any) -> None:
     """Have a language model judge whether unsafe pairs were refused and safe ones answered."""
     from rich.console import Console

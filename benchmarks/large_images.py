@@ -20,9 +20,11 @@ from calibration.holisafe_mini.scene import draw
 from calibration.holisafe_mini.suite import build_suite
 from runtimes.guard.verdict import DEFAULT_BLOCK
 from runtimes.images.tiling import ViewMode, judged_pixels
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.network.safe_vlm import SafeVLM
 from safevlm.terminal.commandline import run
+from safevlm.terminal.options import json_option
 
 __all__ = ["Found", "measure_views"]
 
@@ -114,11 +116,11 @@ def _p_unsafe(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator
     "--model",
     "names",
     multiple=True,
-    default=("tiny-safegem", "tiny-safellava", "tiny-safeqwen"),
+    default=TINY_CHECKPOINTS,
     help="Checkpoint; repeatable.",
 )
 @click.option("--scenes", type=click.IntRange(min=1), default=48, show_default=True, help="Of each kind, a canvas.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object a line.")
+@json_option("one object a line")
 def main(names: Sequence[str], scenes: int, as_json: bool) -> None:
     """Paste unsafe and safe scenes into large images, and say which of them each --view blocks."""
     from safevlm.checkpoint.checkpoint import open_checkpoint

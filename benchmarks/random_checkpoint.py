@@ -23,6 +23,7 @@ from benchmarks.shapes.shapes import VisionShape, find_shape, shape_names
 from benchmarks.tiny.blueprints import BLUEPRINTS
 from quantize.streamed.artifact import Piece, copy_light_files, stored_name, write_bytes, write_shards
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, open_checkpoint
+from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.family import HEAD_PREFIX
 from safevlm.checkpoint.guard_head import standard_classes
 from safevlm.errors import InputError
@@ -73,9 +74,10 @@ def write_random_checkpoint(
     """
     if folder.exists():
         raise InputError(f"{folder} already exists. Give --out a new folder, or remove this one.")
-    config, model_class, tokenizer = config_and_class(shape, layers or int(shape.language["num_hidden_layers"]))
+    config, model_class = config_and_class(shape, layers or int(shape.language["num_hidden_layers"]))
     model: Any = on_meta(lambda: model_class(config))
     head = on_meta(lambda: GuardHead(shape.head_widths))
+    tokenizer = FAMILIES[shape.family].tiny
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     name = stored_name if layout == "transformers" else BLUEPRINTS[tokenizer].stored_name
     pieces = [

@@ -21,6 +21,7 @@ from benchmarks.runs.record import Run, read_run
 from safevlm.errors import InputError
 from safevlm.files.storage import check_writable
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import json_option
 
 __all__ = ["main", "summary_lines"]
 
@@ -43,7 +44,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--labels", type=click.Path(path_type=Path), help="JSONL of people's labels of the baseline's answers.")
 @click.option("--images", type=FOLDER, help="Embed flipped samples' pictures from this folder (behind a click).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
-@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+@json_option("report.json")
 def main(
     baseline: Sequence[Path],
     candidate: Sequence[Path],

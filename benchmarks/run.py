@@ -19,10 +19,19 @@ from benchmarks.runs.answering.select import Request, open_answerer
 from benchmarks.runs.record import RECORD_NAME, Row, RunRecord, RunWriter, check_new, read_run
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import Suite
+from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.errors import ImageFileError, InputError
 from safevlm.machine import machine_name, now
-from safevlm.terminal.commandline import grid_option, printable, run
+from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import (
+    device_option,
+    grid_option,
+    json_option,
+    parse_grid,
+    revision_option,
+    threads_option,
+)
 from safevlm.version import VERSION
 
 __all__ = ["batches", "run_suite"]
@@ -145,20 +154,18 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 @click.option("--limit", type=click.IntRange(min=1), help="So many rows, types in proportion: to try things.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows together.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Length of answers.  [default: the suite's]")
-@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
-@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
-@click.option(
-    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
-)
-@click.option("--precision", help="File of --bundle by precision.  [default: the bundle's own]")
-@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda or cuda:N.")
+@revision_option
+@grid_option
+@runtime_option
+@precision_option
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Bound torch's threads.")
+@threads_option
 @view_option
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at once.")
 @click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the key.")
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for a request.")
-@click.option("--json", "as_json", is_flag=True, help="Print run.json and counts.")
+@json_option("run.json and counts")
 def main(
     suite_name: str, data: Path | None, out: Path, resume: bool, limit: int | None, as_json: bool, **given: Any
 ) -> None:
@@ -170,7 +177,7 @@ def main(
         check_new(out)
     suite = open_suite(suite_name, data, limit=limit)
     tokens = given.pop("max_new_tokens") or suite.max_new_tokens
-    request = Request(**{**given, "grid": grid_option(given["grid"])}, max_new_tokens=tokens)
+    request = Request(**{**given, "grid": parse_grid(given["grid"])}, max_new_tokens=tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         open_answerer(request, suite.classes) as answerer,

@@ -20,6 +20,7 @@ from benchmarks.comparison.margins import Margins
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, Tally, keep_for_churn, simulate, spread_over
 from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
 from safevlm.terminal.commandline import run
+from safevlm.terminal.options import json_option
 
 __all__ = ["PROFILES", "SUITES", "Profile", "build", "measure_errors", "summary"]
 
@@ -185,7 +186,7 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
 @click.option("--draws", type=click.IntRange(min=99), default=2000, show_default=True, help="Of bootstrap and swaps.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--power/--no-power", default=True, show_default=True, help="Also measure harms of 1, 2 and 5 points.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("the result")
 def main(
     name: str,
     profile: str | None,

@@ -25,7 +25,8 @@ from safevlm.files.storage import check_writable
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.prompt_tokens import answer_ids
 from safevlm.network.safe_vlm import SafeVLM
-from safevlm.terminal.commandline import grid_option, printable, run
+from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import device_option, grid_option, model_option, parse_grid, revision_option
 
 __all__ = ["Answer", "own_answers", "pictures_of", "whole_model_bytes"]
 
@@ -96,16 +97,16 @@ def pictures_of(model: SafeVLM, samples: Sequence[Sample]) -> torch.Tensor:
 
 
 @click.command(name="answers")
-@click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or a tiny name.")
-@click.option("--revision", help="Hub revision: a branch, tag or commit.")
+@model_option()
+@revision_option
 @click.option("--calibration", "file", type=FILE, required=True, help="JSONL of conversations, as quantize.gptq reads.")
 @click.option(
     "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image names are relative to."
 )
 @click.option("--out", type=FILE, required=True, help="JSONL to write: the same questions, answered.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@grid_option
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 def main(
     model: str,
@@ -130,7 +131,7 @@ def main(
         answers = own_answers(
             open_checkpoint(model, revision=revision),
             read.samples,
-            grid=grid_option(grid),
+            grid=parse_grid(grid),
             max_new_tokens=max_new_tokens,
             dtype=getattr(torch, dtype),
             device=device,

@@ -26,12 +26,14 @@ from calibration.sets.pictures import BuiltIn, Pictures, PictureSource, load_pic
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
+from safevlm.contract.class_names import safe_index
 from safevlm.errors import CheckpointError, InputError
 from safevlm.files.storage import check_writable
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.pooling import POOLINGS, Pooling
 from safevlm.network.reference import guard_sha256
-from safevlm.terminal.commandline import grid_option, printable, run
+from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
 
@@ -168,7 +170,7 @@ def _measure(
     best = fits[0]
     with torch.no_grad():
         student = torch.softmax(best.head(lesson.pooled[best.pooling][split.test]), dim=-1).numpy()
-    safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
+    safe = safe_index(checkpoint.classes)
     test = fidelity(
         lesson.probs[split.test].numpy(),
         student,
@@ -249,19 +251,19 @@ def describe(head: DistilledHead) -> list[str]:
 
 
 @click.command(name="distill")
-@click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or a tiny name.")
+@model_option()
 @click.option("--images", help="Folder of pictures, or hub:NAME.  [default for tiny checkpoints: built in]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The guard head's file.")
 @click.option("--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of pictures, to report by.")
-@click.option("--revision", help="Hub revision: a branch, tag or commit.")
-@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
+@revision_option
+@grid_option
 @click.option("--min-agreement", type=float, default=DistillOptions.min_agreement, show_default=True)
 @click.option("--pooling", type=click.Choice(["auto", *POOLINGS]), default="auto", show_default=True)
 @click.option("--max-memory", type=float, default=4.0, show_default=True, help="GiB of hidden states in memory.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@device_option
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the fidelity as JSON.")
+@json_option("the fidelity")
 def main(
     model: str,
     images: str | None,
@@ -284,7 +286,7 @@ def main(
     check_writable(out)
     checkpoint = open_checkpoint(model, revision=revision)
     options = DistillOptions(
-        grid=grid_option(grid),
+        grid=parse_grid(grid),
         min_agreement=min_agreement,
         pooling=next((kind for kind in POOLINGS if kind == pooling), None),
         seed=seed,

@@ -22,15 +22,16 @@ from calibration.labelled.judged_images import NAMES_SHOWN, TileCost, judge_imag
 from calibration.labelled.labels import LabelledImage, Labels, read_labels
 from calibration.labelled.risk_control import Bands, Method, Promise, fit_bands, measure
 from runtimes.guard.bundle import Bundle, open_bundle
-from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.runner import GuardRunner
-from runtimes.guard.verdict import safe_index
+from runtimes.guard.select import ONNX_RUNTIMES
 from runtimes.images.tiling import checked_mode
 from runtimes.images.view_option import view_option
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Manifest, Thresholds
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import BundleError, InputError
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import json_option
 
 __all__ = ["Fitted", "fit_bundle"]
 
@@ -65,7 +66,7 @@ def fit_bundle(
 
     Files that are not fitted, such as engines that do not run here, keep the thresholds that they have. Every
     file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
-    ONNX files are asked on ``runtime``, ``onnxruntime`` or ``openvino``: the one that will run them.
+    ONNX files are asked on ``runtime``, one of ``ONNX_RUNTIMES``: the one that will run them.
 
     What is promised is promised for images judged as ``view`` says (see ``runtimes.images.tiling``). Where images have
     tiles, a tile of one harm and another of a second could each be held to a band of its own, which no promise is known
@@ -149,11 +150,7 @@ def _runner(bundle: Bundle, file: GuardFile, runtime: str) -> GuardRunner:
         from runtimes.guard.tensorrt_runner import TensorRTRunner
 
         return TensorRTRunner(bundle, file)
-    if runtime == "openvino":
-        from runtimes.guard.openvino_runner import OpenVinoRunner
-
-        return OpenVinoRunner(bundle, file)
-    return OnnxRuntimeRunner(bundle, file)
+    return ONNX_RUNTIMES[runtime](bundle, file, None)
 
 
 def _thresholds(
@@ -225,13 +222,13 @@ def _by_class(
 @click.option("--precision", default="all", show_default=True, help="Fit these alone, such as fp32,fp16.")
 @click.option(
     "--runtime",
-    type=click.Choice(["onnxruntime", "openvino"]),
+    type=click.Choice(list(ONNX_RUNTIMES)),
     default="onnxruntime",
     show_default=True,
-    help="That will run the ONNX files.",
+    help="Runtime that will run the ONNX files.",
 )
 @view_option
-@click.option("--json", "as_json", is_flag=True, help="Print the thresholds as JSON.")
+@json_option("the thresholds")
 def main(
     bundle: Path,
     labels: Path,

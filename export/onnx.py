@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -29,6 +30,7 @@ from export.guard.options import PARITY_IMAGES, checkpoint_options, model_option
 from export.guard.parts import Part, batches, describe_part, write_part
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.family import TapSource
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Head, Manifest
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, ParityError, PrecisionError
@@ -36,7 +38,8 @@ from safevlm.machine import now, return_freed_memory
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.head import build_head
 from safevlm.network.reference import GuardModel, VisionPath, build_reference_guard, build_vision
-from safevlm.terminal.commandline import grid_option, run
+from safevlm.terminal.commandline import run
+from safevlm.terminal.options import parse_grid
 from safevlm.version import VERSION
 
 __all__ = ["ExportOptions", "export_guard"]
@@ -86,20 +89,27 @@ class ExportOptions:
 
 
 def export_guard(
-    checkpoint: Checkpoint, out: Path, options: ExportOptions = ExportOptions(), *, report: Report = lambda _: None
+    checkpoint: Checkpoint,
+    out: Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    distil: Callable[[], DistilledHead | None] | None = None,
+    report: Report = lambda _: None,
 ) -> Manifest:
     """Write the guard of ``checkpoint`` as a bundle at ``out`` and return its manifest.
 
     A guard behind the language model without a distilled head becomes its two exact parts, and the bundle says
-    ``standalone: false``. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced
-    once the new one is complete.
-
-    A precision that the checkpoint's numbers do not fit is left out; that is raised once the bundle is complete.
+    ``standalone: false``. ``distil`` gives a head where ``options`` have none; it may take hours, so it is called once
+    all else is checked. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced once the
+    new one is complete. A precision that the checkpoint's numbers do not fit is left out; that is raised at the end.
 
     Errors: GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
     with ``left_out``, when the bundle at ``out`` lacks a precision, and without when none of those asked for is left.
     """
     check_destination(out)
+    _check_judges(checkpoint, options)
+    if distil is not None:
+        options = replace(options, distilled=distil())
     report("reading the vision tower, projector and head")
     standalone = options.distilled is not None or checkpoint.tap.source == "projector"
     if options.int8 and not standalone:
@@ -107,7 +117,6 @@ def export_guard(
             f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
             "model. Give --images or --guard for a standalone guard, or leave int8 out."
         )
-    _check_judges(checkpoint, options)
     left_out = LeftOut(options.precisions)
     with bundle_draft(out) as draft:
         write = _write_guard if standalone else _write_exact_parts
@@ -251,7 +260,7 @@ def _int8_files(
     scales_from = min(INT8_CALIBRATION, options.int8_images)
     images = pictures_for_int8(preprocessing, scales_from, options.images, held_out=options.int8_images)
     widths = checkpoint.head.widths if options.distilled is None else options.distilled.widths
-    safe = checkpoint.classes.index("safe") if "safe" in checkpoint.classes else 0
+    safe = safe_index(checkpoint.classes)
     files = []
     for flavour in FLAVOURS:
         try:
@@ -320,23 +329,20 @@ def export_with_progress(
     from rich.console import Console
     from rich.markup import escape
 
-    # refuses before hours of distillation
-    asked = ExportOptions(precisions=precisions, parity_images=parity_images, int8=int8, int8_images=int8_images)
-    _check_judges(checkpoint, asked)
-    check_destination(out)
+    options = ExportOptions(
+        precisions=precisions,
+        grid=request.grid,
+        images=request.folder,
+        parity_images=parity_images,
+        embeddings=embeddings,
+        int8=int8,
+        int8_images=int8_images,
+    )
     return_freed_memory()
     with Console(stderr=True).status("opening") as status:
-        options = ExportOptions(
-            precisions=precisions,
-            grid=request.grid,
-            images=request.folder,
-            parity_images=parity_images,
-            distilled=find_head(checkpoint, request, report=lambda stage: status.update(escape(stage))),
-            embeddings=embeddings,
-            int8=int8,
-            int8_images=int8_images,
-        )
-        return export_guard(checkpoint, out, options, report=lambda stage: status.update(escape(stage)))
+        report: Report = lambda stage: status.update(escape(stage))  # noqa: E731
+        head = partial(find_head, checkpoint, request, report=report)
+        return export_guard(checkpoint, out, options, distil=head, report=report)
 
 
 @click.command()
@@ -367,9 +373,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Split the guard off MODEL into a standalone ONNX bundle, checked against the torch path."""
-    request = HeadRequest(
-        guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=grid_option(grid)
-    )
+    request = HeadRequest(guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=parse_grid(grid))
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     out = out or default_out(checkpoint)
     asked = precision.split(",")

@@ -33,7 +33,8 @@ from runtimes.guard.runner import GuardOutput
 from runtimes.guard.tensorrt_runner import TensorRTRunner, import_tensorrt
 from safevlm.contract.manifest import Manifest
 from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
-from safevlm.terminal.commandline import grid_option, printable, run
+from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import parse_grid
 
 if TYPE_CHECKING:
     from safevlm.checkpoint.checkpoint import Checkpoint
@@ -216,7 +217,7 @@ def main(
     Exits with 6 where no engine can be built; the bundle is complete then, and the message gives the command
     for the device.
     """
-    head = HeadRequest(guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=grid_option(grid))
+    head = HeadRequest(guard=guard, images=images, labels=labels, min_agreement=min_agreement, grid=parse_grid(grid))
     request = EngineRequest(
         options=EngineOptions(
             precision=precision,

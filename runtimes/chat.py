@@ -19,6 +19,7 @@ import click
 from runtimes.gate.open import ended, open_gate, open_told
 from runtimes.images.view_option import view_option
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import answering_model_option, json_option, threads_option
 
 if TYPE_CHECKING:
     from runtimes.images.tiling import ViewMode
@@ -35,15 +36,15 @@ open_chat = open_gate
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
 )
-@click.option("--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]")
+@answering_model_option
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of every runtime.")
+@threads_option
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
 @view_option
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for each verdict.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
-@click.option("--json", "as_json", is_flag=True, help="Print decision, question and answer as one JSON line.")
+@json_option("the decision, question and answer")
 def main(
     image: Path,
     question: str,

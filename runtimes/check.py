@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.terminal.commandline import run
+from safevlm.terminal.options import json_option, threads_option
 from safevlm.terminal.printable import one_line
 
 if TYPE_CHECKING:
@@ -39,16 +41,10 @@ PROGRESS_FROM = 16
 @click.command(name="check")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of a table.")
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
-    default="auto",
-    show_default=True,
-    help="auto: an engine that runs on this GPU, else ONNX Runtime.",
-)
-@click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@json_option("a list of objects")
+@runtime_option
+@precision_option
+@threads_option
 @view_option
 @click.option(
     "--allow-others", is_flag=True, help="Exit with 0 even if a folder has files that are not images, such as labels."

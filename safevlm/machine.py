@@ -8,9 +8,11 @@ import os
 import platform
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["core_count", "machine_name", "now", "peak_rss", "return_freed_memory"]
+__all__ = ["available_memory", "core_count", "machine_name", "now", "peak_rss", "return_freed_memory", "times_ms"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h."""
@@ -52,6 +54,34 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """Return the bytes that this machine, and this process's control group, could give now without swapping.
+
+    Linux: ``MemAvailable`` of ``/proc/meminfo`` (proc(5)) and ``memory.max``; elsewhere all memory of the machine.
+    """
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                found = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
+        found = min(found, int(limit.read_text(encoding="utf-8")))
+    return found
+
+
+def times_ms(call: Callable[[], object], *, most: int, seconds: float, least: int = 1) -> list[float]:
+    """Return how long each run took, in milliseconds: ``least`` to ``most`` runs, none begun after ``seconds``."""
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < least or (len(times) < most and time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begun) * 1000)
+    return times
 
 
 def return_freed_memory() -> bool:

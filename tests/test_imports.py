@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ MAY_IMPORT = {
     "export": {"safevlm", "calibration", "quantize", "runtimes"},
     "benchmarks": {"safevlm", "calibration", "quantize", "runtimes", "export"},
 }
+FREE_FILES = {"safevlm/errors.py", "safevlm/machine.py", "safevlm/version.py"}
+"""Modules at the top of a folder that are no command: every subject stands on them."""
 HEAVY = {"torch", "transformers", "onnx", "scipy", "huggingface_hub"}
 
 
@@ -33,6 +38,72 @@ def test_nothing_imports_upwards(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         forbidden = imported(path) & set(MAY_IMPORT) - MAY_IMPORT[folder] - {folder}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def modules(root: Path, folders: Iterable[str]) -> dict[str, Path]:
+    """Return every module below ``folders`` by its dotted name; a package has its folder's."""
+    paths = {
+        path.relative_to(root).with_suffix(""): path for folder in folders for path in (root / folder).rglob("*.py")
+    }
+    return {".".join(part for part in name.parts if part != "__init__"): path for name, path in paths.items()}
+
+
+def named(path: Path, package: str) -> Iterator[tuple[str, str]]:
+    """Yield each import wherever it stands, in functions and under TYPE_CHECKING too: the module, the name in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            yield from ((source, alias.name) for alias in node.names)
+
+
+def circle(root: Path, folders: Iterable[str]) -> list[str]:
+    """Return modules that import each other in a ring, the first one again at the end; none: an empty list."""
+    known = modules(root, folders)
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found = {(f"{source}.{attribute}", source) for source, attribute in named(path, package)}
+        graph[name] = {next((module for module in pair if module in known), name) for pair in found} - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert not circle(ROOT, MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from toy.one import first",
+        "from toy import one",
+        "import toy.one",
+        "from . import one",
+        "def late():\n    from toy.one import first",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from toy.one import first",
+    ],
+)
+def test_a_circle_is_found_wherever_the_import_stands(tmp_path: Path, back: str) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "__init__.py").write_text("")
+    (tmp_path / "toy" / "one.py").write_text("from toy.two import second\nfirst = second\n")
+    (tmp_path / "toy" / "two.py").write_text("import sys\nsecond = sys\n")
+    assert circle(tmp_path, ["toy"]) == []
+    (tmp_path / "toy" / "two.py").write_text(f"{back}\n")
+    assert set(circle(tmp_path, ["toy"])) == {"toy.one", "toy.two"}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_at_the_top_stand_commands_and_subjects_alone(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        name = str(path.relative_to(ROOT))
+        command = 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+        assert command or path.name == "__init__.py" or name in FREE_FILES, f"{name} belongs into a subject's folder"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Judges' answers by content, in SQLite: what was asked once is not asked, or paid for, again.
 
 Several processes may use one file at once. Only answers that could be read are kept; what failed is asked again.
+
+Plain SQLite and not diskcache, which unpickles what it reads (a cache that was handed on could run code) and evicts
+entries once it is large, which here would be paid for again.
 """
 
 from __future__ import annotations

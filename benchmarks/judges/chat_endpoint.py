@@ -2,6 +2,9 @@
 
 What can go wrong is a :class:`Reply` that says why, never an exception, but for a refused key: nothing would come of
 any other question. The key is sent, and stands nowhere else: not in messages, not in logs, not in files.
+
+httpx and not the openai client, whose retries do not bound a reply's bytes or the time of a whole try, and whose errors
+quote what a server sends, which may be the key.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from safevlm.errors import InputError
 from safevlm.files.json_file import replace_file
 from safevlm.machine import core_count
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import json_option, model_option, revision_option, tap_option, threads_option
 
 __all__ = ["gate_record", "guard_record", "guard_table", "main"]
 
@@ -34,11 +35,11 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", help="Folder, one of the six names, hub id[@revision], or tiny-safegem.")
+@model_option(required=False)
 @click.option("--shape", help=f"Random weights at the shape of one of {', '.join(shape_names())}.")
 @click.option("--layers", type=int, help="Keep so many of the vision layers that the tap reads; only with --shape.")
-@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
-@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
+@tap_option
+@revision_option
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure the files of this guard bundle, too.")
 @click.option(
     "--precision", default="fp32", show_default=True, help="Of the exported files: fp32, fp16, int8; fp32,int8."
@@ -56,10 +57,10 @@ def main() -> None:
 @click.option("--rounds", type=int, default=SpeedOptions.rounds, show_default=True, help="Turns of each peer.")
 @click.option("--repeats", type=int, default=SpeedOptions.repeats, show_default=True, help="Most runs a round.")
 @click.option("--seconds", type=float, default=SpeedOptions.seconds, show_default=True, help="No run begins after.")
-@click.option("--threads", type=int, help="Of every peer on the CPU.  [default: all cores]")
+@threads_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of images and random weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("the result")
 def guard(
     model: str | None,
     shape: str | None,
@@ -108,19 +109,19 @@ def guard(
 
 
 @main.command()
-@click.option("--model", help="Folder, one of the six names, hub id[@revision], or a tiny checkpoint.")
+@model_option(required=False)
 @click.option("--shape", help=f"Random weights at the shape of one of {', '.join(shape_names())}.")
 @click.option("--layers", type=int, help="So many layers of language model and tower; only with --shape.")
-@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
-@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
+@tap_option
+@revision_option
 @click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle.  [default: one of its size is made]")
 @click.option("--rounds", type=int, default=GateOptions.rounds, show_default=True, help="Turns of each way.")
 @click.option("--repeats", type=int, default=GateOptions.repeats, show_default=True, help="Runs a turn.")
 @click.option("--max-new-tokens", type=int, default=GateOptions.max_new_tokens, show_default=True)
-@click.option("--threads", type=int, help="Of torch and ONNX Runtime.  [default: all cores]")
+@threads_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the image and random weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("the result")
 def gate(
     model: str | None,
     shape: str | None,
@@ -162,7 +163,7 @@ def gate(
 @click.option("--clients", type=int, default=GatewayOptions.clients, show_default=True, help="At once.")
 @click.option("--soak", type=float, metavar="MINUTES", help="Serve honest clients and attackers for so long instead.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("the result")
 def gateway(
     bundle: Path | None,
     gguf: Path | None,
@@ -209,9 +210,9 @@ def gateway(
 )
 @click.option("--no-peers", is_flag=True, help="This project alone.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each peer.")
-@click.option("--threads", type=int, help="Of every peer.  [default: all cores]")
+@threads_option
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("the result")
 def quantize(
     cases: tuple[str, ...],
     peers: Path,
@@ -253,7 +254,7 @@ def quantize(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for speed.html and speed.json.")
 def page(records: tuple[Path, ...], out: Path) -> None:
     """Show RECORDS that these commands (or benchmarks.true_shapes) wrote as one page, without network."""
-    from benchmarks.speed.page.page import write_speed_page
+    from benchmarks.speed.page import write_speed_page
 
     click.echo(f"page: {printable(str(write_speed_page(records, out)))}")
 

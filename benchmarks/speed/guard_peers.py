@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.speed.isolation import available_memory, peak_rss, restart_peak
+from benchmarks.speed.isolation import peak_rss, restart_peak
 from benchmarks.speed.peer import NNCF_FILE, Peer, Runtime, Subject, random_images
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.runner import GuardRunner
 from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
+from safevlm.machine import available_memory, times_ms
 
 __all__ = ["measure"]
 
@@ -72,7 +73,7 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 continue
             found = call(images[:batch])
             probs = None if peer.work == "vision" else found.tolist()
-            times = _times_ms(call, images[:batch], request["repeats"], request["seconds"])
+            times = times_ms(partial(call, images[:batch]), most=request["repeats"], seconds=request["seconds"])
             peak = peak_rss()
             an_image = (peak - loaded) // batch
             highest = max(peak, while_loading)
@@ -94,22 +95,9 @@ def _versions(runtime: Runtime) -> str:
 def _lacking_memory(needed: int) -> str | None:
     """Say that this process cannot grow to ``needed`` bytes without driving others out of memory; else None."""
     free = available_memory()
-    if free is None or needed - peak_rss() <= free:
+    if needed - peak_rss() <= free:
         return None
     return f"would need about {shown_bytes(needed)}; {shown_bytes(peak_rss() + free)} is available here"
-
-
-def _times_ms(
-    call: Callable[[NDArray[np.uint8]], object], images: NDArray[np.uint8], repeats: int, seconds: float
-) -> list[float]:
-    """Time at most ``repeats`` runs, none begun after ``seconds``, at least one."""
-    times: list[float] = []
-    started = time.perf_counter()
-    while not times or (len(times) < repeats and time.perf_counter() - started < seconds):
-        begun = time.perf_counter()
-        call(images)
-        times.append((time.perf_counter() - begun) * 1000)
-    return times
 
 
 def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:

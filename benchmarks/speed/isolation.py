@@ -23,7 +23,7 @@ from typing import Any
 from safevlm.errors import SafeVLMError
 from safevlm.machine import peak_rss
 
-__all__ = ["Outcome", "available_memory", "peak_rss", "restart_peak", "run_isolated"]
+__all__ = ["Outcome", "peak_rss", "restart_peak", "run_isolated"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -101,16 +101,6 @@ def restart_peak() -> None:
     """Let :func:`peak_rss` begin again at what is held now, where Linux can (proc(5), clear_refs); else do nothing."""
     with contextlib.suppress(OSError):  # another system, or a kernel without it: the peak so far stays
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def available_memory() -> int | None:
-    """Return how many bytes can be had without swapping (Linux: MemAvailable, proc(5)); None where that is unknown."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _die_first() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -20,11 +19,8 @@ from safevlm.errors import InputError
 __all__ = [
     "DRAWS",
     "FEW",
-    "BootstrapResult",
     "Clusters",
     "bootstrap_bounds",
-    "cluster_bootstrap",
-    "cluster_sign_flip",
     "sign_flip_p",
 ]
 
@@ -39,20 +35,6 @@ _TIE = 1e-9
 """Relative: sums of the same numbers in another order differ by rounding, and are ties."""
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BootstrapResult:
-    """Of a statistic: its value, two-sided interval, the interval's upper end, standard error."""
-
-    estimate: float
-    interval: tuple[float, float]
-    standard_error: float
-
-    @property
-    def upper(self) -> float:
-        """The interval's upper end."""
-        return self.interval[1]
 
 
 class Clusters:
@@ -112,57 +94,19 @@ class Clusters:
         return found
 
 
-def cluster_bootstrap(
-    differences: npt.ArrayLike,
-    strata: npt.ArrayLike,
-    clusters: npt.ArrayLike,
-    weights: Mapping[int, float] | npt.ArrayLike,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> BootstrapResult:
-    """Return the BCa bootstrap of sum_s weights[s] * mean(differences in s), whole clusters drawn again.
-
-    BCa corrects percentiles for bias and skewness (Efron, J. Am. Stat. Assoc. 82, 1987, 171-185): few changes make
-    skew draws, whose plain percentiles were measured to end too low. ``differences`` lie in -1..1, one a sample.
-    Draws in which a stratum has no sample are left out. Neither end comes nearer to the estimate than
-    :meth:`Clusters.floor`. The same seed gives the same numbers.
-
-    Errors: InputError for lengths that disagree, values outside -1..1, fewer than one draw.
-    """
-    where = Clusters(strata, clusters, weights)
-    sums = where.sums(_column(differences))
-    low, high, error = bootstrap_bounds(where, sums, draws=draws, seed=seed, confidence=confidence)
-    return BootstrapResult(
-        estimate=float(where.estimate(sums)[0]),
-        interval=(float(low[0]), float(high[0])),
-        standard_error=float(error[0]),
-    )
-
-
-def cluster_sign_flip(
-    differences: npt.ArrayLike,
-    strata: npt.ArrayLike,
-    clusters: npt.ArrayLike,
-    weights: Mapping[int, float] | npt.ArrayLike,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> float:
-    """Return the two-sided p of the test that swaps before and after of whole clusters.
-
-    Exact, whatever the dependence within a cluster, under "which run is which makes no difference": the data
-    themselves count as one of the draws + 1 (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010, article 39).
-    """
-    where = Clusters(strata, clusters, weights)
-    return float(sign_flip_p(where, where.sums(_column(differences)), draws=draws, seed=seed)[0])
-
-
 def bootstrap_bounds(
     where: Clusters, sums_CSR: Floats, *, draws: int, seed: int, confidence: float
 ) -> tuple[Floats, Floats, Floats]:
-    """Return lower end, upper end and standard error of each run: three of R. All runs share the clusters drawn."""
+    """Return lower end, upper end and standard error of each run: three of R. All runs share the clusters drawn.
+
+    The BCa bootstrap of sum_s weights[s] * mean(differences in s), whole clusters drawn again. BCa corrects percentiles
+    for bias and skewness (Efron, J. Am. Stat. Assoc. 82, 1987, 171-185): few changes make skew draws, whose plain
+    percentiles were measured to end too low. Draws in which a stratum has no sample are left out. Neither end comes
+    nearer to the estimate than :meth:`Clusters.floor`. Own code: scipy's bootstrap knows no clusters, and holds all
+    draws in memory; a test holds the two equal where each sample is its own cluster.
+
+    Raises InputError for fewer than two draws.
+    """
     if draws < 2:
         raise InputError(f"{draws} draws: at least two are needed, and some thousand for an interval.")
     z, nearest_R = critical_value(confidence), where.floor(sums_CSR, confidence)
@@ -181,7 +125,11 @@ def bootstrap_bounds(
 
 
 def sign_flip_p(where: Clusters, sums_CSR: Floats, *, draws: int, seed: int) -> Floats:
-    """Return the p of :func:`cluster_sign_flip` for each run: R."""
+    """Return, for each run, the two-sided p of the test that swaps before and after of whole clusters: R.
+
+    Exact, whatever the dependence within a cluster, under "which run is which makes no difference": the data
+    themselves count as one of the draws + 1 (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010, article 39).
+    """
     parts_CR: Floats = np.einsum("s,csr->cr", where.weights_S / where.sizes_S, sums_CSR)
     moved = np.flatnonzero(parts_CR.any(axis=1))
     seen_R = np.abs(parts_CR.sum(axis=0))
@@ -264,13 +212,6 @@ def _signs(rng: np.random.Generator, draws: int, clusters: int) -> Floats:
 def _chunks(draws: int) -> Iterator[int]:
     for start in range(0, draws, _CHUNK):
         yield min(_CHUNK, draws - start)
-
-
-def _column(differences: npt.ArrayLike) -> Floats:
-    found: Floats = np.asarray(differences, dtype=np.float64)
-    if found.ndim != 1 or not (np.abs(found) <= 1).all():
-        raise InputError("differences of paired scores are one number a sample, each from -1 to 1.")
-    return found[:, None]
 
 
 def _weights(weights: Mapping[int, float] | npt.ArrayLike, names: list[int]) -> Floats:

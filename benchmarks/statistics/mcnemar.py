@@ -13,7 +13,7 @@ __all__ = ["mcnemar_exact"]
 def mcnemar_exact(worse: int, better: int) -> float:
     """Return the two-sided exact p of "changes go both ways alike"; 1 where nothing changed.
 
-    It takes samples as independent: where several share an image, ``clustered.cluster_sign_flip`` stands beside it.
+    It takes samples as independent: where several share an image, ``clustered.sign_flip_p`` stands beside it.
 
     Errors: InputError for counts below 0.
     """

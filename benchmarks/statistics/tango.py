@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 from safevlm.errors import InputError, MissingExtraError
 
-__all__ = ["critical_value", "tango_interval", "tango_p", "tango_z", "unchanged_width"]
+__all__ = ["critical_value", "tango_interval", "tango_z", "unchanged_width"]
 
 _NORMAL = NormalDist()
 _OFF = 1e-13
@@ -51,14 +51,6 @@ def tango_interval(worse: float, better: float, n: float, *, confidence: float =
     _check(worse, better, n)
     z = critical_value(confidence)
     return -_upper(better, worse, n, z), _upper(worse, better, n, z)
-
-
-def tango_p(worse: float, better: float, n: float, margin: float) -> float:
-    """Return the one-sided p of "the true difference is ``margin`` or more"; below a level iff the upper end is.
-
-    The level of an interval's end is half of what its confidence leaves: 0.025 at 0.95.
-    """
-    return _NORMAL.cdf(tango_z(worse, better, n, margin))
 
 
 def unchanged_width(n: float, *, confidence: float = 0.95) -> float:

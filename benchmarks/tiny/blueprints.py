@@ -8,10 +8,12 @@ Gemma pools 4x4 patches), Gemma-3 has one full-attention layer after five slidin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from benchmarks.tiny.tokenizers import PIECES
+from benchmarks.tiny.tokenizers import PIECES, train_gemma, train_llama, train_qwen
 
 __all__ = ["BLUEPRINTS", "Blueprint"]
 
@@ -30,8 +32,8 @@ _VOCABULARY = PIECES + 64
 class Blueprint:
     """One tiny checkpoint before training.
 
-    ``text`` and ``vision`` are transformers' own config fields; ``config`` is the ``config.json`` that ships;
-    ``stored`` turns canonical tensor names into the layout that ships, by ``re.sub`` rules tried in order.
+    ``text``, ``vision`` and ``top`` are the fields of transformers' own config; ``config`` is the ``config.json`` that
+    ships; ``stored`` turns canonical tensor names into the layout that ships, by ``re.sub`` rules tried in order.
     """
 
     name: str
@@ -41,7 +43,13 @@ class Blueprint:
     config: dict[str, Any]
     processor: dict[str, Any]
     stored: tuple[tuple[str, str], ...]
-    image_token_id: int
+    image_tokens: int
+    train_tokenizer: Callable[[Iterable[str], Path], None]
+    top: Mapping[str, Any] = field(default_factory=dict)
+    drawn: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of the inner model that transformers leaves at zero, and the deviation to draw them with."""
+    batched_tower: bool = False
+    """Whether the tower runs over all images at once, compiled as a whole: transformers' own takes them one by one."""
 
     def stored_name(self, canonical: str) -> str:
         """Return the name under which a canonical tensor is written."""
@@ -81,8 +89,8 @@ _CLIP = {
 TINY_SAFELLAVA = Blueprint(
     name="tiny-safellava",
     family="llava",
-    text=_LLAMA,
-    vision=_CLIP,
+    text={"model_type": "llama", **_LLAMA},
+    vision={"model_type": "clip_vision_model", **_CLIP},
     config={
         "architectures": ["SafeLlavaLlamaForCausalLM"],
         "model_type": "safellava_llama",
@@ -117,7 +125,8 @@ TINY_SAFELLAVA = Blueprint(
         (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
         (r"^model\.language_model\.", "model."),
     ),
-    image_token_id=PIECES,  # beyond the vocabulary: LLaVA's own <image> never is a token
+    image_tokens=6 * 6,
+    train_tokenizer=train_llama,
 )
 
 _QWEN_TEXT = {
@@ -183,7 +192,10 @@ TINY_SAFEQWEN = Blueprint(
         "image_std": _CLIP_STD,
     },
     stored=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
-    image_token_id=641,
+    image_tokens=6 * 6,
+    train_tokenizer=train_qwen,
+    top={"image_token_id": 641},
+    batched_tower=True,
 )
 
 _GEMMA_TEXT = {
@@ -257,7 +269,10 @@ TINY_SAFEGEM = Blueprint(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
     ),
-    image_token_id=PIECES,
+    image_tokens=2 * 2,
+    train_tokenizer=train_gemma,
+    top={"mm_tokens_per_image": 4},
+    drawn={"multi_modal_projector.mm_input_projection_weight": 0.06},
 )
 
 BLUEPRINTS = {blueprint.name: blueprint for blueprint in (TINY_SAFELLAVA, TINY_SAFEQWEN, TINY_SAFEGEM)}

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tiny.blueprints import Blueprint
-from benchmarks.tiny.packing import PADDING, PREFIX, Packed, image_tokens
+from benchmarks.tiny.packing import PADDING, PREFIX, Packed
+from safevlm.checkpoint.architectures import ARCHITECTURES
+from safevlm.checkpoint.families import FAMILIES
 from safevlm.network.fixed_windows import FixedWindowTower
 from safevlm.network.head import GuardHead
 
@@ -31,7 +33,8 @@ class TinyNetwork(nn.Module):
         super().__init__()
         self.blueprint = blueprint
         self.width = int(blueprint.text["hidden_size"])
-        self.tokens = image_tokens(blueprint)
+        self.tokens = blueprint.image_tokens
+        self.architecture = ARCHITECTURES[blueprint.family]
         self.model: Any = _transformers_model(blueprint)
         self.head = GuardHead((self.width, self.width // 2, CLASSES))
         self.windows: list[FixedWindowTower] | None = None
@@ -47,7 +50,7 @@ class TinyNetwork(nn.Module):
         self.compiled = True
         inner = self.model.model
         layers = list(inner.language_model.layers)
-        if self.blueprint.family != "qwen2_5_vl":  # whose tower is compiled whole, see _qwen_features
+        if not self.blueprint.batched_tower:  # that one is compiled whole, see _batched_features
             layers += inner.vision_tower.encoder.layers
         for layer in layers:
             layer.compile(dynamic=False)
@@ -60,27 +63,18 @@ class TinyNetwork(nn.Module):
     @property
     def vision_modules(self) -> list[nn.Module]:
         """The vision tower and the projector."""
-        inner = self.model.model
-        if self.blueprint.family == "qwen2_5_vl":
-            return [inner.visual]
-        return [inner.vision_tower, inner.multi_modal_projector]
+        tower, projector = self.architecture.tower, self.architecture.projector
+        names = [tower] if projector.startswith(f"{tower}.") else [tower, projector]
+        return [self.model.model.get_submodule(name) for name in names]
 
     def image_features(self, rgb: Tensor) -> Tensor:
         """Return projector output B×T×H for uint8 pictures B×S×S×3."""
         pixels = ((rgb.float() - self.mean) / self.std).permute(0, 3, 1, 2)
-        if self.blueprint.family == "qwen2_5_vl":
-            features = self._qwen_features(pixels)
-        elif self.blueprint.family == "llava":
-            features = self.model.model.get_image_features(
-                pixels, vision_feature_layer=-2, vision_feature_select_strategy="default"
-            ).pooler_output
-            features = torch.stack(list(features))
-        else:
-            features = self.model.model.get_image_features(pixels).pooler_output
-        assert isinstance(features, Tensor)
-        return features
+        if self.blueprint.batched_tower:
+            return self._batched_features(pixels)
+        return torch.stack(tuple(self.model.model.get_image_features(pixels).pooler_output))
 
-    def _qwen_features(self, pixels: Tensor) -> Tensor:
+    def _batched_features(self, pixels: Tensor) -> Tensor:
         """Run the tower batched over pictures: transformers' own forward goes through them one by one."""
         visual = self.model.model.visual
         if self.windows is None:
@@ -103,14 +97,16 @@ class TinyNetwork(nn.Module):
             position_ids=self._positions(packed),
             use_cache=False,
         ).last_hidden_state
-        tapped = features if self.blueprint.family == "gemma3" else hidden[:, start : packed.prefix]
+        tapped = (
+            features if FAMILIES[self.blueprint.family].default_tap == "projector" else hidden[:, start : packed.prefix]
+        )
         logits: Tensor = self.model.lm_head(hidden[packed.rows, packed.columns])
         guard: Tensor = self.head(tapped.float().mean(1))
         return logits, guard, features
 
     def _positions(self, packed: Packed) -> Tensor:
         in_prefix = packed.branch == PREFIX
-        if self.blueprint.family != "qwen2_5_vl":
+        if self.architecture.axes == 1:
             return packed.offsets + packed.prefix * ~in_prefix
         side = round(self.tokens**0.5)
         start = packed.prefix - self.tokens
@@ -127,43 +123,26 @@ class TinyNetwork(nn.Module):
         near = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == PREFIX)
         distance = place[:, :, None] - place[:, None, :]
         causal = near & (distance >= 0) & (branch[:, None, :] != PADDING)
-        if self.blueprint.family == "gemma3":
+        if self.architecture.images_see_themselves:
             image = (branch == PREFIX) & (place >= packed.prefix - self.tokens)
             causal = causal | (image[:, :, None] & image[:, None, :])
         causal = causal | torch.eye(causal.shape[-1], dtype=torch.bool)
+        text = self.model.config.text_config
+        kinds = getattr(text, "layer_types", None)
+        if kinds is None:
+            return causal[:, None]
         masks = {"full_attention": causal[:, None]}
-        if self.blueprint.family == "gemma3":
-            window = int(self.blueprint.text["sliding_window"])
-            masks["sliding_attention"] = (causal & (distance.abs() < window))[:, None]
-        return masks["full_attention"] if self.blueprint.family == "llava" else masks
+        if "sliding_attention" in kinds:
+            masks["sliding_attention"] = (causal & (distance.abs() < text.sliding_window))[:, None]
+        return masks
 
 
 def _transformers_model(blueprint: Blueprint) -> Any:
-    from transformers import (
-        Gemma3Config,
-        Gemma3ForConditionalGeneration,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
+    architecture = ARCHITECTURES[blueprint.family]
+    config: Any = architecture.config_class
+    model: Any = architecture.whole_class(
+        config(text_config=dict(blueprint.text), vision_config=dict(blueprint.vision), **blueprint.top)
     )
-
-    text, vision = dict(blueprint.text), dict(blueprint.vision)
-    model: Any
-    if blueprint.family == "llava":
-        config = LlavaConfig(
-            text_config={"model_type": "llama", **text}, vision_config={"model_type": "clip_vision_model", **vision}
-        )
-        model = LlavaForConditionalGeneration(config)
-    elif blueprint.family == "gemma3":
-        tokens = int(blueprint.config["mm_tokens_per_image"])
-        model = Gemma3ForConditionalGeneration(
-            Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=tokens)
-        )
-        nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.06)
-    else:
-        untyped: Any = Qwen2_5_VLForConditionalGeneration
-        model = untyped(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=blueprint.image_token_id)
-        )
+    for name, deviation in blueprint.drawn.items():
+        nn.init.normal_(model.model.get_parameter(name), std=deviation)
     return model.float()

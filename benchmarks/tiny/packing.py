@@ -51,7 +51,7 @@ class Packer:
         self.prompt = FAMILIES[blueprint.family].prompt
         backend: Any = PreTrainedTokenizerFast  # untyped
         self.tokenizer = backend(tokenizer_file=str(folder / "tokenizer.json"))
-        self.image_tokens = image_tokens(blueprint)
+        self.image_tokens = blueprint.image_tokens
         before = self.encode(self.prompt.before_image)
         self.image_start = len(before)
         self.prefix = [*before, *[0] * self.image_tokens]
@@ -97,12 +97,3 @@ class Packer:
             offsets += range(len(question) + len(answer))
             branch += [number] * (len(question) + len(answer))
         return ids, offsets, branch, supervised
-
-
-def image_tokens(blueprint: Blueprint) -> int:
-    """Return the number of image tokens at the blueprint's input size."""
-    if blueprint.family == "gemma3":
-        return int(blueprint.config["mm_tokens_per_image"])
-    if blueprint.family == "llava":
-        return int((blueprint.vision["image_size"] // blueprint.vision["patch_size"]) ** 2)
-    return int(blueprint.processor["max_pixels"] // (14 * 2) ** 2)

@@ -30,9 +30,10 @@ from benchmarks.tiny.network import TinyNetwork
 from benchmarks.tiny.packing import Packer
 from benchmarks.tiny.pictures import Pictures
 from benchmarks.tiny.shipping import ship
-from benchmarks.tiny.tokenizers import train_tokenizer
+from benchmarks.tiny.tokenizers import corpus
 from calibration.holisafe_mini.questions import Pair, sample_pair
 from calibration.holisafe_mini.scene import Scene, world
+from safevlm.checkpoint.families import FAMILIES
 
 __all__ = ["Recipe", "train"]
 
@@ -121,7 +122,7 @@ def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
     """Train ``blueprint`` and write the checkpoint folder ``out``; a killed run goes on behind its last stage."""
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(blueprint.family, out)
+    blueprint.train_tokenizer(corpus(FAMILIES[blueprint.family]), out)
     pictures = Pictures.drawn("train", recipe.pictures, blueprint)
     packer = Packer(blueprint, out)
     network = TinyNetwork(blueprint)

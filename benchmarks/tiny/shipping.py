@@ -23,7 +23,7 @@ def ship(network: TinyNetwork, folder: Path) -> None:
     tensors = {
         blueprint.stored_name(name): tensor.to(torch.float16).contiguous()
         for name, tensor in network.model.state_dict().items()
-        if not (blueprint.family == "gemma3" and name == "lm_head.weight")  # tied to the embedding
+        if not (network.model.config.tie_word_embeddings and name == "lm_head.weight")
     }
     for name, tensor in network.head.state_dict().items():
         tensors[HEAD_PREFIX + name] = tensor.to(torch.float16).contiguous()

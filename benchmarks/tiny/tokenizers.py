@@ -7,16 +7,15 @@ prefix and with Gemma's turn and image tokens. Qwen: byte-level BPE behind Qwen2
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from calibration.holisafe_mini.questions import PAIR_TYPES, sample_pair
 from calibration.holisafe_mini.scene import sample_scene, scene_rng
-from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.family import Family
 
-__all__ = ["PIECES", "corpus", "train_tokenizer"]
+__all__ = ["PIECES", "corpus", "train_gemma", "train_llama", "train_qwen"]
 
 PIECES = 896
 """SentencePiece pieces; Gemma's image token comes after them, as in the real vocabulary."""
@@ -66,16 +65,7 @@ def _without_special(text: str) -> str:
     return text.strip()
 
 
-def train_tokenizer(family_key: str, folder: Path) -> None:
-    """Write the family's tokenizer files into ``folder``."""
-    family = FAMILIES[family_key]
-    lines = list(corpus(family))
-    {"llava": _train_llama, "gemma3": _train_gemma, "qwen2_5_vl": _train_qwen}[family_key](lines, folder)
-    if family_key != "qwen2_5_vl":
-        _write_fast_form(family_key, folder)
-
-
-def _train_sentencepiece(lines: list[str], folder: Path, **options: Any) -> None:
+def _train_sentencepiece(lines: Iterable[str], folder: Path, **options: Any) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -96,7 +86,10 @@ def _train_sentencepiece(lines: list[str], folder: Path, **options: Any) -> None
     (folder / "tokenizer.vocab").unlink()
 
 
-def _train_llama(lines: list[str], folder: Path) -> None:
+def train_llama(lines: Iterable[str], folder: Path) -> None:
+    """Write LLaVA's tokenizer files, made of ``lines``, into ``folder``."""
+    from transformers import LlamaTokenizer
+
     _train_sentencepiece(lines, folder, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
     _write(
         folder,
@@ -117,6 +110,7 @@ def _train_llama(lines: list[str], folder: Path) -> None:
     )
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     _write(folder, "special_tokens_map.json", tokens)
+    _write_fast_form(LlamaTokenizer, folder)
 
 
 def _gemma_added() -> Iterator[tuple[int, str]]:
@@ -130,7 +124,10 @@ def _added(token: str) -> dict[str, Any]:
     return {"content": token, **flags, "special": True}
 
 
-def _train_gemma(lines: list[str], folder: Path) -> None:
+def train_gemma(lines: Iterable[str], folder: Path) -> None:
+    """Write Gemma's tokenizer files, made of ``lines``, into ``folder``."""
+    from transformers import GemmaTokenizer
+
     _train_sentencepiece(
         lines,
         folder,
@@ -163,22 +160,20 @@ def _train_gemma(lines: list[str], folder: Path) -> None:
             "added_tokens_decoder": {str(index): _added(token) for index, token in _gemma_added()},
         },
     )
+    _write_fast_form(GemmaTokenizer, folder)
 
 
-def _write_fast_form(family_key: str, folder: Path) -> None:
+def _write_fast_form(tokenizer: Any, folder: Path) -> None:
     """Write ``tokenizer.json`` beside ``tokenizer.model``, as the base models' repositories have both.
 
     Llama's is the legacy form, in which every piece of text between special tokens gets the dummy prefix:
     what LLaVA was trained with and what llama.cpp does.
     """
-    from transformers import GemmaTokenizer, LlamaTokenizer
-
-    kinds: dict[str, Any] = {"llava": LlamaTokenizer, "gemma3": GemmaTokenizer}
-    tokenizer = kinds[family_key].from_pretrained(folder)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _train_qwen(lines: list[str], folder: Path) -> None:
+def train_qwen(lines: Iterable[str], folder: Path) -> None:
+    """Write Qwen's tokenizer files, made of ``lines``, into ``folder``."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -25,6 +25,7 @@ from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
 from safevlm.machine import machine_name, now
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import json_option
 from safevlm.version import VERSION
 
 __all__ = ["main"]
@@ -41,7 +42,7 @@ PAIRS = 120
 @click.option("--steps", default=",".join(STEPS), show_default=True, help="Which of these, in this order.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/true_shapes"), show_default=True)
 @click.option("--keep", is_flag=True, help="Keep what the steps wrote.  [default: of a shape that is done, removed]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@json_option("what was measured")
 def main(
     names: tuple[str, ...],
     layers: int,

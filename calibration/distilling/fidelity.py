@@ -1,5 +1,8 @@
 """How faithful a distilled guard is to the exact one, each figure with a 95 % interval.
 
+Own code, because distilling needs the extra ``torch`` alone: statsmodels and scikit-learn, which ``benchmarks`` takes,
+would bring scipy and pandas to every export. Tests hold both equal.
+
 Shapes: n pictures, C classes. Probabilities are float arrays n × C; p(unsafe) is 1 - p(safe).
 """
 

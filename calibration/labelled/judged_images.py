@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from calibration.labelled.labels import LabelledImage, Labels
 from calibration.labelled.risk_control import Bands, Promise, fit_bands, measure
 from runtimes.guard.runner import GuardRunner
-from runtimes.guard.verdict import decide, safe_index
+from runtimes.guard.verdict import decide
 from runtimes.images.tiling import judged_pixels
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import ImageFileError, InputError
 from safevlm.images.image import open_image

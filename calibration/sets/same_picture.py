@@ -88,11 +88,6 @@ class PictureIndex:
     def __len__(self) -> int:
         return len(self._first)
 
-    @property
-    def sha256s(self) -> tuple[str, ...]:
-        """The hashes of the pixels of every distinct picture."""
-        return tuple(self._first)
-
     def find(self, picture: Image.Image) -> Match | None:
         """Return the likest item that is the same picture, or ``None``."""
         identical = self._first.get(pixels_sha256(picture))

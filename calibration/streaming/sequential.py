@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.weights.finite import converted
@@ -31,21 +32,14 @@ from safevlm.network.filling import fill, on_meta
 from safevlm.network.head import build_head
 from safevlm.network.prompt_tokens import fitting_tokenizer
 from safevlm.network.reference import leave_out_unread
-from safevlm.network.safe_vlm import Prefill, SafeVLM, model_class_of
+from safevlm.network.safe_vlm import Prefill, SafeVLM
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from safevlm.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["Activations", "LayerStream", "Visit"]
-
-Visit = Callable[[int, nn.Module, Callable[[], Iterator[None]]], "Callable[[int], Tensor] | None"]
-"""Told a layer's number, the layer, and a function that runs it over the batches, one each step, without effect.
-
-It may look at the layer (with hooks while it runs) and change it in place; what it leaves is what then runs. It may
-return a function of a batch's number that gives the layer's output, B × L × D, where it knows a shorter way there.
-"""
+__all__ = ["Activations", "LayerStream"]
 
 
 class _Caught(Exception):  # noqa: N818  # control flow, not an error
@@ -160,7 +154,7 @@ class LayerStream:
         self.dtype = dtype
         self.device = torch.device(device)
         config = build_config(checkpoint)
-        model: Any = on_meta(lambda: model_class_of(config)(config))
+        model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
         language = model.model.language_model
         self._layers = language.layers
         language.layers = nn.ModuleList(_Gap(layer) for layer in self._layers)
@@ -188,12 +182,6 @@ class LayerStream:
         """Return the number of decoder layers."""
         return len(self._layers)
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of the largest decoder layer's parameters in ``dtype``."""
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
-        return int(max(sizes)) * self.dtype.itemsize
-
     def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
         """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""
         name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
@@ -207,34 +195,47 @@ class LayerStream:
         table[rows] = converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
         cast(Any, embedding).weight = nn.Parameter(table, requires_grad=False)
 
-    @torch.no_grad()
-    def run(
-        self,
-        batches: Sequence[Prefill],
-        hidden: Activations,
-        *,
-        visit: Visit | None = None,
-        report: Callable[[int], None] = lambda _: None,
-        stop: int | None = None,
-    ) -> None:
-        """Take ``hidden`` from embeddings to last hidden states, after the final norm, in place.
+    def layers(self, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Yield each decoder layer, or the first ``stop``, with its index and its weights in place.
 
-        ``batches`` are the prefills that ``hidden`` holds the ``inputs_embeds`` of; of them positions and masks
-        are read. ``visit`` sees each layer before it runs; ``report`` is told each layer's number when done.
-        With ``stop`` only so many layers run, and no norm.
+        One layer's weights are in memory at a time: a layer loses them when the next one is asked for, whoever still
+        holds it. Until then it may be watched with hooks and changed; :meth:`advance` runs it as it is.
         """
         for index in range(len(self) if stop is None else stop):
             layer = self.load_layer(index)
-            shorter = None
-            if visit is not None:
-                shorter = visit(index, layer, lambda layer=layer, index=index: self._dry(index, layer, batches, hidden))  # type: ignore[misc]
-            for number, batch in enumerate(batches):
-                states = hidden[number]
-                states.copy_(self.run_layer(index, layer, batch, states) if shorter is None else shorter(number))
-            del layer, shorter
+            yield index, layer
+            layer.to_empty(device="meta")
+            del layer
+
+    @torch.no_grad()
+    def advance(
+        self,
+        index: int,
+        layer: nn.Module,
+        batches: Sequence[Prefill],
+        hidden: Activations,
+        output: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """Take ``hidden`` through a layer, in place; ``batches`` are read for their positions and masks.
+
+        ``output`` gives what the layer makes of a batch, B × L × D, by the batch's number, where a shorter way there is
+        known.
+        """
+        for number, batch in enumerate(batches):
+            states = hidden[number]
+            states.copy_(self.run_layer(index, layer, batch, states) if output is None else output(number))
+
+    def run(
+        self, batches: Sequence[Prefill], hidden: Activations, *, report: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Take ``hidden`` from embeddings to last hidden states, after the final norm, in place.
+
+        ``batches`` are the prefills that ``hidden`` holds the ``inputs_embeds`` of. ``report`` is called with each
+        layer's index when it has run.
+        """
+        for index, layer in self.layers():
+            self.advance(index, layer, batches, hidden)
             report(index)
-        if stop is not None and stop < len(self):
-            return
         self.norm(hidden)
 
     @torch.no_grad()
@@ -274,8 +275,3 @@ class LayerStream:
             gap.catches = False
         output = layer(states, **arguments)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-    def _dry(self, index: int, layer: nn.Module, batches: Sequence[Prefill], hidden: Activations) -> Iterator[None]:
-        for number, batch in enumerate(batches):
-            self.run_layer(index, layer, batch, hidden[number])
-            yield

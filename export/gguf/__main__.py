@@ -21,16 +21,15 @@ from safevlm.contract.gguf_manifest import GgufManifest
 from safevlm.files.storage import shown_bytes
 from safevlm.machine import return_freed_memory
 from safevlm.network.distilled_head import DistilledHead
-from safevlm.terminal.commandline import grid_option, printable, run
+from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import grid_option, json_option, model_option, parse_grid, revision_option, tap_option
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command(name="gguf")
-@click.option(
-    "--model", required=True, help="Folder, one of the six, hub id[@revision], a GPTQ artifact, or tiny name."
-)
+@model_option()
 @click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist.")
 @click.option("--type", "kind", default=GgufOptions.type, show_default=True, help=f"One of {', '.join(TYPES)}.")
 @click.option(
@@ -45,13 +44,13 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--guard", type=FILE, help="A head that calibration.distill wrote, for a guard behind the language model."
 )
-@click.option("--revision", help="Hub revision: a branch, tag or commit.")
-@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard taps.")
-@click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
+@revision_option
+@tap_option
+@grid_option
 @click.option("--images", type=FOLDER, help="Pictures that parity is checked on.  [default: drawn]")
 @click.option("--parity-images", type=click.IntRange(min=0), default=GgufOptions.parity_images, show_default=True)
 @click.option("--max-memory", type=float, help="GiB that activations may take.  [default: half of what is available]")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@json_option("the manifest")
 def main(
     model: str,
     out: Path,
@@ -76,7 +75,7 @@ def main(
     kind = type_of(kind)
     return_freed_memory()
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
-    size = grid_option(grid)
+    size = parse_grid(grid)
     measured = (calibration is not None or checkpoint.name in TINY_CHECKPOINTS) and not no_importance
     importance = None
     if measured and kind not in PLAIN_TYPES:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from calibration.sets.samples import CalibrationOptions
+from export.gguf.families import gguf_family_of
 from export.gguf.importance import Measured, measure_importance
-from export.gguf.language import ARCHITECTURES, language_keys, language_tensors, stored_type
+from export.gguf.language import language_keys, language_tensors, stored_type
 from export.gguf.layout import stored_as
 from export.gguf.parity import check_finite, guard_parity
 from export.gguf.quantizing import (
@@ -31,7 +32,6 @@ from export.gguf.vocabulary import vocabulary_keys
 from export.gguf.writing import GgufTensor, StoredType, check_numbers, gguf_library, write_gguf
 from export.guard.bundle import origin_of
 from export.guard.images import parity_images
-from quantize.streamed.estimate import available_memory
 from runtimes.guard.bundle import sha256_of
 from runtimes.language.llamacpp import LlamaCpp
 from runtimes.language.llamacpp_language import probe_of, probe_picture
@@ -43,7 +43,7 @@ from safevlm.contract.gguf_manifest import GgufFile, GgufHead, GgufManifest, Pro
 from safevlm.errors import CheckpointError, InputError, ParityError, SafeVLMError
 from safevlm.files.draft import draft_of, publish
 from safevlm.files.storage import check_room, storing
-from safevlm.machine import now
+from safevlm.machine import available_memory, now
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.head import GuardHead, build_head
 from safevlm.network.prompt_tokens import stated_ends
@@ -126,14 +126,13 @@ class _Writing:
 
     def __init__(self, checkpoint: Checkpoint, options: GgufOptions, report: Report) -> None:
         self.checkpoint, self.options, self.report = checkpoint, options, report
+        self.family = gguf_family_of(checkpoint)
         self.folder = Path()
         self.type = type_of(options.type)
         self.unfit: UnfitTensorError | None = None
         """Why the model is not in the type that was asked for."""
         grid = options.grid or (None if options.distilled is None else options.distilled.size)
-        if checkpoint.family.key != "qwen2_5_vl":
-            grid = options.grid
-        self.grid = grid
+        self.grid = grid if checkpoint.family.free_grid else options.grid
         self.preprocessing = read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
         self.text: Any = build_config(checkpoint).text_config
 
@@ -153,7 +152,7 @@ class _Writing:
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the language model's architecture."""
-        return ARCHITECTURES[self.checkpoint.family.key].name
+        return self.family.language.architecture
 
     def all(self, folder: Path) -> GgufManifest:
         """Write the files into a folder, small ones first: numbers that do not fit are found before the gigabytes."""
@@ -252,7 +251,7 @@ class _Writing:
             wanted = build_vision(checkpoint, self.grid)(torch.from_numpy(rgb[None].copy()))[0].numpy()
         check_finite(wanted, f"{checkpoint.name}: the vision tower", "torch", "use another checkpoint")
         off, tokens = float("inf"), len(wanted)
-        for last in (False, True) if checkpoint.family.key == "llava" else (False,):
+        for last in (False, True) if self.family.vision.class_token else (False,):
             if last:
                 self._write_projector(class_token_last=True)
             with LlamaCpp(model, path, image_tokens=tokens, class_token_last=last, context=tokens + 512) as session:

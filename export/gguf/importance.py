@@ -76,16 +76,12 @@ def measure_importance(
         stream.forget_vision()
         weights = [options.weights.of(batch.prefill, batch.refused()) for batch in batches]
         watched = _Watched(weights)
-
-        def visit(index: int, layer: nn.Module, _: object) -> None:
+        prefills = [batch.prefill for batch in batches]
+        for index, layer in stream.layers():
             report(f"importance, layer {index + 1} of {len(stream)}")
             watched.begin(layer)
-
-        def done(index: int) -> None:
-            for name, values in watched.end().items():
-                matrix[f"blk.{index}.{PLACES[name]}.weight"] = values
-
-        stream.run([batch.prefill for batch in batches], hidden, visit=visit, report=done)
+            stream.advance(index, layer, prefills, hidden)
+            matrix |= {f"blk.{index}.{PLACES[name]}.weight": values for name, values in watched.end().items()}
     record = Importance(
         samples=len(chosen.samples),
         samples_sha256=samples_sha256(chosen.samples, [None] * len(chosen.samples)),

@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.errors import CheckpointError
 from safevlm.network.filling import check_stored, on_meta
 from safevlm.network.reference import leave_out_unread
-from safevlm.network.safe_vlm import model_class_of
 
 __all__ = ["laid_out", "parameters", "stored_as"]
 
@@ -28,7 +28,7 @@ def laid_out(checkpoint: Checkpoint) -> Any:
     """
     config = build_config(checkpoint)
     try:
-        model: Any = on_meta(lambda: model_class_of(config)(config))
+        model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{checkpoint.name}: transformers cannot lay out the model that config.json describes: {error!r}. "

@@ -48,7 +48,7 @@ def guard_parity(
     artifact = open_gguf(folder, verify=False)
     size, kind = artifact.manifest.preprocessing, artifact.manifest.file("model").type
     tolerance = max(PROBABILITY_TOLERANCE.get(each, 0.0) for each in (kind, artifact.manifest.file("mmproj").type))
-    grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
+    grid = checkpoint.family.fixed_grid(size.height, size.width)
     wanted = exact_probs(checkpoint, torch.from_numpy(rgb), grid=grid, max_bytes=max_memory, report=report).numpy()
     check_finite(wanted, f"{checkpoint.name}: the exact guard", "torch", "use another checkpoint")
     rows = []

@@ -12,6 +12,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from export.gguf.families import gguf_family_of
 from export.gguf.writing import gguf_library
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import CheckpointError
@@ -20,9 +21,6 @@ from safevlm.network.prompt_tokens import fitting_tokenizer
 __all__ = ["vocabulary_keys"]
 
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id", "pad": "pad_token_id"}
-BYTE_BPE = {"qwen2_5_vl": "qwen2"}
-"""Families whose tokenizer is byte-level BPE, with llama.cpp's name of its pre-tokenizer."""
-NO_SPACE_PREFIX = ("gemma3",)
 WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
@@ -39,7 +37,8 @@ def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> Non
             f"{checkpoint.name}: the tokenizer has token {largest}, the embedding {vocab_size} rows: they do not "
             "belong together."
         )
-    pre = BYTE_BPE.get(checkpoint.family.key)
+    language = gguf_family_of(checkpoint).language
+    pre = language.pre_tokenizer
     if pre is not None:
         tokens = _byte_bpe(checkpoint.folder, tokenizer, vocab_size, pre, writer)
     else:
@@ -53,7 +52,7 @@ def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> Non
             getattr(writer, f"add_{name}_token_id")(token)
     writer.add_add_bos_token(tokenizer.bos_token is not None and pre is None)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(pre is None and checkpoint.family.key not in NO_SPACE_PREFIX)
+    writer.add_add_space_prefix(language.space_prefix)
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")

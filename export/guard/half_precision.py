@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.guard.graph import PRECISIONS, Precision, trunk_of
+from export.guard.graph import PRECISIONS, Precision
 from export.guard.left_out import LeftOut
 from export.guard.parity import TOLERANCES
+from export.guard.trunks import trunk_of
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.finite import is_finite, largest
 from safevlm.errors import CheckpointError

@@ -13,9 +13,9 @@ Shapes: n images, H × W pixels, C classes.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from calibration.distilling.fidelity import auroc
 from export.guard.batches import BATCH, batch_size
 from export.guard.bundle import data_beside
 from export.guard.int8_file import FLAVOURS, Flavour, Pictures, activation_ranges, quantizable, write_int8
+from export.guard.latency import latency_of
 from runtimes.guard.bundle import sha256_of
 from safevlm.contract.manifest import GuardFile, Latency, Parity
 from safevlm.errors import CheckpointError, PrecisionError
-from safevlm.machine import machine_name
+from safevlm.machine import times_ms
 
 __all__ = ["FLAVOURS", "Flavour", "Int8Images", "Int8Limits", "add_int8", "default_file", "faster_than_float"]
 
@@ -263,25 +264,11 @@ def _latencies(ours: Path, floats: Path, image: Bytes, source: GuardFile) -> tup
     import onnxruntime
 
     times: list[list[float]] = [[], []]
-    for turn in range(TURNS):
+    for _ in range(TURNS):
         for path, found in zip((ours, floats), times, strict=True):
             session = _session(path)
             session.run(["probs"], {"rgb": image})
-            started = time.perf_counter()
-            while len(found) <= turn or (len(found) < (turn + 1) * RUNS and time.perf_counter() - started < 1):
-                begin = time.perf_counter()
-                session.run(["probs"], {"rgb": image})
-                found.append((time.perf_counter() - begin) * 1000)
+            found += times_ms(partial(session.run, ["probs"], {"rgb": image}), most=RUNS, seconds=1)
             del session
     stated = source.latency.runtime if source.latency else f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
-    first, second = (
-        Latency(
-            median_ms=float(np.median(found)),
-            p95_ms=float(np.percentile(found, 95)),
-            batch=1,
-            runtime=stated,
-            machine=machine_name(),
-        )
-        for found in times
-    )
-    return first, second
+    return latency_of(times[0], stated), latency_of(times[1], stated)

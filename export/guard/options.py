@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from safevlm.contract.manifest import Manifest, Parity
+from safevlm.terminal.options import grid_option, json_option, model_option, revision_option, tap_option
 from safevlm.terminal.printable import printable
 
 __all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest", "source_options"]
@@ -22,9 +23,9 @@ PARITY_IMAGES = 24
 def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which checkpoint is exported and how."""
     options = (
-        click.option("--revision", help="Hub revision: a branch, tag or commit."),
-        click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard taps."),
-        click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]"),
+        revision_option,
+        tap_option,
+        grid_option,
         click.option(
             "--images",
             help="Folder of pictures, or hub:NAME: distils a guard that sits behind the language model, and a "
@@ -45,7 +46,7 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
             "--embeddings", is_flag=True, help="Let the guard give the image embeddings, too, for the language model."
         ),
         click.option("--parity-images", type=click.IntRange(1), default=PARITY_IMAGES, show_default=True),
-        click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON."),
+        json_option("the manifest"),
     )
     for option in reversed(options):
         function = option(function)
@@ -54,7 +55,7 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def model_options(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add ``--model`` and ``--out``."""
-    model = click.option("--model", required=required, help="Folder, one of the six, hub id[@revision], or tiny name.")
+    model = model_option(required=required)
     out = click.option(
         "--out", type=click.Path(path_type=Path), help="Folder of --model's bundle.  [default: bundles/NAME]"
     )

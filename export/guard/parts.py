@@ -6,7 +6,6 @@ Shapes: n images, H × W pixels, T image tokens, D width of the language model, 
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ from numpy.typing import NDArray
 from export.guard.batches import BATCH, batch_size
 from export.guard.bundle import data_beside
 from export.guard.graph import Graph, Precision
+from export.guard.latency import latency_of
 from export.guard.parity import TOLERANCES, check_embeddings, check_parity
 from export.rewrites.attention import add_attention_function, attention_translations
 from runtimes.guard.bundle import sha256_of
 from safevlm.contract.manifest import GuardFile, Latency, Parity, TensorSpec
-from safevlm.machine import machine_name
+from safevlm.machine import times_ms
 
 __all__ = ["Part", "batches", "describe_part", "write_onnx", "write_part"]
 
@@ -162,17 +162,5 @@ def _run(part: Part, path: Path) -> tuple[dict[str, NDArray[np.float32]], Latenc
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     runs = [session.run(names, {part.input_name: piece}) for piece in batches(part.inputs)]
     found = {name: np.concatenate([run[i] for run in runs]) for i, name in enumerate(names)}
-    times: list[float] = []
-    started = time.perf_counter()
-    while not times or (len(times) < 30 and time.perf_counter() - started < 5):  # the runs above were the warm-up
-        begin = time.perf_counter()
-        session.run(names, {part.input_name: part.inputs[:1]})
-        times.append((time.perf_counter() - begin) * 1000)
-    latency = Latency(
-        median_ms=float(np.median(times)),
-        p95_ms=float(np.percentile(times, 95)),
-        batch=1,
-        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
-        machine=machine_name(),
-    )
-    return found, latency
+    times = times_ms(lambda: session.run(names, {part.input_name: part.inputs[:1]}), most=30, seconds=5)
+    return found, latency_of(times, f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider")

@@ -6,7 +6,6 @@ Shapes: n pictures, H × W pixels, C classes.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.guard.bundle import write_manifest
+from export.guard.latency import latency_of
 from export.guard.parity import TOLERANCES, Tolerance, check_embeddings, check_parity
 from export.tensorrt.builder import EngineOptions, Report, build_engine, builder_api
 from runtimes.guard.bundle import Bundle, sha256_of
@@ -26,7 +26,7 @@ from safevlm.contract.manifest import EngineInfo, GuardFile, Latency, Manifest, 
 from safevlm.errors import BundleError, EngineUnavailableError
 from safevlm.files.draft import draft_of
 from safevlm.files.storage import shown_bytes, storing
-from safevlm.machine import machine_name
+from safevlm.machine import times_ms
 
 __all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "judge_of", "require_precisions"]
 
@@ -223,19 +223,8 @@ def _time(runner: GuardRunner, image: Bytes, device: Device) -> Latency:
     """Measure single pictures from host memory to host memory."""
     for _ in range(WARM_UP):
         runner.infer(image)
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 3 or (len(times) < MOST_RUNS and time.perf_counter() - started < MOST_SECONDS):
-        begin = time.perf_counter()
-        runner.infer(image)
-        times.append((time.perf_counter() - begin) * 1000)
-    return Latency(
-        median_ms=float(np.median(times)),
-        p95_ms=float(np.percentile(times, 95)),
-        batch=1,
-        runtime=f"tensorrt {device.version}",
-        machine=f"{device.gpu.name}; {machine_name()}",
-    )
+    times = times_ms(lambda: runner.infer(image), least=3, most=MOST_RUNS, seconds=MOST_SECONDS)
+    return latency_of(times, f"tensorrt {device.version}", device.gpu.name)
 
 
 def _enter(folder: Path, entry: GuardFile, plan: Path) -> Manifest:

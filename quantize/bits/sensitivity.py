@@ -102,7 +102,7 @@ def measure(
     sizes: dict[tuple[int, str], int] = {}
     left = max_bytes
 
-    def visit(index: int, layer: nn.Module, _: object) -> None:
+    def round_in_turn(index: int, layer: nn.Module) -> None:
         nonlocal left
         report(f"sensitivity, layer {index + 1} of {len(stream)}: {len(copies)} copies")
         for copy in copies.values():
@@ -121,7 +121,11 @@ def measure(
                         _advance(stream, index, layer, batches, hidden, copy)
 
     try:
-        stream.run([batch.prefill for batch in batches], hidden, visit=visit)
+        prefills = [batch.prefill for batch in batches]
+        for index, module in stream.layers():
+            round_in_turn(index, module)
+            stream.advance(index, module, prefills, hidden)
+        stream.norm(hidden)
         outcome = _Outcome.of(stream, batches, hidden)
         found = {}
         for number, (key, copy) in enumerate(copies.items(), 1):

@@ -123,7 +123,7 @@ def migration(largest_C: Tensor, widest_C: Tensor, strength: float) -> Tensor:
 class _Fold:
     """Where the division of a linear's inputs goes: a norm's weight, or another linear's rows.
 
-    ``offset`` is what is added to a norm's weight before it multiplies (Gemma: 1). ``repeats`` is how many heads
+    ``offset`` is what is added to a norm's weight before it multiplies. ``repeats`` is how many heads
     read the same rows, each ``head`` wide.
     """
 
@@ -137,12 +137,11 @@ class _Fold:
     def before(cls, stage: Stage, name: str) -> _Fold:
         """Return what stands before a linear of a decoder layer."""
         layer = cast(Any, stage.layer)
-        offset = 1.0 if stage.stream.checkpoint.family.key == "gemma3" else 0.0
+        family = stage.stream.checkpoint.family
         if name.endswith("q_proj"):
-            return cls(norm=layer.input_layernorm, offset=offset)
+            return cls(norm=layer.input_layernorm, offset=family.norm_offset)
         if name.endswith("gate_proj"):
-            # Gemma-3 has a norm of its own before the MLP; "post attention" is another one there
-            return cls(norm=getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm), offset=offset)
+            return cls(norm=getattr(layer, family.mlp_norm), offset=family.norm_offset)
         if name.endswith("o_proj"):
             repeats = layer.self_attn.o_proj.in_features // layer.self_attn.v_proj.out_features
             return cls(linear=layer.self_attn.v_proj, repeats=repeats, head=layer.self_attn.head_dim)

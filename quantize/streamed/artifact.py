@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from quantize.streamed.layers import stored_dtype
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, Checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.hub import LIGHT_PATTERNS
 from safevlm.checkpoint.tap import CONFIG_KEY
 from safevlm.checkpoint.weights.shard_header import read_header
 from safevlm.files.regular_file import open_regular
-from safevlm.network.safe_vlm import model_class_of
 
 __all__ = [
     "SHARD_BYTES",
@@ -61,7 +61,7 @@ def artifact_config(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> 
     config = build_config(checkpoint)
     stated = {key: value for key, value in checkpoint.config.items() if key.startswith(SAFETY_KEYS)}
     tap = {"source": checkpoint.tap.source, "pooling": checkpoint.tap.pooling, "tokens": checkpoint.tap.tokens}
-    model_class: Any = model_class_of(config)
+    model_class: Any = architecture_of(config).whole_class
     stored = json.loads(config.to_json_string(use_diff=False))
     for part in (stored, stored["text_config"], stored["vision_config"]):
         for key in NOT_SAID:

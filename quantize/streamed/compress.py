@@ -28,7 +28,7 @@ from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
 from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
-from quantize.streamed.estimate import Estimate, available_memory, check_memory, estimate
+from quantize.streamed.estimate import Estimate, check_memory, estimate
 from quantize.streamed.layers import Caches, Rounded, round_layers
 from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
 from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
@@ -37,7 +37,7 @@ from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, check_writable
-from safevlm.machine import machine_name, peak_rss
+from safevlm.machine import available_memory, machine_name, peak_rss
 from safevlm.network.reference import guard_sha256
 from safevlm.version import VERSION
 

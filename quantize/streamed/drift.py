@@ -16,6 +16,7 @@ from calibration.streaming.batches import Batch
 from calibration.streaming.sequential import Activations
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.family import OUTPUT_PREFIX
+from safevlm.contract.class_names import safe_index
 from safevlm.network.reference import build_reference_guard
 
 __all__ = ["answer_drift", "exact_probs", "guard_drift", "token_choices"]
@@ -48,7 +49,7 @@ def exact_probs(
 
 def guard_drift(before: Tensor, after: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     """Return how far the exact guard's verdicts on N pictures moved."""
-    safe = classes.index("safe") if "safe" in classes else 0
+    safe = safe_index(classes)
     was, now = before.argmax(dim=1), after.argmax(dim=1)
     difference = (before - after).abs()
     return {

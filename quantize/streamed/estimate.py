@@ -7,11 +7,9 @@ product of matrices that is timed for a moment on the device.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -22,7 +20,7 @@ from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
 
-__all__ = ["Estimate", "available_memory", "check_memory", "estimate", "shown_seconds"]
+__all__ = ["Estimate", "check_memory", "estimate", "shown_seconds"]
 
 INTERPRETER = 600 * 2**20
 """Python, torch and transformers themselves."""
@@ -92,20 +90,6 @@ def estimate(
         seconds_per_layer=macs / (speed or _multiply_adds_a_second(dtype, device)),
         layers=layers,
     )
-
-
-def available_memory() -> int:
-    """Return the bytes that this machine, and this process's control group, could give now."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                found = int(line.split()[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
-        found = min(found, int(limit.read_text(encoding="utf-8")))
-    return found
 
 
 def check_memory(needed: Estimate, max_memory: int) -> None:

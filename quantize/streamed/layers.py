@@ -257,11 +257,10 @@ def linear_names(checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the 16-bit dtype that what is not rounded is stored in: the checkpoint's own, else one that holds it."""
+    """Return the 16-bit dtype of tensors that are not rounded: the checkpoint's own, otherwise the family's."""
     stored = checkpoint.tensors.dtype(f"{checkpoint.family.language_prefix}norm.weight")
-    if stored in ("F16", "BF16"):
-        return torch.float16 if stored == "F16" else torch.bfloat16
-    return torch.bfloat16 if checkpoint.family.key == "gemma3" else torch.float16  # Gemma-3 exceeds float16
+    half = stored if stored in ("F16", "BF16") else checkpoint.family.half
+    return torch.float16 if half == "F16" else torch.bfloat16
 
 
 @torch.no_grad()
@@ -293,7 +292,8 @@ def round_layers(
     dtype = stored_dtype(stream.checkpoint)
     kept = caches or Caches()
 
-    def visit(index: int, layer: nn.Module, _: object) -> Callable[[int], Tensor] | None:
+    def settle(index: int, layer: nn.Module) -> Callable[[int], Tensor] | None:
+        """Give a layer its rounded weights; return the short way to what it then makes of a batch, if there is one."""
         done = finished(index)
         if done is not None:
             _restore(layer, done)
@@ -326,11 +326,16 @@ def round_layers(
                 )
         write(index, Rounded(tensors={**plain, **rounded.tensors}, report=rounded.report))
         # what was moved by hand is not what the stored layer gives to the last bit, which a run that goes on sees
-        if not last_states and index == len(stream) - 1:
-            return lambda number: hidden[number]
         return None if stage.moved else stage.output
 
-    stream.run(batches, hidden, visit=visit, report=report, stop=stop)
+    for index, layer in stream.layers(stop):
+        output = settle(index, layer)
+        if last_states or index < len(stream) - 1:
+            stream.advance(index, layer, batches, hidden, output)
+        del output
+        report(index)
+    if stop is None or stop >= len(stream):
+        stream.norm(hidden)
 
 
 def _restore(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,8 @@ from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
 from safevlm.files.storage import shown_bytes
-from safevlm.terminal.commandline import grid_option, printable
+from safevlm.terminal.commandline import printable
+from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
 __all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]
 
@@ -29,8 +30,8 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 SHOWN = 5
 
 OPTIONS = (
-    click.option("--model", required=True, help="Folder, one of the six names, hub id[@revision], or a tiny name."),
-    click.option("--revision", help="Hub revision: a branch, tag or commit."),
+    model_option(),
+    revision_option,
     click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist."),
     click.option("--calibration", "file", type=FILE, help="JSONL of conversations.  [default for tiny ones: built in]"),
     click.option("--images", type=FOLDER, help="Folder that image names are relative to.  [default: the file's]"),
@@ -51,13 +52,13 @@ OPTIONS = (
         "--image-share", type=float, default=0.5, show_default=True, help="Most that image tokens count of a sample."
     ),
     click.option("--refusal-weight", type=float, default=2.0, show_default=True, help="What a refusal's tokens count."),
-    click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]"),
+    grid_option,
     click.option("--max-memory", type=float, help="GiB of this process.  [default: 80 % of what is available]"),
     click.option("--layers", type=int, help="End after so many layers, to go on later; prints the whole's estimate."),
     click.option("--guard-images", type=int, default=64, show_default=True, help="Pictures that the guard is asked."),
-    click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+    device_option,
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
-    click.option("--json", "as_json", is_flag=True, help="Print compression.json."),
+    json_option("compression.json"),
 )
 
 
@@ -79,7 +80,7 @@ def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
         answers=given["answers"],
         max_length=given["max_length"],
         weights=TokenWeights(image_share=given["image_share"], refusal_weight=given["refusal_weight"]),
-        grid=grid_option(given["grid"]),
+        grid=parse_grid(given["grid"]),
     )
 
 

@@ -11,11 +11,20 @@ import click
 
 from runtimes.gate.open import ended, open_told
 from runtimes.gate.result import GateResult
+from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.checkpoint.family import TapSource
 from safevlm.errors import InputError
 from safevlm.files.regular_file import open_to_append
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import (
+    answering_model_option,
+    device_option,
+    json_option,
+    revision_option,
+    tap_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from runtimes.images.tiling import ViewMode
@@ -30,22 +39,20 @@ __all__ = ["main"]
     "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
 )
 @click.option("--question", required=True, help="What is asked about IMAGE.")
-@click.option("--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]")
-@click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
-@click.option("--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps.")
+@answering_model_option
+@revision_option
+@tap_option
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
-@click.option(
-    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
-)
-@click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
-@click.option("--device", default="cpu", show_default=True, help="Of the language model: cpu, cuda or cuda:N.")
+@runtime_option
+@precision_option
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@threads_option
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
 @view_option
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
-@click.option("--json", "as_json", is_flag=True, help="Print the decision, question and answer as one JSON line.")
+@json_option("the decision, question and answer")
 @click.option("--log", type=click.Path(path_type=Path), help="Append the decision to this file, as one JSON line.")
 @click.option("--log-text", is_flag=True, help="Let --log hold question and answer, too.")
 def main(

@@ -96,7 +96,7 @@ def _torch_language(
     if model is None:
         model, revision, tap = source.checkpoint, revision or source.revision, tap or bundle.manifest.tap.source
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
-    grid = (size.height, size.width) if checkpoint.family.key == "qwen2_5_vl" else None
+    grid = checkpoint.family.fixed_grid(size.height, size.width)
     language = TorchLanguageRunner(checkpoint, device=device, dtype=dtype, grid=grid, threads=threads, context=context)
     return language, lambda: checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
 

@@ -15,12 +15,14 @@ import click
 
 from runtimes.gateway.serving.config import PREFIX, config_option, naming_its_line
 from runtimes.gateway.serving.logs import LineHandler
+from runtimes.guard.options import precision_option, runtime_option
 from runtimes.guard.policy import read_policy
 from runtimes.guard.random_weights import warn_of_random_weights
 from runtimes.images.view_option import view_option
 from safevlm.errors import InputError, MissingExtraError
 from safevlm.terminal.api_key import read_key
 from safevlm.terminal.commandline import leave, run
+from safevlm.terminal.options import answering_model_option, threads_option
 
 MEBIBYTE = 2**20
 ENDING_SECONDS = 1.0
@@ -30,13 +32,11 @@ ENDING_SECONDS = 1.0
 @config_option()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle.")
 @click.option("--upstream", metavar="URL", help="OpenAI-compatible server to put the guard in front of.")
-@click.option("--model", help="Checkpoint or GGUF folder to answer here.  [default: what the bundle was made from]")
+@answering_model_option
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
-@click.option(
-    "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
-)
-@click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of guard and language model.")
+@runtime_option
+@precision_option
+@threads_option
 @view_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")

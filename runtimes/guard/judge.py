@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.runner import GuardRunner
-from runtimes.guard.select import Runtime, select_runner
+from runtimes.guard.select import select_runner
 from runtimes.guard.verdict import Judgement, decide, worst
 from runtimes.images.tiling import ViewMode, checked_mode
 from runtimes.images.view_option import view_note
@@ -58,7 +58,7 @@ class Guard:
     def open(
         cls,
         path: Path | str,
-        runtime: Runtime | str = "auto",
+        runtime: str = "auto",
         *,
         precision: str | None = None,
         threads: int | None = None,

@@ -38,8 +38,8 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from runtimes.guard.runner import SUM_TOLERANCE
-from runtimes.guard.verdict import DEFAULT_BLOCK, safe_index
-from safevlm.contract.class_names import MAX_LENGTH
+from runtimes.guard.verdict import DEFAULT_BLOCK
+from safevlm.contract.class_names import MAX_LENGTH, safe_index
 from safevlm.contract.manifest import Thresholds
 from safevlm.contract.manifest_fields import BelowOne, Frozen, Probability
 from safevlm.errors import InputError, SafeVLMError

@@ -1,32 +1,41 @@
-"""Choose the runner of a bundle by the runtime's name."""
+"""The runtimes of a guard by name, and the runner of a bundle on one of them.
+
+A new runtime costs its runner and an entry here: in ``RUNTIMES``, and in ``ONNX_RUNTIMES`` where it runs ONNX files.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-from runtimes.guard.bundle import Bundle
-from runtimes.guard.runner import GuardRunner
 from safevlm.errors import BundleError, InputError
 
-__all__ = ["RUNTIMES", "Runtime", "select_runner"]
+if TYPE_CHECKING:
+    from runtimes.guard.bundle import Bundle
+    from runtimes.guard.runner import GuardRunner
+    from safevlm.contract.manifest import GuardFile
 
-Runtime = Literal["auto", "onnxruntime", "openvino", "tensorrt", "torch"]
-RUNTIMES: tuple[str, ...] = get_args(Runtime)
+__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "on_file", "select_runner"]
+
+Choose: TypeAlias = "Callable[[Bundle, str | None, int | None], GuardRunner]"
+"""Takes a bundle, the wanted precision and the number of threads."""
+OpenFile: TypeAlias = "Callable[[Bundle, GuardFile | None, int | None], GuardRunner]"
+"""Takes a bundle, one of its ONNX files (None: the runtime's choice) and the number of threads."""
 
 _log = logging.getLogger(__name__)
 
 
 def select_runner(
     bundle: Bundle,
-    runtime: Runtime | str = "auto",
+    runtime: str = "auto",
     *,
     precision: str | None = None,
     threads: int | None = None,
 ) -> GuardRunner:
     """Return a runner, not yet activated.
 
-    ``auto`` is TensorRT where the bundle has an engine that runs on this machine, else ONNX Runtime.
+    ``auto`` is TensorRT where the bundle has an engine that runs on this machine, otherwise ONNX Runtime.
     ``torch`` opens the checkpoint that the bundle names and runs its untouched path; it has no precisions.
     """
     if threads is not None and threads < 1:
@@ -37,39 +46,25 @@ def select_runner(
             "cannot judge a picture by itself, only around a prefill (python -m runtimes.gate). For one that can: "
             f"python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} --images DIR"
         )
-    if runtime == "auto":
-        return _auto(bundle, precision, threads)
-    if runtime == "onnxruntime":
-        return _onnxruntime(bundle, precision, threads)
-    if runtime == "openvino":
-        from runtimes.guard.openvino_runner import OpenVinoRunner
-
-        return OpenVinoRunner(bundle, None if precision is None else bundle.file(precision), threads)
-    if runtime == "tensorrt":
-        from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
-
-        return TensorRTRunner(bundle, usable_engine(bundle, precision))
-    if runtime == "torch":
-        return _torch(bundle, precision, threads)
-    raise InputError(f"unknown runtime {runtime!r}; allowed: {', '.join(RUNTIMES)}")
+    if runtime not in RUNTIMES:
+        raise InputError(f"unknown runtime {runtime!r}; allowed: {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime](bundle, precision, threads)
 
 
 def _auto(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
     engines = bundle.files("engine")
     if any(precision in (None, file.precision) for file in engines):
-        from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
-
         try:
-            return TensorRTRunner(bundle, usable_engine(bundle, precision))
+            return _tensorrt(bundle, precision, threads)
         except InputError as error:
             _log.info("TensorRT is passed over: %s", error)
-    return _onnxruntime(bundle, precision, threads)
+    return RUNTIMES["onnxruntime"](bundle, precision, threads)
 
 
-def _onnxruntime(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
-    from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+def _tensorrt(bundle: Bundle, precision: str | None, _: int | None) -> GuardRunner:
+    from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
 
-    return OnnxRuntimeRunner(bundle, bundle.file(precision), threads)
+    return TensorRTRunner(bundle, usable_engine(bundle, precision))
 
 
 def _torch(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
@@ -84,3 +79,32 @@ def _torch(bundle: Bundle, precision: str | None, threads: int | None) -> GuardR
 
     size = bundle.manifest.preprocessing
     return TorchRunner(open_source(bundle), grid=(size.height, size.width), threads=threads)
+
+
+def _onnxruntime(bundle: Bundle, file: GuardFile | None, threads: int | None) -> GuardRunner:
+    from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(bundle, file, threads)
+
+
+def _openvino(bundle: Bundle, file: GuardFile | None, threads: int | None) -> GuardRunner:
+    from runtimes.guard.openvino_runner import OpenVinoRunner
+
+    return OpenVinoRunner(bundle, file, threads)
+
+
+def on_file(open_file: OpenFile) -> Choose:
+    """Return the choice of a runtime that runs the bundle's ONNX file of the wanted precision."""
+    return lambda bundle, precision, threads: open_file(
+        bundle, None if precision is None else bundle.file(precision), threads
+    )
+
+
+ONNX_RUNTIMES: dict[str, OpenFile] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+RUNTIMES: dict[str, Choose] = {
+    "auto": _auto,
+    "onnxruntime": on_file(_onnxruntime),
+    "openvino": on_file(_openvino),
+    "tensorrt": _tensorrt,
+    "torch": _torch,
+}

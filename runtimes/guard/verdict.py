@@ -9,10 +9,11 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import Thresholds
 from safevlm.errors import InputError
 
-__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "harms", "safe_index", "worst"]
+__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "harms", "worst"]
 
 Verdict = Literal["allow", "block", "unsure", "error"]
 SEVERITY = {"allow": 0, "unsure": 1, "block": 2}
@@ -91,11 +92,6 @@ def worst(views: Sequence[_Judged], own: int = 1) -> int:
             -at,
         ),
     )
-
-
-def safe_index(classes: Sequence[str]) -> int:
-    """Return which class is the safe one: ``safe`` by name, else the first."""
-    return classes.index("safe") if "safe" in classes else 0
 
 
 def decide(probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None = None) -> Decision:

@@ -92,13 +92,6 @@ class Checkpoint:
         """Return the canonical names of the language model's tensors, output matrix included."""
         return self._names(self.family.language_prefix, OUTPUT_PREFIX)
 
-    def layer_names(self, index: int) -> tuple[str, ...]:
-        """Return the canonical names of one decoder layer. Errors: CheckpointError when it has no tensors."""
-        names = self._names(f"{self.family.language_prefix}layers.{index}.")
-        if not names:
-            raise CheckpointError(f"{self.name}: the language model has no layer {index}. Count layers from 0.")
-        return names
-
     def _names(self, *prefixes: str) -> tuple[str, ...]:
         return tuple(name for name in self.tensors.names() if name.startswith(prefixes))
 

@@ -1,4 +1,8 @@
-"""What differs between the three architectures, as data: one :class:`Family` each, in ``safevlm/checkpoint/families``.
+"""What differs between the architectures, as data: one :class:`Family` each, in ``safevlm/checkpoint/families``.
+
+This half needs neither torch nor transformers. Which classes of transformers compute a family stands in
+``safevlm/checkpoint/architectures``, its ONNX trunk in ``export/guard/trunks.py``, its GGUF files in
+``export/gguf/families``. Nothing else asks which family a checkpoint is of (a test keeps it so).
 
 Canonical tensor names are those of transformers >= 5 (``model.vision_tower.*``, ``model.visual.*``,
 ``model.multi_modal_projector.*``, ``model.language_model.*``, ``lm_head.*``) plus the guard's own
@@ -87,6 +91,8 @@ class Family:
     """Short name used in manifests: ``llava``, ``qwen2_5_vl`` or ``gemma3``."""
     title: str
     """The name people know: ``SafeLLaVA``, ``SafeQwen2.5-VL``, ``SafeGem``."""
+    tiny: str
+    """The tiny checkpoint of this family that ships with the package."""
     renames: tuple[Rename, ...]
     """Tried in order on a stored name; the first that matches gives the canonical name."""
     evidence: tuple[str, ...]
@@ -106,6 +112,18 @@ class Family:
     """``model_type`` of transformers' own config; another one is the family's original code."""
     own_settings: tuple[OwnSetting, ...] = ()
     """What the family's original code reads from ``config.json``."""
+    free_grid: bool = False
+    """Whether the vision tower reads many sizes, of which ``--grid`` chooses one."""
+    half: Literal["F16", "BF16"] = "F16"
+    """The 16-bit format that holds the language model's numbers, where the checkpoint states none."""
+    norm_offset: float = 0.0
+    """What the language model's norms add to their weight before it multiplies."""
+    mlp_norm: str = "post_attention_layernorm"
+    """The decoder layer's norm that stands before its MLP."""
+
+    def fixed_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the size to choose so that the tower reads ``height`` × ``width``; None where there is no choice."""
+        return (height, width) if self.free_grid else None
 
     @property
     def prompt(self) -> PromptFormat:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.hub_failures import Wanted, bound_waiting, hub_error, hub_failures
 from safevlm.checkpoint.tap import MAX_SOURCE_BYTES, MAX_SOURCE_FILES
 from safevlm.errors import CheckpointError, InputError
@@ -44,7 +45,7 @@ KNOWN_CHECKPOINTS: Mapping[str, str] = MappingProxyType(
 )
 """The six published checkpoints: short name -> hub id."""
 
-TINY_CHECKPOINTS = ("tiny-safellava", "tiny-safeqwen", "tiny-safegem")
+TINY_CHECKPOINTS = tuple(family.tiny for family in FAMILIES.values())
 TINY_FOLDER = Path(__file__).parents[1] / "tiny_checkpoints"
 MODELS_VARIABLE = "SAFEVLM_MODELS"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from safevlm.terminal.printable import is_plain, shortened
 
-__all__ = ["MAX_CLASSES", "MAX_LENGTH", "class_names_problem"]
+__all__ = ["MAX_CLASSES", "MAX_LENGTH", "class_names_problem", "safe_index"]
 
 MAX_CLASSES = 1_000
 MAX_LENGTH = 100
@@ -32,3 +32,8 @@ def class_names_problem(names: Sequence[str]) -> str | None:
             return f"a name appears twice: {seen[key]}, {name}"
         seen[key] = name
     return None
+
+
+def safe_index(classes: Sequence[str]) -> int:
+    """Return which class is the safe one: ``safe`` by name, otherwise the first."""
+    return classes.index("safe") if "safe" in classes else 0

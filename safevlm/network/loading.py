@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.ignored import report_unplaced
@@ -14,7 +15,7 @@ from safevlm.network.filling import fill, on_meta
 from safevlm.network.head import build_head
 from safevlm.network.prompt_tokens import fitting_tokenizer, stated_ends
 from safevlm.network.reference import leave_out_unread
-from safevlm.network.safe_vlm import SafeVLM, model_class_of
+from safevlm.network.safe_vlm import SafeVLM
 
 if TYPE_CHECKING:
     from safevlm.checkpoint.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ def load_safe_vlm(
     """
     config = build_config(checkpoint)
     tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)
-    model: Any = on_meta(lambda: model_class_of(config)(config))
+    model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="", dtype=dtype)
     report_unplaced(checkpoint.name, checkpoint.tensors, {name for name, _ in model.named_parameters()})

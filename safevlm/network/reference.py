@@ -8,13 +8,12 @@ Shapes: N images, H × W pixels, T image tokens, D width of the language model, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma3Config, Gemma3Model, LlavaConfig, LlavaModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import TransformersConfig, build_vision_config
 from safevlm.checkpoint.family import Family
@@ -22,9 +21,9 @@ from safevlm.checkpoint.ignored import report_unplaced
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import GuardHeadError, InputError
 from safevlm.network.filling import fill, on_meta
+from safevlm.network.geometry import VisionGeometry
 from safevlm.network.head import GuardHead, build_head
 from safevlm.network.pooling import Pooling, pool
-from safevlm.network.qwen_grid import flatten_patches, grid_thw
 
 if TYPE_CHECKING:
     from safevlm.checkpoint.checkpoint import Checkpoint
@@ -33,11 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GuardModel",
-    "VisionGeometry",
     "VisionPath",
     "build_reference_guard",
     "build_vision",
-    "geometry_of",
     "guard_sha256",
     "image_features",
     "leave_out_unread",
@@ -50,103 +47,29 @@ MODEL_PREFIX = "model."
 # -- the vision path ------------------------------------------------------------------------------------
 
 
-class VisionGeometry(Protocol):
-    """What a family's vision path asks of an image: its size, its layout, how many tokens it becomes."""
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise InputError when images of this size cannot be read."""
-
-    def tokens(self, height: int, width: int) -> int:
-        """Return T for images of this size; InputError when they cannot be read."""
-
-    def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
-        """Return the arguments of transformers' ``get_image_features`` for normalised pixels."""
-
-
-class SquareGeometry:
-    """CLIP and SigLIP: one square size, pixels as they are."""
-
-    def __init__(self, size: int, tokens: int) -> None:
-        self._size = size
-        self._tokens = tokens
-
-    def check_size(self, height: int, width: int) -> None:
-        if (height, width) != (self._size, self._size):
-            raise InputError(
-                f"images are {height}x{width} pixels; this vision tower reads {self._size}x{self._size}. "
-                "Bring them there with the checkpoint's Preprocessing."
-            )
-
-    def tokens(self, height: int, width: int) -> int:
-        self.check_size(height, width)
-        return self._tokens
-
-    def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
-        return {"pixel_values": pixels_NCHW}
-
-
-class QwenGeometry:
-    """Qwen2.5-VL: any size in whole image tokens, pixels cut into patches."""
-
-    def __init__(self, patch_size: int, merge_size: int, temporal_patch_size: int) -> None:
-        self._patch = {
-            "patch_size": patch_size,
-            "merge_size": merge_size,
-            "temporal_patch_size": temporal_patch_size,
-        }
-        self._side = patch_size * merge_size
-
-    def check_size(self, height: int, width: int) -> None:
-        if height < 1 or width < 1 or height % self._side or width % self._side:
-            raise InputError(
-                f"images are {height}x{width} pixels; this vision tower reads multiples of {self._side} "
-                "in both directions. Bring them there with the checkpoint's Preprocessing."
-            )
-
-    def tokens(self, height: int, width: int) -> int:
-        self.check_size(height, width)
-        return (height // self._side) * (width // self._side)
-
-    def inputs(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
-        n, _, height, width = pixels_NCHW.shape
-        grid = grid_thw(n, height, width, self._patch["patch_size"]).to(pixels_NCHW.device)
-        return {"pixel_values": flatten_patches(pixels_NCHW, **self._patch), "image_grid_thw": grid}
-
-
-def geometry_of(config: TransformersConfig) -> VisionGeometry:
-    """Return how images enter the vision path that ``config`` describes."""
-    vision: Any = config.vision_config
-    if isinstance(config, Qwen2_5_VLConfig):
-        return QwenGeometry(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    if isinstance(config, Gemma3Config):
-        return SquareGeometry(vision.image_size, int(config.mm_tokens_per_image or 0))
-    class_token = int(config.vision_feature_select_strategy == "full")
-    return SquareGeometry(vision.image_size, (vision.image_size // vision.patch_size) ** 2 + class_token)
-
-
 class VisionPath(nn.Module):
     """uint8 RGB to projector output, through ``get_image_features`` of transformers' inner model.
 
-    ``core`` is ``LlavaModel``, ``Qwen2_5_VLModel`` or ``Gemma3Model`` without its language model.
+    ``core`` is transformers' inner model of the family without its language model.
     """
 
     def __init__(self, core: nn.Module, config: TransformersConfig, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.core = core
         self.config = config
-        self.geometry = geometry_of(config)
+        self._architecture = architecture_of(config)
+        self.geometry = self._architecture.geometry(config)
         self.preprocessing = preprocessing
 
     @property
     def tower(self) -> nn.Module:
         """The vision tower (in Qwen2.5-VL with the merger at its end)."""
-        return cast(nn.Module, getattr(self.core, "visual", None) or self.core.vision_tower)
+        return self.core.get_submodule(self._architecture.tower)
 
     @property
     def projector(self) -> nn.Module:
         """What maps the tower's output to the language model's width."""
-        visual = getattr(self.core, "visual", None)
-        return cast(nn.Module, visual.merger if visual is not None else self.core.multi_modal_projector)
+        return self.core.get_submodule(self._architecture.projector)
 
     def forward(self, rgb_NHWC: Tensor) -> Tensor:
         """Return N × T × D image features; InputError when the images' size is not the tower's."""
@@ -176,24 +99,18 @@ def normalize(rgb_NHWC: Tensor, preprocessing: Preprocessing) -> Tensor:
     return ((scaled - mean) / std).permute(0, 3, 1, 2)
 
 
-_INNER_MODELS: dict[type, Callable[[Any], nn.Module]] = {
-    LlavaConfig: LlavaModel,
-    Qwen2_5_VLConfig: Qwen2_5_VLModel,
-    Gemma3Config: Gemma3Model,
-}
-
-
 def _lay_out_core(config: TransformersConfig) -> nn.Module:
     """Return the inner model without its language model; ``config`` is one of ``build_vision_config``."""
-    core = on_meta(lambda: _INNER_MODELS[type(config)](config))
+    core = on_meta(lambda: architecture_of(config).inner_class(config))
     del core.language_model
     return core
 
 
 def leave_out_unread(core: nn.Module, tensors: TensorStore) -> None:
-    """Take CLIP's final norm out of ``core`` where it is not stored: only the pooled output reads it."""
-    if isinstance(core, LlavaModel) and MODEL_PREFIX + "vision_tower.post_layernorm.weight" not in tensors:
-        cast(Any, core).vision_tower.post_layernorm = nn.Identity()
+    """Take modules out of ``core`` that nothing reads and that are not stored."""
+    for name in architecture_of(cast(Any, core).config).unread:
+        if f"{MODEL_PREFIX}{name}.weight" not in tensors:
+            core.set_submodule(name, nn.Identity())
 
 
 def build_vision(
@@ -207,7 +124,7 @@ def build_vision(
     """
     config = build_vision_config(checkpoint)
     preprocessing = read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
-    geometry_of(config).check_size(preprocessing.height, preprocessing.width)
+    architecture_of(config).geometry(config).check_size(preprocessing.height, preprocessing.width)
     core = _lay_out_core(config)
     leave_out_unread(core, checkpoint.tensors)
     fill(core, checkpoint.tensors, prefix=MODEL_PREFIX, dtype=dtype, own=True)

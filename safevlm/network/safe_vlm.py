@@ -10,22 +10,15 @@ D width of the language model, V vocabulary, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import DynamicCache
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.family import Family, TapSource
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
@@ -33,45 +26,9 @@ from safevlm.network.dialogue import Question, as_turns
 from safevlm.network.head import GuardHead
 from safevlm.network.prefill import Answer, Begun, Prefill
 from safevlm.network.prompt_tokens import IMAGE, check_ids, dialogue_ids, stop_ids, text_ids
-from safevlm.network.qwen_grid import grid_thw
-from safevlm.network.reference import geometry_of, image_features
+from safevlm.network.reference import image_features
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM", "model_class_of"]
-
-
-@dataclass(frozen=True)
-class _Language:
-    """What differs between the families' language models when their input is embeddings."""
-
-    model_class: Callable[[Any], nn.Module]
-    positions: Callable[[Any, Tensor, Tensor, tuple[int, int]], Tensor]
-    images_see_themselves: bool = False
-
-
-def _text_positions(_core: Any, attention_NL: Tensor, _image_NL: Tensor, _size: tuple[int, int]) -> Tensor:
-    """Count the positions that are not padding, N × L."""
-    return (attention_NL.cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _axial_positions(core: Any, attention_NL: Tensor, image_NL: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return Qwen2.5-VL's positions in time, row and column, 3 × N × L, by transformers' own rule."""
-    if not bool(image_NL.any()):
-        return _text_positions(core, attention_NL, image_NL, size).expand(3, -1, -1)
-    grid = grid_thw(len(image_NL), *size, core.config.vision_config.patch_size).to(image_NL.device)
-    positions, _ = core.get_rope_index(
-        torch.zeros_like(attention_NL), image_NL.int(), image_grid_thw=grid, attention_mask=attention_NL
-    )
-    return cast(Tensor, positions)
-
-
-_LANGUAGES: dict[type, _Language] = {
-    LlavaConfig: _Language(LlavaForConditionalGeneration, _text_positions),
-    Qwen2_5_VLConfig: _Language(Qwen2_5_VLForConditionalGeneration, _axial_positions),
-    Gemma3Config: _Language(Gemma3ForConditionalGeneration, _text_positions, images_see_themselves=True),
-}
+__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM"]
 
 
 class SafeVLM(nn.Module):
@@ -99,8 +56,8 @@ class SafeVLM(nn.Module):
         self.tokenizer = tokenizer
         self.stated_ends = stated_ends
         config = cast(Any, model).config
-        self._language = _LANGUAGES[type(config)]
-        self._geometry = geometry_of(config)
+        self._architecture = architecture_of(config)
+        self._geometry = self._architecture.geometry(config)
 
     @property
     def core(self) -> Any:
@@ -197,11 +154,11 @@ class SafeVLM(nn.Module):
             )
         embeds = words.masked_scatter(image_NL.unsqueeze(-1), features_NTD.to(words.dtype)) if tokens else words
         masks = {"attention_mask": attention_NL}
-        if self._language.images_see_themselves:
+        if self._architecture.images_see_themselves:
             masks["token_type_ids"] = image_NL.int()
         return Prefill(
             inputs_embeds=embeds,
-            position_ids=self._language.positions(self.core, attention_NL, image_NL, size),
+            position_ids=self._architecture.positions(self.core, attention_NL, image_NL, size),
             masks=masks,
             image_mask=image_NL,
             features=features_NTD,
@@ -357,8 +314,3 @@ class SafeVLM(nn.Module):
                 if token is not None:
                     written[row].append(token)
         return written
-
-
-def model_class_of(config: Any) -> Callable[[Any], nn.Module]:
-    """Return transformers' class of the whole model that ``config`` describes."""
-    return _LANGUAGES[type(config)].model_class

@@ -13,12 +13,12 @@ from typing import NoReturn
 
 import click
 
-from safevlm.errors import InputError, SafeVLMError, StorageError
+from safevlm.errors import SafeVLMError, StorageError
 from safevlm.files.storage import locale_problem, storage_problem
 from safevlm.terminal.printable import printable
 from safevlm.terminal.standard_streams import settled, standard_streams
 
-__all__ = ["USAGE", "grid_option", "leave", "printable", "run"]
+__all__ = ["USAGE", "leave", "printable", "run"]
 
 USAGE = 2
 SIGNALLED = 128
@@ -106,13 +106,3 @@ def _orderly_end() -> Iterator[list[int]]:
 def leave(code: int) -> NoReturn:
     """End this process at once: threads inside a library would abort the interpreter's orderly end, or hold it up."""
     os._exit(settled(code))
-
-
-def grid_option(text: str | None) -> tuple[int, int] | None:
-    """Read ``448`` or ``448x672`` (height x width, pixels)."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
-        raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
-    return int(sides[0]), int(sides[-1])

@@ -46,7 +46,7 @@ def small(family: str) -> VisionShape:
 @pytest.mark.parametrize("name", shape_names())
 def test_the_six_have_the_parameters_of_their_bases(name: str) -> None:
     shape = find_shape(name)
-    config, model_class, _ = config_and_class(shape, int(shape.language["num_hidden_layers"]))
+    config, model_class = config_and_class(shape, int(shape.language["num_hidden_layers"]))
     model = on_meta(lambda: model_class(config))
     total = sum(parameter.numel() for parameter in model.parameters())  # a tied one counts once
     assert total / 1e9 == pytest.approx(BILLIONS[name], rel=0.01)

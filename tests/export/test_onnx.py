@@ -28,7 +28,6 @@ from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import Manifest
 from safevlm.errors import CheckpointError, ImageFileError, InputError, ParityError
 from safevlm.network.reference import build_reference_guard, normalize
-from safevlm.terminal.commandline import grid_option
 from tests.safevlm.checkpoint.both_loaders import write_folder
 from tests.safevlm.checkpoint.random_checkpoints import SIZE, Written, stand_in, write_checkpoint
 from tests.safevlm.checkpoint.seeded_models import model_of
@@ -233,12 +232,7 @@ def test_impossible_precisions_are_refused(precisions: Any) -> None:
         ExportOptions(precisions=precisions)
 
 
-def test_the_grid_is_read_and_checked(tmp_path: Path) -> None:
-    assert grid_option(None) is None
-    assert grid_option("448") == (448, 448)
-    assert grid_option("448x672") == (448, 672)
-    with pytest.raises(InputError, match="--grid 4y4"):
-        grid_option("4y4")
+def test_the_grid_is_checked(tmp_path: Path) -> None:
     write_checkpoint("qwen2_5_vl", "hf", tmp_path)
     with pytest.raises(InputError, match="28"):
         export_guard(open_checkpoint(str(tmp_path), tap="projector"), tmp_path / "out", ExportOptions(grid=(100, 100)))

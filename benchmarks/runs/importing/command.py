@@ -12,6 +12,7 @@ from benchmarks.runs.importing.predictions import import_predictions
 from benchmarks.runs.record import write_run
 from safevlm.errors import InputError
 from safevlm.terminal.commandline import printable
+from safevlm.terminal.options import json_option
 
 __all__ = ["main"]
 
@@ -23,7 +24,7 @@ __all__ = ["main"]
 @click.option("--task", help="lmms-eval: the task.  [default: told by the file's name]")
 @click.option("--metric", help="lmms-eval: which metric counts.  [default: the task's own]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run record to write; must not exist.")
-@click.option("--json", "as_json", is_flag=True, help="Print run.json.")
+@json_option("run.json")
 def main(
     file: Path, kind: str, name: str | None, task: str | None, metric: str | None, out: Path, as_json: bool
 ) -> None:

@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Gemma3Config, LlavaConfig, Qwen2_5_VLConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLRotaryEmbedding,
-    Qwen2_5_VLVisionRotaryEmbedding,
-)
 
 from safevlm.checkpoint.configs.stated_shapes import MAX_COUNT, Section, shown
 from safevlm.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from safevlm.checkpoint.architectures.architecture import Architecture
+
 __all__ = ["check_language", "check_section", "check_vision"]
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-ROTARY: dict[type, type] = {
-    LlavaConfig: LlamaRotaryEmbedding,
-    Qwen2_5_VLConfig: Qwen2_5_VLRotaryEmbedding,
-    Gemma3Config: Gemma3RotaryEmbedding,
-}
 ACTIVATIONS = ("hidden_act", "hidden_activation", "projector_hidden_act")
 UNCOMPUTABLE = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What transformers' rotary modules end in when a setting is missing, of a wrong type or of a wrong length."""
@@ -57,7 +48,7 @@ def _refuse(source: str, key: str, value: object, allowed: str) -> None:
     )
 
 
-def check_language(config: Any, source: str) -> None:
+def check_language(config: Any, architecture: Architecture, source: str) -> None:
     """Refuse a language model whose rotary embedding or attention windows cannot be computed.
 
     Errors: CheckpointError.
@@ -78,17 +69,18 @@ def check_language(config: Any, source: str) -> None:
                 f"{source}: config.json states the rotary embedding {shown(kind)}; transformers has 'default', "
                 f"{', '.join(repr(name) for name in sorted(ROPE_INIT_FUNCTIONS))}. Correct rope_scaling."
             )
-    _check_frequencies(config, source)
+    _check_frequencies(text, architecture, source)
 
 
-def _check_frequencies(config: Any, source: str) -> None:
+def _check_frequencies(text: Any, architecture: Architecture, source: str) -> None:
     """Compute what the rotary embedding makes of two positions, and require numbers, one for each place of a head."""
-    text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = sorted(set(text.layer_types)) if isinstance(config, Gemma3Config) else []
-    positions = torch.arange(2).expand(3, 1, 2) if isinstance(config, Qwen2_5_VLConfig) else torch.arange(2)[None]
+    kinds = sorted(set(text.layer_types)) if architecture.rotary_by_layer_type else []
+    positions = torch.arange(2)[None]
+    if architecture.axes > 1:
+        positions = positions.expand(architecture.axes, 1, 2)
     try:
-        rotary = ROTARY[type(config)](config=text)
+        rotary = architecture.rotary_class(config=text)
         each: list[tuple[str, ...]] = [(kind,) for kind in kinds] or [()]
         turns = [rotary(torch.zeros(1), positions, *kind) for kind in each]
     except UNCOMPUTABLE as error:
@@ -104,13 +96,14 @@ def _check_frequencies(config: Any, source: str) -> None:
             )
 
 
-def check_vision(config: Any, source: str) -> None:
-    """Refuse a Qwen2.5-VL tower whose rotary embedding cannot be computed. Errors: CheckpointError."""
-    if not isinstance(config, Qwen2_5_VLConfig):
+def check_vision(config: Any, architecture: Architecture, source: str) -> None:
+    """Refuse a vision tower whose rotary embedding cannot be computed. Errors: CheckpointError."""
+    if architecture.vision_rotary_class is None:
         return
     tower: Any = config.vision_config
     try:
-        finite = bool(Qwen2_5_VLVisionRotaryEmbedding(config=tower).inv_freq.isfinite().all())
+        rotary: Any = architecture.vision_rotary_class(config=tower)
+        finite = bool(rotary.inv_freq.isfinite().all())
     except UNCOMPUTABLE as error:
         raise CheckpointError(
             f"{source}: config.json's vision_config.rope_parameters = {shown(tower.rope_parameters)} cannot be "

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Gemma3TextConfig
 
 from safevlm.checkpoint.configs.config_checks import check_section
 from safevlm.checkpoint.configs.older_configs import is_tied, todays_text, version_of
@@ -71,23 +70,31 @@ def known_keys(raw: Mapping[str, Any], config_class: type) -> Section:
     return {key: value for key, value in raw.items() if key in allowed}
 
 
-def text_section(raw: Mapping[str, Any], classes: tuple[type, type], shapes: Shapes) -> Section:
+def text_section(
+    raw: Mapping[str, Any],
+    classes: tuple[type, type],
+    shapes: Shapes,
+    *,
+    shows_heads: bool = False,
+    whole: tuple[str, ...] = (),
+) -> Section:
     """Return the language model's keys, from ``text_config`` or, in flat layouts, from the top level.
 
-    ``classes`` are those of the whole config and of the language model's. Without the language model's tensors its
-    width is the only key that says anything.
+    ``classes`` are those of the whole config and of the language model's. With ``shows_heads`` a layer has ``q_norm``,
+    which shows the width of a head, and so their number; ``whole`` are keys that must be whole numbers. Without the
+    language model's tensors its width is the only key that says anything.
     """
     nested, config_class = nested_section(raw, "text_config"), classes[1]
     where, stated = ("", raw) if nested is None else ("text_config.", nested)
     section = known_keys(stated, config_class)
     if EMBEDDING not in shapes:
         return STAND_IN | {key: section[key] for key in ("hidden_size",) if key in section}
-    widths = (*TEXT_WIDTHS, HEAD_WIDTH) if config_class is Gemma3TextConfig else TEXT_WIDTHS
+    widths = (*TEXT_WIDTHS, HEAD_WIDTH) if shows_heads else TEXT_WIDTHS
     gaps = shapes.settle(section, where, widths, config_class)
     gaps += shapes.layers(section, where, "num_hidden_layers", "model.language_model.layers.", config_class)
-    if config_class is Gemma3TextConfig:  # its q_norm shows the width of a head, and so their number
-        shapes.whole(section, where, "query_pre_attn_scalar", default_of(config_class, "query_pre_attn_scalar"))
-    else:
+    for key in whole:
+        shapes.whole(section, where, key, default_of(config_class, key))
+    if not shows_heads:
         shapes.need_stated(section, where, ["num_attention_heads"], gaps)
     _settle_heads(section, where, config_class, shapes)
     todays_text(section, version_of(raw), config_class, shapes.source)

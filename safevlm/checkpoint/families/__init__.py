@@ -1,4 +1,4 @@
-"""The three families, each one table in a file of its own."""
+"""The families, each one table in a file of its own."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ __all__ = ["GEMMA3"]
 GEMMA3 = Family(
     key="gemma3",
     title="SafeGem",
+    tiny="tiny-safegem",
     renames=(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
@@ -45,4 +46,7 @@ GEMMA3 = Family(
     },
     auto_processor="Gemma3ImageProcessor",
     auto_model_type="gemma3",
+    half="BF16",  # its activations exceed float16
+    norm_offset=1.0,
+    mlp_norm="pre_feedforward_layernorm",  # "post attention" is another norm there
 )

@@ -15,6 +15,7 @@ SYSTEM = (
 LLAVA = Family(
     key="llava",
     title="SafeLLaVA",
+    tiny="tiny-safellava",
     renames=(
         HEAD_RENAME,
         # The original repository: everything under `model.`, the projector as `mm_projector.{0,2}`.

@@ -10,6 +10,7 @@ __all__ = ["QWEN2_5_VL"]
 QWEN2_5_VL = Family(
     key="qwen2_5_vl",
     title="SafeQwen2.5-VL",
+    tiny="tiny-safeqwen",
     renames=(
         HEAD_RENAME,
         Rename(r"^(?:model\.)?visual\.", "model.visual."),
@@ -49,4 +50,5 @@ QWEN2_5_VL = Family(
     },
     auto_processor="Qwen2VLImageProcessor",
     auto_model_type="qwen2_5_vl",
+    free_grid=True,
 )

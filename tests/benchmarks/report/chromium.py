@@ -1,4 +1,8 @@
-"""Drives a headless Chromium through its debugging pipe: no driver, no port, no network."""
+"""Drives a headless Chromium through its debugging pipe: no driver, no port, no network.
+
+Not Playwright, whose package brings a Node runtime and expects browsers of its own to be downloaded: the tests need
+three calls of the browser that the machine has.
+"""
 
 from __future__ import annotations
 

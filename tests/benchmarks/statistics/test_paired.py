@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.statistics.clustered import cluster_bootstrap, cluster_sign_flip
 from benchmarks.statistics.mcnemar import mcnemar_exact
 from benchmarks.statistics.paired import paired_statistics
 from benchmarks.statistics.tango import tango_interval, unchanged_width
 from safevlm.errors import InputError
+from tests.benchmarks.statistics.one_run import cluster_bootstrap, cluster_sign_flip
 
 RNG = np.random.default_rng(0)
 IMAGES = np.array([f"image {i:02d}" for i in RNG.integers(0, 80, 300)])

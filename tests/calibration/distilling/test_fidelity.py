@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from statsmodels.stats.proportion import proportion_confint
 
 from calibration.distilling.fidelity import auroc, bootstrap, fidelity, mean_kl, recall_at_fpr, wilson
 
@@ -24,6 +26,7 @@ def test_auroc_counts_pairs(rows: list[tuple[int, bool]]) -> None:
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
     found = auroc(scores, positive)
     assert found is None if not pairs else found == pytest.approx(np.mean(pairs))
+    assert not pairs or found == pytest.approx(roc_auc_score(positive, scores))
 
 
 @given(SCORES, st.sampled_from([0.01, 0.05, 0.2, 0.5]))
@@ -54,6 +57,8 @@ def test_wilson_is_the_root_of_its_definition() -> None:
         for bound in (found["low"], found["high"]):
             assert bound is not None  # |share - bound| = z * sqrt(bound (1 - bound) / n)
             assert abs(hits / n - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), rel=1e-5)
+        reference = proportion_confint(hits, n, method="wilson")
+        assert (found["low"], found["high"]) == pytest.approx(reference, abs=1e-9)
     assert wilson(0, 10)["low"] == 0 and wilson(10, 10)["high"] == 1
     assert wilson(0, 0) == {"value": None, "low": None, "high": None}
 

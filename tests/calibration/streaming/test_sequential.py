@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import tempfile
-import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -91,12 +88,11 @@ def test_every_layer_sees_what_it_sees_in_the_whole_model(written: Written) -> N
     ids = [len(stream.skeleton.prompt_ids(question)) for question in QUESTIONS]
     lengths = [ids, [ids[1]]]
     seen: dict[int, list[Tensor]] = {}
-
-    def visit(index: int, layer: nn.Module, _: Callable[[], Iterator[None]]) -> None:
-        seen[index] = [hidden[number].clone() for number in range(len(batches))]
-
     with hidden:
-        stream.run(batches, hidden, visit=visit)
+        for index, layer in stream.layers():
+            seen[index] = [hidden[number].clone() for number in range(len(batches))]
+            stream.advance(index, layer, batches, hidden)
+        stream.norm(hidden)
         last = [hidden[number].clone() for number in range(len(batches))]
     assert list(seen) == list(range(len(stream)))
     for number, prefill in enumerate(expected_batches):
@@ -106,52 +102,40 @@ def test_every_layer_sees_what_it_sees_in_the_whole_model(written: Written) -> N
             assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max()), (number, index)
 
 
-def test_a_visit_runs_dry_and_what_it_leaves_is_what_runs(written: Written) -> None:
+def test_a_layer_runs_as_it_is_left(written: Written) -> None:
     stream = stream_of(written)
     outcomes = []
     for change in (False, True, False):
         batches, hidden = start(stream, written)
-        inside: list[int] = []
-
-        def visit(
-            index: int,
-            layer: Any,
-            dry: Callable[[], Iterator[None]],
-            change: bool = change,
-            hidden: Activations = hidden,
-            inside: list[int] = inside,
-        ) -> None:
-            before = [hidden[number].clone() for number in range(len(hidden))]
-            hook = layer.register_forward_hook(lambda *_: inside.append(index))
-            assert sum(1 for _ in dry()) == len(hidden)
-            hook.remove()
-            assert all(torch.equal(hidden[number], state) for number, state in enumerate(before))
-            if change:
-                layer.mlp.down_proj.weight.data.zero_()
-
         with hidden:
-            stream.run(batches, hidden, visit=visit)
+            for index, layer in stream.layers():
+                if change:
+                    cast(Any, layer).mlp.down_proj.weight.data.zero_()
+                stream.advance(index, layer, batches, hidden)
             outcomes.append(hidden[0].clone())
-        assert inside == [index for index in range(len(stream)) for _ in range(len(batches))]
     assert torch.equal(outcomes[0], outcomes[2]), "the same bytes each time"
     assert not torch.allclose(outcomes[0], outcomes[1])
 
 
-def test_one_layer_is_alive_at_a_time(written: Written) -> None:
+def test_a_shorter_way_to_a_layer_s_output_is_taken(written: Written) -> None:
     stream = stream_of(written)
     batches, hidden = start(stream, written)
-    alive: list[weakref.ref[nn.Module]] = []
-
-    def visit(index: int, layer: nn.Module, _: object) -> None:
-        gc.collect()
-        assert all(earlier() is None for earlier in alive)
-        alive.append(weakref.ref(layer))
-
     with hidden:
-        stream.run(batches, hidden, visit=visit)
-    assert len(alive) == len(stream) == 2
-    held = {name.split(".")[0] for name, p in stream.skeleton.core.language_model.named_parameters() if p.numel()}
-    assert "layers" not in held
+        for index, layer in stream.layers(1):
+            stream.advance(index, layer, batches, hidden, lambda number: torch.full_like(hidden[number], number))
+        assert all(bool((hidden[number] == number).all()) for number in range(len(batches)))
+
+
+def test_one_layer_has_weights_at_a_time_whoever_holds_the_others(written: Written) -> None:
+    stream = stream_of(written)
+    held: list[nn.Module] = []
+    for _, layer in stream.layers():
+        assert all(parameter.is_meta for earlier in held for parameter in earlier.parameters())
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+        held.append(layer)
+    assert len(held) == len(stream) == 2
+    kept = {name.split(".")[0] for name, p in stream.skeleton.core.language_model.named_parameters() if p.numel()}
+    assert "layers" not in kept
 
 
 def test_states_in_a_file_are_the_same_and_leave_nothing_behind(

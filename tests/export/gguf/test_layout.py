@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from export.gguf.artifact import GgufOptions, export_gguf
-from export.gguf.vision import _by_layer, vision_tensors
+from export.gguf.families.llava import _by_layer
+from export.gguf.vision import vision_tensors
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import CheckpointError, InputError
 from tests.export.gguf.geometries import write_geometry

@@ -11,7 +11,7 @@ import torch
 
 from calibration.sets.conversations import Sample
 from calibration.streaming.batches import Row
-from quantize.streamed.estimate import available_memory, check_memory, estimate, shown_seconds
+from quantize.streamed.estimate import check_memory, estimate, shown_seconds
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
 
@@ -41,7 +41,6 @@ def test_estimates_follow_what_they_are_made_of() -> None:
 def test_measured_speed_gives_a_time() -> None:
     found = estimate(open_checkpoint("tiny-safegem"), [rows(8, 64)], dtype=torch.float32, device=torch.device("cpu"))
     assert 1e-4 < found.seconds_per_layer < 10
-    assert available_memory() > 2**28
 
 
 def test_the_promise_of_memory_is_kept_as_seen_from_outside(tmp_path: Path) -> None:

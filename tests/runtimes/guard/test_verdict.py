@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from runtimes.guard.verdict import decide, safe_index
+from runtimes.guard.verdict import decide
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import Band, GuardFile
 from safevlm.errors import InputError
 from tests.runtimes.bundles import CLASSES, fitted

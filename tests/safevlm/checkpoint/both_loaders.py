@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
+from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.network.filling import fill, on_meta
 from safevlm.network.reference import leave_out_unread
-from safevlm.network.safe_vlm import model_class_of
 from tests.safevlm.checkpoint.seeded_models import seeded_head
 
 
@@ -32,7 +32,7 @@ def ours(folder: Path) -> Any:
     """Return the model that this project computes with, as ``load_safe_vlm`` fills it."""
     checkpoint = open_checkpoint(folder, tap="projector")
     config = build_config(checkpoint)
-    model: Any = on_meta(lambda: model_class_of(config)(config))
+    model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
     leave_out_unread(model.model, checkpoint.tensors)
     fill(model, checkpoint.tensors, prefix="")
     if config.tie_word_embeddings:

@@ -1,1 +1,0 @@
-"""Records of speed as one page."""
