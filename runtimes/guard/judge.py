@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.guard.bundle import open_bundle
+from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.runner import GuardRunner
 from runtimes.guard.select import select_runner
 from runtimes.guard.verdict import Finding, Judgement, decide, worst
@@ -57,7 +57,7 @@ class Guard:
     @classmethod
     def open(
         cls,
-        path: Path | str,
+        source: Path | str | Bundle,
         runtime: str = "auto",
         *,
         precision: str | None = None,
@@ -66,13 +66,13 @@ class Guard:
         batch: int = BATCH,
         view: ViewMode = "tiles",
     ) -> Guard:
-        """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`.
+        """Open a bundle (:func:`open_bundle`), or take an open one; the runtime itself is loaded on entering the guard.
 
         Thresholds are those fitted on the very file that runs. Runtime ``torch`` runs the checkpoint and no file of
         the bundle, so it has none: it blocks from 0.5 up, as a bundle does before thresholds are fitted. ``view`` says
         how large images are treated: see ``runtimes.images.tiling``.
         """
-        bundle = open_bundle(path, verify=verify)
+        bundle = source if isinstance(source, Bundle) else open_bundle(source, verify=verify)
         runner = select_runner(bundle, runtime, precision=precision, threads=threads)
         file = getattr(runner, "file", None)
         thresholds = None if file is None else bundle.manifest.thresholds_of(file.path)
