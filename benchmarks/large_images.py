@@ -18,7 +18,7 @@ from PIL import Image
 
 from calibration.holisafe_mini.scene import draw
 from calibration.holisafe_mini.suite import build_suite
-from runtimes.guard.verdict import DEFAULT_BLOCK
+from runtimes.guard.verdict import decide
 from runtimes.images.tiling import ViewMode, judged_pixels
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.contract.preprocessing import Preprocessing
@@ -91,24 +91,24 @@ def _blocked(vlm: SafeVLM, images: Sequence[Image.Image], view: ViewMode) -> tup
     """Return the share that is blocked, and how many images are read for one."""
     assert vlm.preprocessing is not None
     pixels = [_judged(image, vlm.preprocessing, view) for image in images]
-    p_unsafe = iter(_p_unsafe(vlm, [each for of_one in pixels for each in of_one]))
-    worst = [max(next(p_unsafe) for _ in of_one) for of_one in pixels]
-    return float(np.mean([p >= DEFAULT_BLOCK for p in worst])), sum(map(len, pixels)) / len(images)
+    blocks = _verdicts(vlm, [each for of_one in pixels for each in of_one])
+    blocked = [sum(next(blocks) for _ in of_one) > 0 for of_one in pixels]
+    return float(np.mean(blocked)), sum(map(len, pixels)) / len(images)
 
 
 def _judged(image: Image.Image, preprocessing: Preprocessing, view: ViewMode) -> list[npt.NDArray[np.uint8]]:
     return [pixels for _, pixels in judged_pixels(image, preprocessing, view)]
 
 
-def _p_unsafe(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator[float]:
+def _verdicts(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator[bool]:
+    """Yield whether each is blocked."""
     import torch
 
     for start in range(0, len(pixels), BATCH):
         batch = torch.from_numpy(np.stack(pixels[start : start + BATCH]))
         with torch.inference_mode():
-            yield from (
-                1 - np.asarray(vlm.begin(batch, ["What is this?"] * len(batch), None).guard_probs)[:, 0]
-            ).tolist()
+            found = vlm.begin(batch, ["What is this?"] * len(batch), None)
+        yield from (decide(row, vlm.classes).verdict == "block" for row in np.asarray(found.guard_probs))
 
 
 @click.command(name="large_images")

@@ -64,13 +64,14 @@ def main(
     Exits with 0 when every file was judged and is allowed, 10 when one is blocked or unsure, 2 when one was not judged
     and none is blocked.
     """
+    from runtimes.guard.bundle import open_bundle
     from runtimes.guard.judge import Guard
     from runtimes.guard.random_weights import warn_of_random_weights
 
     found = _expand(images)
-    opened = Guard.open(bundle, runtime, precision=precision, threads=threads, view=view)
-    warn_of_random_weights(bundle)
-    with opened as guard:
+    opened = open_bundle(bundle)
+    warn_of_random_weights(opened)
+    with Guard.open(opened, runtime, precision=precision, threads=threads, view=view) as guard:
         judgements = found.judge(guard)
     for judgement in judgements:
         if judgement.error is not None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from benchmarks.comparison.findings import Curve, Flip, GuardCurves, Line
 from benchmarks.comparison.measures import GuardRows
 from benchmarks.statistics.guard import guard_metrics, paired_bootstrap, reliability_points, roc_points
+from runtimes.guard.verdict import unsafe_probability
 
 __all__ = ["guard_curves", "guard_flips", "guard_number_lines"]
 
@@ -59,7 +60,7 @@ def guard_flips(rows: GuardRows, classes: Sequence[str] | None) -> list[Flip]:
     """Return images that are blocked in one run and not in the other."""
     found = []
     for at, pair in enumerate(rows.pairs):
-        blocked = [1 - probs[at, 0] >= rows.threshold for probs in (rows.before, rows.after)]
+        blocked = [unsafe_probability(probs[at]) >= rows.threshold for probs in (rows.before, rows.after)]
         if blocked[0] == blocked[1]:
             continue
         unsafe = bool(rows.labels[at] > 0)

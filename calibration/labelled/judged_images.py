@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from calibration.labelled.labels import LabelledImage, Labels
 from calibration.labelled.risk_control import Bands, Promise, fit_bands, measure
 from runtimes.guard.runner import GuardRunner
-from runtimes.guard.verdict import decide
+from runtimes.guard.verdict import harms, unsafe_probability
 from runtimes.images.tiling import judged_pixels
 from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest_fields import ViewMode
@@ -128,5 +128,5 @@ def _check_readable(unreadable: Sequence[str], n: int) -> None:
 
 def scores_of(probs: NDArray[np.float32], classes: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
     """Return p(unsafe) and the most probable harm of each row, as judging computes them."""
-    decisions = [decide(row, classes) for row in probs]
-    return np.array([d.p_unsafe for d in decisions]), [d.harm for d in decisions]
+    safe = safe_index(classes)
+    return unsafe_probability(probs, safe), [classes[at] for at in harms(probs, safe)]

@@ -28,6 +28,7 @@ from export.guard.bundle import data_beside
 from export.guard.int8_file import FLAVOURS, Flavour, Pictures, activation_ranges, quantizable, write_int8
 from export.guard.latency import latency_of
 from runtimes.guard.bundle import sha256_of
+from runtimes.guard.verdict import unsafe_probability
 from safevlm.contract.manifest import GuardFile, Latency, Parity
 from safevlm.errors import CheckpointError, PrecisionError
 from safevlm.machine import times_ms
@@ -241,7 +242,7 @@ def _judge(reference: Floats, found: Floats, unsafe: NDArray[np.bool_] | None, s
     if not np.isfinite(found).all():
         return _Judged(flips=len(found), largest=1.0, auroc=None, auroc_change=1.0)
     truth = reference.argmax(axis=1) != safe if unsafe is None else unsafe
-    before, after = (auroc(1 - probs[:, safe].astype(np.float64), truth) for probs in (reference, found))
+    before, after = (auroc(unsafe_probability(probs, safe), truth) for probs in (reference, found))
     return _Judged(
         flips=int((reference.argmax(axis=1) != found.argmax(axis=1)).sum()),
         largest=float(np.abs(reference.astype(np.float64) - found).max()),

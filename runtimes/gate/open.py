@@ -25,7 +25,7 @@ __all__ = ["ended", "open_gate", "open_told"]
 
 
 def open_gate(
-    bundle: Path | str | None,
+    bundle: Path | str | Bundle | None,
     model: str | None = None,
     *,
     policy: Policy | None = None,
@@ -50,7 +50,7 @@ def open_gate(
     Errors: InputError for neither; those of opening either.
     """
     from runtimes.gate.gate import Gate
-    from runtimes.guard.bundle import open_bundle
+    from runtimes.guard.bundle import Bundle, open_bundle
     from runtimes.guard.judge import Guard
     from runtimes.language.gguf_artifact import is_gguf
 
@@ -61,7 +61,7 @@ def open_gate(
                 "folder that python -m export.gguf wrote, whose guard is in it."
             )
         return _gguf_alone(model, policy, timeout, threads=threads, context=context, gpu_layers=gpu_layers, view=view)
-    opened = open_bundle(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     manifest = opened.manifest
     if model is not None and is_gguf(model):
         language, tower = _gguf_language(model, threads=threads, context=context, gpu_layers=gpu_layers)
@@ -71,7 +71,7 @@ def open_gate(
         )
     guard, shared = None, False
     if manifest.source.standalone:
-        guard = Guard.open(bundle, runtime, precision=precision, threads=threads, verify=False, view=view)
+        guard = Guard.open(opened, runtime, precision=precision, threads=threads, view=view)
         if any(output.name == "embeddings" for file in manifest.files for output in file.outputs):
             shared = tower() == manifest.source.sha256
     return Gate(guard, language, policy, timeout, digest=opened.digest, share_embeddings=shared)
@@ -141,8 +141,11 @@ def open_told(bundle: Path | None, model: str | None, policy: Path | None, **opt
 
     ``options`` and errors are those of :func:`open_gate`, and of :func:`runtimes.guard.policy.read_policy`.
     """
-    gate = open_gate(bundle, model, policy=None if policy is None else read_policy(policy), **options)
-    warn_of_random_weights(bundle, gate.language)
+    from runtimes.guard.bundle import open_bundle
+
+    opened = None if bundle is None else open_bundle(bundle)
+    gate = open_gate(opened, model, policy=None if policy is None else read_policy(policy), **options)
+    warn_of_random_weights(opened, gate.language)
     return gate
 
 

@@ -18,8 +18,7 @@ from runtimes.gate.judged_views import JudgedViews, judge_views
 from runtimes.gate.lane import OverranError, WaitedError
 from runtimes.gate.parts import GateParts
 from runtimes.gate.result import GateResult
-from runtimes.guard.policy import Finding, find
-from runtimes.guard.verdict import worst
+from runtimes.guard.verdict import Finding, decide, stops_at_exact, stops_at_guard, worst
 from runtimes.images.views import ImageSource
 from runtimes.language.language import LanguageRunner
 from runtimes.language.writing import Writing
@@ -76,13 +75,10 @@ class GateRequest:
         gate = self.gate
         judged = self._judge()
         found = self._guard_finding(judged)
-        if found is not None and found.verdict == "block":
-            return self._blocked("guard", found, f"the standalone guard blocks the image{self._as_others_show_it()}")
-        settled = not self.hidden and self._can_settle()
-        if found is not None and found.verdict == "unsure" and not settled and self._stops_unsure(found.review):
-            about = f" of the image{self._as_others_show_it()}" if self.hidden else ""
-            reason = f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
-            return self._blocked("guard", found, reason)
+        if found is not None:
+            stopped = stops_at_guard(found, gate.policy, settles=self._can_settle(), hidden=self._hidden_view())
+            if stopped is not None:
+                return self._blocked("guard", found, stopped)
         if gate.language is not None:
             return self._answer(gate.language, judged, found)
         assert found is not None  # a gate has a guard or a language model
@@ -143,24 +139,15 @@ class GateRequest:
 
     def _refusal(self, found: Finding | None, exact: Finding, judged: JudgedViews, at: int = 0) -> GateResult | None:
         """Return the block that the exact verdict on a view demands, or None."""
-        before = None if found is None else found.verdict
-        if exact.verdict == "allow" or (before == "allow" and not self.gate.policy.confirm):
-            return None
-        review = exact.review or (found is not None and found.review)
-        if exact.verdict == "unsure" and not self._stops_unsure(review):
+        hidden = judged.views.name(at) if judged.views.is_hidden(at) else None
+        stopped = stops_at_exact(exact, self.gate.policy, before=found, hidden=hidden)
+        if stopped is None:
             return None
         self._decided_on(judged, at)
-        does = "blocks the image" if exact.verdict == "block" else "is unsure of the image"
-        after = {"allow": ", which the standalone guard allowed", "unsure": "; the standalone guard was unsure"}
-        return self._blocked(
-            "exact",
-            exact,
-            f"the exact verdict {does}{self._as_others_show_it()}{after.get(before or '', '')}",
-            review=review,
-        )
+        return self._blocked("exact", exact, stopped, review=found is not None and found.review)
 
-    def _as_others_show_it(self) -> str:
-        return f" as other readers show it ({self.view})" if self.hidden else ""
+    def _hidden_view(self) -> str | None:
+        return self.view if self.hidden else None
 
     # -- its parts --------------------------------------------------------------------------------------
 
@@ -206,7 +193,7 @@ class GateRequest:
         guard = self.gate.guard
         if guard is None:
             return None
-        findings = [find(row, guard.classes, self.gate.policy, "guard", guard.thresholds) for row in judged.probs]
+        findings = [decide(row, guard.classes, guard.thresholds, policy=self.gate.policy) for row in judged.probs]
         at = worst(findings, judged.views.own)
         self.unsure_tiles = [tile for tile in range(1, judged.views.own) if findings[tile].verdict == "unsure"]
         self._decided_on(judged, at)
@@ -219,13 +206,9 @@ class GateRequest:
     def _exact_finding(self, language: LanguageRunner, probs: npt.NDArray[np.float32] | None) -> Finding:
         if probs is None or language.classes is None:
             raise SafeVLMError(f"runtime {language.runtime} gave no exact verdict, and there is no other")
-        found = find(probs, language.classes, self.gate.policy, "exact")
+        found = decide(probs, language.classes, policy=self.gate.policy, stage="exact")
         self.exact_probs = dict(zip(language.classes, map(float, probs), strict=True))
         return found
-
-    def _stops_unsure(self, review: bool) -> bool:
-        """Say whether an image that no stage could settle is blocked."""
-        return review or self.gate.policy.still_unsure == "block"
 
     @contextmanager
     def _timed(self, part: Part) -> Iterator[None]:

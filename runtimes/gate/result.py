@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from runtimes.guard.policy import Finding, Policy
+from runtimes.guard.policy import Policy
+from runtimes.guard.verdict import Finding
 
 __all__ = ["GateResult"]
 

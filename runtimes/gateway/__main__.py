@@ -15,6 +15,7 @@ import click
 
 from runtimes.gateway.serving.config import PREFIX, config_option, naming_its_line
 from runtimes.gateway.serving.logs import LineHandler
+from runtimes.guard.bundle import open_bundle
 from runtimes.guard.options import precision_option, runtime_option
 from runtimes.guard.policy import read_policy
 from runtimes.guard.random_weights import warn_of_random_weights
@@ -92,7 +93,6 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     except InputError as error:
         raise naming_its_line(click.get_current_context(), error) from error
     gateway = replace(gateway, again=lambda: _gateway(given))
-    warn_of_random_weights(given["bundle"], gateway.gate.language)
     app = create_app(gateway)
     if gateway.upstream is not None:
         check_speaks_http(gateway.upstream)
@@ -159,8 +159,9 @@ def _gateway(given: dict[str, Any]) -> Any:
     )
     if given["bundle"] is None and given["model"] is None:
         raise InputError("nothing to serve: give --bundle (and --upstream or --model), or --model with a GGUF folder.")
+    bundle = None if given["bundle"] is None else open_bundle(given["bundle"])
     gateway = Gateway.open(
-        given["bundle"],
+        bundle,
         upstream=given["upstream"],
         model=given["model"],
         policy=None if given["policy"] is None else read_policy(given["policy"]),
@@ -171,6 +172,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         precision=given["precision"],
         threads=given["threads"],
     )
+    warn_of_random_weights(bundle, gateway.gate.language)
     if given["client_keys"] is None:
         return gateway
     if given["api_key_env"] is not None:

@@ -10,6 +10,7 @@ from runtimes.gate.gate import Gate
 from runtimes.gate.open import open_gate
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.serving.clients import Clients
+from runtimes.guard.bundle import Bundle
 from runtimes.guard.judge import Guard
 from runtimes.guard.policy import Policy
 from safevlm.errors import InputError
@@ -38,7 +39,7 @@ class Gateway:
     @classmethod
     def open(
         cls,
-        bundle: Path | str | None,
+        bundle: Path | str | Bundle | None,
         *,
         upstream: str | None = None,
         model: str | None = None,

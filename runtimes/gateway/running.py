@@ -35,6 +35,7 @@ from runtimes.gateway.serving.streams import EventsResponse, answer_events, fail
 from runtimes.gateway.serving.threads import off_loop
 from runtimes.gateway.upstream.embedded import Embedded, Told
 from runtimes.gateway.upstream.upstream import Events, HttpUpstream
+from runtimes.guard.verdict import stops_at_guard
 from safevlm.errors import SafeVLMError
 
 __all__ = ["Running"]
@@ -224,15 +225,9 @@ class Running:
 
     def _stops(self, judged: Judged, judge: Judge) -> str | None:
         """Return why an image is not answered about, None where it may be."""
-        finding, policy = judged.finding, judge.policy
-        image = f"the image as other readers show it ({judged.view})" if judged.hidden else "the image"
-        if finding.verdict == "block":
-            return f"the standalone guard blocks {image}"
-        settled = self.embedded is not None and self.embedded.settles and not judged.hidden
-        if finding.verdict == "unsure" and not settled and (finding.review or policy.still_unsure == "block"):
-            about = f" of {image}" if judged.hidden else ""
-            return f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
-        return None
+        settles = self.embedded is not None and self.embedded.settles
+        hidden = judged.view if judged.hidden else None
+        return stops_at_guard(judged.finding, judge.policy, settles=settles, hidden=hidden)
 
     def _blocked(
         self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], index: int, reason: str

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.guard.bundle import open_bundle
+from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.runner import GuardRunner
 from runtimes.guard.select import select_runner
-from runtimes.guard.verdict import Judgement, decide, worst
+from runtimes.guard.verdict import Finding, Judgement, decide, worst
 from runtimes.images.tiling import ViewMode, checked_mode
 from runtimes.images.view_option import view_note
 from runtimes.images.views import ImageSource, ImageViews, read_views
@@ -57,7 +57,7 @@ class Guard:
     @classmethod
     def open(
         cls,
-        path: Path | str,
+        source: Path | str | Bundle,
         runtime: str = "auto",
         *,
         precision: str | None = None,
@@ -66,13 +66,13 @@ class Guard:
         batch: int = BATCH,
         view: ViewMode = "tiles",
     ) -> Guard:
-        """Open a bundle; the runtime itself is loaded on entering the guard. See :func:`open_bundle`.
+        """Open a bundle (:func:`open_bundle`), or take an open one; the runtime itself is loaded on entering the guard.
 
         Thresholds are those fitted on the very file that runs. Runtime ``torch`` runs the checkpoint and no file of
         the bundle, so it has none: it blocks from 0.5 up, as a bundle does before thresholds are fitted. ``view`` says
         how large images are treated: see ``runtimes.images.tiling``.
         """
-        bundle = open_bundle(path, verify=verify)
+        bundle = source if isinstance(source, Bundle) else open_bundle(source, verify=verify)
         runner = select_runner(bundle, runtime, precision=precision, threads=threads)
         file = getattr(runner, "file", None)
         thresholds = None if file is None else bundle.manifest.thresholds_of(file.path)
@@ -137,23 +137,32 @@ class Guard:
         return [row for picture in pictures for row in self._rows([picture])]
 
     def _judgement(self, name: str, views: ImageViews, rows: list[_Row]) -> Judgement:
-        read = [(at, row) for at, row in enumerate(rows) if not isinstance(row, SafeVLMError)]
-        decisions = [decide(row, self.classes, self.thresholds) for _, row in read]
-        failure = next((row for row in rows if isinstance(row, SafeVLMError)), None)
-        if failure is not None and not any(decision.verdict == "block" for decision in decisions):
+        found = [self._finding(row) for row in rows]
+        findings = {at: each for at, each in enumerate(found) if isinstance(each, Finding)}
+        failure = next((each for each in found if isinstance(each, SafeVLMError)), None)
+        if failure is not None and not any(each.verdict == "block" for each in findings.values()):
             return Judgement(file=name, verdict="error", error=str(failure), view_mode=self.view)
-        chosen = worst(decisions, sum(not views.is_hidden(at) for at, _ in read))
-        at, row = read[chosen]
+        at = list(findings)[worst(list(findings.values()), sum(not views.is_hidden(each) for each in findings))]
+        finding, row = findings[at], rows[at]
+        assert not isinstance(row, SafeVLMError)  # it has a finding
         return Judgement(
             file=name,
-            verdict=decisions[chosen].verdict,
-            label=decisions[chosen].label,
-            p_unsafe=decisions[chosen].p_unsafe,
+            verdict=finding.verdict,
+            label=finding.label,
+            p_unsafe=finding.p_unsafe,
             probs=dict(zip(self.classes, map(float, row), strict=True)),
             view=views.name(at),
             views=views.names if len(views.names) > 1 else (),
             view_mode=self.view,
         )
+
+    def _finding(self, row: _Row) -> Finding | SafeVLMError:
+        if isinstance(row, SafeVLMError):
+            return row
+        try:
+            return decide(row, self.classes, self.thresholds)
+        except SafeVLMError as error:  # what a runner gave is no row of probabilities
+            return error
 
 
 def _name(image: ImageSource, position: int) -> str:

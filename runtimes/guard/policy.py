@@ -29,29 +29,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
-from runtimes.guard.runner import SUM_TOLERANCE
-from runtimes.guard.verdict import DEFAULT_BLOCK
 from safevlm.contract.class_names import MAX_LENGTH, safe_index
-from safevlm.contract.manifest import Thresholds
 from safevlm.contract.manifest_fields import BelowOne, Frozen, Probability
-from safevlm.errors import InputError, SafeVLMError
+from safevlm.errors import InputError
 from safevlm.files.json_file import first_problem
 from safevlm.files.table_file import read_table
 from safevlm.terminal.printable import shortened
 
-__all__ = ["Action", "Finding", "Limits", "Policy", "Stage", "find", "read_policy"]
+__all__ = ["DEFAULT_BLOCK", "DEFAULT_LIMITS", "Action", "Limits", "Policy", "read_policy"]
 
 Action = Literal["block", "allow", "review"]
-Stage = Literal["guard", "exact"]
-LimitsFrom = Literal["policy", "bundle", "default"]
 
 
 class Limits(Frozen):
@@ -67,6 +59,8 @@ class Limits(Frozen):
         return self
 
 
+DEFAULT_BLOCK = 0.5
+"""p(unsafe) from which an image is blocked until thresholds are fitted."""
 DEFAULT_LIMITS = Limits(block=DEFAULT_BLOCK, allow=DEFAULT_BLOCK)
 
 
@@ -97,80 +91,6 @@ class Policy(Frozen):
                 raise InputError(f"the policy names the class {shortened(name)!r}; this guard knows {known}.{nearest}")
         if all(self.action(name) == "allow" for name in classes if name != safe):
             raise InputError("the policy allows every class, so that nothing would be blocked. Name classes to block.")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one stage makes of one row of probabilities, its policy applied.
-
-    ``label`` is the most probable class, ``harm`` the most probable one that is neither safe nor allowed by the
-    policy (None when there is none); ``p_unsafe`` is the probability of all of the latter together, which was
-    compared with ``limits``; ``limits_from`` says whose they are. ``review`` is set where the policy wants a
-    person to look at what is not allowed.
-    """
-
-    verdict: Literal["allow", "block", "unsure"]
-    label: str
-    harm: str | None
-    p_unsafe: float
-    limits: Limits
-    limits_from: LimitsFrom
-    review: bool = False
-
-
-def find(
-    probs_C: npt.NDArray[np.float32],
-    classes: Sequence[str],
-    policy: Policy,
-    stage: Stage,
-    thresholds: Thresholds | None = None,
-) -> Finding:
-    """Judge one row of C probabilities; ``thresholds`` are those fitted for this stage, if any were.
-
-    Errors: SafeVLMError when the row is not C finite probabilities that sum to 1.
-    """
-    _check_row(probs_C, classes, stage)
-    safe = safe_index(classes)
-    label = classes[int(probs_C.argmax())]
-    counted = [at for at, name in enumerate(classes) if at != safe and policy.action(name) != "allow"]
-    if len(counted) == len(classes) - 1:
-        p_unsafe = min(1.0, max(0.0, 1.0 - float(probs_C[safe])))  # as runtimes.guard.verdict has it, to the last bit
-    else:
-        p_unsafe = min(1.0, float(sum(float(probs_C[at]) for at in counted)))
-    if not counted:
-        return Finding("allow", label, None, p_unsafe, DEFAULT_LIMITS, "policy")
-    harm = classes[max(counted, key=lambda at: float(probs_C[at]))]
-    limits, limits_from = _limits(policy, stage, thresholds, harm)
-    verdict: Literal["allow", "block", "unsure"] = "unsure"
-    if p_unsafe >= limits.block:
-        verdict = "block"
-    elif p_unsafe < limits.allow:
-        verdict = "allow"
-    review = policy.action(harm) == "review" and verdict != "allow"
-    if review and stage == "guard":
-        verdict = "unsure"
-    return Finding(verdict, label, harm, p_unsafe, limits, limits_from, review)
-
-
-def _limits(policy: Policy, stage: Stage, thresholds: Thresholds | None, harm: str) -> tuple[Limits, LimitsFrom]:
-    stated = policy.guard if stage == "guard" else policy.exact
-    if stated is not None:
-        return stated, "policy"
-    if thresholds is None:
-        return DEFAULT_LIMITS, "default"
-    band = thresholds.band(harm)
-    return Limits(block=band.block, allow=band.allow), "bundle"
-
-
-def _check_row(probs_C: npt.NDArray[np.float32], classes: Sequence[str], stage: Stage) -> None:
-    if probs_C.shape != (len(classes),):
-        raise SafeVLMError(
-            f"the {stage} verdict has shape {probs_C.shape}; one row of {len(classes)} probabilities is judged."
-        )
-    if not np.isfinite(probs_C).all():
-        raise SafeVLMError(f"the {stage} verdict holds numbers that are not finite: {probs_C.tolist()}.")
-    if (probs_C < 0).any() or abs(float(probs_C.sum()) - 1) > SUM_TOLERANCE:
-        raise SafeVLMError(f"the {stage} verdict is not a row of probabilities: its sum is {probs_C.sum():.4g}.")
 
 
 def read_policy(path: Path) -> Policy:

@@ -1,38 +1,62 @@
-"""From class probabilities to a verdict."""
+"""From class probabilities to a verdict with its reason. This is the only place where one is made.
+
+``decide`` judges one row; ``worst`` chooses among the views and tiles of an image; ``stops_at_guard`` and
+``stops_at_exact`` say whether an image is stopped there, and why. ``check``, the gate, chat, the gateway and the batch
+commands call these and compute nothing of it themselves (``tests/runtimes/guard/test_one_verdict.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.guard.policy import DEFAULT_LIMITS, Limits, Policy
+from runtimes.guard.runner import SUM_TOLERANCE
 from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import Thresholds
-from safevlm.errors import InputError
+from safevlm.errors import SafeVLMError
 
-__all__ = ["DEFAULT_BLOCK", "Decision", "Judgement", "Verdict", "decide", "harms", "worst"]
+__all__ = [
+    "Finding",
+    "Judgement",
+    "Stage",
+    "Verdict",
+    "decide",
+    "harms",
+    "stops_at_exact",
+    "stops_at_guard",
+    "unsafe_probability",
+    "worst",
+]
 
 Verdict = Literal["allow", "block", "unsure", "error"]
+Stage = Literal["guard", "exact"]
+LimitsFrom = Literal["policy", "bundle", "default"]
 SEVERITY = {"allow": 0, "unsure": 1, "block": 2}
-
-DEFAULT_BLOCK = 0.5
-"""p(unsafe) from which an image is blocked until thresholds are fitted."""
+NO_POLICY = Policy()
 
 
 @dataclass(frozen=True)
-class Decision:
-    """A verdict on one row of probabilities.
+class Finding:
+    """What one stage makes of one row of probabilities, its policy applied.
 
-    ``label`` is the most probable class, safe included; ``harm`` the most probable one that is not safe.
+    ``label`` is the most probable class, ``harm`` the most probable one that is neither safe nor allowed by the
+    policy (None when there is none); ``p_unsafe`` is the probability of all of the latter together, which was
+    compared with ``limits``; ``limits_from`` says whose they are. ``review`` is set where the policy wants a
+    person to look at what is not allowed.
     """
 
-    verdict: Verdict
+    verdict: Literal["allow", "block", "unsure"]
     label: str
+    harm: str | None
     p_unsafe: float
-    harm: str
+    limits: Limits
+    limits_from: LimitsFrom
+    review: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,14 +95,7 @@ class Judgement:
         return stated if self.error is None else stated | {"error": self.error}
 
 
-class _Judged(Protocol):
-    @property
-    def verdict(self) -> Verdict: ...
-    @property
-    def p_unsafe(self) -> float: ...
-
-
-def worst(views: Sequence[_Judged], own: int = 1) -> int:
+def worst(views: Sequence[Finding], own: int = 1) -> int:
     """Return which verdict on the views of an image and their tiles counts; the first ``own`` are of the usual view.
 
     Being unsure of another view weighs more than of the usual one, which alone can be settled elsewhere.
@@ -94,19 +111,88 @@ def worst(views: Sequence[_Judged], own: int = 1) -> int:
     )
 
 
-def decide(probs: npt.NDArray[np.float32], classes: Sequence[str], thresholds: Thresholds | None = None) -> Decision:
-    """Judge one row of C probabilities.
+def decide(
+    probs_C: npt.NDArray[np.float32],
+    classes: Sequence[str],
+    thresholds: Thresholds | None = None,
+    *,
+    policy: Policy = NO_POLICY,
+    stage: Stage = "guard",
+) -> Finding:
+    """Judge one row of C probabilities; ``thresholds`` are those fitted for this stage, if any were.
 
-    p(unsafe) is 1 - p(safe). Without thresholds, block from 0.5 up, else allow. With them: block from
-    ``block`` up, allow below ``allow``, unsure between, in the band of the most probable harm.
+    p(unsafe) is 1 - p(safe), without what the policy allows. Block from the limits' ``block`` up, allow below their
+    ``allow``, unsure between: in the policy's limits, otherwise in the band of the most probable harm, otherwise
+    at 0.5. Raises SafeVLMError when the row is not C finite probabilities that sum to 1.
     """
-    if probs.shape != (len(classes),):
-        raise InputError(f"one row of {len(classes)} probabilities is judged, not a shape of {probs.shape}")
+    _check_row(probs_C, classes, stage)
     safe = safe_index(classes)
-    p_unsafe = min(1.0, max(0.0, 1.0 - float(probs[safe])))
-    label = classes[int(probs.argmax())]
-    harm = classes[int(harms(probs[None], safe)[0])]
-    return Decision(_verdict(p_unsafe, harm, thresholds), label, p_unsafe, harm)
+    label = classes[int(probs_C.argmax())]
+    counted = [at for at, name in enumerate(classes) if at != safe and policy.action(name) != "allow"]
+    if len(counted) == len(classes) - 1:
+        p_unsafe = float(unsafe_probability(probs_C, safe))
+    else:
+        p_unsafe = min(1.0, float(sum(float(probs_C[at]) for at in counted)))
+    if not counted:
+        return Finding("allow", label, None, p_unsafe, DEFAULT_LIMITS, "policy")
+    harm = classes[max(counted, key=lambda at: float(probs_C[at]))]
+    limits, limits_from = _limits(policy, stage, thresholds, harm)
+    verdict: Literal["allow", "block", "unsure"] = "unsure"
+    if p_unsafe >= limits.block:
+        verdict = "block"
+    elif p_unsafe < limits.allow:
+        verdict = "allow"
+    review = policy.action(harm) == "review" and verdict != "allow"
+    if review and stage == "guard":
+        verdict = "unsure"
+    return Finding(verdict, label, harm, p_unsafe, limits, limits_from, review)
+
+
+def stops_at_guard(finding: Finding, policy: Policy, *, settles: bool, hidden: str | None = None) -> str | None:
+    """Return why an image is stopped by the standalone guard, None where it goes on to the language model.
+
+    ``settles``: there will be an exact verdict on what the guard judged. ``hidden`` names the view that the finding is
+    of where that is not what is shown: no exact verdict settles it.
+    """
+    image = f"the image{_as_others_show_it(hidden)}"
+    if finding.verdict == "block":
+        return f"the standalone guard blocks {image}"
+    if finding.verdict == "unsure" and not (settles and hidden is None) and _stops_unsure(policy, finding.review):
+        about = "" if hidden is None else f" of {image}"
+        return f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
+    return None
+
+
+def stops_at_exact(
+    exact: Finding, policy: Policy, *, before: Finding | None = None, hidden: str | None = None
+) -> str | None:
+    """Return why an image is stopped by the exact verdict, None where it is answered about.
+
+    ``before`` is the standalone guard's finding, if there is such a guard; ``hidden`` as in :func:`stops_at_guard`.
+    """
+    earlier = None if before is None else before.verdict
+    if exact.verdict == "allow" or (earlier == "allow" and not policy.confirm):
+        return None
+    review = exact.review or (before is not None and before.review)
+    if exact.verdict == "unsure" and not _stops_unsure(policy, review):
+        return None
+    does = "blocks the image" if exact.verdict == "block" else "is unsure of the image"
+    after = {"allow": ", which the standalone guard allowed", "unsure": "; the standalone guard was unsure"}
+    return f"the exact verdict {does}{_as_others_show_it(hidden)}{after.get(earlier or '', '')}"
+
+
+def _stops_unsure(policy: Policy, review: bool) -> bool:
+    """Say whether an image that no stage could settle is blocked."""
+    return review or policy.still_unsure == "block"
+
+
+def _as_others_show_it(hidden: str | None) -> str:
+    return "" if hidden is None else f" as other readers show it ({hidden})"
+
+
+def unsafe_probability(probs: npt.ArrayLike, safe: int = 0) -> npt.NDArray[np.float64]:
+    """Return p(unsafe) = 1 - p(safe) of rows of C probabilities, in float64 and within 0..1."""
+    return np.clip(1.0 - np.asarray(probs)[..., safe].astype(np.float64), 0.0, 1.0)
 
 
 def harms(probs_NC: npt.NDArray[np.float32], safe: int) -> npt.NDArray[np.int64]:
@@ -117,10 +203,22 @@ def harms(probs_NC: npt.NDArray[np.float32], safe: int) -> npt.NDArray[np.int64]
     return found
 
 
-def _verdict(p_unsafe: float, harm: str, thresholds: Thresholds | None) -> Verdict:
+def _limits(policy: Policy, stage: Stage, thresholds: Thresholds | None, harm: str) -> tuple[Limits, LimitsFrom]:
+    stated = policy.guard if stage == "guard" else policy.exact
+    if stated is not None:
+        return stated, "policy"
     if thresholds is None:
-        return "block" if p_unsafe >= DEFAULT_BLOCK else "allow"
+        return DEFAULT_LIMITS, "default"
     band = thresholds.band(harm)
-    if p_unsafe >= band.block:
-        return "block"
-    return "allow" if p_unsafe < band.allow else "unsure"
+    return Limits(block=band.block, allow=band.allow), "bundle"
+
+
+def _check_row(probs_C: npt.NDArray[np.float32], classes: Sequence[str], stage: Stage) -> None:
+    if probs_C.shape != (len(classes),):
+        raise SafeVLMError(
+            f"the {stage} verdict has shape {probs_C.shape}; one row of {len(classes)} probabilities is judged."
+        )
+    if not np.isfinite(probs_C).all():
+        raise SafeVLMError(f"the {stage} verdict holds numbers that are not finite: {probs_C.tolist()}.")
+    if (probs_C < 0).any() or abs(float(probs_C.sum()) - 1) > SUM_TOLERANCE:
+        raise SafeVLMError(f"the {stage} verdict is not a row of probabilities: its sum is {probs_C.sum():.4g}.")

@@ -22,7 +22,7 @@ from benchmarks.runs.answering.answerer import (
 from benchmarks.runs.answering.gguf import gguf_artifact, gguf_runtime
 from benchmarks.runs.record import Artifact, Row, Runtime
 from runtimes.gate.open import open_gate
-from runtimes.guard.bundle import open_bundle
+from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.images.tiling import ViewMode
 from runtimes.language.language import LanguageRunner
@@ -36,15 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["BundleAnswerer", "GatedAnswerer", "bundle_artifact"]
 
 
-def bundle_artifact(bundle: Path | str) -> Artifact:
+def bundle_artifact(bundle: Bundle) -> Artifact:
     """Return what a run record says of a bundle; its hash is that of its manifest, which holds its files'."""
-    opened = open_bundle(bundle)
     return Artifact(
-        name=Path(bundle).name,
+        name=bundle.folder.name,
         kind="bundle",
-        sha256=opened.digest,
-        bytes=sum((opened.folder / file.path).stat().st_size for file in opened.manifest.files),
-        random_weights=opened.manifest.source.random_weights,
+        sha256=bundle.digest,
+        bytes=sum((bundle.folder / file.path).stat().st_size for file in bundle.manifest.files),
+        random_weights=bundle.manifest.source.random_weights,
     )
 
 
@@ -64,9 +63,9 @@ class BundleAnswerer:
         view: ViewMode = "tiles",
     ) -> None:
         self.batch = batch
-        self.bundle = bundle
+        self.bundle = open_bundle(bundle)
         self.precision = precision
-        self.guard = Guard.open(bundle, runtime, precision=precision, batch=batch, view=view)
+        self.guard = Guard.open(self.bundle, runtime, precision=precision, batch=batch, view=view)
         self._order = class_order(self.guard.classes, classes, str(bundle))
 
     def __enter__(self) -> Self:
@@ -128,10 +127,10 @@ class GatedAnswerer:
         precision: str | None = None,
         view: ViewMode = "tiles",
     ) -> None:
-        self.bundle = bundle
+        self.bundle = open_bundle(bundle)
         self.max_new_tokens = max_new_tokens
         self.gate = open_gate(
-            bundle,
+            self.bundle,
             model,
             runtime=runtime,
             precision=precision,

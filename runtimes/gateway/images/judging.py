@@ -22,8 +22,8 @@ from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import guard_error, overloaded
 from runtimes.gateway.serving.metrics import Metrics
 from runtimes.guard.judge import Guard
-from runtimes.guard.policy import Finding, Policy, find
-from runtimes.guard.verdict import worst
+from runtimes.guard.policy import Policy
+from runtimes.guard.verdict import Finding, decide, worst
 from safevlm.errors import SafeVLMError
 
 __all__ = ["Judged", "Judging"]
@@ -131,7 +131,7 @@ class Judging:
             self.batching.coming -= 1
         rows = await self._rows(decoded)
         try:
-            findings = [find(row, self.guard.classes, self.policy, "guard", self.guard.thresholds) for row in rows]
+            findings = [decide(row, self.guard.classes, self.guard.thresholds, policy=self.policy) for row in rows]
         except SafeVLMError:
             raise guard_error("the guard gave no verdict; nothing was answered.") from None
         at = worst(findings, decoded.own)

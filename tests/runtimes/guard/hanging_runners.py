@@ -255,11 +255,11 @@ def torch_guard(place: Place) -> Subject:
 
 
 def reference(place: Place) -> Subject:
-    from benchmarks.speed import guard_source
+    from benchmarks.speed import reference_runner
 
-    place.monkeypatch.setattr(guard_source, "_build", lambda subject: (_Scratch(place.hang), None))
+    place.monkeypatch.setattr(reference_runner, "_build", lambda subject: (_Scratch(place.hang), None))
     subject: Any = None
-    return Subject(runner=guard_source.ReferenceRunner(subject, "cpu"), images=coloured())
+    return Subject(runner=reference_runner.ReferenceRunner(subject, "cpu"), images=coloured())
 
 
 class _HangingFake(FakeRunner):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtimes.guard.bundle import open_bundle
-from safevlm.errors import BundleError
-from tests.runtimes.bundles import engine_file, listed, onnx_file, write_bundle
+from safevlm.contract.manifest import Source
+from safevlm.errors import BundleError, SafeVLMError
+from tests.runtimes.bundles import (
+    PREPROCESSING,
+    engine_file,
+    guard_file_for,
+    listed,
+    manifest_of,
+    onnx_file,
+    picture,
+    write_bundle,
+)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
@@ -120,3 +132,43 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     rewrite(write_bundle(tmp_path), schema_version=99)
     with pytest.raises(BundleError, match="schema_version 99 is unknown"):
         open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("standalone", [True, False])
+@pytest.mark.parametrize("way", ["check", "gate", "gateway", "run"])
+def test_a_bundle_is_opened_once_by_each_command(
+    way: str, standalone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads twice may judge by one bundle and tell of another."""
+    from benchmarks.runs.answering.bundle import BundleAnswerer
+    from runtimes.gate.open import open_told
+    from runtimes.gateway.gateway import Gateway
+    from safevlm.checkpoint.checkpoint import open_checkpoint
+    from safevlm.contract import manifest as manifests
+
+    checkpoint = open_checkpoint("tiny-safegem")
+    source = Source(checkpoint="tiny-safegem", sha256="0" * 64, family="gemma3", standalone=standalone)
+    classes = checkpoint.classes
+    (tmp_path / "bundle").mkdir()
+    file = guard_file_for(tmp_path / "bundle", len(classes), PREPROCESSING)
+    manifest_of([file], classes=classes, source=source).write(tmp_path / "bundle")
+    image = picture(tmp_path / "image.png", (0, 255, 0))
+    read: list[Path] = []
+    true = manifests.manifest_bytes
+
+    def counted(place: Path) -> bytes:
+        read.append(place)
+        return true(place)
+
+    for module in (manifests, import_module("runtimes.guard.bundle")):
+        monkeypatch.setattr(module, "manifest_bytes", counted)
+    with contextlib.suppress(SafeVLMError):  # not every way takes a guard behind the language model
+        if way == "check":
+            import_module("runtimes.check").main.main([str(tmp_path / "bundle"), str(image)], standalone_mode=False)
+        elif way == "gate":
+            open_told(tmp_path / "bundle", None, None)
+        elif way == "gateway":
+            Gateway.open(tmp_path / "bundle", upstream="http://127.0.0.1:9/v1" if standalone else None)
+        else:
+            BundleAnswerer(tmp_path / "bundle", classes, batch=1).describe()
+    assert len(read) == 1

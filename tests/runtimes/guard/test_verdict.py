@@ -9,7 +9,7 @@ import pytest
 from runtimes.guard.verdict import decide
 from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import Band, GuardFile
-from safevlm.errors import InputError
+from safevlm.errors import SafeVLMError
 from tests.runtimes.bundles import CLASSES, fitted
 
 
@@ -57,5 +57,5 @@ def test_rounding_never_leaves_the_range_of_probabilities() -> None:
 
 
 def test_a_row_of_another_width_is_refused() -> None:
-    with pytest.raises(InputError, match="one row of 3 probabilities"):
+    with pytest.raises(SafeVLMError, match="one row of 3 probabilities"):
         decide(row(1, 0), CLASSES)
