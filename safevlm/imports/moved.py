@@ -29,7 +29,8 @@ _FOLDERS = (
     ("runtimes", "benchmarks.judges", "chat_endpoint"),
     ("runtimes.gateway", "runtimes.gateway.chat", "asked chat_messages>messages chat_types>types misfits pass_keys"),
     ("runtimes.gateway", "runtimes.gateway.chat", "requests typed"),
-    ("runtimes.gateway", "runtimes.gateway.images", "batching decoder decoding encoding image_urls judge judging remote"),
+    ("runtimes.gateway", "runtimes.gateway.images", "batching decoder decoding encoding image_urls judge judging"),
+    ("runtimes.gateway", "runtimes.gateway.images", "remote"),
     ("runtimes.gateway", "runtimes.gateway.responses", "responses_answer>answer responses_api>api"),
     ("runtimes.gateway", "runtimes.gateway.responses", "responses_events>events responses_model>model"),
     ("runtimes.gateway", "runtimes.gateway.responses", "responses_request>request"),
@@ -44,8 +45,8 @@ _FOLDERS = (
     ("quantize", "quantize.bits", "auto_bits sensitivity"),
     ("quantize", "quantize.methods", "gptq_method grid hessian int8_method packing settings solver"),
     ("quantize", "quantize.streamed", "artifact compress drift estimate layers options record unfinished"),
-    ("export", "export.guard", "batches bundle graph half_precision heads images int8 int8_file left_out options parity"),
-    ("export", "export.guard", "parts"),
+    ("export", "export.guard", "batches bundle graph half_precision heads images int8 int8_file left_out options"),
+    ("export", "export.guard", "parity parts"),
     ("export", "export.tensorrt", "engine tensorrt_builder>builder"),
     ("benchmarks", "benchmarks.comparison", "comparison>compare findings guard_lines judge_lines lines margins"),
     ("benchmarks", "benchmarks.comparison", "measures pairing steps"),
@@ -53,13 +54,13 @@ _FOLDERS = (
     ("benchmarks.answering", "benchmarks.runs.answering", "answerer bundle gguf select server torch_model"),
     ("benchmarks.importing", "benchmarks.runs.importing", "command imported lines lmms_eval predictions"),
     ("benchmarks", "benchmarks.shapes", "random_guard random_vlm shapes"),
-    ("benchmarks", "benchmarks.speed", "gate_speed>gate gate_ways gateway_servers gateway_soak gateway_speed>gateway"),
-    ("benchmarks", "benchmarks.speed", "guard_engine guard_lineup guard_peers guard_source guard_speed>guard isolation"),
-    ("benchmarks", "benchmarks.speed", "openvino_peer quantize_cases quantize_peers quantize_speed>quantize"),
-    ("benchmarks", "benchmarks.speed", "speed>__main__ speed_report>report"),
+    ("benchmarks", "benchmarks.speed", "gate_speed>gate gate_ways gateway_servers gateway_soak"),
+    ("benchmarks", "benchmarks.speed", "gateway_speed>gateway guard_engine guard_lineup guard_peers guard_source"),
+    ("benchmarks", "benchmarks.speed", "guard_speed>guard isolation openvino_peer quantize_cases quantize_peers"),
+    ("benchmarks", "benchmarks.speed", "quantize_speed>quantize speed>__main__ speed_report>report"),
     ("benchmarks", "benchmarks.speed.page", "speed_gate_sections>gate_sections speed_guard_section>guard_section"),
-    ("benchmarks", "benchmarks.speed.page", "speed_page>page speed_parts>parts speed_plots>plots speed_records>records"),
-    ("benchmarks", "benchmarks.speed.page", "speed_sections>sections"),
+    ("benchmarks", "benchmarks.speed.page", "speed_page>page speed_parts>parts speed_plots>plots"),
+    ("benchmarks", "benchmarks.speed.page", "speed_records>records speed_sections>sections"),
     ("benchmarks", "benchmarks.tiny", "tiny>__main__"),
 )
 """From which package to which, and the modules; ``old>new`` where a name changed, too."""
@@ -96,7 +97,9 @@ def old_names(package: str) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a package that was a module in 0.1: what it held, with a warning."""
 
     def find(name: str) -> Any:
-        if name.startswith("__") or find_spec(f"{package}.{name}") is not None:  # a module of the package is no old name
+        if (
+            name.startswith("__") or find_spec(f"{package}.{name}") is not None
+        ):  # a module of the package is no old name
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         home, found = _find(package, name)
         _warn(f"{package}.{name}", f"{home}.{name}", level=3)
