@@ -168,8 +168,8 @@ def _load(module: str) -> click.Command:
         if error.name not in PACKAGES:
             raise
         raise InputError(
-            f"the package '{error.name}' is not beside safevlm in {ROOT}: on a device only judging is installed. "
-            "Install all of it: pip install safevlm-edge."
+            f"the package '{error.name}' is not installed in {ROOT}, which has what judging needs. Install the rest: "
+            "pip install safevlm-edge."
         ) from error
     if not isinstance(command, click.Command):
         raise TypeError(f"{module}.main is no click command")
