@@ -138,11 +138,11 @@ def _is_package_now(old: str) -> bool:
 
 
 def _find(old: str, name: str) -> tuple[str, Any]:
-    """Return where a name of an old module is now, and what it is; a module that only imports it counts last."""
-    homes = [import_module(home) for home in MOVED[old]]
-    for home in sorted(homes, key=lambda each: name not in getattr(each, "__all__", ())):
-        if hasattr(home, name):
-            return home.__name__, getattr(home, name)
+    """Return where a name of an old module is now, and what it is."""
+    for home in MOVED[old]:
+        module = import_module(home)
+        if hasattr(module, name):
+            return home, getattr(module, name)
     raise AttributeError(f"module '{old}' has no attribute '{name}', and neither has {' or '.join(MOVED[old])}")
 
 
