@@ -88,6 +88,7 @@ _MODULES = {
     "cuda-python": "cuda",
     "llama-cpp-python": "llama_cpp",
     "onnx-ir": "onnx_ir",
+    "onnxruntime-gpu": "onnxruntime",
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "protobuf": "google.protobuf",
@@ -161,7 +162,7 @@ def _is_found(module: str) -> tuple[bool, str | None]:
 
 
 def _fits(version: str, needs: str) -> bool:
-    """Compare the leading numbers of a version, (2, 13, 0) of 2.13.0+cpu, with ``>=2.8`` or ``>=0.54,<0.55``."""
+    """Compare the leading numbers of a version with ``>=2.8`` or ``>=0.54,<0.55``."""
     given = _numbers(version)
     return all(
         given < _numbers(bound[1:]) if bound.startswith("<") else given >= _numbers(bound.removeprefix(">="))
@@ -170,8 +171,12 @@ def _fits(version: str, needs: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, (2, 13) of 2.13.0+cpu: zeros at the end say nothing."""
     found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+    numbers = [int(each) for each in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        del numbers[-1]
+    return tuple(numbers)
 
 
 def _first_line(error: Exception) -> str:
