@@ -27,11 +27,11 @@ class Project:
     folder: Path
     installed: Path
 
-    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def python(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run Python in the folder, without an editable installation that this environment may have (-S)."""
         libraries = [each for each in sys.path if each and Path(each).resolve() != ROOT]
         path = os.pathsep.join(map(str, [self.folder, self.installed, *libraries]))
-        environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
+        environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", **variables}
         command = [sys.executable, "-S", *arguments]
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=600
@@ -111,6 +111,14 @@ def test_the_command_works_beside_packages_of_the_same_names(project: Project, m
     assert helped.returncode == 0 and f"Usage: {program} export trt [OPTIONS]" in helped.stdout, helped.stderr
     refused = safevlm("export", "trt")
     assert refused.returncode == 2 and refused.stderr.startswith("error: nothing to build from"), refused.stderr
+
+
+def test_a_shell_that_asks_is_told_how_to_complete(project: Project) -> None:
+    program = str(project.installed / "bin" / "safevlm")
+    source = project.python(program, _SAFEVLM_COMPLETE="bash_source")
+    assert source.returncode == 0 and "complete -o nosort -F _safevlm_completion safevlm" in source.stdout
+    typed = {"COMP_WORDS": "safevlm export t", "COMP_CWORD": "2"}
+    assert project.python(program, _SAFEVLM_COMPLETE="bash_complete", **typed).stdout == "plain,trt\n"
 
 
 def test_a_command_that_needs_all_of_ours_runs_there_and_its_children_do(project: Project) -> None:
