@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 from safevlm.errors import InputError
 from safevlm.imports.siblings import PACKAGES, ROOT
 from safevlm.terminal.printable import printable
+from safevlm.version import VERSION
 
 __all__ = ["COMMANDS", "GROUPS", "PROGRAM", "program"]
 
@@ -69,12 +70,13 @@ COMMANDS: Mapping[str, str] = MappingProxyType({**_DAILY, "doctor": "safevlm.doc
 
 def program() -> click.Group:
     """Return the whole program."""
-    return _Group(
+    group = _Group(
         "",
         name=PROGRAM,
         help="Compress Safe-VLMs, split off their guard, gate images with it, and prove that safety survived.",
         epilog="Each command can be run as a module, too: python -m export.trt is safevlm export trt.",
     )
+    return click.version_option(VERSION, prog_name=PROGRAM, message="%(prog)s %(version)s")(group)
 
 
 class _Group(click.Group):
@@ -82,8 +84,6 @@ class _Group(click.Group):
 
     def __init__(self, prefix: str, *, name: str, help: str, epilog: str | None = None) -> None:  # noqa: A002
         super().__init__(name, help=help, epilog=epilog)
-        if not prefix:
-            self.params.append(_version_option())
         self.prefix = prefix
         self.modules = {
             typed.removeprefix(prefix): module
@@ -147,19 +147,6 @@ def _plain(words: list[str]) -> str:
     return " ".join(words).replace("-", "_")
 
 
-def _version_option() -> click.Option:
-    def show(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-        if wanted:
-            from safevlm.version import VERSION
-
-            click.echo(f"{PROGRAM} {VERSION}")
-            ctx.exit()
-
-    return click.Option(
-        ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=show, help="Show the version and exit."
-    )
-
-
 def _load(module: str) -> click.Command:
     """Import a command. Raises InputError where its package is not installed, as on a device."""
     try:
@@ -177,7 +164,7 @@ def _load(module: str) -> click.Command:
 
 
 def _help_of(module: str) -> str:
-    """Return the first sentence of a command's help out of its source; empty where that is not installed."""
+    """Return the first paragraph of a command's help out of its source."""
     file = ROOT / f"{module.replace('.', '/')}.py"
     if not file.is_file():
         return "(not installed)"
