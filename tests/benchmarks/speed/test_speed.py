@@ -21,7 +21,7 @@ import torch
 from benchmarks.shapes.random_guard import build_random_guard
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import guard as guard_speed
-from benchmarks.speed import guard_engine, guard_source
+from benchmarks.speed import guard_engine, guard_source, reference_runner
 from benchmarks.speed.guard import GuardSpeed, Row, SpeedOptions, measure_guard
 from benchmarks.speed.guard_peers import measure
 from benchmarks.speed.isolation import Outcome
@@ -159,7 +159,7 @@ def test_shape_is_measured_and_marked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_export: None, one_thread: None
 ) -> None:
     """Random weights run on torch, a bundle is measured beside them, and everything says what they are."""
-    monkeypatch.setattr(guard_source, "find_shape", lambda _: small_shape("llava"))
+    monkeypatch.setattr(reference_runner, "find_shape", lambda _: small_shape("llava"))
     subject = Subject(name="SafeLLaVA-7B", random=True, layers=1)
     request = {"subject": dataclasses.asdict(subject), "precisions": ["fp32"], "bundle": None, "folder": str(tmp_path)}
     request["embeddings"] = False
@@ -180,7 +180,7 @@ def test_shape_is_measured_and_marked(
     assert {row.weights for row in found.rows} == {"random"}
     assert speed.guard_record(found, "command")["subject"]["weights"].startswith("random weights")
     assert "random weights" in speed.guard_table(found)[0] and "1 vision layers" in speed.guard_table(found)[0]
-    monkeypatch.setattr(guard_source, "find_shape", lambda _: small_shape("qwen2_5_vl"))
+    monkeypatch.setattr(reference_runner, "find_shape", lambda _: small_shape("qwen2_5_vl"))
     with pytest.raises(InputError, match=r"takes images of 336x336 pixels.* 448x448.*Give --model or --shape"):
         measure_guard(subject, QUICK, bundle=tmp_path)
 

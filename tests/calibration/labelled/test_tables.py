@@ -37,7 +37,7 @@ NAMES = (
 SETTINGS = settings(
     deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-WORLD = Path(__file__).parent.parent / "fixtures" / "world"
+WORLD = Path(__file__).parents[2] / "fixtures" / "world"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from calibration.sets.conversations import Drawn, Sample, built_in_conversations, read_conversations
 from safevlm.errors import ImageFileError, InputError
 
-WORLD = Path(__file__).parent.parent / "fixtures" / "world" / "rows"
+WORLD = Path(__file__).parents[2] / "fixtures" / "world" / "rows"
 
 
 @pytest.fixture
