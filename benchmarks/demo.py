@@ -28,6 +28,7 @@ from runtimes.guard.judge import Guard
 from runtimes.guard.verdict import Judgement
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import SafeVLMError
+from safevlm.terminal.child import module_arguments
 from safevlm.terminal.commandline import run
 
 __all__ = ["contact_sheet"]
@@ -127,7 +128,7 @@ def compare_compressed(out: Path) -> str:
 def _show(module: str, *arguments: str) -> int:
     """Run a command of ours in its own process, shown as it is typed; an error ends the demo."""
     click.echo(f"\n$ python -m {shlex.join([module, *arguments])}")
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    done = subprocess.run([sys.executable, *module_arguments(module, *arguments)], check=False)
     if done.returncode not in EXIT_CODES.values():
         raise SafeVLMError(f"python -m {module} ended with {done.returncode}; what it said stands above.")
     return done.returncode

@@ -1,1 +1,5 @@
 """One runner a runtime, reading a bundle, and judging images with it."""
+
+from safevlm.imports.siblings import join
+
+join(__name__)

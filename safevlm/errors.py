@@ -15,7 +15,8 @@
     │   ├── ImageFileError          an image file cannot be judged
     │   │   └── ImageFormatError     its format is not taken
     │   ├── StorageError            a place is full, or cannot be written
-    │   └── MissingExtraError       an optional library is not installed
+    │   ├── MissingExtraError       an optional library is not installed
+    │   └── HiddenPackageError      another package has the name of one of ours and is found first
     └── EngineUnavailableError   6  the bundle is complete, no engine could be built here
 
 A message says what was wrong (the value, the shape, the tensor's name), what is allowed, and what to do
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "EngineUnavailableError",
     "GuardHeadError",
+    "HiddenPackageError",
     "HubError",
     "ImageFileError",
     "InputError",
@@ -138,6 +140,10 @@ class MissingExtraError(InputError):
         super().__init__(
             f"{purpose} needs the package '{library}', which is not installed: pip install 'safevlm-edge[{extra}]'"
         )
+
+
+class HiddenPackageError(InputError, ImportError):
+    """A package of somebody else's has the name of one of ours and is found in its place."""
 
 
 class EngineUnavailableError(SafeVLMError):

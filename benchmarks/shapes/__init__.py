@@ -1,1 +1,8 @@
 """The true shapes of the six, with random weights."""
+
+from typing import TYPE_CHECKING
+
+from safevlm.imports.moved import old_names
+
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)

@@ -26,6 +26,7 @@ from benchmarks.speed.gateway_servers import require_httpx, server
 from calibration.holisafe_mini.scene import draw
 from calibration.holisafe_mini.suite import build_suite
 from safevlm.errors import InputError, SafeVLMError
+from safevlm.terminal.child import module_arguments
 
 __all__ = [
     "GatewayOptions",
@@ -118,8 +119,9 @@ def measure_gateway(
 
 def gateway_command(bundle: Path, upstream: str, clients: int) -> list[str]:
     """Return what Python is given to serve a bundle before an upstream, for so many clients at once."""
-    command = ["-m", "runtimes.gateway", "--bundle", str(bundle), "--upstream", f"{upstream}/v1", "--port", "0"]
-    return [*command, "--queue", str(max(64, clients)), "--max-concurrent", str(2 * clients)]
+    bounds = ("--queue", max(64, clients), "--max-concurrent", 2 * clients)
+    given = ("--bundle", bundle, "--upstream", f"{upstream}/v1", "--port", 0, *bounds)
+    return module_arguments("runtimes.gateway", *given)
 
 
 def gateway_table(speed: GatewaySpeed) -> list[str]:

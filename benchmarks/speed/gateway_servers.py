@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safevlm.errors import MissingExtraError, SafeVLMError
+from safevlm.terminal.child import module_arguments
 
 __all__ = ["Server", "nginx", "require_httpx", "server", "upstream"]
 
@@ -76,7 +77,7 @@ def server(command: Sequence[str], what: str) -> Iterator[Server]:
 @contextmanager
 def upstream() -> Iterator[Server]:
     """Start an upstream that answers every chat request at once with the same text."""
-    with server(["-m", "benchmarks.speed.gateway_servers"], "upstream") as started:
+    with server(module_arguments("benchmarks.speed.gateway_servers"), "upstream") as started:
         yield started
 
 

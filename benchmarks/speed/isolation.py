@@ -22,6 +22,7 @@ from typing import Any
 
 from safevlm.errors import SafeVLMError
 from safevlm.machine import peak_rss
+from safevlm.terminal.child import module_arguments
 
 __all__ = ["Outcome", "peak_rss", "restart_peak", "run_isolated"]
 
@@ -65,7 +66,7 @@ def run_isolated(
     with tempfile.TemporaryDirectory(prefix="safevlm-isolated-") as folder:
         answers, log = Path(folder, "answers"), Path(folder, "log")
         answers.touch()
-        command = [python, "-m", "benchmarks.speed.isolation", function, str(answers)]
+        command = [python, *module_arguments("benchmarks.speed.isolation", function, answers)]
         with log.open("wb") as stream:
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment

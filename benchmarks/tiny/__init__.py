@@ -1,1 +1,8 @@
 """The three tiny Safe-VLMs: blueprints, tokenizers, the training recipe, and the trained checkpoints."""
+
+from typing import TYPE_CHECKING
+
+from safevlm.imports.moved import old_names
+
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)

@@ -34,6 +34,7 @@ from benchmarks.tiny.tokenizers import corpus
 from calibration.holisafe_mini.questions import Pair, sample_pair
 from calibration.holisafe_mini.scene import Scene, world
 from safevlm.checkpoint.families import FAMILIES
+from safevlm.terminal.commandline import run
 
 __all__ = ["Recipe", "train"]
 
@@ -233,4 +234,4 @@ def main(model: str, out: Path, joint_steps: int, see_steps: int, look_steps: in
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.shapes.shapes import VisionShape
+from safevlm.terminal.child import module_arguments
 
 __all__ = ["STEPS", "Step", "steps_of"]
 
@@ -97,4 +98,4 @@ _ON_PROJECTOR = ("--tap", "projector", "--parity-images", "1", "--int8-images", 
 
 
 def _run(module: str, *arguments: object) -> tuple[str, ...]:
-    return ("-m", module, *map(str, arguments))
+    return tuple(module_arguments(module, *arguments))

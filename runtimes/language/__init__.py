@@ -1,1 +1,8 @@
 """Language models behind a guard: the contract and its runners."""
+
+from typing import TYPE_CHECKING
+
+from safevlm.imports.moved import old_names
+
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)

@@ -72,10 +72,21 @@ def _say_error(message: str) -> None:
 def _say_again(command: click.Command, arguments: Sequence[str]) -> None:
     """Print the command to run once the place is fixed: the same one, with ``--resume`` where it has that."""
     specification = getattr(sys.modules["__main__"], "__spec__", None)
-    name = specification.name.removesuffix(".__main__") if specification is not None else str(command.name)
-    resume = ["--resume"] if any(option.name == "resume" for option in command.params) else []
+    started = command.name if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
+    options = _run_command(command, list(arguments)).params
+    resume = ["--resume"] if any(option.name == "resume" for option in options) else []
     typed = shlex.join([*arguments, *(each for each in resume if each not in arguments)])
-    click.echo(printable(f"once this is fixed, run: python -m {name} {typed}"), err=True)
+    click.echo(printable(f"once this is fixed, run: {started} {typed}"), err=True)
+
+
+def _run_command(command: click.Command, arguments: list[str]) -> click.Command:
+    """Return the command that the arguments of a group name."""
+    while isinstance(command, click.Group) and arguments:
+        _, found, arguments = command.resolve_command(click.Context(command, resilient_parsing=True), arguments)
+        if found is None:
+            break
+        command = found
+    return command
 
 
 @contextmanager

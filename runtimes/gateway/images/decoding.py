@@ -49,6 +49,7 @@ KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONHO
 """Of the surroundings: keys and passwords stay here."""
 START = (
     "import sys; sys.path[:] = {path!r}; "
+    "from safevlm.imports.siblings import put_ours_first; put_ours_first(); "
     "from runtimes.gateway.images.decoder import serve; serve({parent})"
 )  # fmt: skip
 
