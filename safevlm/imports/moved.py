@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,9 +98,8 @@ def old_names(package: str) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a package that was a module in 0.1: what it held, with a warning."""
 
     def find(name: str) -> Any:
-        if (
-            name.startswith("__") or find_spec(f"{package}.{name}") is not None
-        ):  # a module of the package is no old name
+        is_module = find_spec(f"{package}.{name}") is not None
+        if is_module or name.startswith("__"):
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         home, found = _find(package, name)
         _warn(f"{package}.{name}", f"{home}.{name}", level=3)
@@ -108,7 +108,7 @@ def old_names(package: str) -> Callable[[str], Any]:
     return find
 
 
-class _OldPaths:
+class _OldPaths(Loader):
     """The finder, and the loader of what it finds: modules that hand on what the new ones hold."""
 
     def __init__(self, root: Path) -> None:

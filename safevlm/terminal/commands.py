@@ -91,10 +91,10 @@ class _Group(click.Group):
             if typed.startswith(prefix) and (prefix or typed.split()[0] not in GROUPS)
         }
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [*self.modules, *([] if self.prefix else GROUPS)]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if not self.prefix and cmd_name in GROUPS:
             return _Group(f"{cmd_name} ", name=cmd_name, help=GROUPS[cmd_name])
         return _load(self.modules[cmd_name]) if cmd_name in self.modules else None
@@ -111,7 +111,7 @@ class _Group(click.Group):
             return super().resolve_command(ctx, args)
         raise click.UsageError(self._unknown(args), ctx)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, text in self._shown() if name in self.modules])
         if not self.prefix:
@@ -140,7 +140,7 @@ class _Group(click.Group):
         near = near or difflib.get_close_matches(self.prefix + _plain(args[:2]), known, 1)
         near = near or difflib.get_close_matches(typed, known, 1)
         hint = f"Did you mean '{PROGRAM} {near[0]}'?" if near else f"'{PROGRAM} --help' lists all."
-        return f"'{PROGRAM} {self.prefix}{printable(args[0])}' is no command. {hint}"
+        return f"There is no command '{PROGRAM} {self.prefix}{printable(args[0])}'. {hint}"
 
 
 def _plain(words: list[str]) -> str:
