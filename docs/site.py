@@ -31,7 +31,7 @@ def on_files(files: Any, config: Any) -> None:
         files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
     """Let links between pages fit the site; of a link to another file of the repository the text remains."""
     own = page.file.src_uri
     folder = posixpath.dirname(own if own in PAGES else f"docs/{own}")
