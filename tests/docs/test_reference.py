@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 from click.testing import CliRunner
 
+import safevlm
 from docs.commands import PAGE, page
 from safevlm.terminal.commands import COMMANDS, GROUPS
 from tests.docs.pages import blocks, documents
@@ -60,3 +61,9 @@ def test_options_in_the_pages_commands_exist() -> None:
 
 def test_some_blocks_are_run() -> None:
     assert sum(1 for _ in blocks("run")) >= 9
+
+
+def test_the_python_page_holds_every_public_name() -> None:
+    text = (PAGE.parent / "python.md").read_text(encoding="utf-8")
+    for name in set(safevlm.__all__) - {"__version__"}:
+        assert f"`{name}`" in text, name
