@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.comparison.compare import compare
+from benchmarks.comparison.comparing import compare
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.comparison.margins import Margins, read_margins
 from benchmarks.comparison.measured import Comparison

@@ -26,6 +26,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from safevlm import version
+from safevlm.imports.siblings import require_ours
 
 if TYPE_CHECKING:
     from runtimes.gate.gate import Gate
@@ -105,10 +106,13 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first asked for."""
+    """Load a public name when it is first asked for. Raises HiddenPackageError for a ``runtimes`` that is not ours."""
     if name not in _HOMES:
         raise AttributeError(f"module 'safevlm' has no attribute '{name}'")
-    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    module = _HOMES[name]
+    if module.startswith("runtimes."):
+        require_ours("runtimes", "safevlm")
+    found = globals()[name] = getattr(import_module(module), name)
     return found
 
 

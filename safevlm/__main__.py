@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from safevlm.errors import InputError
 from safevlm.imports.siblings import put_ours_first
 
 __all__ = ["main"]
@@ -19,7 +20,8 @@ def main() -> NoReturn:
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
-        sys.exit("error: the package 'click' is not installed: pip install safevlm-edge")
+        print("error: the package 'click' is not installed: pip install safevlm-edge", file=sys.stderr)  # noqa: T201
+        sys.exit(InputError.exit_code)
     run(program())
 
 

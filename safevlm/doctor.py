@@ -21,7 +21,6 @@ from safevlm.version import VERSION
 
 __all__ = ["Findings", "find", "main"]
 
-OLDEST_PYTHON = (3, 10)
 NOT_WORKING = 1
 
 
@@ -45,8 +44,8 @@ class Findings:
 
     @property
     def works(self) -> bool:
-        """Whether the core works: Python and the libraries that every command needs."""
-        return sys.version_info >= OLDEST_PYTHON and all(each.state == "ok" for each in self.core)
+        """Whether the core works: the libraries that every command needs."""
+        return all(each.state == "ok" for each in self.core)
 
     def has(self, extra: str) -> bool:
         """Return whether all libraries of an extra are there."""
@@ -121,10 +120,9 @@ def _lines(findings: Findings) -> Iterator[str]:
 def _libraries(findings: Findings) -> Iterator[str]:
     """Return a line for the core and each extra: what it is for, and what is there or to be installed."""
     wide = max(len(extra.purpose) for extra in EXTRAS.values())
-    works = all(each.state == "ok" for each in findings.core)
     again = f"pip install --force-reinstall {' '.join(CORE)}"
-    told = _found(findings.core) if works else f"{_lacking(findings.core)}: {again}"
-    yield f"{'ok' if works else 'no':4}{'core':{wide}}  {told}"
+    told = _found(findings.core) if findings.works else f"{_lacking(findings.core)}: {again}"
+    yield f"{'ok' if findings.works else 'no':4}{'core':{wide}}  {told}"
     for name, extra in EXTRAS.items():
         libraries, has = findings.extras[name], findings.has(name)
         told = _found(libraries) if has else f"{_lacking(libraries)}: pip install 'safevlm-edge[{name}]'"
@@ -141,8 +139,8 @@ def _lacking(libraries: tuple[Library, ...]) -> str:
     """Return what is wrong with each library that is not as it should be."""
     told = []
     for each in libraries:
-        if each.state == "too old":
-            told.append(f"{each.name} {each.version} is older than {each.needs}")
+        if each.state == "unfit":
+            told.append(f"{each.name} {each.version} does not fit {each.needs}")
         elif each.state != "ok":
             told.append(f"{each.name} is {each.state}{f' ({each.problem})' if each.problem else ''}")
     return ", ".join(told)

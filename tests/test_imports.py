@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "export": {"safevlm", "calibration", "quantize", "runtimes"},
     "benchmarks": {"safevlm", "calibration", "quantize", "runtimes", "export"},
 }
+NAMED_IN_TYPES_ALONE = {"safevlm/__init__.py": {"runtimes"}}
+"""The one exception: ``safevlm`` hands on names of ``runtimes``, which it imports, by text, when they are asked for."""
 HEAVY = {"torch", "transformers", "onnx", "scipy", "huggingface_hub"}
 
 
@@ -31,13 +33,16 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_nothing_imports_upwards(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
-        forbidden = imported(path) & set(MAY_IMPORT) - MAY_IMPORT[folder] - {folder}
+        named = NAMED_IN_TYPES_ALONE.get(str(path.relative_to(ROOT)), set())
+        forbidden = imported(path) & set(MAY_IMPORT) - MAY_IMPORT[folder] - {folder} - named
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
 @pytest.mark.parametrize(
     "module",
     [
+        "safevlm.__main__",
+        "safevlm.doctor",
         "runtimes.guard.judge",
         "runtimes.check",
         "runtimes.gate",

@@ -21,7 +21,7 @@ from tests.killing import TEXT_ROW, Warm
 from tests.runtimes.bundles import picture, write_bundle
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("benchmarks", "calibration", "export", "quantize", "runtimes")
+PACKAGES = ("benchmarks", "calibration", "export", "quantize", "runtimes", "safevlm")
 COMMANDS = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__main__")
     for package in PACKAGES

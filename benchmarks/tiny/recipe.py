@@ -33,6 +33,7 @@ from benchmarks.tiny.shipping import ship
 from benchmarks.tiny.tokenizers import train_tokenizer
 from calibration.holisafe_mini.questions import Pair, sample_pair
 from calibration.holisafe_mini.scene import Scene, world
+from safevlm.terminal.commandline import run
 
 __all__ = ["Recipe", "train"]
 
@@ -232,4 +233,4 @@ def main(model: str, out: Path, joint_steps: int, see_steps: int, look_steps: in
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -49,7 +49,7 @@ _FOLDERS = (
     ("export", "export.guard", "batches bundle graph half_precision heads images int8 int8_file left_out options"),
     ("export", "export.guard", "parity parts"),
     ("export", "export.tensorrt", "engine tensorrt_builder>builder"),
-    ("benchmarks", "benchmarks.comparison", "comparison>compare findings guard_lines judge_lines lines margins"),
+    ("benchmarks", "benchmarks.comparison", "comparison>comparing findings guard_lines judge_lines lines margins"),
     ("benchmarks", "benchmarks.comparison", "measures pairing steps"),
     ("benchmarks", "benchmarks.runs", "answering importing journal record"),
     ("benchmarks.answering", "benchmarks.runs.answering", "answerer bundle gguf select server torch_model"),
@@ -138,6 +138,7 @@ def _is_package_now(old: str) -> bool:
 
 
 def _find(old: str, name: str) -> tuple[str, Any]:
+    """Return where a name of an old module is now, and what it is."""
     for home in MOVED[old]:
         module = import_module(home)
         if hasattr(module, name):

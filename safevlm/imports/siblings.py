@@ -17,8 +17,9 @@ from types import ModuleType
 
 from safevlm.errors import HiddenPackageError
 from safevlm.imports.moved import accept_old_paths
+from safevlm.terminal.printable import printable
 
-__all__ = ["PACKAGES", "ROOT", "hiding", "join", "put_ours_first"]
+__all__ = ["PACKAGES", "ROOT", "hiding", "join", "put_ours_first", "require_ours"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that our packages stand in: of a checkout, or where packages are installed."""
@@ -29,14 +30,30 @@ PACKAGES = ("runtimes", "calibration", "quantize", "export", "benchmarks")
 def join(package: str) -> None:
     """Say that one of our packages is imported: those it builds on have to be ours, and its old paths work.
 
+    Raises what :func:`require_ours` does.
+    """
+    for needed in PACKAGES[: PACKAGES.index(package)]:
+        require_ours(needed, package)
+    accept_old_paths(ROOT)
+
+
+def require_ours(needed: str, package: str) -> None:
+    """Check that a package is ours, which another one of ours, ``package``, is about to import.
+
     Raises HiddenPackageError where another package of the same name is found. Where ``python -m`` looks for a
     command, the message is printed and the process ends with 2, as commands do.
     """
-    for needed in PACKAGES[: PACKAGES.index(package)]:
-        found = _place(needed)
-        if found is not None and found.parent != ROOT:
-            _refuse(package, needed, found)
-    accept_old_paths(ROOT)
+    found = _place(needed)
+    if found is None or found.parent == ROOT:
+        return
+    hidden = f"{found} hides the package '{needed}' of Safe-VLM Edge, which '{package}' needs."
+    if sys.argv[:1] != ["-m"]:
+        command = f", or run the command instead: safevlm {package} …" if package in PACKAGES else "."
+        raise HiddenPackageError(f"{hidden} Rename it{command}")
+    module = next((word for word in sys.orig_argv if word == package or word.startswith(f"{package}.")), package)
+    words = ["safevlm", *module.split("."), *sys.argv[1:]]
+    print(f"error: {printable(hidden)} Run instead: {printable(shlex.join(words))}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(HiddenPackageError.exit_code)
 
 
 def hiding(package: str, folder: Path) -> Path | None:
@@ -77,14 +94,3 @@ def _of(spec: ModuleSpec | None) -> Path | None:
         return None
     origin = Path(spec.origin).resolve()
     return origin.parent if origin.name.startswith("__init__.") else origin
-
-
-def _refuse(package: str, needed: str, found: Path) -> None:
-    """Raise the error, or end a process whose ``python -m`` is still looking for its module."""
-    hidden = f"{found} hides the package '{needed}' of Safe-VLM Edge, which '{package}' needs."
-    if sys.argv[:1] != ["-m"]:
-        raise HiddenPackageError(f"{hidden} Rename it, or run the command instead: safevlm {package} …")
-    module = next((word for word in sys.orig_argv if word == package or word.startswith(f"{package}.")), package)
-    words = ["safevlm", *module.split("."), *sys.argv[1:]]
-    print(f"error: {hidden} Run instead: {shlex.join(words)}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(HiddenPackageError.exit_code)

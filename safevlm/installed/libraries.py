@@ -12,12 +12,12 @@ from typing import Literal
 
 __all__ = ["CORE", "EXTRAS", "JUDGING", "Extra", "Library", "clashes", "core_libraries", "library"]
 
-State = Literal["ok", "missing", "too old", "broken"]
+State = Literal["ok", "missing", "unfit", "broken"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """An extra of this package: what it is for, and the libraries with the oldest version that will do."""
+    """An extra of this package: what it is for, and the libraries with the versions that will do."""
 
     purpose: str
     needs: Mapping[str, str]
@@ -34,49 +34,51 @@ class Library:
     problem: str | None = None
 
 
-CORE: Mapping[str, str] = MappingProxyType({"click": "8.1", "numpy": "1.26", "pillow": "11", "pydantic": "2.10"})
+CORE: Mapping[str, str] = MappingProxyType(
+    {"click": ">=8.1", "numpy": ">=1.26", "pillow": ">=11", "pydantic": ">=2.10"}
+)
 EXTRAS: Mapping[str, Extra] = MappingProxyType(
     {
-        "cpu": Extra(purpose="judge with ONNX Runtime on a CPU", needs={"onnxruntime": "1.22"}),
-        "gpu": Extra(purpose="judge with ONNX Runtime on a GPU", needs={"onnxruntime-gpu": "1.22"}),
-        "openvino": Extra(purpose="judge with OpenVINO", needs={"openvino": "2025.0"}),
+        "cpu": Extra(purpose="judge with ONNX Runtime on a CPU", needs={"onnxruntime": ">=1.22"}),
+        "gpu": Extra(purpose="judge with ONNX Runtime on a GPU", needs={"onnxruntime-gpu": ">=1.22"}),
+        "openvino": Extra(purpose="judge with OpenVINO", needs={"openvino": ">=2025.0"}),
         "trt": Extra(
             purpose="build and run TensorRT engines",
-            needs={"cuda-python": "12", "onnx": "1.19", "onnxruntime": "1.22", "tensorrt": "8.6"},
+            needs={"cuda-python": ">=12", "onnx": ">=1.19", "onnxruntime": ">=1.22", "tensorrt": ">=8.6"},
         ),
         "torch": Extra(
             purpose="open checkpoints, export, quantize, calibrate",
             needs={
-                "huggingface_hub": "1.33",
-                "onnx": "1.19",
-                "onnx-ir": "0.1.12",
-                "onnxscript": "0.5.6",
-                "protobuf": "5",
-                "rich": "13",
-                "safetensors": "0.6",
-                "sentencepiece": "0.2",
-                "tokenizers": "0.22",
-                "torch": "2.8",
-                "transformers": "5.14",
+                "huggingface_hub": ">=1.33",
+                "onnx": ">=1.19",
+                "onnx-ir": ">=0.1.12",
+                "onnxscript": ">=0.5.6",
+                "protobuf": ">=5",
+                "rich": ">=13",
+                "safetensors": ">=0.6",
+                "sentencepiece": ">=0.2",
+                "tokenizers": ">=0.22",
+                "torch": ">=2.8",
+                "transformers": ">=5.14",
             },
         ),
-        "gguf": Extra(purpose="write and run GGUF files", needs={"gguf": "0.19", "llama-cpp-python": "0.3.36"}),
+        "gguf": Extra(purpose="write and run GGUF files", needs={"gguf": ">=0.19", "llama-cpp-python": ">=0.3.36"}),
         "gateway": Extra(
             purpose="serve the gateway",
-            needs={"fastapi": "0.115", "httpx": "0.27", "prometheus-client": "0.21", "uvicorn": "0.54"},
+            needs={"fastapi": ">=0.115", "httpx": ">=0.27", "prometheus-client": ">=0.21", "uvicorn": ">=0.54,<0.55"},
         ),
         "report": Extra(
             purpose="compare runs and write reports",
             needs={
-                "httpx": "0.27",
-                "jinja2": "3.1",
-                "matplotlib": "3.9",
-                "scikit-learn": "1.5",
-                "scipy": "1.13",
-                "statsmodels": "0.14",
+                "httpx": ">=0.27",
+                "jinja2": ">=3.1",
+                "matplotlib": ">=3.9",
+                "scikit-learn": ">=1.5",
+                "scipy": ">=1.13",
+                "statsmodels": ">=0.14",
             },
         ),
-        "datasets": Extra(purpose="read images from hub data sets", needs={"datasets": "3"}),
+        "datasets": Extra(purpose="read images from hub data sets", needs={"datasets": ">=3"}),
     }
 )
 """As in pyproject.toml, here so that folders copied to a device know it, too."""
@@ -86,6 +88,7 @@ _MODULES = {
     "cuda-python": "cuda",
     "llama-cpp-python": "llama_cpp",
     "onnx-ir": "onnx_ir",
+    "onnxruntime-gpu": "onnxruntime",
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "protobuf": "google.protobuf",
@@ -101,7 +104,7 @@ def library(name: str, needs: str) -> Library:
     version, problem = _version(name)
     if problem is not None:
         return Library(name=name, needs=needs, state="broken", problem=problem)
-    if version is None and name in _SAME_MODULE[1:]:  # its module may be the other distribution's
+    if version is None and name == _SAME_MODULE[1]:  # its module may be the other distribution's
         return Library(name=name, needs=needs, state="missing")
     found, problem = _is_found(_MODULES.get(name, name))
     if not found:
@@ -109,8 +112,8 @@ def library(name: str, needs: str) -> Library:
             return Library(name=name, needs=needs, state="missing")
         problem = problem or "its metadata is installed, its code is not"
         return Library(name=name, needs=needs, state="broken", version=version, problem=problem)
-    is_old = version is not None and _numbers(version) < _numbers(needs)
-    return Library(name=name, needs=needs, state="too old" if is_old else "ok", version=version)
+    fits = version is None or _fits(version, needs)
+    return Library(name=name, needs=needs, state="ok" if fits else "unfit", version=version)
 
 
 def core_libraries() -> list[Library]:
@@ -158,10 +161,22 @@ def _is_found(module: str) -> tuple[bool, str | None]:
         return False, _first_line(error)
 
 
+def _fits(version: str, needs: str) -> bool:
+    """Compare the leading numbers of a version with ``>=2.8`` or ``>=0.54,<0.55``."""
+    given = _numbers(version)
+    return all(
+        given < _numbers(bound[1:]) if bound.startswith("<") else given >= _numbers(bound.removeprefix(">="))
+        for bound in needs.split(",")
+    )
+
+
 def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: (2, 13, 0) of 2.13.0+cpu."""
+    """Return the leading numbers of a version, (2, 13) of 2.13.0+cpu: zeros at the end say nothing."""
     found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+    numbers = [int(each) for each in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        del numbers[-1]
+    return tuple(numbers)
 
 
 def _first_line(error: Exception) -> str:

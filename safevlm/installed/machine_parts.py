@@ -82,7 +82,7 @@ def _place(purpose: str, text: str) -> Place:
         free = shutil.disk_usage(there).free
     except OSError as error:
         return Place(purpose=purpose, path=text, problem=error.strerror or str(error))
-    problem = None if os.access(there, os.W_OK | os.X_OK) else "cannot be written"
+    problem = "cannot be written" if not os.access(there, os.W_OK | os.X_OK) else "full" if free == 0 else None
     return Place(purpose=purpose, path=str(path), free_bytes=free, problem=problem)
 
 

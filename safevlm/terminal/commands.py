@@ -102,7 +102,7 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Take two words where the second names a command of the first, as in ``gateway keys``; - stands for _, too."""
+        """Take two words where the second names a command of the first, as in ``gateway keys``; - does for _, too."""
         words = 2 if _plain(args[:2]) in self.modules else 1
         command = self.get_command(ctx, _plain(args[:words]))
         if command is not None:
@@ -135,9 +135,9 @@ class _Group(click.Group):
     def _unknown(self, args: list[str]) -> str:
         """Say that there is no such command, and which one is nearest: to ``regress`` and ``export.trt``, too."""
         known = [*COMMANDS, *GROUPS]
-        typed = self.prefix + _plain(args[:1]).replace(".", " ")
+        typed = self.prefix + _plain(args[:1]).replace(".", " ").lower()
         near = [each for each in known if each.endswith(f" {typed}")]
-        near = near or difflib.get_close_matches(self.prefix + _plain(args[:2]), known, 1)
+        near = near or difflib.get_close_matches(self.prefix + _plain(args[:2]).lower(), known, 1)
         near = near or difflib.get_close_matches(typed, known, 1)
         hint = f"Did you mean '{PROGRAM} {near[0]}'?" if near else f"'{PROGRAM} --help' lists all."
         return f"There is no command '{PROGRAM} {self.prefix}{printable(args[0])}'. {hint}"
@@ -168,8 +168,8 @@ def _load(module: str) -> click.Command:
         if error.name not in PACKAGES:
             raise
         raise InputError(
-            f"the package '{error.name}' is not beside safevlm in {ROOT}: on a device only judging is installed. "
-            "Install all of it: pip install safevlm-edge."
+            f"the package '{error.name}' is not installed in {ROOT}, which has what judging needs. Install the rest: "
+            "pip install safevlm-edge."
         ) from error
     if not isinstance(command, click.Command):
         raise TypeError(f"{module}.main is no click command")

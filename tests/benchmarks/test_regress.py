@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.comparison.compare import compare
+from benchmarks.comparison.comparing import compare
 from benchmarks.comparison.measured import Comparison
 from benchmarks.run import run_suite
 from benchmarks.runs.answering.torch_model import TorchAnswerer

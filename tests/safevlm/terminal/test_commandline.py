@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from safevlm.errors import BundleError, EngineUnavailableError, ParityError
+from safevlm.errors import BundleError, EngineUnavailableError, ParityError, StorageError
 from safevlm.terminal.commandline import printable, run
 
 
@@ -92,3 +92,20 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_control_characters_are_escaped_and_letters_kept() -> None:
     assert printable("grün 図\n") == "grün 図\n"
     assert printable("\x1b[2J\r\x07\udcff") == "\\x1b[2J\\r\\x07\\udcff"
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_full_disk_names_the_command_of_a_group_to_run_again(
+    resumable: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    def compress(**_: object) -> None:
+        raise StorageError("the disk is full")
+
+    if resumable:
+        compress.params.append(click.Option(["--resume"], is_flag=True))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as in a script that pip installs
+    group = click.Group("safevlm", commands=[click.Group("quantize", commands={"gptq": compress})])
+    assert ended(group, "quantize", "gptq") == 2
+    again = "once this is fixed, run: safevlm quantize gptq" + " --resume" * resumable
+    assert capsys.readouterr().err.splitlines() == ["error: the disk is full", again]

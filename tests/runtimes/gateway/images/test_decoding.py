@@ -366,7 +366,7 @@ def test_decoders_end_with_a_gateway_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import asyncio, os, sys\n"
         "from pathlib import Path\n"
-        "from runtimes.gateway import decoding\n"
+        "from runtimes.gateway.images import decoding\n"
         "from tests.runtimes.gateway.images.test_decoding import STAND_IN, hang, settings\n"
         "decoding.START = STAND_IN\n"
         "async def run():\n"

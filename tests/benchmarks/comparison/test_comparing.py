@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from benchmarks.comparison.compare import compare
+from benchmarks.comparison.comparing import compare
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measured import Comparison
