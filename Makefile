@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test peers lint types unit lock clean
+.PHONY: demo test peers docs lint types unit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo --out build/demo
@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt install.sh
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
 peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed .venv-litellm/.installed \
-       .venv-vercel/.installed .venv-deploy/.installed
+       .venv-vercel/.installed .venv-deploy/.installed .venv-docs/.installed
 
 # A client for Node; without npm its test skips.
 .venv-vercel/.installed: tests/peers/vercel.json
@@ -43,6 +43,11 @@ peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.inst
 .venv-%/.installed: tests/peers/%.txt install_peers.sh
 	PYTHON=$(PYTHON) sh install_peers.sh $*
 	touch $@
+
+# The command reference, from the help texts, and the site, into build/site.
+docs: $(VENV)/.installed .venv-docs/.installed
+	$(BIN)/python -m docs.commands
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 lock: $(VENV)/.installed
 	$(BIN)/python -m pip freeze --exclude safevlm-edge --exclude torch > build/constraints.txt

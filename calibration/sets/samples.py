@@ -68,7 +68,8 @@ def calibrate_on(checkpoint: Checkpoint, options: CalibrationOptions, status: Ca
     else:
         raise InputError(
             f"{checkpoint.name}: which samples? Give --calibration a JSONL file of conversations with images: unsafe "
-            "pairs, safe pairs and plain text like those the model will meet. README.md shows a row."
+            "pairs, safe pairs and plain text like those the model will meet. docs/reference/file-formats.md shows the "
+            "rows."
         )
     samples = choose(source, options.mix)
     status("looking for the samples in evaluation suites")
