@@ -1,15 +1,16 @@
-# Two commands do all the set-up on a machine with Python >= 3.10 and a C compiler:
-#   make demo    runs the main job
-#   make test    passes the tests, lint and types included
+# Each command does its own set-up, on a machine with Python >= 3.10:
+#   make demo    runs the main job, and installs no more than that needs
+#   make test    passes the tests, lint and types included; compiles llama.cpp, so a C++ compiler is needed
+#   make quick   the inner loop: lint, and the tests that need no export, server or compressed model
 # On a machine whose Python already has torch >= 2.8 (a GPU build, say) it is used and never replaced.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test peers docs lint types unit lock clean
+.PHONY: demo test quick peers docs lint types unit lock clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo --out build/demo
 
 test: lint types unit
@@ -22,11 +23,18 @@ types: $(VENV)/.installed
 	$(BIN)/python -m mypy
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-$(VENV)/.installed: pyproject.toml constraints.txt install.sh
-	PYTHON=$(PYTHON) sh install.sh $(VENV)
-	touch $@
+quick: lint
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile -m "not slow"
+
+$(VENV)/.demo: pyproject.toml constraints.txt install.sh
+	@PYTHON=$(PYTHON) sh install.sh $(VENV) demo
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
+	@PYTHON=$(PYTHON) sh install.sh $(VENV) all
+	@touch $@
 
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
