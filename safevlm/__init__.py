@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from runtimes.gate.result import GateResult
     from runtimes.guard.bundle import Bundle, open_bundle
     from runtimes.guard.judge import Guard, ImageSource
-    from runtimes.guard.policy import Finding, Policy, read_policy
-    from runtimes.guard.verdict import Judgement, Verdict
+    from runtimes.guard.policy import Policy, read_policy
+    from runtimes.guard.verdict import Finding, Judgement, Verdict
     from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from safevlm.contract.manifest import Manifest, Thresholds
     from safevlm.contract.preprocessing import Preprocessing
@@ -92,8 +92,8 @@ _MODULES = {
     "runtimes.gate.result": "GateResult",
     "runtimes.guard.bundle": "Bundle open_bundle",
     "runtimes.guard.judge": "Guard ImageSource",
-    "runtimes.guard.policy": "Finding Policy read_policy",
-    "runtimes.guard.verdict": "Judgement Verdict",
+    "runtimes.guard.policy": "Policy read_policy",
+    "runtimes.guard.verdict": "Finding Judgement Verdict",
     "safevlm.checkpoint.checkpoint": "Checkpoint open_checkpoint",
     "safevlm.contract.manifest": "Manifest Thresholds",
     "safevlm.contract.preprocessing": "Preprocessing",

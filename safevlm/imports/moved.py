@@ -59,9 +59,8 @@ _FOLDERS = (
     ("benchmarks", "benchmarks.speed", "gateway_speed>gateway guard_engine guard_lineup guard_peers guard_source"),
     ("benchmarks", "benchmarks.speed", "guard_speed>guard isolation openvino_peer quantize_cases quantize_peers"),
     ("benchmarks", "benchmarks.speed", "quantize_speed>quantize speed>__main__ speed_report>report"),
-    ("benchmarks", "benchmarks.speed.page", "speed_gate_sections>gate_sections speed_guard_section>guard_section"),
-    ("benchmarks", "benchmarks.speed.page", "speed_page>page speed_parts>parts speed_plots>plots"),
-    ("benchmarks", "benchmarks.speed.page", "speed_records>records speed_sections>sections"),
+    ("benchmarks", "benchmarks.speed", "speed_gate_sections>page speed_guard_section>page speed_page>page"),
+    ("benchmarks", "benchmarks.speed", "speed_parts>page speed_plots>page speed_records>page speed_sections>page"),
     ("benchmarks", "benchmarks.tiny", "tiny>__main__"),
 )
 """From which package to which, and the modules; ``old>new`` where a name changed, too."""
