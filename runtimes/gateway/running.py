@@ -31,7 +31,7 @@ from runtimes.gateway.serving.serving import (
     or_gone,
     read_body,
 )
-from runtimes.gateway.serving.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.serving.streams import EventsResponse, answer_events, failure, noted, refusal_events, rest
 from runtimes.gateway.serving.threads import off_loop
 from runtimes.gateway.upstream.embedded import Embedded, Told
 from runtimes.gateway.upstream.upstream import Events, HttpUpstream
@@ -52,8 +52,10 @@ class Running:
     def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
         self.gateway, self.metrics, self.options = gateway, metrics, gateway.options
         self.judge = Judge(gateway, metrics)
-        self._reloading = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """While requests are served."""
+        self._reload_wanted = self._ending = False
+        self._reloading: asyncio.Task[None] | None = None
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
         if gateway.upstream is not None:
@@ -66,8 +68,6 @@ class Running:
         except SafeVLMError as error:
             app.state.failure = error
             raise
-        loop = asyncio.get_running_loop()
-        app.state.reload_soon = lambda: loop.call_soon_threadsafe(self._reload_soon)
         try:
             async with AsyncExitStack() as held:
                 if self.http is not None:
@@ -76,30 +76,47 @@ class Running:
                     self.embedded = await held.enter_async_context(
                         Embedded(self.gateway.gate, self.gateway.name, self.metrics)
                     )
+                self._loop = asyncio.get_running_loop()
+                if self._reload_wanted:
+                    self._begin_reload()
                 yield
         finally:
+            self._loop, self._reload_wanted, self._ending = None, False, True
+            if self._reloading is not None:
+                await asyncio.wait({self._reloading})
             await self.judge.close()
 
-    def _reload_soon(self) -> None:
-        task = asyncio.create_task(self.reload())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def reload_soon(self) -> None:
+        """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one."""
+        self._reload_wanted = not self._ending
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_reload)
 
-    async def reload(self) -> None:
+    def _begin_reload(self) -> None:
+        if self._reloading is None or self._reloading.done():
+            self._reloading = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
         """Judge by what the gateway's files hold now: bundle, policy, keys; by the old ones while they cannot be read.
 
         Requests that are being judged end with the guard that they began with.
         """
-        async with self._reloading:
+        while self._reload_wanted:
+            self._reload_wanted = False
             try:
                 gateway = await asyncio.to_thread(self.gateway.renewed)
                 judge = Judge(gateway, self.metrics)
                 await judge.open()
             except Exception as error:  # of any kind: what serves goes on serving
                 self.metrics.reloads.labels("failed").inc()
-                told = str(error) if isinstance(error, SafeVLMError) else type(error).__name__
-                _log.error("not reloaded, the old bundle, policy and keys stay: %s", told)
-                return
+                known = isinstance(error, SafeVLMError)
+                told = str(error) if known else type(error).__name__
+                _log.error("not reloaded, the old bundle, policy and keys stay: %s", told, exc_info=not known)
+                continue
+            if gateway.clients is not None and self.gateway.clients is not None:
+                gateway.clients.go_on(self.gateway.clients)
+            if self.http is not None:
+                self.http.key = gateway.key
             old, self.judge, self.gateway = self.judge, judge, gateway
             self.metrics.reloads.labels("done").inc()
             _log.warning("reloaded: bundle %s", gateway.gate.digest)
@@ -184,7 +201,7 @@ class Running:
         if self._stuck:
             reasons.append("the guard is stuck")
         if self.http is not None and not await self.http.reachable():
-            reasons.append("the upstream is unreachable")
+            reasons.append("the upstream is unreachable or not ready")
         stated = {"status": "not ready" if reasons else "ready", "reasons": reasons}
         return JsonResponse(stated, status_code=503 if reasons else 200)
 
@@ -269,7 +286,7 @@ class Running:
         found = await or_gone(request, upstream.stream(body, headers))
         if not isinstance(found, Events):
             return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)
-        return EventsResponse(found, found.aclose, {HEADER: json.dumps(stated)})
+        return EventsResponse(noted(found, request.scope[NOTES]), found.aclose, {HEADER: json.dumps(stated)})
 
     async def _embedded(
         self, request: Request, parsed: ChatRequest, judged: Judged, asked: Asked, embedded: Embedded
@@ -295,8 +312,9 @@ class Running:
             ended = result.finish_reason or "stop"
             text = result.answer or ""
             return JsonResponse(completion(parsed.model, text, ended=ended, stated=stated, used=used))
+        events = answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage)
         return EventsResponse(
-            answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage),
+            noted(events, request.scope[NOTES]),
             told.aclose,
             {HEADER: json.dumps(stated)},
         )

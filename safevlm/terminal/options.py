@@ -32,7 +32,7 @@ device_option = click.option(
     "--device", default="cpu", show_default=True, help="Device that torch runs on: cpu, cuda or cuda:N."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: all cores]"
+    "--threads", type=click.IntRange(1, 1024), help="Number of CPU threads.  [default: all cores]"
 )
 answering_model_option = click.option(
     "--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]"

@@ -24,6 +24,7 @@ from runtimes.gateway.serving.metrics import Metrics
 from runtimes.gateway.serving.threads import off_loop
 from safevlm.errors import InputError
 from safevlm.machine import now
+from safevlm.terminal.printable import shortened
 
 __all__ = [
     "ACCESS",
@@ -38,6 +39,7 @@ __all__ = [
     "refused",
     "shutting_down",
     "unrouted",
+    "unserved",
 ]
 
 ACCESS = "safevlm.gateway.access"
@@ -51,6 +53,8 @@ UNCOUNTED = frozenset(("/healthz", "/livez", "/readyz", "/metrics"))
 PATHS = UNCOUNTED | {
     *("/v1/chat/completions", "/v1/responses", "/v1/guard", "/v1/models", f"{MODELS}{{id}}", "/openapi.json")
 }
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+"""Others are made up by clients, who may put anything there."""
 GONE = 499
 BACKLOG = 2048
 FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
@@ -80,15 +84,20 @@ class Served:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if not scope["path"].startswith(MODELS):
+            scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would lose a body, and a proxy's scheme
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves the body out
         notes: dict[str, Any] = {"id": uuid.uuid4().hex}
         scope[NOTES] = notes
-        status, answering, begun = 500, False, time.perf_counter()
+        status, answering, whole, begun = 500, False, False, time.perf_counter()
         place = contextlib.ExitStack()
 
         async def sending(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, answering
+            nonlocal status, answering, whole
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 place.close()  # before the last byte is out: its reader's next request finds the place free
+                whole = True
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", notes["id"].encode())]
@@ -97,6 +106,8 @@ class Served:
 
         try:
             await self._admitted(scope, receive, sending, place)
+            if not whole:
+                notes["outcome"] = "client_gone"  # or it did not read
         except Exception as error:  # a bug of ours: told here, as the server would log its message
             _log_fault(notes["id"], error)
             notes["outcome"] = "server_error"
@@ -142,7 +153,7 @@ class Served:
             self.metrics.clients.labels(notes["client"], outcome).inc()
         line = {
             "time": now(),
-            "method": scope["method"],
+            "method": scope["method"] if scope["method"] in METHODS else "other",
             "path": path,
             "status": status,
             "outcome": outcome,
@@ -150,6 +161,15 @@ class Served:
             **{key: value for key, value in notes.items() if key != "outcome"},
         }
         _access.info(json.dumps(line))
+
+
+def unserved(refusal: Refusal, metrics: Metrics) -> str:
+    """Count and log what was refused before it was a request: a head that is late or no HTTP. Return the line's id."""
+    name, outcome = uuid.uuid4().hex, refusal.code or refusal.kind
+    metrics.requests.labels("none", outcome).inc()
+    line = {"time": now(), "method": "none", "path": "none", "status": refusal.status, "outcome": outcome, "id": name}
+    _access.info(json.dumps(line))
+    return name
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -170,9 +190,10 @@ def listening(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that is none, such as a..b
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {host} --port {port} cannot be served on: {error.strerror or error}. "
+            f"--host {host} --port {port} cannot be served on: {reason}. "
             "Give another --host, or another --port (0: any that is free)."
         ) from error
     return bound
@@ -222,9 +243,13 @@ async def gone(request: Request, _: Exception) -> JsonResponse:
 async def unrouted(_: Request, error: Exception) -> JsonResponse:
     """Answer a path or method that there is none of, in OpenAI's shape instead of FastAPI's."""
     assert isinstance(error, HTTPException)
-    served = ", ".join(sorted(PATHS))
-    found = _refused(bad_request(f"{error.detail}: served are {served}.", code="not_found", status=error.status_code))
-    found.headers.update(error.headers or {})
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        told, code = f"allowed is {headers.get('Allow', 'another method')}", "method_not_allowed"
+    else:
+        told, code = f"served are {', '.join(sorted(PATHS))}", "not_found"
+    found = _refused(bad_request(f"{error.detail}: {told}.", code=code, status=error.status_code))
+    found.headers.update(headers)
     return found
 
 
@@ -239,6 +264,13 @@ async def read_body(request: Request, options: GatewayOptions, parse: Callable[[
 
     Raises Refusal for a body that is too large, too slow, too deep or no JSON, and those of ``parse``; ClientGone.
     """
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.strip().lower() not in ("", "identity"):
+        raise bad_request(
+            f"a body with 'content-encoding: {shortened(packed)}' is not taken. Send it as it is.",
+            code="unsupported_content_encoding",
+            status=415,
+        )
     stated = request.headers.get("content-length", "0")
     too_large = bad_request(
         f"the body has more than {options.max_body} bytes; that many are allowed.", code="body_too_large", status=413

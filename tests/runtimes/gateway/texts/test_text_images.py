@@ -32,6 +32,7 @@ from tests.runtimes.gateway.texts.hidden_images import (
     ADDRESSES,
     FILES,
     HARMLESS,
+    OF_PILLOW,
     PACKED,
     PLACEHOLDERS,
     SHOWING,
@@ -117,6 +118,18 @@ def test_an_image_from_elsewhere(wrap: str) -> None:
             for kind in UPSTREAM_KINDS:
                 wanted = None if kind in READS_TEXT_AS_TEXT else "image_in_text"
                 assert code_of(text, options=GatewayOptions(upstream_kind=kind)) == wanted, (text, kind)
+
+
+def test_an_upstream_that_is_not_named_is_asked_for() -> None:
+    for kind in set(UPSTREAM_KINDS) - READS_TEXT_AS_TEXT:
+        with pytest.raises(Refusal) as caught:
+            check_texts(["![a](https://a.example/b.png)"], "messages[0]", GatewayOptions(upstream_kind=kind))
+        assert ("--upstream-kind" in caught.value.message) == (kind == "unknown")
+
+
+@pytest.mark.parametrize("text", ["image: https://a.example/b.png", "services:\n  a:\n    image: //registry.example/b"])
+def test_yaml_shows_no_image(text: str) -> None:
+    assert code_of(text, options=GatewayOptions()) is None
 
 
 def test_a_data_url_is_refused_whatever_the_upstream() -> None:
@@ -311,3 +324,58 @@ def test_twice_the_text_takes_twice_the_time(unit: str) -> None:
 
     small, large = min(seconds(100_000) for _ in range(3)), min(seconds(400_000) for _ in range(2))
     assert large < 12 * small + 0.2
+
+
+OPENINGS = (
+    *(
+        "![a](",
+        "![a]",
+        "![a][b] [b]:",
+        "<img src=",
+        "<img src",
+        "<img srcset=",
+        "url(",
+        "image-set",
+        "src (",
+        "![[",
+        "[[",
+    ),
+    *(
+        "![](h",
+        "![](https:",
+        "[img",
+        ":image:",
+        "includegraphics",
+        "includegraphics{",
+        "data:",
+        "data:;base64,",
+        "<|",
+        "<img>",
+    ),
+)
+
+
+@pytest.mark.parametrize("filler", [" ", "\n\t", "/", "a", "[", "]", "<", "'", '"', "=", "0"], ids=repr)
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_one_long_run_after_an_opening_takes_no_square_of_its_length(opening: str, filler: str) -> None:
+    """9 KB of ``![a](`` and spaces once took nine seconds, in which no other request was served."""
+
+    def seconds(size: int) -> float:
+        text = f"![](http:{opening}{filler * (size // len(filler))}http:"
+        begun = time.process_time()
+        code_of(text, options=ANY)
+        return time.process_time() - begun
+
+    assert seconds(8_000) < 12 * min(seconds(2_000) for _ in range(2)) + 0.2
+
+
+@pytest.mark.parametrize("kind", sorted(OF_PILLOW))
+def test_a_data_url_of_a_rare_format(kind: str) -> None:
+    packed = base64.b64encode(OF_PILLOW[kind]).decode()
+    for kind_said in ("", "application/octet-stream", "text/plain"):
+        assert code_of(f"![](data:{kind_said};base64,{packed})") == "image_in_text"
+
+
+def test_farbfeld() -> None:
+    packed = base64.b64encode(b"farbfeld" + bytes((0, 0, 0, 4, 0, 0, 0, 4)) + bytes(128)).decode()
+    assert code_of(packed) == code_of(f"![](data:;base64,{packed})") == "image_in_text"
