@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import socket
 import ssl
 import sys
@@ -34,6 +35,7 @@ from runtimes.gateway.upstream_errors import MAX_ERROR, stated_error, upstream_w
 __all__ = ["Events", "HttpUpstream", "Passed", "check_speaks_http"]
 
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
+REQUEST_ID = re.compile(r"[\w.:/+=-]{1,200}", re.ASCII)
 CONNECT_SECONDS = 10.0
 MAX_LINE = 4 * 2**20
 FIELDS = (b"event:", b"id:", b"retry:")
@@ -217,6 +219,8 @@ class HttpUpstream:
 
     def _headers(self, given: Mapping[str, str]) -> dict[str, bytes]:
         kept = {name: given[name].encode("latin-1") for name in FORWARDED if name in given}
+        if not REQUEST_ID.fullmatch(given.get("x-request-id", "")):
+            kept.pop("x-request-id", None)  # it would stand in the upstream's logs
         if "authorization" not in kept and self._key is not None:
             kept["authorization"] = f"Bearer {self._key}".encode("latin-1")
         return {**kept, "content-type": b"application/json", "accept-encoding": b"identity"}
