@@ -39,7 +39,7 @@ ENDING_SECONDS = 1.0
     "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of guard and language model.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Bound the threads of guard and language model.")
 @view_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")

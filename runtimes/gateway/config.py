@@ -63,9 +63,13 @@ def check_environment(context: click.Context, others: Collection[str] = ()) -> N
 
 def naming_its_line(context: click.Context, error: InputError) -> InputError:
     """Return an error about an option's value with the line of the file that it is from, if it is from there."""
-    for name, place in context.meta.get(LINES, {}).items():
-        from_file = context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT_MAP
-        if from_file and re.search(rf"(?<![\w-])(--)?{name.replace('_', '[_-]')}(?![\w-])", str(error)):
+    from_file = click.core.ParameterSource.DEFAULT_MAP
+    places = context.meta.get(LINES, {}).items()
+    given = [each for each in places if context.get_parameter_source(each[0]) is from_file]
+    names = [(rf"(--)?{name.replace('_', '[_-]')}", place) for name, (place, _) in given]
+    values = [(re.escape(value), place) for _, (place, value) in given if isinstance(value, str) and value]
+    for wanted, place in (*names, *values):
+        if re.search(rf"(?<![\w-]){wanted}(?![\w-])", str(error)):
             return InputError(f"{place}: {error}")
     return error
 
@@ -79,7 +83,7 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
     options = _options(context)
     text = decode_text(path.read_bytes(), str(path))
     values: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    places: dict[str, tuple[str, Any]] = {}
     for key, value in table.items():
         name, place = key.replace("-", "_"), f"{path}:{_line(text, key)}"
         option = options.get(name)
@@ -89,7 +93,8 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
             raise InputError(f"{place}: there is no option {key[:80]}; {advice}")
         if name in values:
             raise InputError(f"{place}: {key} is given twice.")
-        values[name], places[name] = _checked(context, option, value, f"{place}: {key}"), place
+        values[name] = _checked(context, option, value, f"{place}: {key}")
+        places[name] = place, value
     context.default_map = {**(context.default_map or {}), **values}
     context.meta[LINES] = places
 
@@ -116,6 +121,8 @@ def _checked(context: click.Context, option: click.Parameter, value: Any, place:
             option.type.convert(each, option, context)
         except click.BadParameter as error:
             raise InputError(f"{place}: {error.message}") from None
+        except ValueError as error:  # of a path that cannot be one
+            raise InputError(f"{place} is {each!r:.80}: {error}.") from None
     return values if option.multiple else value
 
 
