@@ -166,14 +166,17 @@ def read_json_object(path: Path, *, needed_for: str) -> dict[str, Any]:
     return value
 
 
-def first_problem(error: ValueError) -> str:
-    """Return the first thing that is wrong with what was read: its field, what was given, how many more follow."""
+def first_problem(error: ValueError, *, secret: bool = False) -> str:
+    """Return the first thing that is wrong with what was read: its field, what was given, how many more follow.
+
+    Of what is ``secret`` nothing that was given is repeated.
+    """
     if not isinstance(error, ValidationError):  # no JSON at all, or not JSON that means one thing
         return f"not valid JSON ({error})"
     found = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(shortened(str(part)) for part in found["loc"]) or "the whole"
     reason = str(found["msg"]).removeprefix("Value error, ")
-    if not isinstance(found["input"], Mapping):  # of a missing field it is what the field is missing in
+    if not secret and not isinstance(found["input"], Mapping):  # of a missing field it is what the field is missing in
         reason += f" (given: {json.dumps(found['input'], default=str)[:80]})"
     more = error.error_count() - 1
     return f"{field}: {reason} ({more} more problems follow)" if more else f"{field}: {reason}"

@@ -37,7 +37,7 @@ open_chat = open_gate
 )
 @click.option("--model", help="Checkpoint or GGUF folder that answers.  [default: what the bundle was made from]")
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of every runtime.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Bound the threads of every runtime.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
 @view_option

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ import httpx
 
 from models.errors import InputError
 
-__all__ = ["ChatEndpoint", "ChatServer", "Patience", "Reply", "read_key"]
+__all__ = ["ChatEndpoint", "ChatServer", "Patience", "Reply", "checked_key", "read_key"]
 
 MAX_REPLY_BYTES = 2**20
 SHOWN = 160
@@ -30,6 +31,8 @@ TRY_AGAIN = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 529))
 """Statuses that may pass: time-outs, conflicts, limits, faults and overload of the server."""
 OF_THE_REQUEST = frozenset((400, 403, 413, 415, 422))
 """Statuses that a server gives one request for what is in it (403: content filters of some); others concern all."""
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,99}")
+"""Names of variables that are surely not keys."""
 
 _log = logging.getLogger(__name__)
 
@@ -112,15 +115,24 @@ class _Later:
 def read_key(variable: str, *, needed: bool) -> str | None:
     """Return the key in an environment variable, None where there is none and none is ``needed``.
 
-    Errors: InputError, without the key, when it is needed and missing, or could not be sent in a header.
+    Errors: InputError, without the key, when it is needed and missing, or could not be sent in a header. A name that
+    does not look like one is not repeated, either: somebody may have given the key itself.
     """
     key = os.environ.get(variable, "").strip()
+    plain = VARIABLE.fullmatch(variable) is not None
+    named = f"the environment variable {variable}" if plain else "the environment variable that was named"
     if not key:
         if needed:
-            raise InputError(f"the environment variable {variable} is not set, or empty: it should hold the API key.")
+            advice = "it should hold the API key" if plain else "name the one that holds the key; do not give the key"
+            raise InputError(f"{named} is not set, or empty: {advice}.")
         return None
+    return checked_key(key, named)
+
+
+def checked_key(key: str, where: str) -> str:
+    """Return a key that can be sent in a header. Raises InputError, without it; ``where`` it came from."""
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise InputError(f"the environment variable {variable} holds spaces or other characters that no API key has.")
+        raise InputError(f"{where} holds spaces, several lines or other characters that no API key has.")
     return key
 
 

@@ -48,7 +48,7 @@ PROGRESS_FROM = 16
     help="auto: an engine that runs on this GPU, else ONNX Runtime.",
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Bound the threads of ONNX Runtime and torch.")
 @view_option
 @click.option(
     "--allow-others", is_flag=True, help="Exit with 0 even if a folder has files that are not images, such as labels."

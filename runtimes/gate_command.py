@@ -176,7 +176,7 @@ def ended(gate: Gate, result: GateResult) -> int:
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
 @click.option("--device", default="cpu", show_default=True, help="Of the language model: cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of ONNX Runtime and torch.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Bound the threads of ONNX Runtime and torch.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
 @view_option
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import click
 from models.commandline import leave, run
 from models.errors import InputError, MissingExtraError
 from runtimes.chat_endpoint import read_key
-from runtimes.gateway.config import PREFIX, config_option, naming_its_line
+from runtimes.gateway.config import PREFIX, check_environment, config_option, naming_its_line
 from runtimes.gateway.logs import LineHandler
 from runtimes.policy import read_policy
 from runtimes.random_weights import warn_of_random_weights
@@ -36,7 +39,7 @@ ENDING_SECONDS = 1.0
     "--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
 )
 @click.option("--precision", help="Judge with this precision of the bundle.  [default: the bundle's own]")
-@click.option("--threads", type=click.IntRange(min=1), help="Bound the threads of guard and language model.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Bound the threads of guard and language model.")
 @view_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
@@ -56,6 +59,7 @@ ENDING_SECONDS = 1.0
 @click.option("--decode-memory-mb", type=click.IntRange(min=1), default=1024, show_default=True, help="For an image.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
 @click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
+@click.option("--upstream-key-file", type=click.Path(path_type=Path), help="File with that key; SIGHUP reads it anew.")
 @click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
 @click.option("--client-keys", type=click.Path(path_type=Path), help="File of clients: hashed keys, limits a minute.")
 @click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
@@ -71,48 +75,45 @@ ENDING_SECONDS = 1.0
 @click.option("--header-timeout", type=float, default=15.0, show_default=True, help="Seconds for a request's head.")
 @click.option("--write-timeout", type=float, default=30.0, show_default=True, help="Seconds a client may not read.")
 @click.option("--max-connections", type=click.IntRange(min=1), default=1024, show_default=True, help="Open at once.")
-@click.option("--shutdown-timeout", type=int, default=30, show_default=True, help="Seconds for what is being served.")
+@click.option(
+    "--shutdown-timeout",
+    type=click.IntRange(min=0),
+    default=30,
+    show_default=True,
+    help="Seconds for what is being served.",
+)
 def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     """Serve chat completions, models and verdicts under /v1, and /livez, /readyz, /healthz and /metrics.
 
     Every image is judged first. SIGTERM and Ctrl-C let what is being served end, then exit with 0. One JSON line per
     request goes to standard output.
     """
+    asked_to_reload = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: asked_to_reload.set())  # by itself it would end what is still starting
     try:
         from runtimes.gateway.app import create_app
         from runtimes.gateway.server import GatewayServer
-        from runtimes.gateway.serving import ACCESS, listening
-        from runtimes.gateway.upstream import check_speaks_http
+        from runtimes.gateway.serving import ACCESS
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("uvicorn", "fastapi", "httpx", "prometheus_client"):
             raise
         raise MissingExtraError(str(error.name), "gateway", "the gateway") from error
-    try:
-        gateway = _gateway(given)
-    except InputError as error:
-        raise naming_its_line(click.get_current_context(), error) from error
-    gateway = replace(gateway, again=lambda: _gateway(given))
-    warn_of_random_weights(given["bundle"], gateway.gate.language)
-    app = create_app(gateway)
-    if gateway.upstream is not None:
-        check_speaks_http(gateway.upstream)
-    lines = _log_to_stdout(ACCESS)
-    server = GatewayServer(app, gateway.options, shutdown_timeout=shutdown_timeout)
-    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has ended in good order
-        signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGHUP, lambda *_: app.state.reload_soon())
-    bound = listening(host, port)
-    click.echo(f"serving on http://{host}:{bound.getsockname()[1]}", err=True)
-    try:
-        server.run(sockets=[bound])
-    except SystemExit:  # uvicorn's 3 for a start that failed; here 3 is REGRESSION
-        if app.state.failure is not None:
-            raise app.state.failure from None
-        return 1
-    finally:
-        bound.close()
-        lines.finish(ENDING_SECONDS)
+    gateway, bound = _opened(host, port, given)
+    with closing(bound):
+        app = create_app(gateway)
+        server = GatewayServer(app, gateway.options, shutdown_timeout=shutdown_timeout)
+        logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # reported below
+        for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn has its own, and when it raises them again
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        signal.signal(signal.SIGHUP, lambda *_: app.state.reload_soon())
+        if asked_to_reload.is_set():
+            app.state.reload_soon()
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(f"serving on http://{shown}:{bound.getsockname()[1]}", err=True)
+        with _lines_written(ACCESS), suppress(SystemExit):  # uvicorn's 3 for a start that failed; here it is REGRESSION
+            server.run(sockets=[bound])
+    if app.state.failure is not None:
+        raise app.state.failure
     if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end
         leave(0 if server.started else 1)
     return 0 if server.started else 1
@@ -125,6 +126,23 @@ def _threads_end() -> bool:
     for each in ours:
         each.join(max(0.0, until - time.monotonic()))
     return not any(each.is_alive() for each in ours)
+
+
+def _opened(host: str, port: int, given: dict[str, Any]) -> tuple[Any, socket.socket]:
+    """Return the gateway, and a socket that listens. Raises what names the line of an option from a file."""
+    from runtimes.gateway.serving import listening
+    from runtimes.gateway.upstream_address import check_speaks_http
+
+    context = click.get_current_context()
+    try:
+        check_environment(context, others={given["upstream_key_env"], given["api_key_env"]})
+        gateway = _gateway(given)
+        warn_of_random_weights(given["bundle"], gateway.gate.language)
+        if gateway.upstream is not None:
+            check_speaks_http(gateway.upstream)
+        return replace(gateway, again=lambda: _gateway(given)), listening(host, port)
+    except InputError as error:
+        raise naming_its_line(context, error) from error
 
 
 def _gateway(given: dict[str, Any]) -> Any:
@@ -165,7 +183,7 @@ def _gateway(given: dict[str, Any]) -> Any:
         model=given["model"],
         policy=None if given["policy"] is None else read_policy(given["policy"]),
         options=options,
-        key=_key(given["upstream_key_env"]),
+        key=_upstream_key(given),
         client_key=_key(given["api_key_env"]),
         runtime=given["runtime"],
         precision=given["precision"],
@@ -178,18 +196,36 @@ def _gateway(given: dict[str, Any]) -> Any:
     return replace(gateway, clients=read_clients(given["client_keys"]))
 
 
+def _upstream_key(given: dict[str, Any]) -> str | None:
+    from runtimes.gateway.private_file import read_key_file
+
+    if given["upstream_key_file"] is None:
+        return _key(given["upstream_key_env"])
+    if given["upstream_key_env"] is not None:
+        raise InputError("--upstream-key-file and --upstream-key-env both give the upstream's key: give one of them.")
+    return read_key_file(given["upstream_key_file"])
+
+
 def _key(variable: str | None) -> str | None:
     return None if variable is None else read_key(variable, needed=True)
 
 
-def _log_to_stdout(name: str) -> LineHandler:
-    handler = LineHandler(sys.stdout.fileno())
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger(name)
-    logger.addHandler(handler)
+@contextmanager
+def _lines_written(access: str) -> Iterator[None]:
+    """Write access lines to standard output and warnings to standard error; nobody waits for their readers."""
+    out, err = LineHandler(sys.stdout.fileno()), LineHandler(sys.stderr.fileno(), "errors")
+    out.setFormatter(logging.Formatter("%(message)s"))
+    logger, root = logging.getLogger(access), logging.getLogger()
+    logger.addHandler(out)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    return handler
+    root.addHandler(err)
+    try:
+        yield
+    finally:
+        root.removeHandler(err)
+        for each in (out, err):
+            each.finish(ENDING_SECONDS)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ def create_app(gateway: Gateway) -> FastAPI:
     """Return the application, for uvicorn or any other ASGI server; its parts are opened when it starts.
 
     ``app.state.failure`` is the error that kept them from opening, if one did. ``app.state.reload_soon()``, from any
-    thread, judges by what bundle, policy and keys are now, once they are open.
+    thread, judges by what bundle, policy and keys are now, as soon as it serves. ``app.state.metrics`` holds what is
+    counted.
     """
     metrics = Metrics()
     running = Running(gateway, metrics)
     app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.failure, app.state.reload_soon = None, lambda: None
+    app.state.failure, app.state.reload_soon, app.state.metrics = None, running.reload_soon, metrics
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
     add_cors(app, gateway.options.cors_origins)  # outermost: what is refused can be read, too
     for error, handler in ((Refusal, refused), (ClientGone, gone), (HTTPException, unrouted)):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-import stat
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,14 +28,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.errors import InputError
 from models.json_file import first_problem
 from models.table_file import read_table
+from runtimes.gateway.private_file import check_private
 from runtimes.gateway.refusal import Refusal
 
-__all__ = ["Client", "ClientEntry", "Clients", "check_private", "digest_of", "read_clients"]
+__all__ = ["MOST", "Client", "ClientEntry", "Clients", "digest_of", "read_clients"]
 
 MINUTE = 60.0
+MOST = 1_000_000
+"""Requests or images of a minute."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Limit = Annotated[int, Field(ge=1, le=1_000_000)]
+Limit = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class ClientEntry(BaseModel):
@@ -77,7 +79,7 @@ class Client:
     """A client that has shown its key. ``clock`` gives seconds."""
 
     def __init__(self, entry: ClientEntry, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name, self._clock = entry.name, clock
+        self.entry, self.name, self._clock = entry, entry.name, clock
         limits = {"requests": entry.requests_per_minute, "images": entry.images_per_minute}
         self._buckets = {what: _Bucket(limit, limit, clock()) for what, limit in limits.items() if limit is not None}
 
@@ -101,6 +103,7 @@ class Client:
             code="rate_limit_exceeded",
             retry=seconds,
             more={
+                **({} if seconds else {"x-should-retry": "false"}),  # which OpenAI's clients heed
                 f"x-ratelimit-limit-{what}": str(bucket.limit),
                 f"x-ratelimit-remaining-{what}": str(max(0, int(bucket.left))),
             },
@@ -112,19 +115,26 @@ class Clients:
 
     def __init__(self, entries: Iterable[ClientEntry], clock: Callable[[], float] = time.monotonic) -> None:
         entries = list(entries)
-        for what, values in (
-            ("name", [each.name for each in entries]),
-            ("key_sha256", [each.key_sha256 for each in entries]),
-        ):
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
-                raise InputError(f"two clients have the {what} {twice[:64]}: each needs one of its own.")
+        names = [each.name for each in entries]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"two clients have the name {twice}: each needs one of its own.")
+        owners: dict[str, str] = {}
+        for each in entries:
+            owner = owners.setdefault(each.key_sha256, each.name)
+            if owner != each.name:
+                raise InputError(f"the clients {owner} and {each.name} have one key: each needs one of its own.")
         self._clients = [(bytes.fromhex(each.key_sha256), Client(each, clock)) for each in entries]
 
     @classmethod
     def of_key(cls, key: str) -> Clients:
         """Return one client, without limits."""
         return cls([ClientEntry(name="client", key_sha256=digest_of(key))])
+
+    def go_on(self, before: Clients) -> None:
+        """Count on where ``before`` was for each client that is the same: a new file begins no new minute."""
+        known = {client.entry: client for _, client in before._clients}
+        self._clients = [(digest, known.get(client.entry, client)) for digest, client in self._clients]
 
     def find(self, authorization: str) -> Client:
         """Return who shows this ``Authorization`` header. Raises Refusal, 401."""
@@ -151,15 +161,5 @@ def read_clients(path: Path) -> Clients:
         return Clients(_File.model_validate(read_table(path, "client key"), strict=True).client)
     except ValidationError as error:
         raise InputError(
-            f"{path}: {first_problem(error)}. A [[client]] has {', '.join(ClientEntry.model_fields)}."
+            f"{path}: {first_problem(error, secret=True)}. A [[client]] has {', '.join(ClientEntry.model_fields)}."
         ) from None
-
-
-def check_private(path: Path) -> None:
-    """Raise InputError where everybody on this machine may read a file of keys."""
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except OSError as error:
-        raise InputError(f"{path}: it cannot be read ({error.strerror}).") from error
-    if mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise InputError(f"{path}: everybody on this machine may read or write it. Run: chmod 600 {path}")

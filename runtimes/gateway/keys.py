@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from models.commandline import run
 from models.errors import InputError
 from models.json_file import first_problem
-from runtimes.gateway.clients import ClientEntry, digest_of
+from runtimes.gateway.clients import MOST, ClientEntry, digest_of
 
 __all__ = ["main"]
 
@@ -19,8 +19,8 @@ KEY_BYTES = 32
 
 @click.command(name="keys")
 @click.argument("name")
-@click.option("--requests-per-minute", type=click.IntRange(min=1), help="Limit of requests.  [default: none]")
-@click.option("--images-per-minute", type=click.IntRange(min=1), help="Limit of images.  [default: none]")
+@click.option("--requests-per-minute", type=click.IntRange(1, MOST), help="Limit of requests.  [default: none]")
+@click.option("--images-per-minute", type=click.IntRange(1, MOST), help="Limit of images.  [default: none]")
 def main(name: str, requests_per_minute: int | None, images_per_minute: int | None) -> None:
     """Make a key for the client NAME.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -11,6 +12,8 @@ import threading
 
 __all__ = ["LineHandler"]
 
+GONE = (errno.EPIPE, errno.EBADF)
+"""Nobody reads any more, and there is nobody to tell."""
 WAITING = 10_000
 """Lines that may wait to be written; later ones are dropped and counted."""
 
@@ -23,6 +26,8 @@ class LineHandler(logging.Handler):
         self._descriptor = descriptor
         self._lines: queue.Queue[bytes | None] = queue.Queue(WAITING)
         self.dropped = 0
+        self._torn = False
+        """Whether the last line was broken off."""
         self._thread = threading.Thread(target=self._write, name=f"gateway {name}", daemon=True)
         self._thread.start()
 
@@ -41,18 +46,21 @@ class LineHandler(logging.Handler):
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
-            if self.dropped:
-                line += b'{"dropped_lines": %d}\n' % self.dropped
-                self.dropped = 0
-            if not self._written(line):
-                return
+            told, self.dropped = self.dropped, 0
+            if self._torn:
+                line = b"\n" + line
+            if told:
+                line += b'{"dropped_lines": %d}\n' % told
+            try:
+                self._put(line)
+            except OSError as error:
+                if error.errno in GONE:
+                    return
+                self.dropped += told + 1  # a full disk, say, on which there may be room again
 
-    def _written(self, line: bytes) -> bool:
+    def _put(self, line: bytes) -> None:
         """Write straight to the descriptor: a lock of ``sys.stdout``, held here, would keep the process from ending."""
-        try:
-            while line:
-                if select.select([], [self._descriptor], [], None)[1]:
-                    line = line[os.write(self._descriptor, line) :]
-        except OSError:  # closed: there is nobody to tell
-            return False
-        return True
+        while line:
+            if select.select([], [self._descriptor], [], None)[1]:
+                line = line[os.write(self._descriptor, line) :]
+                self._torn = bool(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -14,6 +13,10 @@ from runtimes.tiling import ViewMode, checked_mode
 __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
+MOST_MEMORY = 2**46
+"""Bytes: what a system's limits can state, and more than any machine has."""
+MOST_SECONDS = 10_000_000
+"""What timers can be set to, and longer than anybody waits."""
 UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
 ORIGIN = re.compile(
     r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
@@ -82,11 +85,15 @@ class GatewayOptions:
         for name in (*numbers, "max_connections", "decode_memory"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
+        if self.decode_memory > MOST_MEMORY:
+            raise InputError(f"decode_memory is {self.decode_memory}: at most {MOST_MEMORY} bytes can be stated.")
         times = ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout")
         for name in (*times, "header_timeout", "write_timeout", "decode_timeout"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
+            if not 0 < value <= MOST_SECONDS:  # not a number is neither
+                raise InputError(
+                    f"{name} is {value}: a number of seconds above 0, and at most {MOST_SECONDS}, is needed."
+                )
         if not 0 <= self.batch_wait < self.guard_timeout:
             raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
         if self.upstream_kind not in UPSTREAM_KINDS:

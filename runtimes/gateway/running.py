@@ -51,8 +51,10 @@ class Running:
     def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
         self.gateway, self.metrics, self.options = gateway, metrics, gateway.options
         self.judge = Judge(gateway, metrics)
-        self._reloading = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """While requests are served."""
+        self._reload_wanted = False
+        self._reloading: asyncio.Task[None] | None = None
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
         if gateway.upstream is not None:
@@ -65,8 +67,6 @@ class Running:
         except SafeVLMError as error:
             app.state.failure = error
             raise
-        loop = asyncio.get_running_loop()
-        app.state.reload_soon = lambda: loop.call_soon_threadsafe(self._reload_soon)
         try:
             async with AsyncExitStack() as held:
                 if self.http is not None:
@@ -75,30 +75,47 @@ class Running:
                     self.embedded = await held.enter_async_context(
                         Embedded(self.gateway.gate, self.gateway.name, self.metrics)
                     )
+                self._loop = asyncio.get_running_loop()
+                if self._reload_wanted:
+                    self._begin_reload()
                 yield
         finally:
+            self._loop, self._reload_wanted = None, False
+            if self._reloading is not None:
+                await asyncio.wait({self._reloading})
             await self.judge.close()
 
-    def _reload_soon(self) -> None:
-        task = asyncio.create_task(self.reload())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def reload_soon(self) -> None:
+        """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one."""
+        self._reload_wanted = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_reload)
 
-    async def reload(self) -> None:
+    def _begin_reload(self) -> None:
+        if self._reloading is None or self._reloading.done():
+            self._reloading = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
         """Judge by what the gateway's files hold now: bundle, policy, keys; by the old ones while they cannot be read.
 
         Requests that are being judged end with the guard that they began with.
         """
-        async with self._reloading:
+        while self._reload_wanted:
+            self._reload_wanted = False
             try:
                 gateway = await asyncio.to_thread(self.gateway.renewed)
                 judge = Judge(gateway, self.metrics)
                 await judge.open()
             except Exception as error:  # of any kind: what serves goes on serving
                 self.metrics.reloads.labels("failed").inc()
-                told = str(error) if isinstance(error, SafeVLMError) else type(error).__name__
-                _log.error("not reloaded, the old bundle, policy and keys stay: %s", told)
-                return
+                known = isinstance(error, SafeVLMError)
+                told = str(error) if known else type(error).__name__
+                _log.error("not reloaded, the old bundle, policy and keys stay: %s", told, exc_info=not known)
+                continue
+            if gateway.clients is not None and self.gateway.clients is not None:
+                gateway.clients.go_on(self.gateway.clients)
+            if self.http is not None:
+                self.http.key = gateway.key
             old, self.judge, self.gateway = self.judge, judge, gateway
             self.metrics.reloads.labels("done").inc()
             _log.warning("reloaded: bundle %s", gateway.gate.digest)
@@ -183,7 +200,7 @@ class Running:
         if self._stuck:
             reasons.append("the guard is stuck")
         if self.http is not None and not await self.http.reachable():
-            reasons.append("the upstream is unreachable")
+            reasons.append("the upstream is unreachable or not ready")
         stated = {"status": "not ready" if reasons else "ready", "reasons": reasons}
         return JsonResponse(stated, status_code=503 if reasons else 200)
 

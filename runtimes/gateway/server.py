@@ -21,14 +21,16 @@ from typing import Any
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from models.commandline import leave
+from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request, overloaded
-from runtimes.gateway.serving import DRAINING, shutting_down
+from runtimes.gateway.serving import DRAINING, shutting_down, unserved
 
 __all__ = ["GatewayServer"]
 
@@ -54,7 +56,7 @@ class GatewayServer(uvicorn.Server):
     SIGTERM and Ctrl-C let what is being served end, within ``shutdown_timeout`` seconds; a second one ends at once.
     """
 
-    def __init__(self, app: Any, options: GatewayOptions, *, shutdown_timeout: float = 30) -> None:
+    def __init__(self, app: FastAPI, options: GatewayOptions, *, shutdown_timeout: float = 30) -> None:
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -69,7 +71,7 @@ class GatewayServer(uvicorn.Server):
         )
         super().__init__(config)
         self.shutdown_timeout = shutdown_timeout
-        self.server_state: Connections = Connections(options, _room_for(options.max_connections))
+        self.server_state: Connections = Connections(options, _room_for(options.max_connections), app.state.metrics)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End in good order; at the second signal, at once."""
@@ -83,7 +85,6 @@ class GatewayServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept what has knocked already, finish or tell it, and close."""
         state = self.server_state
-        state.draining = True
         self.lifespan.state[DRAINING] = True  # what comes from now on is told so, see Served
         state.default_headers = [*state.default_headers, CLOSE_HEADER]
         await _accepted(sockets or [])
@@ -147,9 +148,9 @@ def _room_for(connections: int) -> int:
 class Connections(ServerState):
     """The connections of a server: those that wait for a request, oldest first, make room for new ones."""
 
-    def __init__(self, options: GatewayOptions, limit: int) -> None:
+    def __init__(self, options: GatewayOptions, limit: int, metrics: Metrics) -> None:
         super().__init__()
-        self.options, self.limit, self.draining = options, limit, False
+        self.options, self.limit, self.metrics = options, limit, metrics
         self.fresh: dict[Connection, None] = {}
         """Those that have not sent a request yet."""
         self.kept: dict[Connection, None] = {}
@@ -308,6 +309,7 @@ class Connection(H11Protocol):
                 "content-type": "application/json",
                 "content-length": str(len(content)),
                 "connection": "close",
+                "x-request-id": unserved(refusal, self.server_state.metrics),
                 **refusal.headers,
             }
             reason = HTTPStatus(refusal.status).phrase.encode()

@@ -38,6 +38,7 @@ __all__ = [
     "refused",
     "shutting_down",
     "unrouted",
+    "unserved",
 ]
 
 ACCESS = "safevlm.gateway.access"
@@ -51,6 +52,8 @@ UNCOUNTED = frozenset(("/healthz", "/livez", "/readyz", "/metrics"))
 PATHS = UNCOUNTED | {
     *("/v1/chat/completions", "/v1/responses", "/v1/guard", "/v1/models", f"{MODELS}{{id}}", "/openapi.json")
 }
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+"""Others are made up by clients, who may put anything there."""
 GONE = 499
 BACKLOG = 2048
 FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
@@ -142,7 +145,7 @@ class Served:
             self.metrics.clients.labels(notes["client"], outcome).inc()
         line = {
             "time": now(),
-            "method": scope["method"],
+            "method": scope["method"] if scope["method"] in METHODS else "other",
             "path": path,
             "status": status,
             "outcome": outcome,
@@ -150,6 +153,15 @@ class Served:
             **{key: value for key, value in notes.items() if key != "outcome"},
         }
         _access.info(json.dumps(line))
+
+
+def unserved(refusal: Refusal, metrics: Metrics) -> str:
+    """Count and log what was refused before it was a request: a head that is late or no HTTP. Return the line's id."""
+    name, outcome = uuid.uuid4().hex, refusal.code or refusal.kind
+    metrics.requests.labels("none", outcome).inc()
+    line = {"time": now(), "method": "none", "path": "none", "status": refusal.status, "outcome": outcome, "id": name}
+    _access.info(json.dumps(line))
+    return name
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -170,9 +182,10 @@ def listening(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that is none, such as a..b
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {host} --port {port} cannot be served on: {error.strerror or error}. "
+            f"--host {host} --port {port} cannot be served on: {reason}. "
             "Give another --host, or another --port (0: any that is free)."
         ) from error
     return bound

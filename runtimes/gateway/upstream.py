@@ -9,11 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import math
 import re
-import socket
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -23,16 +20,16 @@ from urllib.parse import quote
 
 import httpx
 
-from models.errors import InputError
 from runtimes.gateway.answers import DONE, error_event, event, strict_json
 from runtimes.gateway.json_bounds import check_json
 from runtimes.gateway.metrics import Metrics
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, no_such_model, upstream_error
 from runtimes.gateway.threads import off_loop
+from runtimes.gateway.upstream_address import trusted, upstream_address
 from runtimes.gateway.upstream_errors import MAX_ERROR, stated_error, upstream_words
 
-__all__ = ["Events", "HttpUpstream", "Passed", "check_speaks_http"]
+__all__ = ["Events", "HttpUpstream", "Passed"]
 
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,200}", re.ASCII)
@@ -47,11 +44,10 @@ KEEP_ALIVE = b": keep-alive\n\n"
 """In place of an upstream's comments: they keep a connection open, whatever stands in them."""
 MAX_NODES, MAX_DEPTH = 500_000, 100
 """Of an answer's JSON; the log probabilities of 20 tokens a place are many."""
-PROBE_SECONDS = 5.0
 PROBED_SECONDS = 1.0
 
-_log = logging.getLogger(__name__)
 NOT_SERVED = (404, 405)
+NOT_NOW = (502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -68,28 +64,20 @@ class Passed:
 class HttpUpstream:
     """A base URL such as ``http://127.0.0.1:8000/v1``; an asynchronous context manager.
 
-    ``key`` is sent where the client sends none. Errors: InputError for an address that is no http or https URL, or
-    that holds a name, password or query.
+    ``key`` is sent where the client sends none. Raises InputError as :func:`upstream_address` and :func:`trusted`.
     """
 
     def __init__(self, url: str, options: GatewayOptions, metrics: Metrics, *, key: str | None = None) -> None:
-        try:
-            parsed = httpx.URL(url.rstrip("/"))
-        except (httpx.InvalidURL, ValueError) as error:
-            raise InputError(f"--upstream is no URL ({error}); such as http://127.0.0.1:8000/v1.") from None
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query:
-            raise InputError(
-                "--upstream must be an http(s) address without user name, password or query, such as "
-                "http://127.0.0.1:8000/v1. A key goes into the environment variable of --upstream-key-env."
-            )
-        self.url, self.options, self.metrics, self._key = str(parsed), options, metrics, key
+        address = upstream_address(url)
+        self._trusted = trusted(address)
+        self.url, self.options, self.metrics, self.key = str(address), options, metrics, key
         self._client: httpx.AsyncClient | None = None
         self._reaching = asyncio.Lock()
         self._reached = (-math.inf, False)
 
     async def __aenter__(self) -> HttpUpstream:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.options.max_concurrent)
-        self._client = httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=False)
+        self._client = httpx.AsyncClient(verify=self._trusted, limits=limits, trust_env=False, follow_redirects=False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -97,14 +85,17 @@ class HttpUpstream:
             await self._client.aclose()
 
     async def reachable(self) -> bool:
-        """Say whether the upstream answers at all; it is asked once a second, however often this is."""
+        """Say whether the upstream answers, and not that it does not just now (a model that is still being loaded).
+
+        It is asked once a second, however often this is.
+        """
         async with self._reaching:
             asked, answered = self._reached
             if time.monotonic() - asked < PROBED_SECONDS:
                 return answered
             try:
-                async with self._open().stream("GET", f"{self.url}/models", timeout=2.0):
-                    answered = True
+                async with self._open().stream("GET", f"{self.url}/models", timeout=2.0) as response:
+                    answered = response.status_code not in NOT_NOW
             except httpx.HTTPError:
                 answered = False
             self._reached = (time.monotonic(), answered)
@@ -139,7 +130,7 @@ class HttpUpstream:
         response = await sent.__aenter__()
         kind = response.headers.get("content-type", "").lower()
         if response.status_code == httpx.codes.OK and kind.startswith("text/event-stream"):
-            return Events(self._events(response, self._hidden(headers)), sent)
+            return Events(self._events(response, self._hidden(headers, response)), sent)
         try:
             found = await asyncio.wait_for(self._passed(response, headers), self.options.total_timeout)
         except asyncio.TimeoutError:
@@ -172,7 +163,7 @@ class HttpUpstream:
                     raise self._too_long()
         except httpx.HTTPError as error:
             raise self._failed(error) from None
-        hidden = self._hidden(headers)
+        hidden = self._hidden(headers, response)
         if status in KEY_REFUSED and hidden is not None:
             raise self._broken("the upstream refuses this server's key")  # its words may quote part of the key
         if 400 <= status < 600:
@@ -221,13 +212,14 @@ class HttpUpstream:
         kept = {name: given[name].encode("latin-1") for name in FORWARDED if name in given}
         if not REQUEST_ID.fullmatch(given.get("x-request-id", "")):
             kept.pop("x-request-id", None)  # it would stand in the upstream's logs
-        if "authorization" not in kept and self._key is not None:
-            kept["authorization"] = f"Bearer {self._key}".encode("latin-1")
+        if "authorization" not in kept and self.key is not None:
+            kept["authorization"] = f"Bearer {self.key}".encode("latin-1")
         return {**kept, "content-type": b"application/json", "accept-encoding": b"identity"}
 
-    def _hidden(self, headers: Mapping[str, str]) -> bytes | None:
+    def _hidden(self, headers: Mapping[str, str], response: httpx.Response) -> bytes | None:
         """Return this server's key where it was sent: no error may quote it."""
-        return None if self._key is None or "authorization" in headers else self._key.encode("latin-1")
+        sent = response.request.headers.get("authorization")
+        return None if sent is None or "authorization" in headers else sent.removeprefix("Bearer ").encode("latin-1")
 
     async def _request(self, body: dict[str, Any], headers: Mapping[str, str], silence: float | None) -> httpx.Request:
         came = headers.get("content-length", "")  # what is written is at most half as large again
@@ -346,36 +338,3 @@ async def _lines(response: httpx.Response, limit: int, until: float) -> AsyncIte
 def _read_json(content: bytes) -> Any:
     check_json(content, nodes=MAX_NODES, depth=MAX_DEPTH)
     return strict_json(content)
-
-
-def check_speaks_http(url: str) -> None:
-    """Raise InputError where something answers at an address, but no HTTP; warn where nothing answers yet."""
-    parsed = httpx.URL(url)
-    refused = InputError(
-        f"--upstream {url} does not speak {parsed.scheme.upper()}. "
-        "Give the base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
-    )
-    try:
-        said = _first_bytes(parsed)
-    except ssl.SSLEOFError:  # as a proxy does whose server is not up
-        said = b""
-    except ssl.SSLError as error:
-        raise refused from error
-    except OSError:
-        said = b""
-    if not b"HTTP/".startswith(said[:5]):  # a part of it, or nothing, says nothing yet
-        raise refused
-    if not said:
-        _log.warning("--upstream %s does not answer yet", url)
-
-
-def _first_bytes(url: httpx.URL) -> bytes:
-    """Return the first bytes that a server answers; none where it closes."""
-    host, secure = url.raw_host.decode("ascii"), url.scheme == "https"
-    path = url.raw_path.decode("ascii").rstrip("/")
-    with socket.create_connection((host.strip("[]"), url.port or (443 if secure else 80)), PROBE_SECONDS) as plain:
-        context = httpx.create_ssl_context(trust_env=False) if secure else None
-        with plain if context is None else context.wrap_socket(plain, server_hostname=host) as server:
-            head = f"GET {path}/models HTTP/1.1\r\nHost: {url.netloc.decode('ascii')}\r\nConnection: close\r\n\r\n"
-            server.sendall(head.encode("ascii"))
-            return server.recv(64)

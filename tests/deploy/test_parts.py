@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -124,7 +128,7 @@ def test_each_container_runs_with_as_few_rights_as_it_can() -> None:
 def test_health_is_asked_of_paths_that_there_are() -> None:
     for probe, path in (("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
         assert container("gateway")[probe]["httpGet"]["path"] == path and path in PATHS
-    assert f"127.0.0.1:{instruction('EXPOSE')}/livez" in instruction("HEALTHCHECK")
+    assert f"'127.0.0.1', {instruction('EXPOSE')}, " in instruction("HEALTHCHECK")
 
 
 def test_what_is_being_served_has_time_to_end() -> None:
@@ -212,3 +216,29 @@ def test_every_file_that_is_mounted_or_linked_is_there() -> None:
         assert path.name == "README.md" or path.name in readme, f"deploy/README.md says nothing of {path.name}"
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         assert "://" in target or (DEPLOY / target).exists(), target
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_health_check_asks_the_gateway_itself_whatever_proxies_are_set(status: int) -> None:
+    """Docker sets those of its own configuration in every container."""
+
+    class Livez(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/livez" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    command = json.loads(instruction("HEALTHCHECK").partition("CMD")[2])
+    assert command[0] == "python"
+    with HTTPServer(("127.0.0.1", 0), Livez) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        script = command[2].replace(instruction("EXPOSE"), str(server.server_address[1]))
+        env = {**os.environ, "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
+        done = subprocess.run([sys.executable, command[1], script], env=env, timeout=600)
+        if done.returncode != (status != 200):
+            HTTPConnection(*server.server_address).request("GET", "/")  # let the thread end
+        thread.join(600)
+    assert done.returncode == (status != 200)

@@ -13,6 +13,7 @@ from models.errors import InputError
 from runtimes.gateway.app import Gateway
 from runtimes.gateway.clients import Client, ClientEntry, Clients, digest_of, read_clients
 from runtimes.gateway.keys import main
+from runtimes.gateway.private_file import read_key_file
 from runtimes.gateway.refusal import Refusal
 from tests.runtimes.gateway.servers import SAFE_URL, Upstream, messages, serving
 
@@ -59,7 +60,7 @@ def test_more_images_than_a_minute_has_are_refused_for_good() -> None:
     client = Client(entry("shop", images_per_minute=2), Clock())
     with pytest.raises(Refusal, match="no waiting helps") as refused:
         client.take("images", 3)
-    assert "Retry-After" not in refused.value.headers
+    assert "Retry-After" not in refused.value.headers and refused.value.headers["x-should-retry"] == "false"
     client.take("images", 2)
 
 
@@ -118,6 +119,10 @@ def test_the_command_makes_what_the_gateway_reads(tmp_path: Path) -> None:
         (f'[[client]]\nname = "a"\nkey_sha256 = "{"0" * 64}"\nrequests_per_minute = 0', "requests_per_minute"),
         (f'[[client]]\nname = "a"\nkey_sha256 = "{"0" * 64}"\nkey = "sk-1"', "key"),
         (f'[[client]]\nname = "a"\nkey_sha256 = "{"0" * 64}"\n' * 2, "two clients have the name a"),
+        (
+            "".join(f'[[client]]\nname = "{name}"\nkey_sha256 = "{"0" * 64}"\n' for name in "ab"),
+            "clients a and b have one key",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
@@ -135,3 +140,29 @@ def test_a_file_that_everybody_reads_is_refused(tmp_path: Path, mode: int) -> No
     path.chmod(mode)
     with pytest.raises(InputError, match="chmod 600"):
         read_clients(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("sk-secret two", "holds spaces"),
+        ("sk-secret\nsk-secret", "several lines"),
+    ],
+)
+def test_a_key_file_holds_one_key_which_no_error_quotes(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "key"
+    path.write_text("sk-secret\n")
+    path.chmod(0o440)
+    assert read_key_file(path) == "sk-secret"
+    path.chmod(0o644)
+    with pytest.raises(InputError, match="chmod 600"):
+        read_key_file(path)
+    path.chmod(0o600)
+    path.write_text(content)
+    with pytest.raises(InputError, match=said) as refused:
+        read_key_file(path)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_key_file(tmp_path)

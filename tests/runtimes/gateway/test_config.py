@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from models.errors import InputError
 from runtimes.gateway.__main__ import main
 
 OPTIONS = [option for option in main.params if option.name not in ("config", "help")]
@@ -84,8 +85,63 @@ def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, said: st
         parsed(tmp_path, text)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_lines_are_counted_in_every_encoding_that_is_read(tmp_path: Path, encoding: str, ending: str) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_bytes(f"# café{ending}{ending}max-image = 1{ending}".encode(encoding))
+    done = CliRunner().invoke(main, ["--config", str(path)])
+    assert "gateway.toml:3: there is no option max-image" in str(done.exception)
+
+
+def test_a_path_that_cannot_be_one_is_told_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gateway\.toml:2: bundle is 'a.*null"):
+        parsed(tmp_path, '\nbundle = "a\\u0000b"')
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("CLIENT_KEY", "clients.toml", "did you mean SAFEVLM_GATEWAY_CLIENT_KEYS"),
+        ("CLIENT_KEYS", "", "SAFEVLM_GATEWAY_CLIENT_KEYS is empty"),
+        ("SERVICE_PORT_HTTP", "8080", "stands for no option"),
+    ],
+)
+def test_a_variable_that_would_be_passed_over_is_refused(name: str, value: str, said: str) -> None:
+    done = CliRunner().invoke(main, [], env={f"SAFEVLM_GATEWAY_{name}": value})
+    assert isinstance(done.exception, InputError) and said in str(done.exception)
+
+
+def test_a_variable_that_holds_a_key_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFEVLM_GATEWAY_KEY", "sk-1")
+    done = CliRunner().invoke(main, ["--api-key-env", "SAFEVLM_GATEWAY_KEY"])
+    assert "nothing to serve" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "line", ['client-keys = "/no/file"', 'api-key-env = "NO_SUCH_KEY"', 'policy = "/no/p.toml"', 'host = "a..b"']
+)
+def test_every_error_has_the_line_of_the_option_that_it_is_about(tmp_path: Path, bundle: Path, line: str) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(f'bundle = "{bundle}"\nupstream = "http://127.0.0.1:9/v1"\n\n{line}\n')
+    done = CliRunner().invoke(main, ["--config", str(path)])
+    assert f"{path}:4: " in str(done.exception)
+
+
 def test_a_value_that_only_the_gateway_can_judge_has_its_line_too(tmp_path: Path, bundle: Path) -> None:
     path = tmp_path / "gateway.toml"
     path.write_text(f'bundle = "{bundle}"\nupstream = "http://127.0.0.1:9/v1"\nidle-timeout = -1\n')
     done = CliRunner().invoke(main, ["--config", str(path)])
     assert "gateway.toml:3: idle_timeout is -1" in str(done.exception)
+
+
+@pytest.mark.parametrize("option", [each for each in OPTIONS if each.type.name in ("integer range", "float")], ids=str)
+def test_no_number_is_too_large_for_what_it_is_used_for(option: click.Parameter, bundle: Path) -> None:
+    """Timers, limits and libraries hold less than Python's numbers do."""
+    value = "1e300" if option.type.name == "float" else str(10**30)
+    given = ["--bundle", str(bundle), "--upstream", "http://127.0.0.1:9/v1", "--host", "a..b", *option.opts, value]
+    done = CliRunner().invoke(main, given)
+    refused = done.exception
+    assert isinstance(refused, InputError) or "is not in the range" in done.output, (refused, done.output)
+    limited = ("port", "threads", "decode_memory_mb")
+    assert ("a..b" in str(refused)) == (option.name not in limited and option.type.name != "float")

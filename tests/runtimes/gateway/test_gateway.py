@@ -215,7 +215,9 @@ def test_clients_are_given_probabilities_only_where_the_operator_says_so(
     assert len(stated) >= 12 and all(bool(numbers_in(each)) == shown for each in stated)
 
 
-@pytest.mark.parametrize("fault", ["the guard is stuck", "the upstream is unreachable", "the server is shutting down"])
+@pytest.mark.parametrize(
+    "fault", ["the guard is stuck", "the upstream is unreachable or not ready", "the server is shutting down"]
+)
 def test_liveness_depends_on_nothing_and_readiness_says_why_not(
     fault: str, bundle: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

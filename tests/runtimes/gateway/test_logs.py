@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+
+import pytest
 
 from runtimes.gateway.logs import WAITING, LineHandler
 
@@ -45,3 +48,25 @@ def test_a_reader_that_has_left_is_no_error() -> None:
     handler.emit(record("x"))
     handler.finish(600)
     os.close(writer)
+
+
+def test_a_disk_that_is_full_for_a_while_loses_lines_and_not_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was broken off stays a line of its own, so that every other line can be read."""
+    reader, writer = os.pipe()
+    write, failures = os.write, iter((False, True, False))
+
+    def half(descriptor: int, content: bytes) -> int:
+        if descriptor != writer:
+            return write(descriptor, content)
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[: len(content) // 2]) if b"lost" in content else write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", half)
+    handler = LineHandler(writer)
+    for message in ("lost", "kept", "last"):
+        handler.emit(record(message))
+    handler.finish(600)
+    os.close(writer)
+    with os.fdopen(reader, encoding="ascii") as lines:
+        assert lines.read().splitlines() == ["lo", "kept", '{"dropped_lines": 1}', "last"]

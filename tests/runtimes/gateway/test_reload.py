@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from models.manifest import Manifest
 from runtimes.bundle import open_bundle
+from runtimes.gateway.clients import digest_of
 from tests.runtimes.bundles import fitted
-from tests.runtimes.gateway.servers import SAFE_URL, Upstream, messages
-from tests.runtimes.gateway.test_command import gateway
+from tests.runtimes.gateway.servers import SAFE_URL, Upstream, answer, messages
+from tests.runtimes.gateway.test_command import ROOT, gateway
 
 
 def with_block_at(bundle: Path, folder: Path, block: float) -> str:
@@ -95,3 +100,82 @@ def test_a_signal_for_a_model_in_this_process_changes_nothing(bundle: Path, upst
     gate = Gateway.open(bundle, upstream=upstream.url)
     with pytest.raises(Exception, match="start it again"):
         gate.renewed()
+
+
+def test_a_signal_during_the_start_is_heeded_after_it(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as upstream:
+        command = [sys.executable, "-m", "runtimes.gateway", "--port", "0", "--bundle", str(bundle)]
+        command += ["--upstream", f"http://127.0.0.1:{upstream.getsockname()[1]}/v1"]
+        with subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        ) as process:
+            asked, _ = upstream.accept()  # whether it speaks HTTP: nothing is served yet
+            process.send_signal(signal.SIGHUP)
+            asked.close()
+            assert process.stderr is not None
+            told = [process.stderr.readline() for _ in range(3)]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(600) == 0, told
+    assert [line.split()[0] for line in told] == ["--upstream", "serving", "reloaded:"]
+
+
+def test_many_signals_are_one_reload_or_two_and_none_disturbs_the_end(bundle: Path, upstream: Upstream) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def slow(handler: Any, body: Any) -> None:
+        begun.set()
+        release.wait(600)
+        answer(handler, body)
+
+    with gateway("--bundle", str(bundle), "--upstream", upstream.url) as (process, url):
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(100):
+            process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGCONT)
+        wait_for(url, "done", 1)
+        upstream.behave = slow
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(ask, url)
+            assert begun.wait(600)
+            for number in (signal.SIGHUP, signal.SIGTERM, *[signal.SIGHUP] * 20):
+                process.send_signal(number)
+                time.sleep(0.02)
+            release.set()
+            assert asked.result()[0] in ("allow", "block")
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.01)
+        assert process.stderr is not None
+        told = process.stderr.read()
+    assert process.returncode == 0 and "Traceback" not in told, told
+    assert told.count("reloaded: bundle") < 10, "one at a time, and one for all that came meanwhile"
+
+
+def test_new_keys_are_taken_over_and_limits_are_counted_on(bundle: Path, upstream: Upstream, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.toml" for name in ("clients", "key")}
+
+    def write(upstream_key: str, *names: str) -> None:
+        entry = '[[client]]\nname = "{}"\nkey_sha256 = "{}"\nrequests_per_minute = 1\n'
+        files["clients"].write_text("\n".join(entry.format(name, digest_of(f"sk-{name}")) for name in names))
+        files["key"].write_text(upstream_key)
+        for each in files.values():
+            each.chmod(0o600)
+
+    def status(name: str) -> int:
+        headers = {"authorization": f"Bearer sk-{name}"}
+        body = {"messages": messages(SAFE_URL)}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code
+
+    write("sk-one", "old", "kept")
+    served = ["--bundle", str(bundle), "--upstream", upstream.url]
+    keys = ["--client-keys", str(files["clients"]), "--upstream-key-file", str(files["key"])]
+    with gateway(*served, *keys) as (process, url):
+        assert [status(each) for each in ("kept", "kept", "new")] == [200, 429, 401]
+        write("sk-two", "kept", "new")
+        process.send_signal(signal.SIGHUP)
+        wait_for(url, "done", 1)
+        assert [status(each) for each in ("old", "kept", "new")] == [401, 429, 200]
+        files["key"].chmod(0o644)
+        process.send_signal(signal.SIGHUP)
+        wait_for(url, "failed", 1)
+    assert [each["authorization"] for each in upstream.headers_seen] == ["Bearer sk-one", "Bearer sk-two"]

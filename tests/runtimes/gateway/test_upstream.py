@@ -18,7 +18,8 @@ import pytest
 from models.errors import InputError
 from runtimes.gateway.app import Gateway
 from runtimes.gateway.options import GatewayOptions
-from tests.runtimes.gateway.servers import SAFE_URL, Upstream, answer, free_port, messages, piece, serving
+from runtimes.gateway.upstream_address import check_speaks_http
+from tests.runtimes.gateway.servers import SAFE_URL, Upstream, _Upstream, answer, free_port, messages, piece, serving
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +314,42 @@ def test_a_client_that_leaves_ends_its_request_upstream(address: str, upstream: 
     assert ended.wait(600), "the request went on upstream after its client had left"
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://user:pw@x/v1", "http://x/v1?key=1", "nonsense", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://x", "http://user:pw@x/v1", "http://x/v1?key=1", "http://x/v1#part", "nonsense", "http://"),
+        *("http://x:99999/v1", "http://x:0/v1", "http://a..b/v1", f"http://{'a' * 70}.example/v1", "http://[::1/v1"),
+    ],
+)
 def test_addresses_that_are_none(bundle: Path, url: str) -> None:
     from runtimes.gateway.app import create_app
 
     with pytest.raises(InputError, match="--upstream"):
         create_app(Gateway.open(bundle, upstream=url))
+
+
+@pytest.mark.parametrize(("status", "ready"), [(200, True), (401, True), (404, True), (503, False), (502, False)])
+def test_an_upstream_that_is_still_loading_is_not_ready(
+    bundle: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, status: int, ready: bool
+) -> None:
+    monkeypatch.setattr(_Upstream, "do_GET", lambda handler: handler.reply({}, status))
+    with serving(Gateway.open(bundle, upstream=upstream.url)) as url:
+        assert (httpx.get(f"{url}/readyz").status_code == 200) == ready
+        assert httpx.get(f"{url}/livez").status_code == 200
+
+
+def test_a_base_url_without_models_is_warned_of_before_the_start(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_speaks_http(upstream.url)
+    assert not caplog.text
+    monkeypatch.setattr(_Upstream, "do_GET", lambda handler: handler.reply({}, 404))
+    check_speaks_http(upstream.url)
+    assert "ends in /v1" in caplog.text
+
+
+def test_certificates_that_cannot_be_read_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(InputError, match="SSL_CERT_FILE"):
+        check_speaks_http("https://127.0.0.1:9/v1")
+    check_speaks_http("http://127.0.0.1:9/v1")
