@@ -53,7 +53,7 @@ class Running:
         self.judge = Judge(gateway, metrics)
         self._loop: asyncio.AbstractEventLoop | None = None
         """While requests are served."""
-        self._reload_wanted = False
+        self._reload_wanted = self._ends = False
         self._reloading: asyncio.Task[None] | None = None
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
@@ -80,13 +80,16 @@ class Running:
                     self._begin_reload()
                 yield
         finally:
-            self._loop, self._reload_wanted = None, False
+            self._loop, self._ends = None, True
             if self._reloading is not None:
                 await asyncio.wait({self._reloading})
             await self.judge.close()
 
     def reload_soon(self) -> None:
-        """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one."""
+        """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one.
+
+        Once the gateway ends none begins any more, however many signals come.
+        """
         self._reload_wanted = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_reload)
@@ -100,7 +103,7 @@ class Running:
 
         Requests that are being judged end with the guard that they began with.
         """
-        while self._reload_wanted:
+        while self._reload_wanted and not self._ends:
             self._reload_wanted = False
             try:
                 gateway = await asyncio.to_thread(self.gateway.renewed)
