@@ -81,7 +81,8 @@ class Served:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would lose a body, and a proxy's scheme
+        if not scope["path"].startswith(MODELS):
+            scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would lose a body, and a proxy's scheme
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # the server leaves the body out
         notes: dict[str, Any] = {"id": uuid.uuid4().hex}
