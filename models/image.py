@@ -40,7 +40,8 @@ EAGER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 LATE_FORMATS = ("WEBP", "TIFF", "MPO", "JPEG2000", "AVIF")
 FORMATS = tuple(name for name in (*EAGER_FORMATS, *LATE_FORMATS) if name != "MPO")
 """As Pillow calls them. An MPO is a JPEG."""
-FORMATS_TEXT = "JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF or PPM"
+FORMATS_TEXT = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}
+"""As people call them, where that differs."""
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -182,11 +183,11 @@ def _open(stream: BinaryIO, where: str, formats: Collection[str] = FORMATS) -> I
                 late = (name for name in LATE_FORMATS if name in formats or (name == "MPO" and "JPEG" in formats))
                 return Image.open(stream, formats=[name for name in late if name in Image.OPEN])
     except UnidentifiedImageError as error:
-        _refuse(where, "it is not an image of a known format, or its header is damaged", error)
+        _refuse(where, "it is not an image of a known format, or its header is damaged", error, formats)
     except Image.DecompressionBombError as error:
         _refuse(where, f"it is too large to be decoded ({error})", error)
     except DECODER_ERRORS as error:
-        _refuse(where, f"its header is damaged ({error})", error)
+        _refuse(where, f"its header is damaged ({error})", error, formats)
 
 
 def _check_format(stream: BinaryIO, where: str, formats: Collection[str]) -> None:
@@ -197,7 +198,9 @@ def _check_format(stream: BinaryIO, where: str, formats: Collection[str]) -> Non
     stream.seek(0)
     begun = [name for name, (_, accepts) in Image.OPEN.items() if accepts is not None and accepts(beginning)]
     if begun and not set(begun) & set(formats):
-        raise ImageFormatError(f"{where}: a {begun[0]} image is not taken. Allowed are {', '.join(sorted(formats))}.")
+        raise ImageFormatError(
+            f"{where}: the format {begun[0]} is not taken. Allowed are {', '.join(sorted(formats))}."
+        )
 
 
 def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
@@ -218,7 +221,11 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
         )
 
 
-def _refuse(where: str, reason: str, cause: BaseException | None = None) -> NoReturn:
+def _refuse(
+    where: str, reason: str, cause: BaseException | None = None, formats: Collection[str] = FORMATS
+) -> NoReturn:
+    *others, last = (FORMATS_TEXT.get(name, name) for name in FORMATS if name in formats)
+    allowed = f"{', '.join(others)} or {last}" if others else last
     raise ImageFileError(
-        f"{where}: {reason}. Allowed is one complete {FORMATS_TEXT} image; save or download it again."
+        f"{where}: {reason}. Allowed is one complete {allowed} image; save or download it again."
     ) from cause

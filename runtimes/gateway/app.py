@@ -37,7 +37,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     """
     metrics = Metrics()
     running = Running(gateway, metrics)
-    app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(lifespan=running.lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.failure, app.state.reload_soon, app.state.metrics = None, running.reload_soon, metrics
     app.add_middleware(Served, options=gateway.options, metrics=metrics)
     add_cors(app, gateway.options.cors_origins)  # outermost: what is refused can be read, too

@@ -49,11 +49,11 @@ OTHER_MARKUP = {
     "![[": re.compile(rf"!\[\[\s*{ADDRESS}", re.IGNORECASE),
     "[[": re.compile(rf"\[\[(?:file|image):\s*{ADDRESS}", re.IGNORECASE),
     "[img": re.compile(rf"\[img[^\[\]]{{0,200}}\]\s*{ADDRESS}", re.IGNORECASE),
-    "image:": re.compile(rf"image::?\s*{ADDRESS}", re.IGNORECASE),
-    "figure:": re.compile(rf"figure::?\s*{ADDRESS}", re.IGNORECASE),
+    "image:": re.compile(rf"image:(?::\s*)?{ADDRESS}", re.IGNORECASE),
+    "figure:": re.compile(rf"figure:(?::\s*)?{ADDRESS}", re.IGNORECASE),
     "includegraphics": re.compile(rf"includegraphics[^{{]{{0,200}}{{\s*{ADDRESS}", re.IGNORECASE),
 }
-"""Wikis, BBCode, reStructuredText, AsciiDoc and LaTeX, by a word that each has."""
+"""Wikis, BBCode, reStructuredText, AsciiDoc and LaTeX, by a word that each has; ``image: address`` is YAML."""
 AN_ADDRESS = re.compile(ADDRESS, re.IGNORECASE)
 
 

@@ -172,14 +172,21 @@ def _schemas(name: str, model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _untitled(schema: Any) -> Any:
-    """Leave out the titles and defaults that pydantic makes of names, and close objects whose keys have a pattern."""
+    """Leave out the titles and defaults that pydantic makes of names, and close objects whose keys have a pattern.
+
+    Where there may be no other keys there may be null ones, see :class:`runtimes.gateway.typed.Typed`.
+    """
     if isinstance(schema, list):
         return [_untitled(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {"additionalProperties": False} if "patternProperties" in schema else {}
     return closed | {
-        key: {name: _untitled(of) for name, of in value.items()} if key == "properties" else _untitled(value)
+        key: {name: _untitled(of) for name, of in value.items()}
+        if key == "properties"
+        else {"type": "null"}
+        if key == "additionalProperties" and value is False
+        else _untitled(value)
         for key, value in schema.items()
         if key not in ("title", "default")
     }

@@ -25,7 +25,10 @@ ROUTE = re.compile(
 )
 """Words of keys that lead a request elsewhere, bring another conversation, or switch off what watches it."""
 HARMLESS = frozenset(
-    ("add_generation_prompt", "cache_prompt", "cache_salt", "continue_final_message", "prompt_logprobs")
+    (
+        *("add_generation_prompt", "cache_prompt", "cache_salt", "continue_final_message", "prompt_logprobs"),
+        *("reasoning_in_content", "timings_per_token"),
+    )
 )
 
 

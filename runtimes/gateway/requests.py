@@ -29,7 +29,7 @@ from runtimes.gateway.typed import is_empty
 __all__ = ["ChatRequest", "ImageReference", "parse_chat", "parse_guard"]
 
 SHOWN = 80
-DOES_NOTHING: dict[str, Any] = {"modalities": ["text"], "response_format": {"type": "text"}}
+DOES_NOTHING: dict[str, Any] = {"max_tokens": -1, "modalities": ["text"], "response_format": {"type": "text"}}
 """Values that ask for what is done anyway; their keys are dropped as null and empty ones are."""
 ASKING = ("developer", "system", "user")
 ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
@@ -109,7 +109,7 @@ def _sorted_keys(body: dict[str, Any], options: GatewayOptions) -> tuple[dict[st
                 passed[key] = value
         elif key == "audio" and not is_empty(value):
             raise bad_request("only text can be answered.", param="audio")
-        elif key not in Chat.EMPTY or not is_empty(value):
+        elif value is not None and (key not in Chat.EMPTY or not is_empty(value)):
             raise unknown(key)
     if "modalities" in known:
         raise bad_request("only text can be answered: 'modalities' must be ['text'].", param="modalities")

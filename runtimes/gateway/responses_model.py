@@ -227,12 +227,6 @@ class StreamOptions(Typed):
     include_obfuscation: bool | None = None
 
 
-def _whole(given: Any) -> Any:
-    return int(given) if isinstance(given, float) and given.is_integer() else given
-
-
-Tokens = Annotated[Length, BeforeValidator(_whole)]
-"""JSON has one kind of number: 16.0 is 16."""
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataText = Annotated[str, Field(max_length=512)]
 
@@ -246,7 +240,7 @@ class ResponseBody(Typed):
     ]
     model: Annotated[str, Between(1, 256)] | None = None
     instructions: str | None = None
-    max_output_tokens: Tokens | None = None
+    max_output_tokens: Length | None = None
     temperature: Annotated[float, Between(0, 2)] | None = None
     top_p: Annotated[float, Between(0, 1)] | None = None
     text: Text | None = None
@@ -270,8 +264,8 @@ class ResponseBody(Typed):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    max_tool_calls: Tokens | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    max_tool_calls: Length | None = None
     background: Annotated[Literal[False], Strictly] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     previous_response_id: None = None

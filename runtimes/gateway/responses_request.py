@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.printable import shortened
-from runtimes.gateway.misfits import misfit, place
+from runtimes.gateway.misfits import misfit, place, unknown
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.refusal import Refusal, bad_request
 from runtimes.gateway.requests import ChatRequest, parse_chat
@@ -159,6 +159,7 @@ def _settings(body: ResponseBody) -> dict[str, Any]:
         "response_format": None if text.format is None else _format(text.format),
         "verbosity": text.verbosity,
         "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
+        "service_tier": body.service_tier,
         "user": body.user,
         "stream": body.stream,
     }
@@ -206,6 +207,8 @@ def _refused(error: ValidationError) -> Refusal:
     for found in error.errors(include_url=False):
         steps = [step for step in found["loc"] if _TAG.fullmatch(str(step)) is None]
         where, key = place(steps), str(steps[-1]) if steps else ""
+        if found["type"] == "extra_forbidden" and len(steps) == 1:
+            return unknown(key)
         if key in REFUSED and found["type"] in ("none_required", "literal_error", "less_than_equal"):
             return bad_request(f"{where}: {REFUSED[key]}", code="unsupported_parameter", param=where)
         if found["type"] == "kind":

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from models.errors import InputError
 from models.machine import now
+from models.printable import shortened
 from runtimes.gateway.answers import JsonResponse, strict_json
 from runtimes.gateway.json_bounds import JsonSizeError, check_json
 from runtimes.gateway.metrics import Metrics
@@ -83,6 +84,10 @@ class Served:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if not scope["path"].startswith(MODELS):
+            scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would lose a body, and a proxy's scheme
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves the body out
         notes: dict[str, Any] = {"id": uuid.uuid4().hex}
         scope[NOTES] = notes
         status, answering, begun = 500, False, time.perf_counter()
@@ -235,9 +240,13 @@ async def gone(request: Request, _: Exception) -> JsonResponse:
 async def unrouted(_: Request, error: Exception) -> JsonResponse:
     """Answer a path or method that there is none of, in OpenAI's shape instead of FastAPI's."""
     assert isinstance(error, HTTPException)
-    served = ", ".join(sorted(PATHS))
-    found = _refused(bad_request(f"{error.detail}: served are {served}.", code="not_found", status=error.status_code))
-    found.headers.update(error.headers or {})
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        told, code = f"allowed is {headers.get('Allow', 'another method')}", "method_not_allowed"
+    else:
+        told, code = f"served are {', '.join(sorted(PATHS))}", "not_found"
+    found = _refused(bad_request(f"{error.detail}: {told}.", code=code, status=error.status_code))
+    found.headers.update(headers)
     return found
 
 
@@ -252,6 +261,13 @@ async def read_body(request: Request, options: GatewayOptions, parse: Callable[[
 
     Raises Refusal for a body that is too large, too slow, too deep or no JSON, and those of ``parse``; ClientGone.
     """
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.strip().lower() not in ("", "identity"):
+        raise bad_request(
+            f"a body with 'content-encoding: {shortened(packed)}' is not taken. Send it as it is.",
+            code="unsupported_content_encoding",
+            status=415,
+        )
     stated = request.headers.get("content-length", "0")
     too_large = bad_request(
         f"the body has more than {options.max_body} bytes; that many are allowed.", code="body_too_large", status=413

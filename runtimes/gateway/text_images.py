@@ -33,6 +33,7 @@ vLLM's chat parser and llama-server's collect images from parts by their type, a
 OpenAI. Text Generation Inference writes every image part as ``![](url)`` into the text and then looks for that pattern
 in the whole prompt, so it makes images of Markdown. LiteLLM passes a request on to any of them.
 """
+UNNAMED = ", or ask the operator of this server to say what the upstream is (--upstream-kind)"
 BRACKETED = re.compile(r"<\|\s?([^|<>\s][^|<>\n]{0,63})\|>")
 OF_MEDIA = re.compile(
     r"image|img|im_patch|vision|visual|video|audio|media|patch|pixel|place.?holder|^endoftext1[01]$", re.IGNORECASE
@@ -136,7 +137,7 @@ def _check_reading(text: str, where: str, options: GatewayOptions) -> None:
     if options.upstream_kind not in READS_TEXT_AS_TEXT and has_linked_image(text):
         raise bad_request(
             f"{where}: the text shows an image from elsewhere (Markdown, HTML), which some servers fetch. Send it as "
-            "an image_url part, or leave its address out.",
+            f"an image_url part, or leave its address out{UNNAMED if options.upstream_kind == 'unknown' else ''}.",
             code="image_in_text",
             param=where,
         )

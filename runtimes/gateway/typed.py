@@ -26,15 +26,21 @@ class Between:
     high: float
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        inner: dict[str, Any] = {**handler(source)}
+        inner: Any = {**handler(source)}
         if source is str:
             inner.update(min_length=self.low, max_length=self.high)
             wanted = f"text of {self.low} to {self.high} characters"
         else:
             inner.update(ge=self.low, le=self.high)
             wanted = f"a {'whole ' if source is int else ''}number from {self.low} to {self.high}"
-        schema: Any = inner
-        return core_schema.custom_error_schema(schema, custom_error_type="wanted", custom_error_message=wanted)
+        if source is int:
+            inner = core_schema.no_info_before_validator_function(_whole, inner)
+        return core_schema.custom_error_schema(inner, custom_error_type="wanted", custom_error_message=wanted)
+
+
+def _whole(given: Any) -> Any:
+    """Return a number as JSON has it, which knows one kind: 16.0 is 16."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,19 @@ Free = dict[str, Any]
 
 
 class Typed(BaseModel):
-    """An object of the request: strict types, no other keys; null keys and those in ``DROPPED`` are not written."""
+    """An object of the request: strict types, no other keys but null ones; those in ``DROPPED`` are not written."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     DROPPED: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
-    def _few_keys(cls, given: Any) -> Any:
-        if isinstance(given, dict) and len(given) > MAX_KEYS:
+    def _said(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MAX_KEYS:
             raise PydanticCustomError("wanted", f"an object of at most {MAX_KEYS} keys")
-        return given
+        return {key: value for key, value in given.items() if value is not None}  # null says nothing, whatever the key
 
     def written(self, urls: Iterator[str]) -> dict[str, Any]:
         """Return the object as it goes upstream; each image takes its URL from ``urls``."""

@@ -144,6 +144,12 @@ def test_an_empty_a_missing_and_a_strange_file_are_refused(tmp_path: Path) -> No
         open_image(b"")
 
 
+def test_only_formats_that_are_taken_are_offered() -> None:
+    for formats, offered in (({"WEBP", "JPEG"}, "JPEG or WebP"), ({"JPEG2000"}, "JPEG 2000")):
+        with pytest.raises(ImageFileError, match=f"Allowed is one complete {offered} image"):
+            next(open_views(b"no image at all", formats=formats))
+
+
 def test_formats_that_start_other_programs_are_not_tried() -> None:
     with pytest.raises(ImageFileError, match="not an image of a known format"):
         open_image(encoded(NOISE, "EPS"))

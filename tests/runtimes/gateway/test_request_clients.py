@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletionMessage
 
 from runtimes.gateway.answers import strict_json
 from runtimes.gateway.requests import parse_chat, parse_guard
-from tests.runtimes.gateway.chat_bodies import ASKED, CALL, CLIENTS
+from tests.runtimes.gateway.chat_bodies import ASKED, CALL, CLIENTS, every_key
 from tests.runtimes.gateway.servers import SAFE, SAFE_URL, messages, png
 from tests.runtimes.gateway.test_requests import OPTIONS, body_of, refusal_of
 
@@ -44,6 +44,40 @@ def test_the_openai_clients_answer_is_the_next_turn(dumped: str) -> None:
         "reasoning_content": "hm",
         "tool_calls": [call],
     }
+
+
+def with_nulls(value: Any) -> Any:
+    """Return JSON with a null key of no meaning in each object."""
+    if isinstance(value, dict):
+        return {**{key: with_nulls(each) for key, each in value.items()}, "of_another_version": None}
+    return [with_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+FREE = ("metadata", "tools", "functions", "response_format", "tool_choice", "logit_bias")
+"""Keys with free-form values, in which null is a value like any other."""
+
+
+def test_null_says_nothing_wherever_it_stands() -> None:
+    body = {key: value for key, value in every_key().items() if key not in FREE}
+    assert body_of(parse_chat(with_nulls(body), OPTIONS)) == body_of(parse_chat(body, OPTIONS))
+    call = {"id": "1", "type": None, "function": {"name": "f", "arguments": "{}"}}  # as a piece of a stream has it
+    sent = body_of(parse_chat({"messages": [{"role": "assistant", "tool_calls": [call]}]}, OPTIONS))
+    assert sent["messages"][0]["tool_calls"] == [{**call, "type": "function"}]
+    assert refusal_of({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}).code == (
+        "missing_required_parameter"
+    )
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens", "n", "seed", "top_logprobs"])
+def test_json_has_one_kind_of_number(key: str) -> None:
+    sent = body_of(parse_chat({"messages": [ASKED], key: 4.0}, OPTIONS))[key]
+    assert sent == 4 and type(sent) is int
+    assert "whole number" in refusal_of({"messages": [ASKED], key: 4.5}).message
+
+
+def test_no_limit_is_none() -> None:
+    """llama-server's own page and LM Studio's examples ask so."""
+    assert "max_tokens" not in body_of(parse_chat({"messages": [ASKED], "max_tokens": -1}, OPTIONS))
 
 
 PACKED = base64.b64encode(png(SAFE)).decode()

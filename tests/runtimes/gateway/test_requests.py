@@ -350,7 +350,7 @@ def test_keys_that_operators_do_pass() -> None:
     names = (
         "guided_json guided_regex guided_choice top_k min_p repetition_penalty chat_template_kwargs structured_outputs"
     )
-    more = "ignore_eos min_tokens stop_token_ids grammar cache_prompt thinking enable_thinking skip_special_tokens"
+    more = "ignore_eos min_tokens stop_token_ids grammar cache_prompt thinking enable_thinking timings_per_token"
     GatewayOptions(pass_keys=frozenset([*names.split(), *more.split()]))
     with pytest.raises(InputError, match="vllm, llama-server"):
         GatewayOptions(upstream_kind="ollama")

@@ -265,6 +265,14 @@ def test_bodies_that_are_none(address: str, body: Any) -> None:
     assert found.status_code == 400 and found.json()["error"]["code"]
 
 
+def test_hints_pass_and_null_says_nothing(address: str, upstream: Upstream) -> None:
+    body = {"input": "hi", "service_tier": "flex", "max_output_tokens": 9.0, "context_management": None}
+    assert httpx.post(f"{address}/v1/responses", json=body, timeout=600).status_code == 200
+    assert upstream.requests[-1]["service_tier"] == "flex" and upstream.requests[-1]["max_completion_tokens"] == 9
+    found = httpx.post(f"{address}/v1/responses", json={"input": "hi", "min_p": 0.1}, timeout=600).json()["error"]
+    assert found["param"] == "min_p" and "--pass-key" in found["message"]
+
+
 def test_upstreams_own_errors_pass(client: openai.OpenAI, upstream: Upstream) -> None:
     error = {"error": {"message": "no such model", "type": "invalid_request_error", "code": None, "param": "model"}}
     upstream.behave = lambda handler, _: handler.reply(error, status=404)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import ipaddress
 import logging
 import socket
@@ -22,6 +23,29 @@ from tests.runtimes.gateway.servers import SAFE_URL, UNSAFE_URL, Upstream, data_
 
 def ask(address: str, body: Any) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=600)
+
+
+def test_paths_and_methods_as_clients_and_probes_write_them(address: str, upstream: Upstream) -> None:
+    asked = {"messages": messages(SAFE_URL)}
+    found = httpx.post(f"{address}/v1/chat/completions/?api-version=1", json=asked, timeout=600)
+    assert found.status_code == 200 and len(upstream.requests) == 1, "no redirect, which many clients do not follow"
+    for path in ("/livez", "/readyz", "/v1/models", "/openapi.json"):
+        whole, head = httpx.get(address + path), httpx.head(address + path)
+        assert head.status_code == whole.status_code == 200 and not head.content, path
+        assert head.headers["content-length"] == whole.headers["content-length"]
+
+
+def test_a_packed_body_is_named(address: str) -> None:
+    headers, content = {"content-encoding": "gzip"}, gzip.compress(b'{"messages": []}')
+    for path in ("chat/completions", "responses", "guard"):
+        found = httpx.post(f"{address}/v1/{path}", content=content, headers=headers)
+        assert found.status_code == 415 and "'content-encoding: gzip'" in found.json()["error"]["message"]
+
+
+def test_another_method_is_told_which_is_allowed(address: str) -> None:
+    found = httpx.get(f"{address}/v1/chat/completions")
+    assert found.status_code == 405 and found.headers["allow"] == "POST"
+    assert found.json()["error"]["code"] == "method_not_allowed" and "POST" in found.json()["error"]["message"]
 
 
 def test_slow_clients_that_are_turned_away_hold_no_place(bundle: Path, upstream: Upstream) -> None:

@@ -113,6 +113,18 @@ def test_an_image_from_elsewhere(wrap: str) -> None:
                 assert code_of(text, options=GatewayOptions(upstream_kind=kind)) == wanted, (text, kind)
 
 
+def test_an_upstream_that_is_not_named_is_asked_for() -> None:
+    for kind in set(UPSTREAM_KINDS) - READS_TEXT_AS_TEXT:
+        with pytest.raises(Refusal) as caught:
+            check_texts(["![a](https://a.example/b.png)"], "messages[0]", GatewayOptions(upstream_kind=kind))
+        assert ("--upstream-kind" in caught.value.message) == (kind == "unknown")
+
+
+@pytest.mark.parametrize("text", ["image: https://a.example/b.png", "services:\n  a:\n    image: //registry.example/b"])
+def test_yaml_shows_no_image(text: str) -> None:
+    assert code_of(text, options=GatewayOptions()) is None
+
+
 def test_a_data_url_is_refused_whatever_the_upstream() -> None:
     for kind in UPSTREAM_KINDS:
         assert code_of(URLS["PNG"], options=GatewayOptions(upstream_kind=kind)) == "image_in_text"
