@@ -53,7 +53,7 @@ class Running:
         self.judge = Judge(gateway, metrics)
         self._loop: asyncio.AbstractEventLoop | None = None
         """While requests are served."""
-        self._reload_wanted = False
+        self._reload_wanted = self._ending = False
         self._reloading: asyncio.Task[None] | None = None
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
@@ -80,14 +80,14 @@ class Running:
                     self._begin_reload()
                 yield
         finally:
-            self._loop, self._reload_wanted = None, False
+            self._loop, self._reload_wanted, self._ending = None, False, True
             if self._reloading is not None:
                 await asyncio.wait({self._reloading})
             await self.judge.close()
 
     def reload_soon(self) -> None:
         """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one."""
-        self._reload_wanted = True
+        self._reload_wanted = not self._ending
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_reload)
 
