@@ -217,7 +217,7 @@ class Chat(Typed):
     functions: Annotated[list[FunctionDefinition], Field(fail_fast=True, max_length=1024)] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Between(-100, 100)]],
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Between(-100, 100)]],
             AtMost(4096),
         ]
         | None

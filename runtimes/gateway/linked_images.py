@@ -26,21 +26,23 @@ ADDRESS = (
     rf"{_loose('blob')}\s*:\s*(?:http|null|[0-9a-f-]{{8}})|[/\\][/\\]\s*[\w\[%])"
 )
 """A scheme or two slashes, and the beginning of a host; browsers take backslashes and line breaks, too."""
-INLINE = re.compile(rf"\]\s*\(\s*<?\s*{ADDRESS}", re.IGNORECASE)
-DEFINED = re.compile(rf"\[([^\[\]\n]{{1,999}})\]:\s*<?\s*{ADDRESS}", re.IGNORECASE)
-REFERRING = re.compile(r"!\[([^\[\]]{0,999})\](?:\s?\[([^\[\]]{0,999})\])?")
+INLINE = re.compile(rf"\]\s*\(\s*(?:<\s*)?{ADDRESS}", re.IGNORECASE)
+"""No two runs of white space may stand beside each other: that takes n² steps, in which nothing else runs."""
+DEFINED = re.compile(rf"\[([^\[\]\n]{{1,999}})\]:\s*(?:<\s*)?{ADDRESS}", re.IGNORECASE)
+REFERRING = re.compile(r"\]\s?\[([^\[\]]{1,999})\]")
+SHORT_REFERRING = re.compile(r"!\[([^\[\]]{0,999})\]")
 ATTRIBUTE = re.compile(
-    rf"(?:src|poster|background|data|href|code|lowsrc|dynsrc|data-src|icon)\s*=\s*[\"']?\s*{ADDRESS}", re.IGNORECASE
+    rf"(?:src|poster|background|data|href|code|lowsrc|dynsrc|data-src|icon)\s*=\s*(?:[\"']\s*)?{ADDRESS}", re.IGNORECASE
 )
-SET = re.compile(r"srcset\s*=", re.IGNORECASE)
+SET = re.compile(r"srcset\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^>]*)", re.IGNORECASE)
 TAG = re.compile(
     r"<(?:\w+:)?(?:img|image|picture|source|input|video|object|embed|iframe|frame|use|feimage|link|body|table|t[dhr]|applet|"
-    r"amp-img|portal|base)\b",
+    r"amp-img|portal|base)\b(?:=\s*(?:\"[^\"]*\"|'[^']*')|[^>])*",
     re.IGNORECASE,
 )
-QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+"""With all that stands in it, however long: to the ``>`` that stands in no quoted value."""
 STYLE = re.compile(
-    rf"(?<![\w-])(?:url|image|(?:-webkit-)?image-set|src)\s*\(\s*[\"']?\s*(?={ADDRESS})([^\s\"')]*)", re.IGNORECASE
+    rf"(?<![\w-])(?:url|image|(?:-webkit-)?image-set|src)\s*\(\s*(?:[\"']\s*)?(?={ADDRESS})([^\s\"')]*)", re.IGNORECASE
 )
 NO_IMAGE = (".css", ".woff", ".woff2", ".ttf", ".otf", ".eot")
 OTHER_MARKUP = {
@@ -108,8 +110,13 @@ def _by_reference(text: str) -> Iterator[bool]:
             return
         labels.add(_label(found[1]))
     if labels:
-        for image in REFERRING.finditer(text):
-            yield _label(image[2] or image[1]) in labels
+        for image in SHORT_REFERRING.finditer(text):
+            yield _label(image[1]) in labels
+        for found in _looked_at(REFERRING, text):
+            if found is None:
+                yield True
+            elif _label(found[1]) in labels:
+                yield _opened_by_image(text[max(0, found.start() - NEAR) : found.start()])
 
 
 def _label(words: str) -> str:
@@ -118,19 +125,14 @@ def _label(words: str) -> str:
 
 def _in_tags(text: str) -> Iterator[bool]:
     """``<img src="address">`` and other elements that show one."""
-    if TAG.search(text) is None:
-        return
-    for found in _looked_at(ATTRIBUTE, text):
-        if found is None:
-            yield True
-            return
-        before = text[max(0, found.start() - NEAR) : found.start()]
-        yield any(">" not in QUOTED.sub("", before[tag.start() :]) for tag in TAG.finditer(before))
+    for tag in TAG.finditer(text):
+        yield ATTRIBUTE.search(tag[0]) is not None
 
 
 def _in_sets(text: str) -> Iterator[bool]:
-    for found in _looked_at(SET, text):
-        yield found is None or AN_ADDRESS.search(text[found.end() : found.end() + NEAR].partition(">")[0]) is not None
+    """``srcset="a.png 1x, address 2x"``, in a tag of any name."""
+    for found in SET.finditer(text):
+        yield AN_ADDRESS.search(found[0]) is not None
 
 
 def _otherwise(text: str) -> Iterator[bool]:

@@ -25,6 +25,7 @@ MAGIC = (
     *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\2\0", b"II+\0", b"MM\0+"),
     *(b"\x8aMNG\r\n\x1a\n", b"\x8bJNG\r\n\x1a\n", b"DDS ", b"icns", b"qoif", b"\x76\x2f\x31\x01", b"#?RADIANCE"),
     *(b"SIMPLE  =", b"II\xbc\x01", b"P4\n", b"P5\n", b"P6\n", b"P5 ", b"P6 ", b"data:image/"),
+    b"farbfeld",
 )
 """:data:`COMMON` of them, of at least four bytes each, are also looked for in base85."""
 COMMON = 13
@@ -36,11 +37,12 @@ FILE = re.compile(
     rb"II[*+]\0|MM\0[*+]|.{4}ftyp(?:av|he|mi|ms|jp|jx|cr|mp4)|\0\0\0\x0c(?:jP  |JXL )\r\n\x87\n|\xff\x4f\xff\x51|"
     rb"\0\0[\1\2]\0[^\0]\0.{3}\0[\0\1]\0[\x01\x04\x08\x10\x18\x20]\0|8BPS\0[\1\2]\0{6}|%PDF-[12]|"
     rb"\x8aMNG\r\n|\x8bJNG\r\n|DDS \x7c\0\0\0|icns\0|qoif\0|\x76\x2f\x31\x01[\2]|#\?RADIANCE|SIMPLE  =|II\xbc\x01|"
-    rb"P[456]\s+(?:#[^\n]*\n\s*)*[0-9]+\s+[0-9]+\s|<svg|data:image/",
+    rb"farbfeld|P[456]\s+(?:#[^\n]*\n\s*)*[0-9]+\s+[0-9]+\s|<svg|data:image/",
     re.DOTALL,
 )
 SHORT = re.compile(
-    rb"\xff\x0a|P[1-7][\s#]|\x0a[\0-\5]\x01[\1\2\4\x08]|\0\0[\1\2]\0|BM|%!PS|\xef\xbb\xbf\s*<|\s*<(?:\?xml|svg|!--)",
+    rb"\x01\xda[\0\1]|BLP[12]|DanM|LinS|Image type:|#define[ \t]+\w+_width|\x59\xa6\x6a\x95|\xd7\xcd\xc6\x9a|"
+    rb"[\x0c\x28\x6c\x7c]\0\0\0|\xff\x0a|P[1-7][\s#]|\x0a[\0-\5]\x01[\1\2\4\x08]|\0\0[\1\2]\0|BM|%!PS|\xef\xbb\xbf\s*<|\s*<(?:\?xml|svg|!--)",
     re.DOTALL,
 )
 """Beginnings that are too short to be looked for in the midst of a text; in a data URL they are an image."""

@@ -33,22 +33,25 @@ vLLM's chat parser and llama-server's collect images from parts by their type, a
 OpenAI. Text Generation Inference writes every image part as ``![](url)`` into the text and then looks for that pattern
 in the whole prompt, so it makes images of Markdown. LiteLLM passes a request on to any of them.
 """
-BRACKETED = re.compile(r"<\|\s?([^|<>\s]{1,64})\s?\|>")
-OF_MEDIA = re.compile(r"image|img|im_patch|vision|visual|video|audio|media|patch|pixel|placeholder", re.IGNORECASE)
+BRACKETED = re.compile(r"<\|\s?([^|<>\s][^|<>\n]{0,63})\|>")
+OF_MEDIA = re.compile(
+    r"image|img|im_patch|vision|visual|video|audio|media|patch|pixel|place.?holder|^endoftext1[01]$", re.IGNORECASE
+)
 PLACEHOLDERS = re.compile(
     r"<(?:image|im_(?:patch|start|end|col|row|low|newline|pad)|img_(?:start|end|pad|patch)|IMG_CONTEXT|IMAGE_TOKEN|"
     r"image_(?:pad|placeholder|soft_token|newline|token|start|end|atom|patch|row|col)|ImageHere|global-img|visual_pad|"
     r"(?:start|end|begin)_of_(?:image|img|video)|(?:begin|end)_image|boi|eoi|boi_token|eoi_token|vision_(?:start|end|pad)|"
     r"video_(?:pad|soft_token|placeholder)|audio_soft_token|fake_token_around_image|image[_-]?\d+|img_\d+|row_\d+_col_\d+)>"
     r"|<__(?:media|image|img|audio|video)[A-Za-z0-9_]*__>|\[(?:IMG|IMG_BREAK|IMG_END|img-\d+)\]"
-    r"|<img>\s*</img>|<image>\./</image>|\]<\]image\[>\["
+    r"|<img>[^<>]*</img>|<\|(?:image|audio|video)>|<(?:image|audio|video)\|>|<image>\./</image>|\]<\]image\[>\["
 )
 """Strings that tokenizers, chat templates and servers put an image in the place of.
 
 Of the families here: ``<image>`` (LLaVA), ``<start_of_image>``, ``<image_soft_token>``, ``<end_of_image>`` (Gemma 3),
 ``<|vision_start|><|image_pad|><|vision_end|>`` (Qwen2.5-VL), the last by :data:`BRACKETED`. Of others: vLLM's
 ``get_placeholder_str`` of each model, llama.cpp's ``<__media__>`` (with letters of chance in llama-server), Pixtral's
-``[IMG]``, ``[img-0]`` of Ollama and earlier llama-server, InternVL's, Idefics' and MiniCPM's.
+``[IMG]``, ``[img-0]`` of Ollama and earlier llama-server, InternVL's, Idefics' and MiniCPM's. Qwen-VL reads an address
+between ``<img>`` and ``</img>``; Phi-4 has ``<|endoftext10|>``, Emu3 ``<|visual token 000001|>``, Gemma 4 ``<|image>``.
 """
 FREE_BYTES, FREE_NODES, FREE_DEPTH = 2**20, 10_000, 32
 """Of a free-form value: bytes of its keys and texts, values, levels."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -31,6 +32,7 @@ from runtimes.gateway.upstream_errors import MAX_ERROR, stated_error, upstream_w
 __all__ = ["Events", "HttpUpstream", "Passed"]
 
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
+REQUEST_ID = re.compile(r"[\w.:/+=-]{1,200}", re.ASCII)
 CONNECT_SECONDS = 10.0
 MAX_LINE = 4 * 2**20
 FIELDS = (b"event:", b"id:", b"retry:")
@@ -208,6 +210,8 @@ class HttpUpstream:
 
     def _headers(self, given: Mapping[str, str]) -> dict[str, bytes]:
         kept = {name: given[name].encode("latin-1") for name in FORWARDED if name in given}
+        if not REQUEST_ID.fullmatch(given.get("x-request-id", "")):
+            kept.pop("x-request-id", None)  # it would stand in the upstream's logs
         if "authorization" not in kept and self.key is not None:
             kept["authorization"] = f"Bearer {self.key}".encode("latin-1")
         return {**kept, "content-type": b"application/json", "accept-encoding": b"identity"}

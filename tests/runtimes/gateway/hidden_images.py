@@ -33,6 +33,11 @@ FILES |= {
 }
 """Files of the formats that servers read."""
 
+OF_PILLOW = {
+    kind: encoded(kind, SAFE.resize((24, 24)).convert(mode))
+    for kind, mode in {"BLP": "P", "MSP": "1", "XBM": "1"}.items()
+} | {kind: encoded(kind) for kind in ("DIB", "EPS", "ICNS", "MPO", "PCX", "PPM", "QOI", "SGI", "TGA")}
+"""Of further formats that Pillow reads: the shorter beginnings count in a data URL only."""
 Way = Callable[[str], str]
 WRITTEN: dict[str, Way] = {
     "plain": lambda url: url,
@@ -100,6 +105,10 @@ WRAPPED: dict[str, Way] = {
     "a wiki's": lambda url: f"[[File:{url}|thumb]]",
     "base": lambda url: f'<base href="{url}"><img src="a.png">',
     "JSON": lambda url: f'{{"image": "{url}"}}',
+    "img with many words": lambda url: f'<img alt="{"word " * 600}" src="{url}">',
+    "img with quotes that pair otherwise": lambda url: f'<img a=x" b=">" src="{url}">',
+    "srcset of many": lambda url: f'<img srcset="{"a.png 1x, " * 300}{url} 2x">',
+    "Markdown reference with many words": lambda url: f"![{'word ' * 300}][b]\n\n[b]: {url}",
 }
 """Each puts a URL into a text."""
 
@@ -183,6 +192,14 @@ PLACEHOLDERS = [
         "<img></img>",
         "(<image>./</image>)",
         "[img-0]",
+        "<img>/data/a.png</img>",
+        "<img>https://evil.example/a.png</img>",
+        "<|endoftext10|>",
+        "<|image>",
+        "<image|>",
+        "<|image token|>",
+        "<|visual token 000123|>",
+        "<｜hy_place▁holder▁no▁102｜>",
         "<|imgpad|>",
         "<|patch|>",
     ),

@@ -25,6 +25,7 @@ from tests.runtimes.gateway.hidden_images import (
     ADDRESSES,
     FILES,
     HARMLESS,
+    OF_PILLOW,
     PACKED,
     PLACEHOLDERS,
     SHOWING,
@@ -304,3 +305,58 @@ def test_twice_the_text_takes_twice_the_time(unit: str) -> None:
 
     small, large = min(seconds(100_000) for _ in range(3)), min(seconds(400_000) for _ in range(2))
     assert large < 12 * small + 0.2
+
+
+OPENINGS = (
+    *(
+        "![a](",
+        "![a]",
+        "![a][b] [b]:",
+        "<img src=",
+        "<img src",
+        "<img srcset=",
+        "url(",
+        "image-set",
+        "src (",
+        "![[",
+        "[[",
+    ),
+    *(
+        "![](h",
+        "![](https:",
+        "[img",
+        ":image:",
+        "includegraphics",
+        "includegraphics{",
+        "data:",
+        "data:;base64,",
+        "<|",
+        "<img>",
+    ),
+)
+
+
+@pytest.mark.parametrize("filler", [" ", "\n\t", "/", "a", "[", "]", "<", "'", '"', "=", "0"], ids=repr)
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_one_long_run_after_an_opening_takes_no_square_of_its_length(opening: str, filler: str) -> None:
+    """9 KB of ``![a](`` and spaces once took nine seconds, in which no other request was served."""
+
+    def seconds(size: int) -> float:
+        text = f"![](http:{opening}{filler * (size // len(filler))}http:"
+        begun = time.process_time()
+        code_of(text, options=ANY)
+        return time.process_time() - begun
+
+    assert seconds(8_000) < 12 * min(seconds(2_000) for _ in range(2)) + 0.2
+
+
+@pytest.mark.parametrize("kind", sorted(OF_PILLOW))
+def test_a_data_url_of_a_rare_format(kind: str) -> None:
+    packed = base64.b64encode(OF_PILLOW[kind]).decode()
+    for kind_said in ("", "application/octet-stream", "text/plain"):
+        assert code_of(f"![](data:{kind_said};base64,{packed})") == "image_in_text"
+
+
+def test_farbfeld() -> None:
+    packed = base64.b64encode(b"farbfeld" + bytes((0, 0, 0, 4, 0, 0, 0, 4)) + bytes(128)).decode()
+    assert code_of(packed) == code_of(f"![](data:;base64,{packed})") == "image_in_text"

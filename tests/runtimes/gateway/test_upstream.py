@@ -181,6 +181,14 @@ def test_a_key_that_is_no_ascii_is_no_fault_of_this_server(address: str, upstrea
     assert found.status_code == 200 and upstream.headers_seen[-1]["authorization"] == "Bearer \xfc"
 
 
+@pytest.mark.parametrize("name", ["req_1.2:a/b", "x" * 201, "a b", "<script>", "\xff", "a\tb"])
+def test_a_request_id_goes_upstream_only_where_a_log_can_hold_it(name: str, address: str, upstream: Upstream) -> None:
+    headers = {b"x-request-id": name.encode("latin-1")}
+    found = httpx.post(f"{address}/v1/chat/completions", json={"messages": messages(SAFE_URL)}, headers=headers)
+    kept = upstream.headers_seen[-1].get("x-request-id")
+    assert found.status_code == 200 and kept == (name if name == "req_1.2:a/b" else None)
+
+
 def events(*bodies: Any, end: Any = None) -> Any:
     def behave(handler: Any, _: Any) -> None:
         handler.begin_stream()
