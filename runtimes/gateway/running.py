@@ -33,7 +33,7 @@ from runtimes.gateway.serving import (
     or_gone,
     read_body,
 )
-from runtimes.gateway.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.streams import EventsResponse, answer_events, failure, noted, refusal_events, rest
 from runtimes.gateway.threads import off_loop
 from runtimes.gateway.upstream import Events, HttpUpstream
 
@@ -291,7 +291,7 @@ class Running:
         found = await or_gone(request, upstream.stream(body, headers))
         if not isinstance(found, Events):
             return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)
-        return EventsResponse(found, found.aclose, {HEADER: json.dumps(stated)})
+        return EventsResponse(noted(found, request.scope[NOTES]), found.aclose, {HEADER: json.dumps(stated)})
 
     async def _embedded(
         self, request: Request, parsed: ChatRequest, judged: Judged, asked: Asked, embedded: Embedded
@@ -317,8 +317,9 @@ class Running:
             ended = result.finish_reason or "stop"
             text = result.answer or ""
             return JsonResponse(completion(parsed.model, text, ended=ended, stated=stated, used=used))
+        events = answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage)
         return EventsResponse(
-            answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage),
+            noted(events, request.scope[NOTES]),
             told.aclose,
             {HEADER: json.dumps(stated)},
         )
