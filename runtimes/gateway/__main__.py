@@ -112,7 +112,8 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
         click.echo(f"serving on http://{shown}:{bound.getsockname()[1]}", err=True)
         with _lines_written(ACCESS), suppress(SystemExit):  # uvicorn's 3 for a start that failed; here it is REGRESSION
             server.run(sockets=[bound])
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the interpreter's end would give it back its meaning, to kill
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):  # the interpreter's own end would be broken off
+        signal.signal(number, signal.SIG_IGN)
     if app.state.failure is not None:
         raise app.state.failure
     if not _threads_end():  # the interpreter would wait for them, and a library's may crash at its end

@@ -33,7 +33,7 @@ from runtimes.gateway.serving import (
     or_gone,
     read_body,
 )
-from runtimes.gateway.streams import EventsResponse, answer_events, failure, refusal_events, rest
+from runtimes.gateway.streams import EventsResponse, answer_events, failure, noted, refusal_events, rest
 from runtimes.gateway.threads import off_loop
 from runtimes.gateway.upstream import Events, HttpUpstream
 
@@ -53,7 +53,7 @@ class Running:
         self.judge = Judge(gateway, metrics)
         self._loop: asyncio.AbstractEventLoop | None = None
         """While requests are served."""
-        self._reload_wanted = self._ends = False
+        self._reload_wanted = self._ending = False
         self._reloading: asyncio.Task[None] | None = None
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
@@ -80,17 +80,14 @@ class Running:
                     self._begin_reload()
                 yield
         finally:
-            self._loop, self._ends = None, True
+            self._loop, self._reload_wanted, self._ending = None, False, True
             if self._reloading is not None:
                 await asyncio.wait({self._reloading})
             await self.judge.close()
 
     def reload_soon(self) -> None:
-        """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one.
-
-        Once the gateway ends none begins any more, however many signals come.
-        """
-        self._reload_wanted = True
+        """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one."""
+        self._reload_wanted = not self._ending
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_reload)
 
@@ -103,7 +100,7 @@ class Running:
 
         Requests that are being judged end with the guard that they began with.
         """
-        while self._reload_wanted and not self._ends:
+        while self._reload_wanted:
             self._reload_wanted = False
             try:
                 gateway = await asyncio.to_thread(self.gateway.renewed)
@@ -294,7 +291,7 @@ class Running:
         found = await or_gone(request, upstream.stream(body, headers))
         if not isinstance(found, Events):
             return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)
-        return EventsResponse(found, found.aclose, {HEADER: json.dumps(stated)})
+        return EventsResponse(noted(found, request.scope[NOTES]), found.aclose, {HEADER: json.dumps(stated)})
 
     async def _embedded(
         self, request: Request, parsed: ChatRequest, judged: Judged, asked: Asked, embedded: Embedded
@@ -320,8 +317,9 @@ class Running:
             ended = result.finish_reason or "stop"
             text = result.answer or ""
             return JsonResponse(completion(parsed.model, text, ended=ended, stated=stated, used=used))
+        events = answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage)
         return EventsResponse(
-            answer_events(parsed.model, first, told, stated, include_usage=asked.include_usage),
+            noted(events, request.scope[NOTES]),
             told.aclose,
             {HEADER: json.dumps(stated)},
         )

@@ -90,13 +90,14 @@ class Served:
             scope = {**scope, "method": "GET"}  # the server leaves the body out
         notes: dict[str, Any] = {"id": uuid.uuid4().hex}
         scope[NOTES] = notes
-        status, answering, begun = 500, False, time.perf_counter()
+        status, answering, whole, begun = 500, False, False, time.perf_counter()
         place = contextlib.ExitStack()
 
         async def sending(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, answering
+            nonlocal status, answering, whole
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 place.close()  # before the last byte is out: its reader's next request finds the place free
+                whole = True
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", notes["id"].encode())]
@@ -105,6 +106,8 @@ class Served:
 
         try:
             await self._admitted(scope, receive, sending, place)
+            if not whole:
+                notes["outcome"] = "client_gone"  # or it did not read
         except Exception as error:  # a bug of ours: told here, as the server would log its message
             _log_fault(notes["id"], error)
             notes["outcome"] = "server_error"

@@ -15,7 +15,7 @@ from runtimes.gateway.embedded import Told
 from runtimes.gateway.refusal import Refusal, guard_error, overloaded, upstream_error
 from runtimes.gateway.serving import shutting_down
 
-__all__ = ["EventsResponse", "answer_events", "failure", "refusal_events", "rest"]
+__all__ = ["EventsResponse", "answer_events", "failure", "noted", "refusal_events", "rest"]
 
 
 class EventsResponse(StreamingResponse):
@@ -93,6 +93,15 @@ async def answer_events(
     if include_usage:
         yield usage_chunk(name, model, usage(result.prompt_tokens, result.completion_tokens))
     yield DONE
+
+
+async def noted(events: AsyncIterable[bytes], notes: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Pass on an answer's events; the access line of one whose end does not come says that it failed."""
+    outcome, notes["outcome"] = notes["outcome"], "stream_failed"
+    async for each in events:
+        if each == DONE:
+            notes["outcome"] = outcome
+        yield each
 
 
 async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from runtimes.gateway.app import Gateway
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.server import Connection
+from runtimes.gateway.serving import ACCESS
 from tests.runtimes.gateway.servers import SAFE_URL, Upstream, answer, messages, piece, serving
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\n"
@@ -157,6 +160,34 @@ def test_a_client_that_never_reads_loses_its_place(bundle: Path, upstream: Upstr
                 assert found.json()["error"]["code"] == "overloaded"
             assert found.status_code == 200
         assert "in_flight 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_the_log_says_of_a_stream_how_it_ended(
+    bundle: Path, upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks_off(handler: Any, _: Any) -> None:
+        handler.begin_stream()
+        handler.event(piece("The "))
+        handler.close_connection = True
+
+    options = GatewayOptions(write_timeout=0.5, max_reply=2**40)
+    with (
+        caplog.at_level(logging.INFO, ACCESS),
+        serving(Gateway.open(bundle, upstream=upstream.url, options=options)) as url,
+    ):
+        httpx.post(f"{url}/v1/chat/completions", content=STREAMED)
+        upstream.behave = breaks_off
+        httpx.post(f"{url}/v1/chat/completions", content=STREAMED)
+        content = json.dumps({"input": "Hello", "stream": True})
+        httpx.post(f"{url}/v1/responses", content=content)
+        upstream.behave = floods
+        with asked(url, STREAMED, buffer=4096) as client:
+            assert client.recv(12) == b"HTTP/1.1 200"
+            while "in_flight 0.0" not in httpx.get(f"{url}/metrics").text:
+                time.sleep(0.05)
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == ACCESS]
+    ends = [line["outcome"] for line in lines if line["path"] != "/metrics"]
+    assert ends == ["allowed", "stream_failed", "stream_failed", "client_gone"]
 
 
 def test_an_answer_that_is_not_taken_is_thrown_away(
