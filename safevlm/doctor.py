@@ -17,6 +17,7 @@ from safevlm.installed.libraries import CORE, EXTRAS, JUDGING, Library, clashes,
 from safevlm.installed.machine_parts import Gpus, Place, find_gpus, find_places
 from safevlm.machine import machine_name
 from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.options import json_option
 from safevlm.version import VERSION
 
 __all__ = ["Findings", "find", "main"]
@@ -84,7 +85,7 @@ def _hidden() -> dict[str, str]:
 
 
 @click.command(name="doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option("the findings")
 def main(as_json: bool) -> int:
     """Report what is installed, which extras are missing for what, GPUs, disk space and hidden packages.
 

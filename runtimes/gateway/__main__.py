@@ -140,7 +140,6 @@ def _opened(host: str, port: int, given: dict[str, Any]) -> tuple[Any, socket.so
     try:
         check_environment(context, others={given["upstream_key_env"], given["api_key_env"]})
         gateway = _gateway(given)
-        warn_of_random_weights(given["bundle"], gateway.gate.language)
         if gateway.upstream is not None:
             check_speaks_http(gateway.upstream)
         return replace(gateway, again=lambda: _gateway(given)), listening(host, port)
