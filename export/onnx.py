@@ -347,14 +347,16 @@ def export_with_progress(
 
 @click.command()
 @model_options(required=True)
-@click.option("--precision", default="fp32", show_default=True, help="Of fp32, fp16, int8: fp32,fp16,int8.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Precisions to write, separated by commas: fp32, fp16, int8."
+)
 @checkpoint_options
 @click.option(
     "--int8-images",
     type=click.IntRange(1),
     default=MOST_HELD_OUT,
     show_default=True,
-    help="Held-out pictures that judge int8, at most; fewer than 200 for random weights alone.",
+    help="Maximum number of held-out images that int8 is judged on; at least 200, except for random weights.",
 )
 def main(
     model: str,
