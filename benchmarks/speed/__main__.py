@@ -250,7 +250,7 @@ def gateway(
     multiple=True,
     default=tuple(CASES),
     show_default=True,
-    help="What to quantize: a small Llama or one layer of a 7B model; repeatable.",
+    help="Case to quantize: a small Llama, or one layer of a 7B model; repeatable.",
 )
 @click.option(
     "--peers",
