@@ -29,7 +29,7 @@ ANSWERS_FILE = "answers.json"
 def write_suite(suite: Suite, out: Path) -> None:
     """Write a suite as PNG and JSON into ``out``, which must not exist; all of it or nothing.
 
-    Errors: InputError when ``out`` exists.
+    Raises InputError when ``out`` exists.
     """
     if out.exists():
         raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")

@@ -64,7 +64,7 @@ def judge_run(
 ) -> JudgedRun:
     """Judge the pairs that ``writer``, entered already, has no score of; ``report`` is told how many more are done.
 
-    Errors: those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
+    Raises those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
     """
     scored: Counter[str] = Counter()
     unscored: Counter[str] = Counter()

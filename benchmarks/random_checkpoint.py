@@ -70,7 +70,7 @@ def write_random_checkpoint(
     decoder layers are holes in the file: they read as zeros, take memory and time as numbers do, and no disk.
     ``config.json`` says that the weights are random.
 
-    Errors: InputError when ``folder`` exists or the disk cannot hold it.
+    Raises InputError when ``folder`` exists or the disk cannot hold it.
     """
     if folder.exists():
         raise InputError(f"{folder} already exists. Give --out a new folder, or remove this one.")

@@ -53,7 +53,7 @@ def run_suite(
     With ``resume`` a record that was begun in ``out`` is gone on with, rows that failed are tried again, and one that
     is not there is begun. ``report`` is told how many more rows are done.
 
-    Errors: InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
+    Raises InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
     after another fails, and those of :class:`RunWriter`.
     """
     kinds = {row.kind for row in suite.rows}

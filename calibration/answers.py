@@ -62,7 +62,7 @@ def own_answers(
 
     The end of the turn belongs to an answer that came to it within ``max_new_tokens``.
 
-    Errors: CheckpointError; ImageFileError with the sample's place.
+    Raises CheckpointError; ImageFileError with the sample's place.
     """
     model = load_safe_vlm(checkpoint, grid=grid, dtype=dtype).to(device)
     questions = [len(model.tokenizer.encode(sample.question, add_special_tokens=False)) for sample in samples]

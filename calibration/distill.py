@@ -73,7 +73,7 @@ class DistillOptions:
 def pictures_for(spec: str | Path | None, checkpoint: Checkpoint) -> PictureSource:
     """Return the pictures a head is distilled from; tiny checkpoints have their own.
 
-    Errors: InputError where none are named and none are built in.
+    Raises InputError where none are named and none are built in.
     """
     if spec is not None:
         return picture_source(spec)
@@ -94,7 +94,7 @@ def distill(
 ) -> DistilledHead:
     """Fit a head to the exact guard's verdicts and measure it; nothing is written.
 
-    Errors: InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
+    Raises InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
     reasons), for a guard that taps the projector; CheckpointError.
     """
     check_tap(checkpoint)

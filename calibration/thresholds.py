@@ -72,7 +72,7 @@ def fit_bundle(
     tiles, a tile of one harm and another of a second could each be held to a band of its own, which no promise is known
     for: then there is one band for all.
 
-    Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
+    Raises BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
     for too few or unreadable images. The manifest is then as it was.
     """
     if not bundle.manifest.source.standalone:

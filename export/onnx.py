@@ -103,7 +103,7 @@ def export_guard(
     all else is checked. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced once the
     new one is complete. A precision that the checkpoint's numbers do not fit is left out; that is raised at the end.
 
-    Errors: GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
+    Raises GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
     with ``left_out``, when the bundle at ``out`` lacks a precision, and without when none of those asked for is left.
     """
     check_destination(out)

@@ -93,7 +93,7 @@ def build_into(
 ) -> tuple[Manifest, bool]:
     """Give ``bundle`` an engine for ``device``; return its manifest and whether one was built.
 
-    Errors: BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
+    Raises BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
     and those of :func:`export.tensorrt.engine.add_engine`.
     """
     options = request.options

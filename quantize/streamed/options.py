@@ -100,7 +100,7 @@ def shared_options(command: Command) -> Command:
 
 
 def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
-    """Return what is calibrated on. Errors: InputError for values that are not allowed."""
+    """Return what is calibrated on. Raises InputError for values that are not allowed."""
     return CalibrationOptions(
         file=given["file"],
         images=given["images"],
@@ -115,7 +115,7 @@ def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
 
 
 def run_of(given: Mapping[str, Any]) -> RunOptions:
-    """Return how the run is done. Errors: InputError for values that are not allowed."""
+    """Return how the run is done. Raises InputError for values that are not allowed."""
     return RunOptions(
         max_memory=None if given["max_memory"] is None else int(given["max_memory"] * 2**30),
         device=given["device"],
