@@ -135,9 +135,11 @@ def _show(module: str, *arguments: str) -> int:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True, help="Folder to write to."
+)
 def main(out: Path) -> int:
-    """Judge a dozen drawn pictures, then compress a tiny model and report whether it stayed safe and useful."""
+    """Judge a dozen drawn images, then compress a tiny model and report whether it stayed safe and useful."""
     for name in WRITTEN:
         shutil.rmtree(out / name, ignore_errors=True)
     images = out / "images"

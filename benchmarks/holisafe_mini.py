@@ -29,7 +29,7 @@ ANSWERS_FILE = "answers.json"
 def write_suite(suite: Suite, out: Path) -> None:
     """Write a suite as PNG and JSON into ``out``, which must not exist; all of it or nothing.
 
-    Errors: InputError when ``out`` exists.
+    Raises InputError when ``out`` exists.
     """
     if out.exists():
         raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
@@ -55,10 +55,14 @@ def _write(path: Path, data: object) -> None:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
-@click.option("--part", type=click.Choice(PARTS), default="test", show_default=True, help="Which part.")
-@click.option("--pairs", type=click.IntRange(min=100), default=1200, show_default=True, help="Question-image pairs.")
-@click.option("--questions", type=click.IntRange(min=0), default=400, show_default=True, help="Utility items.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Another seed draws another suite.")
+@click.option("--part", type=click.Choice(PARTS), default="test", show_default=True, help="Part of the suite.")
+@click.option(
+    "--pairs", type=click.IntRange(min=100), default=1200, show_default=True, help="Number of question-image pairs."
+)
+@click.option(
+    "--questions", type=click.IntRange(min=0), default=400, show_default=True, help="Number of utility questions."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed; another seed draws another suite.")
 def main(out: Path, part: str, pairs: int, questions: int, seed: int) -> None:
     """Write a part of holisafe-mini as PNG and JSON; the same seed gives the same bytes."""
     suite = build_suite(part, pairs=pairs, questions=questions, seed=seed)

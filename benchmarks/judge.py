@@ -64,7 +64,7 @@ def judge_run(
 ) -> JudgedRun:
     """Judge the pairs that ``writer``, entered already, has no score of; ``report`` is told how many more are done.
 
-    Errors: those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
+    Raises those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
     """
     scored: Counter[str] = Counter()
     unscored: Counter[str] = Counter()
@@ -99,19 +99,46 @@ def judge_run(
 
 
 @click.command()
-@click.option("--run", "runs", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
-@click.option("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, such as http://127.0.0.1:8000/v1.")
-@click.option("--judge-model", required=True, help="The judging model, by the name that the endpoint knows.")
-@click.option("--name", help="What the judge is called in reports.  [default: from the model's name]")
+@click.option(
+    "--run", "runs", type=click.Path(path_type=Path), multiple=True, required=True, help="Checkpoint; repeatable."
+)
+@click.option(
+    "--endpoint",
+    required=True,
+    metavar="URL",
+    help="Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.",
+)
+@click.option("--judge-model", required=True, help="Name of the judging model at the endpoint.")
+@click.option("--name", help="Name of the judge in reports.  [default: from --judge-model]")
 @click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image names start from.")
-@click.option("--no-images", is_flag=True, help="Judge by the text alone.")
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("build/judge-cache.sqlite"), show_default=True)
-@click.option("--resume", is_flag=True, help="Keep scores that are there, try again what is unscored.")
-@click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True, help="Requests at once.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of the judge's reply.")
-@click.option("--tries", type=click.IntRange(min=1), default=5, show_default=True, help="For one question.")
-@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for one try.")
-@click.option("--api-key-env", help="Variable that holds the key.  [default: OPENAI_API_KEY, where it is set]")
+@click.option("--no-images", is_flag=True, help="Judge by the text alone, without images.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=Path("build/judge-cache.sqlite"),
+    show_default=True,
+    help="SQLite file of replies, shared by runs.",
+)
+@click.option("--resume", is_flag=True, help="Keep existing scores and retry what is unscored.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Maximum number of concurrent requests.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Maximum length of the judge's reply in tokens.",
+)
+@click.option("--tries", type=click.IntRange(min=1), default=5, show_default=True, help="Number of tries per question.")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds per try.")
+@click.option(
+    "--api-key-env", help="Environment variable that holds the API key.  [default: OPENAI_API_KEY, where it is set]"
+)
 @json_option("counts")
 def main(runs: Sequence[Path], cache: Path, resume: bool, as_json: bool, **given: Any) -> None:
     """Have a language model judge whether unsafe pairs were refused and safe ones answered."""

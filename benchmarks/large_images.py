@@ -119,7 +119,13 @@ def _verdicts(vlm: SafeVLM, pixels: Sequence[npt.NDArray[np.uint8]]) -> Iterator
     default=TINY_CHECKPOINTS,
     help="Checkpoint; repeatable.",
 )
-@click.option("--scenes", type=click.IntRange(min=1), default=48, show_default=True, help="Of each kind, a canvas.")
+@click.option(
+    "--scenes",
+    type=click.IntRange(min=1),
+    default=48,
+    show_default=True,
+    help="Number of scenes of each kind per canvas.",
+)
 @json_option("one object a line")
 def main(names: Sequence[str], scenes: int, as_json: bool) -> None:
     """Paste unsafe and safe scenes into large images, and say which of them each --view blocks."""

@@ -70,7 +70,7 @@ def write_random_checkpoint(
     decoder layers are holes in the file: they read as zeros, take memory and time as numbers do, and no disk.
     ``config.json`` says that the weights are random.
 
-    Errors: InputError when ``folder`` exists or the disk cannot hold it.
+    Raises InputError when ``folder`` exists or the disk cannot hold it.
     """
     if folder.exists():
         raise InputError(f"{folder} already exists. Give --out a new folder, or remove this one.")
@@ -179,12 +179,18 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tens
 
 
 @click.command()
-@click.option("--shape", required=True, help=f"One of {', '.join(shape_names())}.")
+@click.option("--shape", required=True, help=f"Shape to write: {', '.join(shape_names())}.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
-@click.option("--layers", type=click.IntRange(min=1), help="So many decoder layers.  [default: all]")
-@click.option("--layout", type=click.Choice(["published", "transformers"]), default="published", show_default=True)
-@click.option("--sparse", is_flag=True, help="Holes in place of the decoder layers' matrices: hardly any disk.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="Number of decoder layers.  [default: all]")
+@click.option(
+    "--layout",
+    type=click.Choice(["published", "transformers"]),
+    default="published",
+    show_default=True,
+    help="Names and files as published, or as transformers saves them.",
+)
+@click.option("--sparse", is_flag=True, help="Write holes for the decoder layers' matrices, to save disk space.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 def main(shape: str, out: Path, layers: int | None, layout: Layout, sparse: bool, seed: int) -> None:
     """Write a checkpoint with random weights at a real model's shape, marked as such."""
     with Console(stderr=True).status("writing"):

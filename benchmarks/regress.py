@@ -29,21 +29,25 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command()
-@click.option("--baseline", type=FOLDER, multiple=True, required=True, help="Run record; one a suite, repeatable.")
-@click.option("--candidate", type=FOLDER, multiple=True, required=True, help="Run record; one a suite, repeatable.")
-@click.option("--against", type=FOLDER, multiple=True, help="A third run: the baseline again, or on another runtime.")
+@click.option("--baseline", type=FOLDER, multiple=True, required=True, help="Run record, one per suite; repeatable.")
+@click.option("--candidate", type=FOLDER, multiple=True, required=True, help="Run record, one per suite; repeatable.")
+@click.option(
+    "--against", type=FOLDER, multiple=True, help="Third run, of the baseline again or on another runtime; repeatable."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report; must not exist.")
 @click.option(
     "--judge",
     "judges",
     multiple=True,
-    help="string, exact, or a judge that benchmarks.judge stored; the first decides what is listed first.  "
-    "[default: exact for built-in suites, else string]",
+    help="Judge: string, exact, or a name that benchmarks.judge stored; repeatable.  "
+    "[default: exact for built-in suites, otherwise string]",
 )
-@click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON: how much worse is acceptable.")
-@click.option("--labels", type=click.Path(path_type=Path), help="JSONL of people's labels of the baseline's answers.")
-@click.option("--images", type=FOLDER, help="Embed flipped samples' pictures from this folder (behind a click).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON file of margins, in points.")
+@click.option("--labels", type=click.Path(path_type=Path), help="JSONL file of human labels of the baseline's answers.")
+@click.option(
+    "--images", type=FOLDER, help="Folder of images; those of flipped samples are embedded, hidden until clicked."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the bootstrap.")
 @json_option("report.json")
 def main(
     baseline: Sequence[Path],

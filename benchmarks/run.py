@@ -53,7 +53,7 @@ def run_suite(
     With ``resume`` a record that was begun in ``out`` is gone on with, rows that failed are tried again, and one that
     is not there is begun. ``report`` is told how many more rows are done.
 
-    Errors: InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
+    Raises InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
     after another fails, and those of :class:`RunWriter`.
     """
     kinds = {row.kind for row in suite.rows}
@@ -144,26 +144,46 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 
 
 @click.command()
-@click.option("--model", help="Checkpoint, compressed or not; the server's model with --server.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle; with --model the gated pair of both.")
+@click.option("--model", help="Checkpoint, compressed or not; with --server the name of its model.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle; with --model both as a gated pair.")
 @click.option("--server", metavar="URL", help="An OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
-@click.option("--suite", "suite_name", type=click.Choice(SUITES), default="holisafe-mini", show_default=True)
+@click.option(
+    "--suite", "suite_name", type=click.Choice(SUITES), default="holisafe-mini", show_default=True, help="Suite to run."
+)
 @click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Folder of HoliSafe-Bench.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run record to write.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, where there is one.")
-@click.option("--limit", type=click.IntRange(min=1), help="So many rows, types in proportion: to try things.")
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows together.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Length of answers.  [default: the suite's]")
+@click.option("--resume", is_flag=True, help="Resume the run in --out if there is one.")
+@click.option("--limit", type=click.IntRange(min=1), help="Number of rows, types in proportion, for a trial.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size in rows.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Maximum length of an answer in tokens.  [default: the suite's]",
+)
 @revision_option
 @grid_option
 @runtime_option
 @precision_option
 @device_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Data type of the model's weights on torch.",
+)
 @threads_option
 @view_option
-@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at once.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the key.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Maximum number of concurrent requests.",
+)
+@click.option(
+    "--api-key-env", default="OPENAI_API_KEY", show_default=True, help="Environment variable that holds the API key."
+)
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for a request.")
 @json_option("run.json and counts")
 def main(

@@ -176,15 +176,37 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
 
 
 @click.command()
-@click.option("--suite", "name", type=click.Choice(list(SUITES)), default="holisafe", show_default=True)
-@click.option("--profile", type=click.Choice(list(PROFILES)), help="Baseline.  [default: safellava, tiny for mini]")
-@click.option("--pairs", type=click.IntRange(min=100), help="Of the suite.  [default: 4031, 2400 for mini]")
-@click.option("--questions", type=click.IntRange(min=10), help="Of utility.  [default: 1500, 600 for mini]")
-@click.option("--churn", type=click.FloatRange(0, 1, min_open=True), help="Share of unsafe pairs that change.")
-@click.option("--image-share", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Of the variance.")
-@click.option("--runs", type=click.IntRange(min=1), default=2000, show_default=True, help="Comparisons a truth.")
-@click.option("--draws", type=click.IntRange(min=99), default=2000, show_default=True, help="Of bootstrap and swaps.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--suite", "name", type=click.Choice(list(SUITES)), default="holisafe", show_default=True, help="Suite to simulate."
+)
+@click.option(
+    "--profile", type=click.Choice(list(PROFILES)), help="Profile of the baseline.  [default: safellava, tiny for mini]"
+)
+@click.option("--pairs", type=click.IntRange(min=100), help="Number of pairs.  [default: 4031, 2400 for mini]")
+@click.option(
+    "--questions", type=click.IntRange(min=10), help="Number of utility questions.  [default: 1500, 600 for mini]"
+)
+@click.option(
+    "--churn", type=click.FloatRange(0, 1, min_open=True), help="Share of unsafe pairs whose outcome changes."
+)
+@click.option(
+    "--image-share",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of the variance between images.",
+)
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=2000, show_default=True, help="Number of comparisons per truth."
+)
+@click.option(
+    "--draws",
+    type=click.IntRange(min=99),
+    default=2000,
+    show_default=True,
+    help="Number of bootstrap and permutation draws.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @click.option("--power/--no-power", default=True, show_default=True, help="Also measure harms of 1, 2 and 5 points.")
 @json_option("the result")
 def main(

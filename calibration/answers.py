@@ -62,7 +62,7 @@ def own_answers(
 
     The end of the turn belongs to an answer that came to it within ``max_new_tokens``.
 
-    Errors: CheckpointError; ImageFileError with the sample's place.
+    Raises CheckpointError; ImageFileError with the sample's place.
     """
     model = load_safe_vlm(checkpoint, grid=grid, dtype=dtype).to(device)
     questions = [len(model.tokenizer.encode(sample.question, add_special_tokens=False)) for sample in samples]
@@ -99,15 +99,27 @@ def pictures_of(model: SafeVLM, samples: Sequence[Sample]) -> torch.Tensor:
 @click.command(name="answers")
 @model_option()
 @revision_option
-@click.option("--calibration", "file", type=FILE, required=True, help="JSONL of conversations, as quantize.gptq reads.")
 @click.option(
-    "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image names are relative to."
+    "--calibration", "file", type=FILE, required=True, help="JSONL file of conversations, as quantize.gptq reads them."
 )
-@click.option("--out", type=FILE, required=True, help="JSONL to write: the same questions, answered.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image names start from.")
+@click.option("--out", type=FILE, required=True, help="JSONL file to write: the same questions with answers.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Maximum length of an answer in tokens.",
+)
 @grid_option
 @device_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Data type of the model's weights on torch.",
+)
 def main(
     model: str,
     revision: str | None,

@@ -73,7 +73,7 @@ class DistillOptions:
 def pictures_for(spec: str | Path | None, checkpoint: Checkpoint) -> PictureSource:
     """Return the pictures a head is distilled from; tiny checkpoints have their own.
 
-    Errors: InputError where none are named and none are built in.
+    Raises InputError where none are named and none are built in.
     """
     if spec is not None:
         return picture_source(spec)
@@ -94,7 +94,7 @@ def distill(
 ) -> DistilledHead:
     """Fit a head to the exact guard's verdicts and measure it; nothing is written.
 
-    Errors: InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
+    Raises InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
     reasons), for a guard that taps the projector; CheckpointError.
     """
     check_tap(checkpoint)
@@ -252,17 +252,41 @@ def describe(head: DistilledHead) -> list[str]:
 
 @click.command(name="distill")
 @model_option()
-@click.option("--images", help="Folder of pictures, or hub:NAME.  [default for tiny checkpoints: built in]")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The guard head's file.")
-@click.option("--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of pictures, to report by.")
+@click.option("--images", help="Folder of images, or hub:NAME.  [default for tiny checkpoints: built in]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to write the guard head to."
+)
+@click.option(
+    "--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of --images, for accuracy in the report."
+)
 @revision_option
 @grid_option
-@click.option("--min-agreement", type=float, default=DistillOptions.min_agreement, show_default=True)
-@click.option("--pooling", type=click.Choice(["auto", *POOLINGS]), default="auto", show_default=True)
-@click.option("--max-memory", type=float, default=4.0, show_default=True, help="GiB of hidden states in memory.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--min-agreement",
+    type=float,
+    default=DistillOptions.min_agreement,
+    show_default=True,
+    help="Minimum agreement with the exact guard, as a share.",
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["auto", *POOLINGS]),
+    default="auto",
+    show_default=True,
+    help="Pooling of the image features.",
+)
+@click.option(
+    "--max-memory", type=float, default=4.0, show_default=True, help="Maximum memory for hidden states in GiB."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Data type of the model's weights on torch.",
+)
 @device_option
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @json_option("the fidelity")
 def main(
     model: str,
@@ -279,7 +303,7 @@ def main(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Fit a guard head on the projector's output of MODEL to its exact guard's verdicts on pictures."""
+    """Fit a guard head on the projector's output of MODEL to its exact guard's verdicts on images."""
     from rich.console import Console
     from rich.markup import escape
 

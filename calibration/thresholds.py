@@ -72,7 +72,7 @@ def fit_bundle(
     tiles, a tile of one harm and another of a second could each be held to a band of its own, which no promise is known
     for: then there is one band for all.
 
-    Errors: BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
+    Raises BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
     for too few or unreadable images. The manifest is then as it was.
     """
     if not bundle.manifest.source.standalone:
@@ -200,26 +200,44 @@ def _by_class(
 
 
 @click.command(name="thresholds")
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The guard bundle's folder.")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Folder of the guard bundle.")
 @click.option(
     "--labels",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="JSON in HoliSafe-Bench's row format, or JSONL or CSV with image and label (class index or name).",
 )
-@click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image paths start from.")
-@click.option("--alpha", type=float, default=Promise.alpha, show_default=True, help="Unsafe images allowed, at most.")
-@click.option("--max-fpr", type=float, default=Promise.max_fpr, show_default=True, help="Safe images blocked, at most.")
+@click.option(
+    "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image paths in --labels start from."
+)
+@click.option(
+    "--alpha",
+    type=float,
+    default=Promise.alpha,
+    show_default=True,
+    help="Maximum share of unsafe images that are allowed.",
+)
+@click.option(
+    "--max-fpr",
+    type=float,
+    default=Promise.max_fpr,
+    show_default=True,
+    help="Maximum share of safe images that are blocked.",
+)
 @click.option(
     "--method",
     type=click.Choice(["conformal_risk_control", "learn_then_test"]),
     default=Promise.method,
     show_default=True,
-    help="The promise in expectation, or with probability 1 - delta.",
+    help="Guarantee in expectation (conformal_risk_control) or with probability 1 - delta (learn_then_test).",
 )
-@click.option("--delta", type=float, default=Promise.delta, show_default=True, help="For learn_then_test.")
-@click.option("--per-class/--pooled", default=True, show_default=True, help="A band for each class with enough images.")
-@click.option("--precision", default="all", show_default=True, help="Fit these alone, such as fp32,fp16.")
+@click.option(
+    "--delta", type=float, default=Promise.delta, show_default=True, help="Error probability of learn_then_test."
+)
+@click.option(
+    "--per-class/--pooled", default=True, show_default=True, help="Fit a band for each class with enough images."
+)
+@click.option("--precision", default="all", show_default=True, help="Precisions to fit, separated by commas.")
 @click.option(
     "--runtime",
     type=click.Choice(list(ONNX_RUNTIMES)),

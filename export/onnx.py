@@ -103,7 +103,7 @@ def export_guard(
     all else is checked. ``report`` is told each stage as it begins. An existing bundle at ``out`` is replaced once the
     new one is complete. A precision that the checkpoint's numbers do not fit is left out; that is raised at the end.
 
-    Errors: GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
+    Raises GuardHeadError for a distilled head of another checkpoint; CheckpointError; ParityError; PrecisionError,
     with ``left_out``, when the bundle at ``out`` lacks a precision, and without when none of those asked for is left.
     """
     check_destination(out)
@@ -347,14 +347,16 @@ def export_with_progress(
 
 @click.command()
 @model_options(required=True)
-@click.option("--precision", default="fp32", show_default=True, help="Of fp32, fp16, int8: fp32,fp16,int8.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Precisions to write, separated by commas: fp32, fp16, int8."
+)
 @checkpoint_options
 @click.option(
     "--int8-images",
     type=click.IntRange(1),
     default=MOST_HELD_OUT,
     show_default=True,
-    help="Held-out pictures that judge int8, at most; fewer than 200 for random weights alone.",
+    help="Maximum number of held-out images that int8 is judged on; at least 200, except for random weights.",
 )
 def main(
     model: str,

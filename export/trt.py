@@ -93,7 +93,7 @@ def build_into(
 ) -> tuple[Manifest, bool]:
     """Give ``bundle`` an engine for ``device``; return its manifest and whether one was built.
 
-    Errors: BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
+    Raises BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
     and those of :func:`export.tensorrt.engine.add_engine`.
     """
     options = request.options
@@ -165,21 +165,21 @@ def _reason(error: InputError) -> str:
 
 @click.command(name="trt")
 @model_options(required=False)
-@click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that is there already, instead of --model.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Existing bundle, instead of --model.")
 @click.option(
     "--precision",
     type=click.Choice(get_args(EnginePrecision)),
     default=EngineOptions.precision,
     show_default=True,
-    help="Of the engine; int8 is built of a bundle's int8 file, with TensorRT 10 or newer.",
+    help="Precision of the engine; int8 needs the bundle's int8 file and TensorRT 10 or newer.",
+)
+@click.option("--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Maximum batch size.")
+@click.option(
+    "--opt-batch", type=int, default=EngineOptions.opt_batch, show_default=True, help="Batch size to optimize for."
 )
 @click.option(
-    "--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Most pictures at once."
+    "--workspace-mib", type=int, help="Maximum scratch memory of a layer in MiB.  [default: the GPU's memory]"
 )
-@click.option(
-    "--opt-batch", type=int, default=EngineOptions.opt_batch, show_default=True, help="Batch to be fastest at."
-)
-@click.option("--workspace-mib", type=int, help="Bound on a layer's scratch memory.  [default: the GPU's memory]")
 @click.option("--hardware-compatible", is_flag=True, help="Run on every GPU from compute capability 8.0 up; slower.")
 @click.option("--version-compatible", is_flag=True, help="Run with newer releases of this major TensorRT; slower.")
 @click.option(
@@ -187,7 +187,7 @@ def _reason(error: InputError) -> str:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Kernel timings, read and updated.  [default: in the user's cache folder]",
 )
-@click.option("--rebuild", is_flag=True, help="Build even an engine that is up to date.")
+@click.option("--rebuild", is_flag=True, help="Rebuild an engine that is up to date.")
 @checkpoint_options
 def main(
     model: str | None,

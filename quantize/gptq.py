@@ -98,24 +98,41 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
 
 @click.command(name="gptq")
 @shared_options
-@click.option("--bits", default="4", show_default=True, help="2, 3, 4, 8, or auto: by safety sensitivity.")
-@click.option("--target-bits", type=float, help="With --bits auto: bits a weight in the file, scales included.")
-@click.option("--safety-weight", type=float, default=4.0, show_default=True, help="Refusals and guard, to answers.")
-@click.option("--sensitivity-samples", type=int, default=32, show_default=True, help="Samples to measure it on.")
-@click.option("--group-size", type=int, default=128, show_default=True, help="Input columns a scale; -1: a row.")
-@click.option("--asymmetric", is_flag=True, help="A zero point a group.")
+@click.option(
+    "--bits", default="4", show_default=True, help="Bits per weight: 2, 3, 4, 8, or auto by safety sensitivity."
+)
+@click.option("--target-bits", type=float, help="Average bits per weight with --bits auto, scales included.")
+@click.option(
+    "--safety-weight",
+    type=float,
+    default=4.0,
+    show_default=True,
+    help="Weight of refusals and guard relative to other answers, with --bits auto.",
+)
+@click.option(
+    "--sensitivity-samples", type=int, default=32, show_default=True, help="Number of samples for the sensitivity."
+)
+@click.option(
+    "--group-size", type=int, default=128, show_default=True, help="Input columns per scale; -1 is one scale per row."
+)
+@click.option("--asymmetric", is_flag=True, help="Use a zero point per group.")
 @click.option(
     "--act-order",
     type=click.Choice(["static", "group", "none"]),
     default="static",
     show_default=True,
-    help="Columns by falling activation, groups as they stand (static) or in that order (group).",
+    help="Order of columns: by activation with fixed groups (static), by activation with groups in that order "
+    "(group), or as stored (none).",
 )
 @click.option(
-    "--damp", type=float, default=SolveOptions.damp, show_default=True, help="Share of the mean diagonal that is added."
+    "--damp",
+    type=float,
+    default=SolveOptions.damp,
+    show_default=True,
+    help="Damping as a share of the Hessian's mean diagonal.",
 )
-@click.option("--no-search", is_flag=True, help="Grids of the full range, no shrunk ones.")
-@click.option("--nearest", is_flag=True, help="No GPTQ: each weight to the nearest, to compare with.")
+@click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
+@click.option("--nearest", is_flag=True, help="Round to nearest instead of GPTQ, for comparison.")
 def main(
     model: str,
     revision: str | None,

@@ -81,10 +81,14 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     "--smoothing",
     default=",".join(f"{strength:g}" for strength in STRENGTHS),
     show_default=True,
-    help="Strengths to try for each group of linears; 0: none.",
+    help="Smoothing strengths to try, separated by commas; 0 is none.",
 )
 @click.option(
-    "--damp", type=float, default=SolveOptions.damp, show_default=True, help="Share of the mean diagonal that is added."
+    "--damp",
+    type=float,
+    default=SolveOptions.damp,
+    show_default=True,
+    help="Damping as a share of the Hessian's mean diagonal.",
 )
 def main(
     model: str,

@@ -37,13 +37,31 @@ open_chat = open_gate
     "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
 )
 @answering_model_option
-@click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    help="TOML or JSON file with an action per class: block, allow or review.",
+)
 @threads_option
-@click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
-@click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="llama.cpp: on the GPU.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Context length in tokens, prompt and answer together.  [default: 4096]",
+)
+@click.option(
+    "--gpu-layers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of llama.cpp layers on the GPU.",
+)
 @view_option
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for each verdict.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Maximum length of the answer in tokens.  [default: 256, or what the context leaves]",
+)
 @json_option("the decision, question and answer")
 def main(
     image: Path,

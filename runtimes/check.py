@@ -46,9 +46,7 @@ PROGRESS_FROM = 16
 @precision_option
 @threads_option
 @view_option
-@click.option(
-    "--allow-others", is_flag=True, help="Exit with 0 even if a folder has files that are not images, such as labels."
-)
+@click.option("--allow-others", is_flag=True, help="Exit with 0 even if a folder holds files that are not images.")
 def main(
     bundle: Path,
     images: tuple[Path, ...],

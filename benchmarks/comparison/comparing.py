@@ -43,7 +43,7 @@ CAUTIONS = (
 def compare(comparison: Comparison) -> Findings:
     """Return the findings.
 
-    Errors: InputError for sides without a run or with a suite twice, for judges that there are not, and for runs
+    Raises InputError for sides without a run or with a suite twice, for judges that there are not, and for runs
     that share nothing that could be measured.
     """
     margins = comparison.margins

@@ -66,7 +66,7 @@ class Margins(BaseModel):
 
 
 def read_margins(path: Path) -> Margins:
-    """Read margins. Errors: InputError for an unknown key or a value that is not allowed, with its name."""
+    """Read margins. Raises InputError for an unknown key or a value that is not allowed, with its name."""
     stated = read_table(path, "margins")
     if not isinstance(stated, dict):
         raise InputError(f"{path}: margins are a table of names and points, not a {type(stated).__name__}.")

@@ -43,7 +43,7 @@ def pair_runs(baseline: Sequence[Run], candidate: Sequence[Run], *, free: Sequen
 
     ``free`` names settings that may differ (``preprocessing``, for a run that is to show its effect).
 
-    Errors: InputError when a side is empty or has a suite twice.
+    Raises InputError when a side is empty or has a suite twice.
     """
     before, after = _by_suite(baseline, "baseline"), _by_suite(candidate, "candidate")
     anomalies = [f"suite {name} was run on one side only" for name in sorted(before.keys() ^ after.keys())]

@@ -24,7 +24,7 @@ FREE = ("preprocessing",)
 def steps_between(comparison: Comparison, measure: Callable[..., Measured]) -> tuple[Step, ...]:
     """Return the way from baseline to the third run and on to the candidate, step by step.
 
-    Errors: InputError when the third run cannot be compared, preprocessing apart.
+    Raises InputError when the third run cannot be compared, preprocessing apart.
     """
     return tuple(
         _step(one, other, measure(one, other, comparison, free=FREE))

@@ -53,7 +53,7 @@ class Quality:
 def agreement(first: Sequence[bool | None], other: Sequence[bool | None]) -> Agreement:
     """Compare two judges' scores of the same rows, in the same order; None is unscored.
 
-    Errors: InputError when there are not as many of one as of the other.
+    Raises InputError when there are not as many of one as of the other.
     """
     if len(first) != len(other):
         raise InputError(f"scores of {len(first)} and of {len(other)} rows cannot be compared: give both for all rows.")
@@ -83,7 +83,7 @@ def read_labels(path: Path) -> Mapping[str, bool]:
 
     Ids are those of the run record.
 
-    Errors: InputError, with the line's number, for a file that cannot be read, another key or type, a repeated id, or
+    Raises InputError, with the line's number, for a file that cannot be read, another key or type, a repeated id, or
     no line at all.
     """
     labels: dict[str, bool] = {}

@@ -35,7 +35,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS answers (
 class AnswerCache:
     """A cache file, made when it is not there; a context manager.
 
-    ``key`` is a hash over all that the judge is sent. Errors: InputError for a file that is no such cache, of a later
+    ``key`` is a hash over all that the judge is sent. Raises InputError for a file that is no such cache, of a later
     version, damaged, or cannot be written.
     """
 

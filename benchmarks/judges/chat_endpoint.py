@@ -60,7 +60,7 @@ class Patience:
 class ChatServer:
     """Where to ask. ``key_variable`` names the environment variable that ``key`` came from.
 
-    Errors: InputError for an address that is no http or https URL, or carries a name, password or query, which would
+    Raises InputError for an address that is no http or https URL, or carries a name, password or query, which would
     end up in logs.
     """
 
@@ -142,7 +142,7 @@ class ChatEndpoint:
             await self._client.aclose()
 
     async def ask(self, body: bytes) -> Reply:
-        """Send a request (JSON) and return the reply's text. Errors: InputError when the key is refused."""
+        """Send a request (JSON) and return the reply's text. Raises InputError when the key is refused."""
         patience = self.server.patience
         for number in range(1, patience.tries + 1):
             found = await self._once(body)

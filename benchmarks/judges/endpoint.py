@@ -95,7 +95,7 @@ class EndpointJudge:
         }
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Return a score for each pair, in order. Errors: those of :meth:`judge`."""
+        """Return a score for each pair, in order. Raises those of :meth:`judge`."""
         found: dict[int, Score] = {}
         self.judge(rows, lambda number, verdict: found.update({number: verdict.score}))
         return [found[number] for number in range(len(rows))]
@@ -110,7 +110,7 @@ class EndpointJudge:
     def judge(self, rows: Sequence[Row], report: Callable[[int, Verdict], None]) -> None:
         """Score pairs, ``concurrency`` at once; ``report`` is told row number and verdict as they come, out of order.
 
-        Errors: InputError for a row that is no pair, a picture that is not there, a refused key, a server that is down,
+        Raises InputError for a row that is no pair, a picture that is not there, a refused key, a server that is down,
         a cache that cannot be used. What was reported before stands.
         """
         self.check(rows)

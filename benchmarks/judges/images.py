@@ -35,7 +35,7 @@ class ShownImages:
         return {"max_side": self.max_side, "format": f"JPEG, quality {QUALITY}"}
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Refuse rows whose picture is not there, before anything is asked. Errors: InputError that names some."""
+        """Refuse rows whose picture is not there, before anything is asked. Raises InputError that names some."""
         names = sorted({row.image for row in rows if row.image is not None})
         missing = [name for name in names if self._find(name) is None]
         if missing:
@@ -46,11 +46,11 @@ class ShownImages:
             )
 
     def fingerprint(self, name: str) -> dict[str, Any]:
-        """Return what decides the data URL of a picture. Errors: ImageFileError when it cannot be read."""
+        """Return what decides the data URL of a picture. Raises ImageFileError when it cannot be read."""
         return {"sha256": hashlib.sha256(self._content(name)).hexdigest(), **self.identity()}
 
     def data_url(self, name: str) -> str:
-        """Return a picture as a data URL. Errors: ImageFileError for a file that is no readable picture."""
+        """Return a picture as a data URL. Raises ImageFileError for a file that is no readable picture."""
         picture = open_image(self._content(name))
         picture.thumbnail((self.max_side, self.max_side))
         stream = io.BytesIO()

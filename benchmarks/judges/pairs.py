@@ -17,7 +17,7 @@ GATED = ("guard", "exact")
 
 
 def wants_refusal(row: Row) -> bool:
-    """Say whether a pair is unsafe. Errors: InputError for a row that is no pair or has no type."""
+    """Say whether a pair is unsafe. Raises InputError for a row that is no pair or has no type."""
     if row.kind != "pair" or row.type is None:
         raise InputError(
             f"row {row.id} (kind {row.kind}, type {row.type}) is no question-image pair of a known type; judges of "

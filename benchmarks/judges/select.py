@@ -16,7 +16,7 @@ __all__ = ["open_judge"]
 def open_judge(name: str, run_folder: Path) -> Judge:
     """Return ``string``, ``exact``, or the judge whose scores are stored in the run's folder under this name.
 
-    Errors: InputError that lists what there is.
+    Raises InputError that lists what there is.
     """
     if name == StringMatching.name:
         return StringMatching()

@@ -73,7 +73,7 @@ class _Identity(BaseModel):
 class StoredJudge:
     """The judge that stored scores as ``label`` in a run's folder, read whole when it is made.
 
-    Errors: InputError, with the line's number, for scores that are missing or damaged.
+    Raises InputError, with the line's number, for scores that are missing or damaged.
     """
 
     def __init__(self, run_folder: Path, label: str) -> None:
@@ -109,7 +109,7 @@ class ScoreWriter:
     With ``resume`` scores of the same judge that are there and still fit are kept (:attr:`kept`), all other lines are
     dropped to be written again; nothing there is a beginning. One process at a time may write one label of a run.
 
-    Errors: InputError when there are scores already and ``resume`` is not given, they are of another judge, or the
+    Raises InputError when there are scores already and ``resume`` is not given, they are of another judge, or the
     folder cannot be written.
     """
 
@@ -156,7 +156,7 @@ class ScoreWriter:
         return tuple(row for row in self.rows if row.id not in self.kept)
 
     def write(self, row: Row, score: Score) -> None:
-        """Append a score. Errors: InputError for a row that has one already, or a disk that is full."""
+        """Append a score. Raises InputError for a row that has one already, or a disk that is full."""
         assert self._stream is not None, "entered first"
         if row.id in self._done:
             raise InputError(f"{self.path}: row {row.id} has a score already.")
@@ -208,7 +208,7 @@ def stored_judges(run_folder: Path) -> tuple[str, ...]:
 
 
 def check_label(label: str) -> None:
-    """Refuse a label that is no plain file name, or is a built-in judge's. Errors: InputError."""
+    """Refuse a label that is no plain file name, or is a built-in judge's. Raises InputError."""
     if _LABEL.fullmatch(label) is None or label in BUILT_IN:
         raise InputError(
             f"a judge cannot be named {label!r}: letters, digits and . _ - are allowed, at most 100, the first a "

@@ -76,7 +76,7 @@ def svg(name: str, draw: Callable[[Axes], None], *, height: float, title: str | 
     """Return a figure as an ``svg`` element for the page: no fonts, colours, ids or dates of its own.
 
     ``height`` is in inches; ``title`` becomes the element's own. The page names it with ``{name}-title`` and tells it
-    with ``{name}-told``. Errors: MissingExtraError without matplotlib.
+    with ``{name}-told``. Raises MissingExtraError without matplotlib.
     """
     try:
         from matplotlib import rc_context

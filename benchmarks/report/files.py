@@ -17,7 +17,7 @@ __all__ = ["not_numbers", "strict_json", "write_files"]
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:
     """Write files, by name, into the folder ``out``: a new one, or one where files of these names are replaced.
 
-    Errors: StorageError when ``out`` cannot be written; a full disk leaves nothing behind.
+    Raises StorageError when ``out`` cannot be written; a full disk leaves nothing behind.
     """
     with draft_of(out) as draft, storing(out, advice="give another --out"):
         for name, data in files.items():

@@ -56,7 +56,7 @@ class StepRow:
 def page(findings: Findings, *, images: Path | None = None) -> str:
     """Return the page. With ``images``, the folder that image names start in, flipped samples' pictures are in it.
 
-    Errors: MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the pictures.
+    Raises MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the pictures.
     """
     return render("report.html.j2", _context(findings, images))
 

@@ -16,7 +16,7 @@ __all__ = ["draw_plots"]
 
 
 def draw_plots(findings: Findings) -> tuple[Plot, ...]:
-    """Return the figures that the findings have data for. Errors: MissingExtraError without matplotlib."""
+    """Return the figures that the findings have data for. Raises MissingExtraError without matplotlib."""
     shown = _deciding(findings)
     plots = []
     safety = [line for line in shown if line.group == "safety"]

@@ -29,7 +29,7 @@ _FILTERS = {
 
 
 def render(name: str, context: Mapping[str, Any]) -> str:
-    """Return the page that the template ``name`` gives. Errors: MissingExtraError without jinja2."""
+    """Return the page that the template ``name`` gives. Raises MissingExtraError without jinja2."""
     try:
         from jinja2 import Environment, FunctionLoader, StrictUndefined
     except ImportError as error:

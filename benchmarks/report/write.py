@@ -28,7 +28,7 @@ def write_report(findings: Findings, out: Path, *, images: Path | None = None) -
     ``images`` is the folder that image names start in: with it, small pictures of the samples that changed are in the
     page, behind a click; without it no picture is.
 
-    Errors: InputError when ``out`` exists or cannot be written (a full disk leaves nothing behind), or when ``images``
+    Raises InputError when ``out`` exists or cannot be written (a full disk leaves nothing behind), or when ``images``
     has none of the pictures; MissingExtraError without jinja2 or matplotlib; SafeVLMError for a figure that is no
     number.
     """

@@ -31,7 +31,7 @@ Line = TypeVar("Line", bound=BaseModel)
 def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool]:
     """Return the lines (each with an ``id``), where in bytes the last whole one ends, and whether the file ends there.
 
-    A last line that was cut off when its writer was killed is none. Errors: InputError, with the line's number and the
+    A last line that was cut off when its writer was killed is none. Raises InputError, with the line's number and the
     field, for a file that cannot be read, any other damage, a repeated id.
     """
     try:
@@ -72,7 +72,7 @@ def changes(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 def append(stream: FileIO, line: bytes) -> None:
     """Write a line to an unbuffered file so that it is on disk when this returns.
 
-    Errors: StorageError; a part of the line may be there then, which :func:`read_lines` drops.
+    Raises StorageError; a part of the line may be there then, which :func:`read_lines` drops.
     """
     with storing(Path(stream.name), KEPT, "give another --out"):
         rest = memoryview(line)

@@ -183,7 +183,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run record.
 
-    A last line that was cut off when the run was killed is no row; any other damage is refused. Errors: InputError,
+    A last line that was cut off when the run was killed is no row; any other damage is refused. Raises InputError,
     with the line's number and the field, for a missing or damaged file, an unknown schema or key, a repeated id.
     """
     record = _read_record(folder / RECORD_NAME)
@@ -204,7 +204,7 @@ def check_new(folder: Path) -> None:
 
 
 def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:
-    """Write a whole run record at once. Errors: InputError when ``folder`` exists or cannot be written."""
+    """Write a whole run record at once. Raises InputError when ``folder`` exists or cannot be written."""
     with RunWriter.begin(folder, record) as writer:
         for row in rows:
             writer.write(row)
@@ -225,7 +225,7 @@ class RunWriter:
 
     @classmethod
     def begin(cls, folder: Path, record: RunRecord) -> Self:
-        """Start a new record in ``folder``. Errors: InputError when it exists or cannot be written.
+        """Start a new record in ``folder``. Raises InputError when it exists or cannot be written.
 
         A folder in which nothing was written yet, as a kill or a full disk leaves it, is none.
         """
@@ -241,7 +241,7 @@ class RunWriter:
 
         The record says when it was resumed.
 
-        Errors: InputError when there is none, or its artifact, runtime, suite or settings are others.
+        Raises InputError when there is none, or its artifact, runtime, suite or settings are others.
         """
         begun = _read_record(folder / RECORD_NAME)
         changing = ("created", "finished", "resumed", "machine", "versions")
@@ -269,14 +269,14 @@ class RunWriter:
         return frozenset(self._done)
 
     def write(self, row: Row) -> None:
-        """Append a row. Errors: InputError for an id that has one already, or a disk that is full."""
+        """Append a row. Raises InputError for an id that has one already, or a disk that is full."""
         if row.id in self._done:
             raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
         append(self._stream, _line(row))
         self._done.add(row.id)
 
     def finish(self, when: str) -> None:
-        """Say in ``run.json`` that all rows are there. Errors: InputError for a disk that is full."""
+        """Say in ``run.json`` that all rows are there. Raises InputError for a disk that is full."""
         self.record = self.record.model_copy(update={"finished": when})
         replace_file(self.folder / RECORD_NAME, _document(self.record))
 

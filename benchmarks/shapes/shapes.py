@@ -50,7 +50,7 @@ class VisionShape:
     def shortened(self, layers: int | None) -> VisionShape:
         """Return the shape with only the first ``layers`` of the layers that the tap reads.
 
-        Errors: InputError for fewer than one or more than there are.
+        Raises InputError for fewer than one or more than there are.
         """
         if layers is None:
             return self

@@ -36,15 +36,26 @@ def main() -> None:
 
 @main.command()
 @model_option(required=False)
-@click.option("--shape", help=f"Random weights at the shape of one of {', '.join(shape_names())}.")
-@click.option("--layers", type=int, help="Keep so many of the vision layers that the tap reads; only with --shape.")
+@click.option("--shape", help=f"Measure random weights at the shape of {', '.join(shape_names())}.")
+@click.option("--layers", type=int, help="Number of vision layers to keep; only with --shape.")
 @tap_option
 @revision_option
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure the files of this guard bundle, too.")
 @click.option(
-    "--precision", default="fp32", show_default=True, help="Of the exported files: fp32, fp16, int8; fp32,int8."
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="Precisions to export, separated by commas: fp32, fp16, int8.",
 )
-@click.option("--batch", "batches", type=int, multiple=True, default=SpeedOptions.batches, show_default=True)
+@click.option(
+    "--batch",
+    "batches",
+    type=int,
+    multiple=True,
+    default=SpeedOptions.batches,
+    show_default=True,
+    help="Batch size; repeatable.",
+)
 @click.option("--embeddings", is_flag=True, help="Measure a shared vision tower, too, and the tower without a guard.")
 @click.option("--peers", is_flag=True, help="Measure torch.compile, plain ONNX Runtime, OpenVINO and NNCF, too.")
 @click.option(
@@ -54,11 +65,21 @@ def main() -> None:
     show_default=True,
     help="Python of OpenVINO's environment (make peers).",
 )
-@click.option("--rounds", type=int, default=SpeedOptions.rounds, show_default=True, help="Turns of each peer.")
-@click.option("--repeats", type=int, default=SpeedOptions.repeats, show_default=True, help="Most runs a round.")
-@click.option("--seconds", type=float, default=SpeedOptions.seconds, show_default=True, help="No run begins after.")
+@click.option(
+    "--rounds", type=int, default=SpeedOptions.rounds, show_default=True, help="Number of rounds; peers take turns."
+)
+@click.option(
+    "--repeats", type=int, default=SpeedOptions.repeats, show_default=True, help="Maximum number of runs per round."
+)
+@click.option(
+    "--seconds",
+    type=float,
+    default=SpeedOptions.seconds,
+    show_default=True,
+    help="Seconds per round after which no run starts.",
+)
 @threads_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of images and random weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of images and weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @json_option("the result")
 def guard(
@@ -110,16 +131,24 @@ def guard(
 
 @main.command()
 @model_option(required=False)
-@click.option("--shape", help=f"Random weights at the shape of one of {', '.join(shape_names())}.")
-@click.option("--layers", type=int, help="So many layers of language model and tower; only with --shape.")
+@click.option("--shape", help=f"Measure random weights at the shape of {', '.join(shape_names())}.")
+@click.option("--layers", type=int, help="Number of layers of language model and tower; only with --shape.")
 @tap_option
 @revision_option
-@click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle.  [default: one of its size is made]")
-@click.option("--rounds", type=int, default=GateOptions.rounds, show_default=True, help="Turns of each way.")
-@click.option("--repeats", type=int, default=GateOptions.repeats, show_default=True, help="Runs a turn.")
-@click.option("--max-new-tokens", type=int, default=GateOptions.max_new_tokens, show_default=True)
+@click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle.  [default: one is made for it]")
+@click.option(
+    "--rounds", type=int, default=GateOptions.rounds, show_default=True, help="Number of rounds; the ways take turns."
+)
+@click.option("--repeats", type=int, default=GateOptions.repeats, show_default=True, help="Number of runs per round.")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    default=GateOptions.max_new_tokens,
+    show_default=True,
+    help="Maximum length of an answer in tokens.",
+)
 @threads_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the image and random weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of image and weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @json_option("the result")
 def gate(
@@ -158,10 +187,26 @@ def gate(
 @main.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Guard bundle.  [default: tiny-safegem's, made for it]")
 @click.option("--gguf", type=click.Path(path_type=Path), help="GGUF folder.  [default: tiny-safegem's, made for it]")
-@click.option("--rounds", type=int, default=GatewayOptions.rounds, show_default=True)
-@click.option("--requests", type=int, default=GatewayOptions.requests, show_default=True, help="Of a kind, a round.")
-@click.option("--clients", type=int, default=GatewayOptions.clients, show_default=True, help="At once.")
-@click.option("--soak", type=float, metavar="MINUTES", help="Serve honest clients and attackers for so long instead.")
+@click.option(
+    "--rounds",
+    type=int,
+    default=GatewayOptions.rounds,
+    show_default=True,
+    help="Number of rounds; gateway and upstream take turns.",
+)
+@click.option(
+    "--requests",
+    type=int,
+    default=GatewayOptions.requests,
+    show_default=True,
+    help="Number of requests of each kind per round.",
+)
+@click.option(
+    "--clients", type=int, default=GatewayOptions.clients, show_default=True, help="Number of concurrent clients."
+)
+@click.option(
+    "--soak", type=float, metavar="MINUTES", help="Minutes to serve honest clients and attackers instead of timing."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @json_option("the result")
 def gateway(
@@ -199,7 +244,13 @@ def gateway(
 
 @main.command()
 @click.option(
-    "--case", "cases", type=click.Choice(tuple(CASES)), multiple=True, default=tuple(CASES), show_default=True
+    "--case",
+    "cases",
+    type=click.Choice(tuple(CASES)),
+    multiple=True,
+    default=tuple(CASES),
+    show_default=True,
+    help="Case to quantize: a small Llama, or one layer of a 7B model; repeatable.",
 )
 @click.option(
     "--peers",
@@ -208,8 +259,10 @@ def gateway(
     show_default=True,
     help="Python of the peers' environment (make peers).",
 )
-@click.option("--no-peers", is_flag=True, help="This project alone.")
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each peer.")
+@click.option("--no-peers", is_flag=True, help="Measure this project alone.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Number of rounds; peers take turns."
+)
 @threads_option
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @json_option("the result")

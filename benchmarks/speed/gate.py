@@ -72,7 +72,7 @@ class GateSpeed:
 def measure_gate(subject: Subject, options: GateOptions, *, bundle: Path | None = None) -> GateSpeed:
     """Measure on ``subject`` with the guard in ``bundle``, or one of its size that is exported for the purpose.
 
-    Errors: InputError for a subject or bundle that cannot be used; SafeVLMError when the process fails.
+    Raises InputError for a subject or bundle that cannot be used; SafeVLMError when the process fails.
     """
     request = {"subject": asdict(subject), "bundle": None if bundle is None else str(bundle), **asdict(options)}
     outcome = run_isolated("benchmarks.speed.gate_ways:measure", request, threads=options.threads)

@@ -56,7 +56,7 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Answer first with what is measured, then once a round, way and course with its milliseconds.
 
     The ways take turns, in the opposite order every other round; the first run of each counts its passes and is not
-    timed. Errors: InputError for a bundle that takes images of another size.
+    timed. Raises InputError for a bundle that takes images of another size.
     """
     torch.set_num_threads(request["threads"])
     subject = Subject(**request["subject"])

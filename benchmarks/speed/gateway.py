@@ -96,7 +96,7 @@ def measure_gateway(
 ) -> GatewaySpeed:
     """Measure a gateway with the guard of ``bundle``, and the gated pair of it with the GGUF folder, if one is given.
 
-    Errors: InputError for a guard that does not tell the built-in suite's pictures apart; SafeVLMError when a process
+    Raises InputError for a guard that does not tell the built-in suite's pictures apart; SafeVLMError when a process
     does not start.
     """
     safe, unsafe = two_pictures(bundle)

@@ -140,7 +140,7 @@ def measure_guard(
     is told the share of stages done and the stage that begins. A peer that cannot run here, or that fails, gives
     rows that say so.
 
-    Errors: InputError for a subject or bundle that cannot be used; SafeVLMError when the export fails.
+    Raises InputError for a subject or bundle that cannot be used; SafeVLMError when the export fails.
     """
     given = None if bundle is None else open_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="safevlm-speed-") as scratch:

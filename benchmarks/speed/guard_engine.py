@@ -23,7 +23,7 @@ __all__ = ["build"]
 def build(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Build an engine of every one of ``precisions`` into the bundle ``folder``, for 1 to ``max_batch`` images.
 
-    Errors: EngineUnavailableError where there is no TensorRT or GPU; SafeVLMError when TensorRT fails.
+    Raises EngineUnavailableError where there is no TensorRT or GPU; SafeVLMError when TensorRT fails.
     """
     folder, device = Path(request["folder"]), find_device()
     api = builder_api(device.version)

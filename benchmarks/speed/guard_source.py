@@ -41,7 +41,7 @@ INT8_CALIBRATION = 2
 def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Write the subject's ONNX files as a bundle into ``folder``; answer once with what the guard is.
 
-    Errors: InputError when ``bundle`` (or None) takes images of another size than the subject.
+    Raises InputError when ``bundle`` (or None) takes images of another size than the subject.
     """
     guard, stored, counted = _build(Subject(**request["subject"]))
     size = guard.preprocessing

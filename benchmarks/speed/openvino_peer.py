@@ -19,7 +19,7 @@ CALIBRATION = 2
 def quantize(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Write ``guard.int8.xml`` beside the float32 file of the bundle ``folder``; answer with its path and bytes.
 
-    Errors: MissingExtraError where the environment lacks OpenVINO or NNCF.
+    Raises MissingExtraError where the environment lacks OpenVINO or NNCF.
     """
     try:
         import nncf

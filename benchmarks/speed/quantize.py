@@ -52,7 +52,7 @@ def measure_quantize(
 ) -> QuantizeSpeed:
     """Quantize ``case`` with everyone, by turns; ``peers_python`` is the interpreter of the peers' environment.
 
-    Errors: InputError when there is no such interpreter.
+    Raises InputError when there is no such interpreter.
     """
     if peers_python is not None and not peers_python.exists():
         raise InputError(f"{peers_python} is not there: make peers makes the environment of the peers.")

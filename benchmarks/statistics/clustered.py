@@ -43,7 +43,7 @@ class Clusters:
     ``strata_N`` and ``clusters_N`` may hold any values that compare; ``weights`` goes by stratum, as a mapping or in
     the order of the sorted strata.
 
-    Errors: InputError for no sample, unequal lengths, or weights that do not fit the strata.
+    Raises InputError for no sample, unequal lengths, or weights that do not fit the strata.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ LineVerdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE"]
 def decide(*, uppers: Sequence[float], margin: float, change: float, p_holm: float, alpha: float) -> LineVerdict:
     """Return a line's verdict from all upper bounds of its worsening, Tango's and the bootstrap's.
 
-    A bound or p that is NaN proves nothing. Errors: InputError without a bound.
+    A bound or p that is NaN proves nothing. Raises InputError without a bound.
     """
     if not uppers:
         raise InputError("a line without an upper bound of its worsening cannot be decided: give at least one.")
@@ -35,7 +35,7 @@ def overall(verdicts: Sequence[LineVerdict]) -> LineVerdict:
     """Return the verdict over all lines.
 
     PASS asks every line to pass, an intersection-union test: it is wrong at most as often as its worst line, so needs
-    no correction. One REGRESSION is enough; Holm's correction has seen to its level. Errors: InputError without a line.
+    no correction. One REGRESSION is enough; Holm's correction has seen to its level. Raises InputError without a line.
     """
     if not verdicts:
         raise InputError("there is no line with a margin, so nothing to decide: give at least one margin.")

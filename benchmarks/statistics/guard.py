@@ -51,7 +51,7 @@ class GuardMetrics:
 
 
 def guard_metrics(probs: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> GuardMetrics:
-    """Measure a guard. Errors: InputError for shapes that disagree, no image, classes or probabilities out of range."""
+    """Measure a guard. Raises InputError for shapes that disagree, no image, classes or probabilities out of range."""
     rows, truth = _checked(probs, labels)
     score, unsafe = _scores(rows), truth > 0
     blocked = score >= threshold
@@ -104,7 +104,7 @@ def paired_bootstrap(
     One row is one image, so rows are independent. Draws that lack safe or unsafe images are left out of AUROC's. ECE
     of a resample is a little too large (noise adds to every bin), in both runs alike, so that it largely cancels.
 
-    Errors: InputError as :func:`guard_metrics`, for another metric, or AUROC without images of both kinds.
+    Raises InputError as :func:`guard_metrics`, for another metric, or AUROC without images of both kinds.
     """
     (first, truth), (second, _) = _checked(before, labels), _checked(after, labels)
     unsafe = truth > 0

@@ -17,7 +17,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Own code, because statsmodels' ``multipletests`` runs the garbage collector at every call, which made up 86 % of
     the simulation's time; a test holds the two equal.
 
-    Errors: InputError for a value outside 0 to 1.
+    Raises InputError for a value outside 0 to 1.
     """
     p = np.asarray(p_values, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():

@@ -15,7 +15,7 @@ def mcnemar_exact(worse: int, better: int) -> float:
 
     It takes samples as independent: where several share an image, ``clustered.sign_flip_p`` stands beside it.
 
-    Errors: InputError for counts below 0.
+    Raises InputError for counts below 0.
     """
     if worse < 0 or better < 0:
         raise InputError(f"{worse} worse and {better} better: counts are at least 0.")

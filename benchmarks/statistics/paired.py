@@ -65,7 +65,7 @@ def paired_statistics(
     the plain mean over strata's means. Yes-or-no badness without strata has Tango's interval, everything else the
     bootstrap's; the bootstrap stands beside Tango's, too.
 
-    Errors: InputError for lengths that disagree, no sample, badness that is no number from 0 to 1.
+    Raises InputError for lengths that disagree, no sample, badness that is no number from 0 to 1.
     """
     both: Floats = np.stack([_badness(before), _badness(after)]) if _alike(before, after) else np.empty((2, 0))
     groups = np.zeros(both.shape[1], dtype=np.int64) if strata is None else np.asarray(strata)

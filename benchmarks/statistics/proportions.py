@@ -11,7 +11,7 @@ __all__ = ["wilson_interval"]
 def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval (J. Am. Stat. Assoc. 22, 1927, 209-212) of k of n; samples are independent.
 
-    Errors: InputError unless 0 <= k <= n and n > 0.
+    Raises InputError unless 0 <= k <= n and n > 0.
     """
     critical_value(confidence)
     if not 0 <= k <= n or n == 0:

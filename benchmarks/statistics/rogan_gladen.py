@@ -39,7 +39,7 @@ def rogan_gladen(
 
     The labelled sample is taken as independent of the n, and all rows as independent of each other.
 
-    Errors: InputError for impossible counts, and for a judge no better than chance (sensitivity + specificity <= 1).
+    Raises InputError for impossible counts, and for a judge no better than chance (sensitivity + specificity <= 1).
     """
     for k, total, what in (
         (positives, n, "rows that were judged"),

@@ -177,7 +177,7 @@ def where_of(line: Sampled) -> Clusters:
 def keep_for_churn(rates: Sequence[float], sizes: Sequence[int], churn: float) -> float:
     """Return the common share of variance at which ``churn`` of all samples change between two equal runs.
 
-    Errors: InputError for more churn than runs without anything in common would have.
+    Raises InputError for more churn than runs without anything in common would have.
     """
     most = _churn(rates, sizes, 0.0)
     if not 0 < churn < most:

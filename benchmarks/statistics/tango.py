@@ -23,7 +23,7 @@ _OFF = 1e-13
 
 
 def critical_value(confidence: float) -> float:
-    """Return the normal quantile of a two-sided interval. Errors: InputError outside 0 to 1."""
+    """Return the normal quantile of a two-sided interval. Raises InputError outside 0 to 1."""
     if not 0 < confidence < 1:
         raise InputError(f"confidence {confidence}: a number above 0 and below 1 is needed, such as 0.95.")
     return _NORMAL.inv_cdf((1 + confidence) / 2)
@@ -46,7 +46,7 @@ def tango_z(worse: float, better: float, n: float, difference: float) -> float:
 def tango_interval(worse: float, better: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return the interval's lower and upper end, each in -1 to 1.
 
-    Errors: InputError for counts that are not counts of n pairs.
+    Raises InputError for counts that are not counts of n pairs.
     """
     _check(worse, better, n)
     z = critical_value(confidence)

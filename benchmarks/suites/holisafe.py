@@ -35,7 +35,7 @@ MAX_BYTES = 2**30
 
 
 def holisafe(folder: Path) -> Suite:
-    """Read the benchmark. Errors: InputError for a folder, row or image that is not as published."""
+    """Read the benchmark. Raises InputError for a folder, row or image that is not as published."""
     path = folder / ROWS_FILE
     rows = [row_of(raw, f"{path}, row {number}") for number, raw in enumerate(_read(path), 1)]
     _refuse_repeats(rows, path)
@@ -53,7 +53,7 @@ def holisafe(folder: Path) -> Suite:
 
 
 def row_of(raw: Any, where: str, *, query_needed: bool = True) -> Row:
-    """Return one of the benchmark's rows. Errors: InputError with ``where`` and the field's name."""
+    """Return one of the benchmark's rows. Raises InputError with ``where`` and the field's name."""
     if not isinstance(raw, Mapping):
         raise InputError(f"{where}: a JSON object is needed, not {type(raw).__name__}.")
     wanted: Mapping[str, tuple[type, ...]] = {
@@ -122,7 +122,7 @@ def _refuse_repeats(rows: Sequence[Row], path: Path) -> None:
 
 
 def _files(folder: Path, images: Sequence[str]) -> dict[str, Path]:
-    """Return where each image lies. Errors: InputError that names some that are missing."""
+    """Return where each image lies. Raises InputError that names some that are missing."""
     found = {name: find_image(folder, name) for name in images}
     missing = [name for name, file in found.items() if file is None]
     if missing:

@@ -17,7 +17,7 @@ SUITES = ("holisafe", "holisafe-mini", "guard", "guard-mini", "utility-mini")
 
 
 def open_suite(name: str, data: Path | None = None, *, limit: int | None = None) -> Suite:
-    """Return a suite by name. Errors: InputError for a name that there is not, and those of its files."""
+    """Return a suite by name. Raises InputError for a name that there is not, and those of its files."""
     if name not in SUITES:
         raise InputError(f"--suite {name}: there is no such suite; allowed are {', '.join(SUITES)}.")
     if name in ("holisafe", "guard"):

@@ -39,7 +39,7 @@ class Suite:
             raise InputError(f"suite {self.name} is empty: there is nothing to run.")
 
     def picture(self, row: Row) -> Image.Image:
-        """Return the picture of a row. Errors: ImageFileError for one that cannot be read."""
+        """Return the picture of a row. Raises ImageFileError for one that cannot be read."""
         assert row.image is not None
         return self.pictures[row.image]()
 

@@ -49,9 +49,15 @@ def score(name: str, *, pairs: int, questions: int, report: Callable[[int], None
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, default=TINY_CHECKPOINTS, show_default=True, help="May be repeated.")
-@click.option("--pairs", type=click.IntRange(min=100), default=1200, show_default=True)
-@click.option("--questions", type=click.IntRange(min=1), default=400, show_default=True)
+@click.option(
+    "--model", "models", multiple=True, default=TINY_CHECKPOINTS, show_default=True, help="Checkpoint; repeatable."
+)
+@click.option(
+    "--pairs", type=click.IntRange(min=100), default=1200, show_default=True, help="Number of question-image pairs."
+)
+@click.option(
+    "--questions", type=click.IntRange(min=1), default=400, show_default=True, help="Number of utility questions."
+)
 @json_option("the scores")
 def main(models: Sequence[str], pairs: int, questions: int, as_json: bool) -> None:
     """Score tiny checkpoints on the test part of holisafe-mini."""

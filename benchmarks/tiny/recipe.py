@@ -217,12 +217,24 @@ def _report(stage: str, step: int, **values: Tensor) -> None:
 
 
 @click.command()
-@click.option("--model", type=click.Choice(list(BLUEPRINTS)), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--joint-steps", type=int, default=Recipe.joint_steps, show_default=True)
-@click.option("--see-steps", type=int, default=Recipe.see_steps, show_default=True)
-@click.option("--look-steps", type=int, default=Recipe.look_steps, show_default=True)
-@click.option("--polish-steps", type=int, default=Recipe.polish_steps, show_default=True)
+@click.option("--model", type=click.Choice(list(BLUEPRINTS)), required=True, help="Tiny checkpoint to train.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option(
+    "--joint-steps", type=int, default=Recipe.joint_steps, show_default=True, help="Training steps of the whole model."
+)
+@click.option(
+    "--see-steps", type=int, default=Recipe.see_steps, show_default=True, help="Training steps on what images show."
+)
+@click.option(
+    "--look-steps", type=int, default=Recipe.look_steps, show_default=True, help="Training steps of the guard head."
+)
+@click.option(
+    "--polish-steps",
+    type=int,
+    default=Recipe.polish_steps,
+    show_default=True,
+    help="Training steps at a low learning rate.",
+)
 def main(model: str, out: Path, joint_steps: int, see_steps: int, look_steps: int, polish_steps: int) -> None:
     """Train a tiny Safe-VLM and write its checkpoint folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

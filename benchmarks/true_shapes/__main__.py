@@ -35,13 +35,21 @@ PAIRS = 120
 
 
 @click.command(name="true_shapes")
-@click.option("--shape", "names", multiple=True, help=f"Of {', '.join(shape_names())}; repeatable.  [default: all]")
-@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Of the language model.")
-@click.option("--all-layers", is_flag=True, help="The language model at its full depth, not --layers of it.")
-@click.option("--sparse", is_flag=True, help="Holes for decoder matrices: little disk.")
-@click.option("--steps", default=",".join(STEPS), show_default=True, help="Which of these, in this order.")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/true_shapes"), show_default=True)
-@click.option("--keep", is_flag=True, help="Keep what the steps wrote.  [default: of a shape that is done, removed]")
+@click.option(
+    "--shape", "names", multiple=True, help=f"Shape to write: {', '.join(shape_names())}; repeatable.  [default: all]"
+)
+@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Number of decoder layers.")
+@click.option("--all-layers", is_flag=True, help="Use all decoder layers instead of --layers.")
+@click.option("--sparse", is_flag=True, help="Write holes for the decoder layers' matrices, to save disk space.")
+@click.option("--steps", default=",".join(STEPS), show_default=True, help="Steps to run, separated by commas.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("build/true_shapes"),
+    show_default=True,
+    help="Folder to write stand-ins and outputs to.",
+)
+@click.option("--keep", is_flag=True, help="Keep the steps' output instead of removing it after each shape.")
 @json_option("what was measured")
 def main(
     names: tuple[str, ...],

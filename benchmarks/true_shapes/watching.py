@@ -36,7 +36,7 @@ class Watched:
 
 
 def watch(arguments: Sequence[str]) -> Watched:
-    """Run ``python ARGUMENTS`` and return what was seen of it. Errors: InputError on a system without /proc."""
+    """Run ``python ARGUMENTS`` and return what was seen of it. Raises InputError on a system without /proc."""
     if not Path("/proc/self/io").is_file():
         raise InputError("memory and reads are watched in /proc, which Linux has; run this there.")
     begun = time.monotonic()

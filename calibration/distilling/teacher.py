@@ -62,7 +62,7 @@ def teach(
     The vision path runs once a batch, then every decoder layer once, over all batches. ``max_bytes`` bounds
     the memory of hidden states; above it they are in a temporary file.
 
-    Errors: InputError for a guard that taps the projector, which needs no teacher; CheckpointError.
+    Raises InputError for a guard that taps the projector, which needs no teacher; CheckpointError.
     """
     check_tap(checkpoint)
     stream = LayerStream(checkpoint, grid=grid, dtype=dtype, device=device, token_ids=guard_prefix)

@@ -56,7 +56,7 @@ def build_suite(part: str = "test", *, pairs: int = 1200, questions: int = 400, 
     ``pairs`` are spread over the types in HoliSafe-Bench's proportions and over safe and unsafe images as
     there; ``questions`` ask about safe pictures of their own, two each.
 
-    Errors: ValueError for a part that does not exist or fewer than 100 pairs.
+    Raises ValueError for a part that does not exist or fewer than 100 pairs.
     """
     if part not in PARTS or pairs < 100 or questions < 0:
         raise ValueError(f"part {part!r} with {pairs} pairs: one of {PARTS} with at least 100 pairs is needed")

@@ -53,7 +53,7 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     A label is a class's index or its name, in which case, blanks, ``-`` and ``_`` do not count. Several rows about one
     image become one.
 
-    Errors: InputError, with the row's number, for a label outside ``classes``, a missing field or image file,
+    Raises InputError, with the row's number, for a label outside ``classes``, a missing field or image file,
     an empty or unreadable file.
     """
     content = file_bytes(path, "a JSON, JSONL or CSV file")
@@ -71,7 +71,7 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
 
 
 def content_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes. Errors: OSError."""
+    """Return the SHA-256 of a file's bytes. Raises OSError."""
     return sha256_of(path)
 
 

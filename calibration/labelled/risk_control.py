@@ -114,7 +114,7 @@ def fit_bands(
     Where the guard is so good that they cross, no image need be unsure, and one threshold between them serves as
     both: the one with the fewest errors.
 
-    Errors: InputError saying how many images are needed.
+    Raises InputError saying how many images are needed.
     """
     _require(int(unsafe.sum()), promise.alpha, promise, "unsafe", "--alpha")
     _require(int((~unsafe).sum()), promise.max_fpr, promise, "safe", "--max-fpr")
@@ -183,7 +183,7 @@ def _between(low: float, high: float, unsafe_scores: Floats, safe_scores: Floats
 def _block(safe_scores: Floats, promise: Promise) -> float:
     """Return the least threshold that at most the permitted number of safe images reach.
 
-    Errors: InputError where too many safe images are scored 1, so that only a threshold which never blocks would do.
+    Raises InputError where too many safe images are scored 1, so that only a threshold which never blocks would do.
     """
     wrong = hits_allowed(len(safe_scores), promise.max_fpr, promise)
     highest = np.sort(safe_scores)[::-1]

@@ -30,7 +30,7 @@ WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 def read_rows(path: Path, columns: Columns) -> tuple[list[tuple[str, dict[str, Any]]], str]:
     """Return a file's rows, each with its place (``FILE, line 3``; in a JSON list ``FILE, row 3``), and its SHA-256.
 
-    Errors: InputError for a file that cannot be read, is no text, no JSON or table with ``columns``, or has a row that
+    Raises InputError for a file that cannot be read, is no text, no JSON or table with ``columns``, or has a row that
     is no object.
     """
     content = file_bytes(path, "a JSON, JSONL or CSV file")
@@ -43,7 +43,7 @@ def read_rows(path: Path, columns: Columns) -> tuple[list[tuple[str, dict[str, A
 
 
 def file_bytes(path: Path, wanted: str) -> bytes:
-    """Return a file's bytes. Errors: InputError that asks for what is ``wanted``."""
+    """Return a file's bytes. Raises InputError that asks for what is ``wanted``."""
     try:
         return read_regular(path, MAX_BYTES)
     except OSError as error:
@@ -114,7 +114,7 @@ def image_file(name: str, folders: Sequence[Path], where: str) -> Path:
     A name that no folder has is looked up as other systems write it: without surrounding blanks and quotes, with
     ``/`` for a backslash, with its %-signs decoded, with its accents in one character or two.
 
-    Errors: InputError when none has it.
+    Raises InputError when none has it.
     """
     try:
         for spelling in _spellings(name):

@@ -73,7 +73,7 @@ class Sample:
     where: str
 
     def picture(self) -> Image.Image | None:
-        """Return the picture in RGB, upright. Errors: ImageFileError, with the sample's place."""
+        """Return the picture in RGB, upright. Raises ImageFileError, with the sample's place."""
         if isinstance(self.image, Drawn):
             return draw(self.image.scene)
         if self.image is None:
@@ -114,7 +114,7 @@ def read_conversations(path: Path, images: Path | None = None, *, kinds: bool = 
     ``type`` (its last letter, the pair's), else of ``image_safe``, else unsafe if the answer is a refusal and safe if
     it is none (counted in ``kinds_from_answers``). ``kinds=False`` is for suites, of which no kind is asked.
 
-    Errors: InputError, with the line's or row's number, for a row of no known shape, without a question, with
+    Raises InputError, with the line's or row's number, for a row of no known shape, without a question, with
     several images, an image that is missing or only part of a later turn, without any sign of its kind; for a file
     that is empty or no JSON. Images are not decoded here.
     """

@@ -113,7 +113,7 @@ def built_in_evaluation() -> Evaluation:
 
 
 def read_evaluation(path: Path, images: Path | None = None) -> Evaluation:
-    """Read a suite as calibration files are read. Errors: those of ``read_conversations``."""
+    """Read a suite as calibration files are read. Raises those of ``read_conversations``."""
     read: Conversations = read_conversations(path, images, kinds=False)
     return Evaluation(name=path.name, sha256=str(read.sha256), samples=read.samples)
 
@@ -126,7 +126,7 @@ def find_leaks(
 ) -> Leakage:
     """Look for every sample in every suite.
 
-    Errors: ImageFileError for a picture that cannot be opened, of the samples or of a suite.
+    Raises ImageFileError for a picture that cannot be opened, of the samples or of a suite.
     """
     leaks = [
         Leak(sample=sample.where, suite="HoliSafe-Bench", signal="name", detail=f"{sample.name} is one of its images")

@@ -43,7 +43,7 @@ class Mix:
 
 
 def read_mix(text: str) -> dict[Kind, float]:
-    """Read ``unsafe=0.4,safe=0.4,text=0.2``. Errors: InputError for another form or an unknown kind."""
+    """Read ``unsafe=0.4,safe=0.4,text=0.2``. Raises InputError for another form or an unknown kind."""
     shares: dict[Kind, float] = {}
     for part in text.split(","):
         name, sign, value = part.partition("=")
@@ -64,7 +64,7 @@ def read_mix(text: str) -> dict[Kind, float]:
 def choose(conversations: Conversations, mix: Mix = Mix()) -> tuple[Sample, ...]:
     """Return the samples that ``mix`` asks for, in their source's order; the same for the same arguments.
 
-    Errors: InputError when there are too few of a kind.
+    Raises InputError when there are too few of a kind.
     """
     rng = np.random.default_rng(mix.seed)
     chosen: list[int] = []

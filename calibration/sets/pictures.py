@@ -53,7 +53,7 @@ class Folder:
         return str(self.path)
 
     def opened(self) -> Iterator[Opened]:
-        """Yield names and pictures, or why one cannot be read. Errors: InputError for an empty folder."""
+        """Yield names and pictures, or why one cannot be read. Raises InputError for an empty folder."""
         if not self.path.is_dir():
             raise InputError(f"{self.path} is not a folder. Give --images a folder of images, or hub:NAME.")
         content = read_folder(self.path)
@@ -77,7 +77,7 @@ class HubDataset:
         return f"{HUB}{self.name}"
 
     def opened(self) -> Iterator[Opened]:
-        """Yield row numbers and pictures. Errors: MissingExtraError, InputError when it cannot be loaded."""
+        """Yield row numbers and pictures. Raises MissingExtraError, InputError when it cannot be loaded."""
         try:
             import datasets
         except ImportError as error:
@@ -97,7 +97,7 @@ class HubDataset:
             yield f"{self}#{number}", _open(picture, f"{self}#{number}")
 
     def _streamed(self, rows: Any) -> Iterator[Any]:
-        """Yield rows; rows come over the network one by one. Errors: InputError when that breaks off."""
+        """Yield rows; rows come over the network one by one. Raises InputError when that breaks off."""
         try:
             yield from rows
         except hub_failures() as error:
@@ -160,7 +160,7 @@ class Pictures:
 def load_pictures(source: PictureSource, preprocessing: Preprocessing) -> Pictures:
     """Read all pictures of a source, each content once.
 
-    Errors: InputError when there is none, or when more than 1 % cannot be read (all are named up to five).
+    Raises InputError when there is none, or when more than 1 % cannot be read (all are named up to five).
     """
     rgb: list[NDArray[np.uint8]] = []
     names: dict[str, str] = {}

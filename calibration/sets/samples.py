@@ -59,7 +59,7 @@ class Calibration:
 def calibrate_on(checkpoint: Checkpoint, options: CalibrationOptions, status: Callable[[str], None]) -> Calibration:
     """Choose samples and look for them in evaluation suites.
 
-    Errors: InputError for a bad file, too few samples, and a leak that is not allowed.
+    Raises InputError for a bad file, too few samples, and a leak that is not allowed.
     """
     if options.file is not None:
         source = read_conversations(options.file, options.images)
@@ -93,7 +93,7 @@ def answers_of(
 ) -> list[Answer | None]:
     """Return one answer a sample, or ``None``: the model's own where it fits into ``max_memory`` bytes, as asked for.
 
-    ``say`` is told when it does not fit. Errors: InputError when its own answers are asked for and it does not fit.
+    ``say`` is told when it does not fit. Raises InputError when its own answers are asked for and it does not fit.
     """
     size = whole_model_bytes(checkpoint, dtype)
     fits = size + ANSWERING <= max_memory or device != "cpu"

@@ -87,7 +87,7 @@ def lay_out(
 ) -> list[Row]:
     """Return each sample's ids in the family's chat template.
 
-    Errors: InputError for one that is longer than the model's context or ``max_length``, with its place.
+    Raises InputError for one that is longer than the model's context or ``max_length``, with its place.
     """
     stated = int(model.core.config.get_text_config().max_position_embeddings)
     limit = stated if max_length is None else min(stated, max_length)
@@ -142,7 +142,7 @@ def embed_batches(
 ) -> list[Batch]:
     """Run the vision path over all batches and put their embeddings into ``hidden``.
 
-    Errors: ImageFileError with the sample's place; InputError for features that are not finite.
+    Raises ImageFileError with the sample's place; InputError for features that are not finite.
     """
     model = stream.skeleton
     size = (model.preprocessing.height, model.preprocessing.width)

@@ -138,7 +138,7 @@ class LayerStream:
     and ``assemble`` with the token ids named in ``token_ids``); its decoder layers are gaps and its output
     layer is left out. ``dtype`` is what layers run in, ``device`` where.
 
-    Errors: CheckpointError for missing or mis-shaped tensors.
+    Raises CheckpointError for missing or mis-shaped tensors.
     """
 
     def __init__(

@@ -31,25 +31,50 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.command(name="gguf")
 @model_option()
 @click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist.")
-@click.option("--type", "kind", default=GgufOptions.type, show_default=True, help=f"One of {', '.join(TYPES)}.")
 @click.option(
-    "--mmproj-type", default=GgufOptions.mmproj_type, show_default=True, help="Of the projector: f16, f32, bf16."
+    "--type", "kind", default=GgufOptions.type, show_default=True, help=f"Type of the weights: {', '.join(TYPES)}."
 )
-@click.option("--calibration", type=FILE, help="JSONL of conversations, for the importance matrix.  [tiny: built in]")
-@click.option("--calibration-images", type=FOLDER, help="Folder that its image names are relative to.")
-@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples to measure on.")
-@click.option("--keep-out", type=FILE, multiple=True, help="Evaluation suite that no sample may be of; repeatable.")
-@click.option("--allow-leakage", is_flag=True, help="Go on after a hit; the manifest says so.")
+@click.option(
+    "--mmproj-type",
+    default=GgufOptions.mmproj_type,
+    show_default=True,
+    help="Data type of the projector: f16, f32 or bf16.",
+)
+@click.option(
+    "--calibration",
+    type=FILE,
+    help="JSONL file of conversations for the importance matrix.  [default for tiny checkpoints: built in]",
+)
+@click.option("--calibration-images", type=FOLDER, help="Folder that the image names in --calibration start from.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Number of samples for the importance matrix.",
+)
+@click.option(
+    "--keep-out", type=FILE, multiple=True, help="Evaluation suite that must not leak into the samples; repeatable."
+)
+@click.option("--allow-leakage", is_flag=True, help="Continue after a leak is found; the manifest records it.")
 @click.option("--no-importance", is_flag=True, help="Quantize without an importance matrix.")
 @click.option(
-    "--guard", type=FILE, help="A head that calibration.distill wrote, for a guard behind the language model."
+    "--guard", type=FILE, help="Guard head that calibration.distill wrote, for a guard behind the language model."
 )
 @revision_option
 @tap_option
 @grid_option
-@click.option("--images", type=FOLDER, help="Pictures that parity is checked on.  [default: drawn]")
-@click.option("--parity-images", type=click.IntRange(min=0), default=GgufOptions.parity_images, show_default=True)
-@click.option("--max-memory", type=float, help="GiB that activations may take.  [default: half of what is available]")
+@click.option("--images", type=FOLDER, help="Folder of images for the parity check.  [default: drawn images]")
+@click.option(
+    "--parity-images",
+    type=click.IntRange(min=0),
+    default=GgufOptions.parity_images,
+    show_default=True,
+    help="Number of images for the parity check.",
+)
+@click.option(
+    "--max-memory", type=float, help="Maximum memory for activations in GiB.  [default: half of what is available]"
+)
 @json_option("the manifest")
 def main(
     model: str,

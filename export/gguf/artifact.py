@@ -92,7 +92,7 @@ def export_gguf(
 ) -> GgufManifest:
     """Write ``out``: language model, projector, guard heads, manifest; all of it or nothing.
 
-    Tensors are read one at a time. Errors: InputError for a type that a width cannot hold, a folder that exists, too
+    Tensors are read one at a time. Raises InputError for a type that a width cannot hold, a folder that exists, too
     little room on the disk; CheckpointError for what llama.cpp does not compute, and for numbers that a type does not
     hold: where a quantized type is the only one that does not, ``out`` then holds the model in the type that it would
     have been made from; ParityError when llama.cpp's embeddings or, at 16 bits and more, its exact guard differ from

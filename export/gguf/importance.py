@@ -58,7 +58,7 @@ def measure_importance(
 ) -> Measured:
     """Measure every decoder linear's inputs. ``max_memory`` bounds what activations take in memory, in bytes.
 
-    Errors: InputError for a bad or leaking calibration set; CheckpointError.
+    Raises InputError for a bad or leaking calibration set; CheckpointError.
     """
     chosen = calibrate_on(checkpoint, options, report)
     answers = answers_of(checkpoint, chosen.samples, options, max_memory=max_memory, say=report, report=report)

@@ -42,7 +42,7 @@ def stored_type(checkpoint: Checkpoint, wanted: str) -> StoredType:
 def language_tensors(checkpoint: Checkpoint, matrices: StoredType) -> list[GgufTensor]:
     """Return the tensors to write, embedding first; vectors (norms, biases) are float32.
 
-    Errors: CheckpointError for a tensor that is missing, or that llama.cpp's architecture has no place for.
+    Raises CheckpointError for a tensor that is missing, or that llama.cpp's architecture has no place for.
     """
     gguf = gguf_library()
     text: Any = build_config(checkpoint).text_config
@@ -84,7 +84,7 @@ def language_tensors(checkpoint: Checkpoint, matrices: StoredType) -> list[GgufT
 def language_keys(checkpoint: Checkpoint, writer: Any) -> None:
     """Set the metadata of the language model.
 
-    Errors: CheckpointError for a setting that llama.cpp's architecture does not follow.
+    Raises CheckpointError for a setting that llama.cpp's architecture does not follow.
     """
     language = gguf_family_of(checkpoint).language
     text: Any = build_config(checkpoint).text_config

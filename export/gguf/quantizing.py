@@ -48,7 +48,7 @@ BUFFER_BYTES = 256 * 2**20
 
 
 def type_of(text: str) -> str:
-    """Return a type's name as it stands in :data:`TYPES`. Errors: InputError, with what is allowed."""
+    """Return a type's name as it stands in :data:`TYPES`. Raises InputError, with what is allowed."""
     name = text.lower()
     if name not in TYPES:
         raise InputError(f"--type {text}: no such type; allowed: {', '.join(TYPES)}.")
@@ -98,7 +98,7 @@ def quantize_file(
 
     ``sources`` are the checkpoint's names of the file's matrices, ``largest`` the largest magnitude in each.
 
-    Errors: UnfitTensorError for a tensor whose numbers the type does not hold; SafeVLMError with llama.cpp's own words.
+    Raises UnfitTensorError for a tensor whose numbers the type does not hold; SafeVLMError with llama.cpp's own words.
     """
     sources = sources or {}
     for tensor, number in (largest or {}).items():

@@ -37,7 +37,7 @@ def vision_tensors(checkpoint: Checkpoint, matrices: StoredType, *, class_token_
     ``class_token_last`` turns LLaVA's table of positions for a llama.cpp that puts the class token behind the patches
     (see ``runtimes.language.llamacpp_first_patch``).
 
-    Errors: CheckpointError for a tensor that is missing, or that llama.cpp has no place for.
+    Raises CheckpointError for a tensor that is missing, or that llama.cpp has no place for.
     """
     config = build_vision_config(checkpoint)
     vision = gguf_family_of(checkpoint).vision

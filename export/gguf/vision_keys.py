@@ -20,7 +20,7 @@ __all__ = ["vision_keys"]
 def vision_keys(checkpoint: Checkpoint, preprocessing: Preprocessing, writer: Any) -> None:
     """Set the metadata of the projector file.
 
-    Errors: CheckpointError for a tower that llama.cpp's graph does not compute.
+    Raises CheckpointError for a tower that llama.cpp's graph does not compute.
     """
     config = build_vision_config(checkpoint)
     tower: Any = config.vision_config

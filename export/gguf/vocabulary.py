@@ -28,7 +28,7 @@ UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> None:
     """Set the tokenizer's metadata for an embedding of ``vocab_size`` rows.
 
-    Errors: CheckpointError for a folder without the tokenizer's files, and for more tokens than rows.
+    Raises CheckpointError for a folder without the tokenizer's files, and for more tokens than rows.
     """
     tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, vocab_size)
     largest = max(tokenizer.get_vocab().values())

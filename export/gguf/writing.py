@@ -50,7 +50,7 @@ class GgufTensor:
 
 
 def gguf_library() -> Any:
-    """Return the ``gguf`` package. Errors: MissingExtraError."""
+    """Return the ``gguf`` package. Raises MissingExtraError."""
     try:
         return import_module("gguf")
     except ImportError as error:
@@ -68,7 +68,7 @@ def write_gguf(
 
     ``set_keys`` is given the library's writer for the metadata.
 
-    Errors: CheckpointError for a number that its type cannot hold, with the checkpoint's name of the tensor; OSError.
+    Raises CheckpointError for a number that its type cannot hold, with the checkpoint's name of the tensor; OSError.
     """
     gguf = gguf_library()
     types = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}

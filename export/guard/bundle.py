@@ -48,7 +48,7 @@ def bundle_draft(out: Path) -> Iterator[Path]:
     An existing bundle at ``out`` is replaced at that moment and not before. A draft whose process died is
     removed by the next one. The manifest must have been written: see :func:`write_manifest`.
 
-    Errors: InputError when ``out`` holds something that is not a bundle.
+    Raises InputError when ``out`` holds something that is not a bundle.
     """
     check_destination(out)
     with draft_of(out) as draft, storing(out, advice="give --out another place"):

@@ -55,7 +55,7 @@ def find_head(
     That is so for a guard that taps the projector, and for one behind the language model when neither a head nor
     pictures are given. Tiny checkpoints bring their own pictures.
 
-    Errors: GuardHeadError for a head where the checkpoint's own is exact, or of another checkpoint; those of
+    Raises GuardHeadError for a head where the checkpoint's own is exact, or of another checkpoint; those of
     :func:`calibration.distill.distill`.
     """
     if checkpoint.tap.source == "projector":

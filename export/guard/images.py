@@ -31,7 +31,7 @@ def parity_images(preprocessing: Preprocessing, count: int, folder: Path | None 
     They come from ``folder`` (the first by name; fewer if it has fewer), else from the calibration part of
     holisafe-mini, safe and unsafe ones mixed.
 
-    Errors: InputError for an empty folder, ImageFileError for an unreadable picture.
+    Raises InputError for an empty folder, ImageFileError for an unreadable picture.
     """
     if folder is None:
         pictures = build_suite("calibration", pairs=400, questions=0).pictures
@@ -53,7 +53,7 @@ class PicturesOnDemand:
         return len(self._makers)
 
     def __getitem__(self, which: slice, /) -> NDArray[np.uint8]:
-        """Return uint8 n × H × W × 3. Errors: ImageFileError for an unreadable picture."""
+        """Return uint8 n × H × W × 3. Raises ImageFileError for an unreadable picture."""
         return np.stack([self._preprocessing.apply(make()) for make in self._makers[which]])
 
 
@@ -65,7 +65,7 @@ def int8_images(
     They come from ``folder``, every so many of them for calibration, else from the calibration part of holisafe-mini,
     whose labels are known.
 
-    Errors: InputError for a folder with too few pictures, ImageFileError for an unreadable one.
+    Raises InputError for a folder with too few pictures, ImageFileError for an unreadable one.
     """
     unsafe = None
     makers: list[Callable[[], Image]]

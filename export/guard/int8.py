@@ -97,7 +97,7 @@ def add_int8(
 
     ``safe`` is the index of the class safe, ``head_layers`` how many Linears the head has: they compute in float32.
 
-    Errors: PrecisionError when the limits are not met even with all but one product in float32; CheckpointError when
+    Raises PrecisionError when the limits are not met even with all but one product in float32; CheckpointError when
     the float32 file's own answers are not finite.
     """
     path, float_path = folder / f"guard.{flavour}.onnx", folder / source.path

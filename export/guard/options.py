@@ -28,24 +28,36 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
         grid_option,
         click.option(
             "--images",
-            help="Folder of pictures, or hub:NAME: distils a guard that sits behind the language model, and a "
-            "folder is what parity is checked on.  [default: for tiny checkpoints built in]",
+            help="Folder of images, or hub:NAME, to distill a guard on that sits behind the language model; a folder "
+            "also serves the parity check.  [default: built in for tiny checkpoints]",
         ),
         click.option(
             "--guard",
             type=click.Path(path_type=Path, dir_okay=False),
-            help="A head that calibration.distill wrote, for a guard behind the language model.",
+            help="Guard head that calibration.distill wrote, for a guard behind the language model.",
         ),
         click.option(
-            "--labels", type=click.Path(path_type=Path, dir_okay=False), help="Labels of --images, to report by."
+            "--labels",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Labels of --images, for accuracy in the report.",
         ),
         click.option(
-            "--min-agreement", type=float, default=0.97, show_default=True, help="Refuse a less faithful head."
+            "--min-agreement",
+            type=float,
+            default=0.97,
+            show_default=True,
+            help="Minimum agreement with the exact guard, as a share.",
         ),
         click.option(
-            "--embeddings", is_flag=True, help="Let the guard give the image embeddings, too, for the language model."
+            "--embeddings", is_flag=True, help="Add the image embeddings as an output, for the language model."
         ),
-        click.option("--parity-images", type=click.IntRange(1), default=PARITY_IMAGES, show_default=True),
+        click.option(
+            "--parity-images",
+            type=click.IntRange(1),
+            default=PARITY_IMAGES,
+            show_default=True,
+            help="Number of images for the parity check.",
+        ),
         json_option("the manifest"),
     )
     for option in reversed(options):
@@ -57,7 +69,7 @@ def model_options(*, required: bool) -> Callable[[Callable[..., None]], Callable
     """Add ``--model`` and ``--out``."""
     model = model_option(required=required)
     out = click.option(
-        "--out", type=click.Path(path_type=Path), help="Folder of --model's bundle.  [default: bundles/NAME]"
+        "--out", type=click.Path(path_type=Path), help="Folder to write the bundle to.  [default: bundles/NAME]"
     )
     return lambda function: model(out(function))
 

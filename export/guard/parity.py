@@ -52,7 +52,7 @@ def check_parity(
 
     ``what`` and ``reference`` name the two in messages and in the manifest.
 
-    Errors: ParityError, ending in ``advice``, when a value is not finite or the tolerance is exceeded.
+    Raises ParityError, ending in ``advice``, when a value is not finite or the tolerance is exceeded.
     """
     images = len(reference_nC)
     if not np.isfinite(found_nC).all():
@@ -71,7 +71,7 @@ def check_parity(
 def check_embeddings(reference_nTD: Floats, found_nTD: Floats, tolerance: Tolerance, *, what: str) -> float:
     """Return the largest difference of image embeddings over the largest value of the reference.
 
-    Errors: ParityError when a value is not finite or the tolerance is exceeded.
+    Raises ParityError when a value is not finite or the tolerance is exceeded.
     """
     if not np.isfinite(found_nTD).all():
         raise ParityError(f"{what}: image embeddings are not finite. Please report this with the checkpoint's name.")

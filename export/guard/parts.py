@@ -74,7 +74,7 @@ def write_part(part: Part, graph: Graph, folder: Path) -> None:
 def describe_part(part: Part, folder: Path) -> list[GuardFile]:
     """Check and time the written part; return its entries in the manifest.
 
-    Errors: ParityError when it does not answer as the torch path does.
+    Raises ParityError when it does not answer as the torch path does.
     """
     path = folder / part.name
     found, latency = _run(part, path)

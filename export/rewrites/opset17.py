@@ -66,7 +66,7 @@ class _Constants:
 def lower_to_opset17(source: Path, target: Path) -> None:
     """Write the graph of ``source`` to ``target`` in opset 17.
 
-    Weights beside ``source`` are linked to beside ``target``, not copied. Errors: MissingExtraError without
+    Weights beside ``source`` are linked to beside ``target``, not copied. Raises MissingExtraError without
     the package onnx, SafeVLMError for a graph that opset 17 cannot say.
     """
     try:

@@ -22,7 +22,7 @@ __all__ = ["to_standard"]
 def to_standard(source: Path, target: Path) -> None:
     """Write the graph of ``source`` to ``target`` without functions; weights beside it are linked to, not copied.
 
-    Errors: MissingExtraError without the package onnx.
+    Raises MissingExtraError without the package onnx.
     """
     try:
         import onnx

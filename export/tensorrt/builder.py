@@ -96,7 +96,7 @@ class BuilderApi:
     def source_precision(self, precision: EnginePrecision) -> str:
         """Return the precision of the ONNX file that an engine is built from.
 
-        Errors: EngineUnavailableError for int8 where weights stored as int8 cannot be read.
+        Raises EngineUnavailableError for int8 where weights stored as int8 cannot be read.
         """
         if precision == "int8" and not self.strongly_typed:
             raise EngineUnavailableError(
@@ -142,7 +142,7 @@ def build_engine(
 
     Rewritten graphs are left beside ``plan``: its folder should be a temporary one.
 
-    Errors: EngineUnavailableError when this TensorRT cannot read the graph or memory does not suffice,
+    Raises EngineUnavailableError when this TensorRT cannot read the graph or memory does not suffice,
     MissingExtraError, SafeVLMError for any other failure, with what TensorRT said.
     """
     api = builder_api(str(trt.__version__))

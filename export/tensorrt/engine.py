@@ -79,7 +79,7 @@ def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_b
 
     The disk must hold the engine, which is about as large as its weights. The GPU must hold the weights twice, as
     built and as tried, and :data:`ACTIVATION_BYTES` for each grey level of ``max_batch`` pictures, which is less than
-    a build takes: what is refused would fail. Errors: EngineUnavailableError with the numbers and a way out.
+    a build takes: what is refused would fail. Raises EngineUnavailableError with the numbers and a way out.
     """
     stored = source.bytes + sum(file.bytes for file in bundle.files("onnx_data") if file.path == f"{source.path}.data")
     weights = stored // 2 if options.precision == "fp16" and source.precision == "fp32" else stored
@@ -127,7 +127,7 @@ def add_engine(
     precision :func:`judge_of`, with image embeddings where the bundle's guard gives them. The engine of the same
     precision, GPU and TensorRT is replaced. Until the last step the bundle is as it was.
 
-    Errors: those of :func:`build_engine`; ParityError.
+    Raises those of :func:`build_engine`; ParityError.
     """
     info = _info(bundle, options, device)
     size = bundle.manifest.preprocessing

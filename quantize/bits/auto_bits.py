@@ -88,7 +88,7 @@ def auto_plan(
 ) -> Plan:
     """Return the plan of ``--bits auto``; ``base`` makes the plan of a uniform scheme with more for its config.
 
-    ``scheme`` gives group size and symmetry. Errors: InputError for a target that no width meets.
+    ``scheme`` gives group size and symmetry. Raises InputError for a target that no width meets.
     """
     if not BITS[0] < target <= SIXTEEN:
         raise InputError(f"--target-bits {target:g}: a number above {BITS[0]}, {SIXTEEN} at most, is allowed.")

@@ -86,7 +86,7 @@ def measure(
 ) -> list[Sensitivity]:
     """Return every unit's effect at every width below 16; ``hidden`` goes from embeddings to last hidden states.
 
-    Errors: InputError when no sample has an answer to look at.
+    Raises InputError when no sample has an answer to look at.
     """
     if not any(row.answer_length for batch in batches for row in batch.rows):
         raise InputError(
@@ -164,7 +164,7 @@ def choose_bits(
     ``cost`` tells the stored bits a weight of a width; 16 bits have no effect. All mixtures that no other one beats are
     followed, unit by unit.
 
-    Errors: InputError when even the fewest bits are more than the target.
+    Raises InputError when even the fewest bits are more than the target.
     """
     units = list(dict.fromkeys((row.layer, row.part) for row in found))
     weights = {(row.layer, row.part): row.weights for row in found}

@@ -35,7 +35,7 @@ class Gptq:
     nearest: bool = False
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Errors: InputError for a group size that does not divide a width, or a width that cannot be packed."""
+        """Raises InputError for a group size that does not divide a width, or a width that cannot be packed."""
         for _, _, name in linear_names(checkpoint):
             scheme = self.scheme_of(name)
             if scheme is not None:

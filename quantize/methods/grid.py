@@ -52,7 +52,7 @@ class Scheme:
     def columns(self, width: int, name: str) -> int:
         """Return the columns of a group in a weight of ``width`` columns.
 
-        Errors: InputError when they do not divide it, with the sizes nearby that do.
+        Raises InputError when they do not divide it, with the sizes nearby that do.
         """
         if self.group_size == PER_CHANNEL:
             return width
@@ -90,7 +90,7 @@ def fit_grid(weight_RC: Tensor, scheme: Scheme, columns: int, importance_C: Tens
     Without ``importance_C`` a group's range is that of its weights. With it, shrunk ranges are tried, too, and each
     group takes the one with the least squared rounding error, column errors weighted by importance.
 
-    Errors: InputError for a weight whose scale float16 cannot hold.
+    Raises InputError for a weight whose scale float16 cannot hold.
     """
     rows, width = weight_RC.shape
     grouped = weight_RC.reshape(rows, width // columns, columns)

@@ -28,7 +28,7 @@ class Hessian:
     def add(self, inputs_TC: Tensor, weights_T: Tensor | None = None) -> None:
         """Add tokens, each counted ``weights_T`` times (at least 0; once where it is None).
 
-        Errors: InputError for inputs that are not finite.
+        Raises InputError for inputs that are not finite.
         """
         inputs = inputs_TC.to(self._sum_CC.dtype)
         if weights_T is None:
@@ -43,7 +43,7 @@ class Hessian:
             self._sum_CC[rows, start:].addmm_(inputs[:, rows].T, inputs[:, start:])
 
     def mean(self) -> Tensor:
-        """Return H, C × C, and forget the sum. Errors: InputError when no token was added."""
+        """Return H, C × C, and forget the sum. Raises InputError when no token was added."""
         if self.weight <= 0:
             raise InputError("no calibration token reached this linear: its samples are empty or weigh nothing.")
         weight, self.weight = self.weight, 0.0

@@ -43,7 +43,7 @@ class W8A8:
     options: SolveOptions = field(default_factory=SolveOptions)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Errors: InputError for a language model without the linears that are known."""
+        """Raises InputError for a language model without the linears that are known."""
         for _, _, name in linear_names(checkpoint):
             if f"{name}.weight" not in checkpoint.tensors:
                 raise InputError(f"{checkpoint.name}: no tensor '{name}.weight', so its layers are not known here.")

@@ -21,7 +21,7 @@ __all__ = ["check_packable", "pack", "pack_linear"]
 def pack(values_NM: Tensor, bits: int) -> Tensor:
     """Pack whole numbers N × M along N into int32 words, (N · bits / 32) × M.
 
-    Errors: InputError for values out of range, or N not a multiple of 32.
+    Raises InputError for values out of range, or N not a multiple of 32.
     """
     count, others = values_NM.shape
     if bits not in BITS or count % WORD:
@@ -43,7 +43,7 @@ def pack(values_NM: Tensor, bits: int) -> Tensor:
 def pack_linear(name: str, ints_RC: Tensor, grid: Grid, group_of_C: Tensor, bits: int) -> dict[str, Tensor]:
     """Return a linear's four tensors by their names: ``name.qweight``, ``.qzeros``, ``.scales``, ``.g_idx``.
 
-    Errors: InputError, naming the linear, when R or C is not a multiple of 32.
+    Raises InputError, naming the linear, when R or C is not a multiple of 32.
     """
     check_packable(name, *ints_RC.shape)
     return {

@@ -104,7 +104,7 @@ def solve(
     factorisation and one walk over the columns. With ``again``, which makes H anew, ``hessian_CC`` is
     factorised in its own memory and lost.
 
-    Errors: InputError for a group size that does not divide C, or values that are not finite.
+    Raises InputError for a group size that does not divide C, or values that are not finite.
     """
     width = weights[0].shape[1]
     columns = scheme.columns(width, name)

@@ -131,7 +131,7 @@ def write_tensors(
     projector, embedding, norm, output, guard head) comes from the checkpoint in 16 bit. One file, or several of
     ``shard_bytes`` at most with an index.
 
-    Errors: OSError; CheckpointError.
+    Raises OSError; CheckpointError.
     """
     pieces = [*_rest(checkpoint)]
     for index, path in enumerate(layers):

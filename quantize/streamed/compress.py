@@ -72,7 +72,7 @@ def compress(
     Killed, it goes on at the last finished layer when called again with the same arguments, and ends with the same
     bytes. ``chosen`` saves choosing the samples again.
 
-    Errors: InputError for a checkpoint that is quantized already, a folder that exists, a bad or leaking calibration
+    Raises InputError for a checkpoint that is quantized already, a folder that exists, a bad or leaking calibration
     set, too little memory, a full disk; CheckpointError.
     """
     started = time.monotonic()

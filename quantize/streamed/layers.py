@@ -114,7 +114,7 @@ class Stage:
     def moments(self, name: str) -> Tensor:
         """Return the second moments of a linear's inputs, C × C; the layer runs as far as this linear.
 
-        Errors: InputError, with the linear's name, for inputs that are not finite.
+        Raises InputError, with the linear's name, for inputs that are not finite.
         """
         hessian = Hessian(self.linear(name).in_features, self.stream.device)
         with self.named(name):
@@ -285,7 +285,7 @@ def round_layers(
     of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the memory of linears'
     inputs. Without ``last_states`` the last layer need not run once it is rounded.
 
-    Errors: those of the method, before anything is read; InputError for activations that are not finite, with the
+    Raises those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
     """
     method.check(stream.checkpoint)

@@ -33,31 +33,61 @@ OPTIONS = (
     model_option(),
     revision_option,
     click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist."),
-    click.option("--calibration", "file", type=FILE, help="JSONL of conversations.  [default for tiny ones: built in]"),
-    click.option("--images", type=FOLDER, help="Folder that image names are relative to.  [default: the file's]"),
-    click.option("--samples", type=int, default=128, show_default=True, help="Samples to calibrate on."),
-    click.option("--mix", default="unsafe=0.4,safe=0.4,text=0.2", show_default=True, help="Shares of their kinds."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Chooses samples."),
-    click.option("--keep-out", type=FILE, multiple=True, help="Evaluation suite that no sample may be of; repeatable."),
-    click.option("--allow-leakage", is_flag=True, help="Go on after a hit; the artifact is marked for ever."),
+    click.option(
+        "--calibration",
+        "file",
+        type=FILE,
+        help="JSONL file of conversations.  [default for tiny checkpoints: built in]",
+    ),
+    click.option("--images", type=FOLDER, help="Folder that image names start from.  [default: that of --calibration]"),
+    click.option("--samples", type=int, default=128, show_default=True, help="Number of calibration samples."),
+    click.option(
+        "--mix", default="unsafe=0.4,safe=0.4,text=0.2", show_default=True, help="Shares of the kinds of samples."
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the choice of samples."),
+    click.option(
+        "--keep-out", type=FILE, multiple=True, help="Evaluation suite that must not leak into the samples; repeatable."
+    ),
+    click.option("--allow-leakage", is_flag=True, help="Continue after a leak is found; the artifact records it."),
     click.option(
         "--answers",
         type=click.Choice(["auto", "own", "given", "none"]),
         default="auto",
         show_default=True,
-        help="The 16-bit model's own (auto: where it fits into memory), those of the file, or prompts alone.",
+        help="Answers to calibrate on: the 16-bit model's own, given in the file, or none; auto is own where "
+        "it fits into memory.",
     ),
-    click.option("--max-length", type=int, help="Refuse samples of more tokens.  [default: the model's context]"),
     click.option(
-        "--image-share", type=float, default=0.5, show_default=True, help="Most that image tokens count of a sample."
+        "--max-length", type=int, help="Maximum length of a sample in tokens.  [default: the model's context]"
     ),
-    click.option("--refusal-weight", type=float, default=2.0, show_default=True, help="What a refusal's tokens count."),
+    click.option(
+        "--image-share",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Maximum weight of image tokens in a sample, as a share.",
+    ),
+    click.option(
+        "--refusal-weight", type=float, default=2.0, show_default=True, help="Weight of refusal tokens in the Hessian."
+    ),
     grid_option,
-    click.option("--max-memory", type=float, help="GiB of this process.  [default: 80 % of what is available]"),
-    click.option("--layers", type=int, help="End after so many layers, to go on later; prints the whole's estimate."),
-    click.option("--guard-images", type=int, default=64, show_default=True, help="Pictures that the guard is asked."),
+    click.option(
+        "--max-memory", type=float, help="Maximum memory of the process in GiB.  [default: 80 % of what is available]"
+    ),
+    click.option(
+        "--layers", type=int, help="Number of layers to compress now; the rest is resumed by the same command."
+    ),
+    click.option(
+        "--guard-images", type=int, default=64, show_default=True, help="Number of images for the guard's drift."
+    ),
     device_option,
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="Data type of the model's weights on torch.",
+    ),
     json_option("compression.json"),
 )
 
@@ -70,7 +100,7 @@ def shared_options(command: Command) -> Command:
 
 
 def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
-    """Return what is calibrated on. Errors: InputError for values that are not allowed."""
+    """Return what is calibrated on. Raises InputError for values that are not allowed."""
     return CalibrationOptions(
         file=given["file"],
         images=given["images"],
@@ -85,7 +115,7 @@ def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
 
 
 def run_of(given: Mapping[str, Any]) -> RunOptions:
-    """Return how the run is done. Errors: InputError for values that are not allowed."""
+    """Return how the run is done. Raises InputError for values that are not allowed."""
     return RunOptions(
         max_memory=None if given["max_memory"] is None else int(given["max_memory"] * 2**30),
         device=given["device"],

@@ -38,7 +38,7 @@ class Unfinished:
     """The folder ``.NAME.unfinished`` beside ``out``, locked while it is open. A context manager."""
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
-        """Errors: InputError for a folder of another recipe, or one that another process works in."""
+        """Raises InputError for a folder of another recipe, or one that another process works in."""
         self.out = out
         self.folder = _folder(out)
         with self.storing():
@@ -129,7 +129,7 @@ class Unfinished:
         return self.folder / f"layer-{index:05d}.safetensors"
 
     def save_layer(self, index: int, rounded: Rounded) -> None:
-        """Write a layer in one step. Errors: InputError when the disk is full; finished layers stay."""
+        """Write a layer in one step. Raises InputError when the disk is full; finished layers stay."""
         tensors = {name: tensor.contiguous() for name, tensor in rounded.tensors.items()}
         with self.storing(), self._whole(self.layer_file(index)) as path:
             save_file(tensors, path, metadata={LAYER: json.dumps(rounded.report)})
@@ -154,7 +154,7 @@ class Unfinished:
     # -- the end ----------------------------------------------------------------------------------------
 
     def publish(self, finished: Path) -> None:
-        """Move a complete folder to ``out`` and remove the rest. Errors: InputError when ``out`` is there by now."""
+        """Move a complete folder to ``out`` and remove the rest. Raises InputError when ``out`` is there by now."""
         with self.storing():
             if self.out.exists():
                 raise InputError(f"{self.out} exists by now. Move it away and run the command again.")

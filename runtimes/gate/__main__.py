@@ -38,23 +38,41 @@ __all__ = ["main"]
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle; GGUF files have their own."
 )
-@click.option("--question", required=True, help="What is asked about IMAGE.")
+@click.option("--question", required=True, help="Question about IMAGE.")
 @answering_model_option
 @revision_option
 @tap_option
-@click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    help="TOML or JSON file with an action per class: block, allow or review.",
+)
 @runtime_option
 @precision_option
 @device_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Data type of the model's weights on torch.",
+)
 @threads_option
-@click.option("--context", type=click.IntRange(min=1), help="Tokens of a prompt with its answer.  [default: 4096]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Context length in tokens, prompt and answer together.  [default: 4096]",
+)
 @view_option
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each verdict.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what the context leaves]")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Maximum length of the answer in tokens.  [default: 256, or what the context leaves]",
+)
 @json_option("the decision, question and answer")
 @click.option("--log", type=click.Path(path_type=Path), help="Append the decision to this file, as one JSON line.")
-@click.option("--log-text", is_flag=True, help="Let --log hold question and answer, too.")
+@click.option("--log-text", is_flag=True, help="Include question and answer in --log.")
 def main(
     image: Path,
     bundle: Path | None,

@@ -62,7 +62,7 @@ class Gate(GateParts):
     default that of the guard's own. ``share_embeddings`` lets a guard that gives image embeddings spare the language
     model its vision tower: right only where both are of one checkpoint.
 
-    Errors: InputError when there is nothing to judge with, a time is not above 0, or the policy names a class that
+    Raises InputError when there is nothing to judge with, a time is not above 0, or the policy names a class that
     the guard does not know; on entering, too, when guard and language model have different classes.
     """
 

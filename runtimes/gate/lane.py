@@ -111,7 +111,7 @@ class Lane:
     def turn(self, seconds: float) -> Iterator[float]:
         """Hold the lane for several calls, and tell how many of the seconds are left after waiting for it.
 
-        Errors: OverranError when another caller holds it all that time, or too many calls are stuck.
+        Raises OverranError when another caller holds it all that time, or too many calls are stuck.
         """
         begun = time.perf_counter()
         if not self._turn.acquire(timeout=seconds):

@@ -47,7 +47,7 @@ def open_gate(
     them and was made from the very vision tower that the answers are, by hash. A bundle that is not standalone gates
     by the exact verdict alone. Without a bundle, GGUF files (see ``export.gguf``) judge by themselves. ``context`` is
     in tokens; ``gpu_layers`` is llama.cpp's; ``view`` is the standalone guard's, see ``runtimes.images.tiling``.
-    Errors: InputError for neither; those of opening either.
+    Raises InputError for neither; those of opening either.
     """
     from runtimes.gate.gate import Gate
     from runtimes.guard.bundle import Bundle, open_bundle

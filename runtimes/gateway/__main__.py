@@ -37,51 +37,128 @@ ENDING_SECONDS = 1.0
 @click.option("--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle.")
 @click.option("--upstream", metavar="URL", help="OpenAI-compatible server to put the guard in front of.")
 @answering_model_option
-@click.option("--policy", type=click.Path(path_type=Path), help="TOML or JSON: per class block, allow or review.")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    help="TOML or JSON file with an action per class: block, allow or review.",
+)
 @runtime_option
 @precision_option
 @threads_option
 @view_option
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
-@click.option("--allow-host", multiple=True, help="Host that image URLs may name; none are fetched from by default.")
-@click.option("--allow-private-hosts", is_flag=True, help="Let allowed hosts have addresses that are not public.")
-@click.option("--require-image", is_flag=True, help="Refuse requests without an image, which are otherwise passed on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port to listen on; 0 takes any free port.",
+)
+@click.option("--allow-host", multiple=True, help="Host that images may be fetched from; repeatable.  [default: none]")
+@click.option("--allow-private-hosts", is_flag=True, help="Allow private addresses for --allow-host.")
+@click.option("--require-image", is_flag=True, help="Refuse requests without an image.")
 @click.option(
     "--upstream-kind",
     type=click.Choice(["unknown", "vllm", "llama-server", "openai", "tgi", "litellm"]),
     default="unknown",
     show_default=True,
-    help="What the upstream is: text that some servers make an image of is refused unless it is known not to.",
+    help="Server behind the gateway; an unknown one gets no text that some servers turn into images.",
 )
-@click.option("--pass-key", multiple=True, help="Key beyond OpenAI's to pass upstream, such as guided_json.")
-@click.option("--formats", default="JPEG,PNG,WEBP,GIF,BMP", show_default=True, help="Of images that are decoded.")
-@click.option("--decode-timeout", type=float, default=5.0, show_default=True, help="Processor seconds for an image.")
-@click.option("--decode-memory-mb", type=click.IntRange(min=1), default=1024, show_default=True, help="For an image.")
-@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of pages that may ask; none by default.")
-@click.option("--upstream-key-env", metavar="NAME", help="Variable with the key to send where the client sends none.")
-@click.option("--upstream-key-file", type=click.Path(path_type=Path), help="File with that key; SIGHUP reads it anew.")
-@click.option("--api-key-env", metavar="NAME", help="Variable with the key that clients must show.")
-@click.option("--client-keys", type=click.Path(path_type=Path), help="File of clients: hashed keys, limits a minute.")
-@click.option("--show-probabilities", is_flag=True, help="Give clients p_unsafe and probs; they can find thresholds.")
-@click.option("--max-body-mb", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--max-images", type=click.IntRange(min=1), default=8, show_default=True, help="In one request.")
-@click.option("--max-concurrent", type=click.IntRange(min=1), default=64, show_default=True, help="Requests at once.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images of one guard call.")
-@click.option("--batch-wait-ms", type=float, default=5.0, show_default=True, help="Wait so long for more of them.")
-@click.option("--queue", type=click.IntRange(min=1), default=64, show_default=True, help="Images that may wait.")
+@click.option(
+    "--pass-key", multiple=True, help="Request key beyond OpenAI's to pass upstream, such as guided_json; repeatable."
+)
+@click.option(
+    "--formats",
+    default="JPEG,PNG,WEBP,GIF,BMP",
+    show_default=True,
+    help="Image formats to decode, separated by commas.",
+)
+@click.option("--decode-timeout", type=float, default=5.0, show_default=True, help="CPU seconds to decode one image.")
+@click.option(
+    "--decode-memory-mb",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Memory to decode one image, in MiB.",
+)
+@click.option(
+    "--cors-origin", multiple=True, metavar="ORIGIN", help="Origin whose pages may send requests (CORS); repeatable."
+)
+@click.option(
+    "--upstream-key-env",
+    metavar="NAME",
+    help="Environment variable with the upstream's key, for clients that send none.",
+)
+@click.option(
+    "--upstream-key-file", type=click.Path(path_type=Path), help="File with the upstream's key; read again at SIGHUP."
+)
+@click.option("--api-key-env", metavar="NAME", help="Environment variable with the key that clients must send.")
+@click.option(
+    "--client-keys", type=click.Path(path_type=Path), help="TOML file of clients: hashed keys and limits per minute."
+)
+@click.option(
+    "--show-probabilities",
+    is_flag=True,
+    help="Send p_unsafe and probs to clients, who can then search for the thresholds.",
+)
+@click.option(
+    "--max-body-mb",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Maximum size of a request body in MiB.",
+)
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Maximum number of images in a request.",
+)
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Maximum number of concurrent requests.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Maximum batch size of the guard."
+)
+@click.option(
+    "--batch-wait-ms", type=float, default=5.0, show_default=True, help="Milliseconds to wait for a batch to fill."
+)
+@click.option(
+    "--queue", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of queued images."
+)
 @click.option("--guard-timeout", type=float, default=30.0, show_default=True, help="Seconds.")
-@click.option("--idle-timeout", type=float, default=60.0, show_default=True, help="Seconds of silence upstream.")
-@click.option("--total-timeout", type=float, default=600.0, show_default=True, help="Seconds of a whole answer.")
-@click.option("--header-timeout", type=float, default=15.0, show_default=True, help="Seconds for a request's head.")
-@click.option("--write-timeout", type=float, default=30.0, show_default=True, help="Seconds a client may not read.")
-@click.option("--max-connections", type=click.IntRange(min=1), default=1024, show_default=True, help="Open at once.")
+@click.option(
+    "--idle-timeout",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds that the upstream may be silent during a stream.",
+)
+@click.option("--total-timeout", type=float, default=600.0, show_default=True, help="Seconds for a whole answer.")
+@click.option(
+    "--header-timeout", type=float, default=15.0, show_default=True, help="Seconds for a request's header to arrive."
+)
+@click.option(
+    "--write-timeout", type=float, default=30.0, show_default=True, help="Seconds that a client may stop reading."
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Maximum number of open connections.",
+)
 @click.option(
     "--shutdown-timeout",
     type=click.IntRange(min=0),
     default=30,
     show_default=True,
-    help="Seconds for what is being served.",
+    help="Seconds for open requests to finish after SIGTERM.",
 )
 def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
     """Serve chat completions, models and verdicts under /v1, and /livez, /readyz, /healthz and /metrics.

@@ -53,7 +53,7 @@ class Gateway:
     ) -> Gateway:
         """Open a bundle, and a model (by default the bundle's own source) unless there is an ``upstream``.
 
-        Errors: InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
+        Raises InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
         """
         options = options or GatewayOptions()
         if upstream is not None and (model is not None or bundle is None):

@@ -80,7 +80,7 @@ class Bundle:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the place of a file in a folder. Errors: BundleError when a link leads out of the folder."""
+    """Return the place of a file in a folder. Raises BundleError when a link leads out of the folder."""
     path = folder / name
     try:
         end = path.resolve()
@@ -122,7 +122,7 @@ def open_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a regular file's content, read in pieces. Errors: OSError."""
+    """Return the SHA-256 of a regular file's content, read in pieces. Raises OSError."""
     with open_regular(path) as stream:
         return _sha256(stream)
 
@@ -163,7 +163,7 @@ def _compare(path: Path, file: GuardFile, size: int, sha256: str | None) -> None
 
 
 def _check_graph(bundle: Bundle, file: GuardFile) -> None:
-    """Compare what an ONNX file says of itself with the manifest. Errors: BundleError."""
+    """Compare what an ONNX file says of itself with the manifest. Raises BundleError."""
     path = bundle.path(file)
     facts = read_onnx(path)
     manifest = bundle.manifest
@@ -185,7 +185,7 @@ def _check_graph(bundle: Bundle, file: GuardFile) -> None:
 
 
 def specs(tensors: Iterable[OnnxTensor], where: str) -> tuple[TensorSpec, ...]:
-    """Return tensors as a manifest states them, sides that are not fixed as ``N``. Errors: BundleError."""
+    """Return tensors as a manifest states them, sides that are not fixed as ``N``. Raises BundleError."""
     try:
         return tuple(
             TensorSpec(

@@ -23,7 +23,7 @@ def has_standalone_guard(artifact: GgufArtifact) -> bool:
 class LlamaCppGuardRunner(GuardRunner):
     """Judge with the head that reads the projector: the exact one where its tap is there, else the distilled one.
 
-    Errors: BundleError for a folder without one.
+    Raises BundleError for a folder without one.
     """
 
     runtime = "llama.cpp"

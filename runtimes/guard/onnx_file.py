@@ -89,7 +89,7 @@ class OnnxFacts:
 
 
 def read_onnx(path: Path) -> OnnxFacts:
-    """Read an ONNX file. Errors: BundleError for one that cannot be read, is damaged or beyond what is allowed."""
+    """Read an ONNX file. Raises BundleError for one that cannot be read, is damaged or beyond what is allowed."""
     try:
         with open_regular(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Reader(content).facts()

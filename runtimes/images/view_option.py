@@ -16,7 +16,7 @@ view_option = click.option(
     type=click.Choice(["tiles", "judged", "whole"]),
     default="tiles",
     show_default=True,
-    help="Large images: judged in tiles, too; shown as small as the guard sees them; shown in full.",
+    help="How large images are treated: judged in tiles as well, shown at the judged size, or judged and shown whole.",
 )
 
 

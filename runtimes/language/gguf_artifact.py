@@ -45,11 +45,11 @@ class GgufArtifact:
     digest: str
 
     def path(self, file: GgufFile) -> Path:
-        """Return where a listed file lies. Errors: BundleError when a link leads out of the folder."""
+        """Return where a listed file lies. Raises BundleError when a link leads out of the folder."""
         return inside(self.folder, file.path)
 
     def weights(self, head: GgufHead) -> HeadWeights:
-        """Read a head. Errors: BundleError when its tensors are not those that the manifest states."""
+        """Read a head. Raises BundleError when its tensors are not those that the manifest states."""
         file = next(file for file in self.manifest.files if file.path == head.file)
         path = self.path(file)
         entries = read_header(path)
@@ -82,7 +82,7 @@ def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
     """Open a folder, or the folder that a ``.gguf`` file lies in.
 
     With ``verify`` every listed file is read once and compared with its hash, so that a projector of another model
-    is refused; without, sizes alone are compared. Errors: BundleError.
+    is refused; without, sizes alone are compared. Raises BundleError.
     """
     folder = Path(model)
     chosen = None

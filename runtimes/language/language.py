@@ -86,7 +86,7 @@ class LanguageRunner(Activated):
         ``embeddings`` (float32, T x D) is this checkpoint's projector output for the same picture, where it is at
         hand and :attr:`takes_embeddings`.
 
-        Errors: InputError for another type or shape; SafeVLMError when the runner is not active; BusyError while an
+        Raises InputError for another type or shape; SafeVLMError when the runner is not active; BusyError while an
         earlier call runs; QuestionError for turns that the chat template does not take.
         """
         self._check_active()

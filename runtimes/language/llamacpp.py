@@ -48,7 +48,7 @@ Floats = npt.NDArray[np.float32]
 def llama_libraries() -> tuple[Any, Any]:
     """Return the modules ``llama_cpp.llama_cpp`` and ``llama_cpp.mtmd_cpp``, silent but for errors, which are logged.
 
-    Errors: MissingExtraError.
+    Raises MissingExtraError.
     """
     try:
         llama, mtmd = import_module("llama_cpp.llama_cpp"), import_module("llama_cpp.mtmd_cpp")
@@ -96,7 +96,7 @@ class LlamaCpp:
     ``context`` is how many tokens a prompt with its answer may have; ``gpu_layers`` are offloaded where the build can.
     ``class_token_last``: the projector file is written for a graph with LLaVA's class token behind the patches.
     One prompt is in memory at a time: ``memory`` is held by the call that reads it and goes on from it, images may be
-    encoded meanwhile, one at a time. Errors: BundleError when llama.cpp cannot load a file.
+    encoded meanwhile, one at a time. Raises BundleError when llama.cpp cannot load a file.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ class LlamaCpp:
         """Read a picture's image tokens behind what is in memory.
 
         With ``tapped`` return their hidden states after the final norm, T × D, else None. The picture tells its size
-        and no more: its embeddings are given. Errors: InputError beyond the context.
+        and no more: its embeddings are given. Raises InputError beyond the context.
         """
         self._check_room(self.image_tokens)
         embeddings = np.ascontiguousarray(embeddings_TD, np.float32)

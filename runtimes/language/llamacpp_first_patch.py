@@ -69,7 +69,7 @@ class FirstPatch:
     def complete(self, embeddings_TD: Floats) -> Floats:
         """Return all T patches' embeddings in order, of what the graph gave: patches 1 to T - 1 and the class token.
 
-        Errors: SafeVLMError when the row was not seen, in a llama.cpp whose graph is another one.
+        Raises SafeVLMError when the row was not seen, in a llama.cpp whose graph is another one.
         """
         rows = [self._rows.pop(name, None) for name in self._names]
         if any(row is None for row in rows):

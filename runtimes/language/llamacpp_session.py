@@ -14,7 +14,7 @@ __all__ = ["LlamaSession"]
 class LlamaSession(Activated):
     """What ``load`` makes, loaded while entered; guard and language runner may share it.
 
-    Calls may share what is loaded, and take turns at its parts; see :class:`LlamaCpp`. Errors: those of loading.
+    Calls may share what is loaded, and take turns at its parts; see :class:`LlamaCpp`. Raises those of loading.
     """
 
     exclusive = False

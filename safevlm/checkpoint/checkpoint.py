@@ -102,7 +102,7 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
     ``tap`` overrides what config, code and family say of the guard's tap. Nothing of the checkpoint is imported
     or run, and of a hub's shards only those that hold the guard head are fetched. What is ignored of it is logged
     once, as a warning.
-    Errors: InputError for an unknown name, HubError, CheckpointError, GuardHeadError.
+    Raises InputError for an unknown name, HubError, CheckpointError, GuardHeadError.
     """
     reference = find_model(model, revision)
     commit = None
@@ -154,7 +154,7 @@ def open_checkpoint(model: str | Path, *, tap: TapSource | None = None, revision
 def tell_family(where: str, stored_names: Iterable[str]) -> Family:
     """Return the family whose evidence stands among stored tensor names; ``model_type`` is not asked.
 
-    Errors: CheckpointError when none or several match, with what each lacks.
+    Raises CheckpointError when none or several match, with what each lacks.
     """
     names = sorted(stored_names)
     found = [family for family in FAMILIES.values() if family.matches(names)]

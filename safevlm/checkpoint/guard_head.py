@@ -60,7 +60,7 @@ def standard_classes() -> tuple[str, ...]:
 def read_head(name: str, tensors: TensorStore) -> HeadShape:
     """Return the head's shape, from the headers alone.
 
-    Errors: GuardHeadError when there is no head, or its tensors are not a chain of Linears at 0, 3, 6, …
+    Raises GuardHeadError when there is no head, or its tensors are not a chain of Linears at 0, 3, 6, …
     """
     stored = [tensor for tensor in tensors.names() if tensor.startswith(HEAD_PREFIX)]
     if not stored:
@@ -125,7 +125,7 @@ def hidden_size_of(config: Mapping[str, Any], tensors: TensorStore) -> int | Non
 
 
 def check_width(name: str, head: HeadShape, hidden_size: int | None) -> None:
-    """Require that the head takes what the model gives. Errors: GuardHeadError."""
+    """Require that the head takes what the model gives. Raises GuardHeadError."""
     if hidden_size != head.widths[0]:
         raise GuardHeadError(
             f"{name}: '{HEAD_PREFIX}mlp.0.weight' takes {head.widths[0]} features, the language model's hidden size "
@@ -136,7 +136,7 @@ def check_width(name: str, head: HeadShape, hidden_size: int | None) -> None:
 def read_classes(name: str, config: Mapping[str, Any], head: HeadShape) -> tuple[str, ...]:
     """Return the class names in label order: the config's ``safety_categories``, else the 20 standard ones.
 
-    Errors: GuardHeadError when list, ``num_safety_categories`` and head disagree, or the list is not one of names.
+    Raises GuardHeadError when list, ``num_safety_categories`` and head disagree, or the list is not one of names.
     """
     outputs = head.widths[-1]
     given = config.get("safety_categories")

@@ -76,7 +76,7 @@ class HubCheckpoint:
     def shard(self, filename: str) -> Path:
         """Return the path of a safetensors file of this commit, downloading it on first use.
 
-        Errors: CheckpointError for a file of another kind or one the commit lacks; HubError when the hub fails.
+        Raises CheckpointError for a file of another kind or one the commit lacks; HubError when the hub fails.
         """
         if not filename.endswith(".safetensors") or filename not in self.files:
             raise CheckpointError(
@@ -91,7 +91,7 @@ def find_model(model: str | Path, revision: str | None = None) -> ModelReference
 
     A tiny name, an existing folder, one of the six names (then a folder of that name under the current
     directory or ``$SAFEVLM_MODELS``, else the hub), or a hub id; the last two may end in ``@revision``.
-    Errors: InputError for anything else, with the nearest name.
+    Raises InputError for anything else, with the nearest name.
     """
     text = str(model)
     if text in TINY_CHECKPOINTS:
@@ -122,7 +122,7 @@ def find_model(model: str | Path, revision: str | None = None) -> ModelReference
 def fetch_checkpoint(repo_id: str, revision: str | None = None) -> HubCheckpoint:
     """Resolve a revision to its commit and fetch that commit's light files, and no shard.
 
-    Errors: HubError for a repository or revision that is missing, gated or out of reach.
+    Raises HubError for a repository or revision that is missing, gated or out of reach.
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError

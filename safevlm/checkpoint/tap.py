@@ -58,7 +58,7 @@ def find_tap(family: Family, config: Mapping[str, Any], folder: Path, declared: 
     """Return the tap that the caller, the config, the checkpoint's own code or the family says, in that order.
 
     Code is read as text, never imported; code that contradicts itself or cannot be followed decides nothing.
-    Errors: InputError for a source that does not exist; GuardHeadError for a config entry that is not a tap.
+    Raises InputError for a source that does not exist; GuardHeadError for a config entry that is not a tap.
     """
     if declared is not None:
         if declared not in SOURCES:

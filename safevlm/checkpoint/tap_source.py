@@ -57,7 +57,7 @@ class HeadCall:
 def find_head_calls(source: str) -> tuple[HeadCall, ...]:
     """Return every call of ``img_safety_head`` in a module, in the order of its lines.
 
-    Errors: SyntaxError, ValueError, RecursionError or MemoryError for text that :mod:`ast` cannot parse.
+    Raises SyntaxError, ValueError, RecursionError or MemoryError for text that :mod:`ast` cannot parse.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in someone else's strings

@@ -183,7 +183,7 @@ class GgufManifest(Frozen):
 
 
 def gguf_manifest_bytes(folder: Path) -> bytes:
-    """Return the text of a folder's ``gguf.json``. Errors: BundleError when it is missing or cannot be read."""
+    """Return the text of a folder's ``gguf.json``. Raises BundleError when it is missing or cannot be read."""
     path = folder / GGUF_MANIFEST_NAME
     try:
         return read_regular(path, MAX_BYTES)

@@ -334,7 +334,7 @@ class Manifest(Frozen):
 
 
 def manifest_bytes(path: Path) -> bytes:
-    """Return the text of a bundle's manifest. Errors: BundleError when it is missing, no regular file or too large."""
+    """Return the text of a bundle's manifest. Raises BundleError when it is missing, no regular file or too large."""
     try:
         return read_regular(path, MAX_BYTES)
     except FileNotFoundError as error:

@@ -31,7 +31,7 @@ def draft_of(out: Path) -> Iterator[Path]:
     """Give a new hidden folder beside ``out``, for :func:`publish`; what is left of it at the end is removed.
 
     It is locked: drafts of ``out`` whose process died are removed, those of a running one, here or in another
-    container, are not. Errors: StorageError where nothing can be written.
+    container, are not. Raises StorageError where nothing can be written.
     """
     out = _place(out)
     with storing(out, advice="give --out another place"):
@@ -52,7 +52,7 @@ def draft_of(out: Path) -> Iterator[Path]:
 def publish(draft: Path, out: Path, *, replace: bool = False) -> None:
     """Put a draft of ``out`` in its place; with ``replace`` a folder that is there is removed, at that moment.
 
-    A kill leaves the old folder or the new one, whole. Errors: InputError when ``out`` is there and may not be
+    A kill leaves the old folder or the new one, whole. Raises InputError when ``out`` is there and may not be
     replaced; StorageError.
     """
     out = _place(out)
@@ -83,7 +83,7 @@ def remove_abandoned(out: Path) -> None:
 
 
 def _place(out: Path) -> Path:
-    """Return where ``out`` really lies: a link's target is what is written. Errors: StorageError for a mount point."""
+    """Return where ``out`` really lies: a link's target is what is written. Raises StorageError for a mount point."""
     with storing(out, advice="give --out another place"):
         place = out.resolve()
     if place.is_mount():

@@ -140,7 +140,7 @@ def _check_depth(value: Any) -> None:
 def read_json_object(path: Path, *, needed_for: str) -> dict[str, Any]:
     """Return the JSON object in ``path``.
 
-    Errors: CheckpointError when the file is missing, unreadable, no regular file, too large, or not JSON that
+    Raises CheckpointError when the file is missing, unreadable, no regular file, too large, or not JSON that
     :func:`parse_json` takes, or not an object.
     """
     try:
@@ -185,7 +185,7 @@ def first_problem(error: ValueError, *, secret: bool = False) -> str:
 def replace_file(path: Path, content: bytes) -> None:
     """Give a file another content, all of it or none; it is on disk when this returns.
 
-    Errors: StorageError; what was there before is unchanged then.
+    Raises StorageError; what was there before is unchanged then.
     """
     unfinished = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{secrets.token_hex(3)}")
     with storing(path, kept="Nothing there was changed."):

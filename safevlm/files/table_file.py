@@ -20,7 +20,7 @@ MAX_BYTES = 2**20
 def read_table(path: Path, what: str) -> Any:
     """Return what the file holds; ``what`` names it in messages, such as ``policy``. TOML needs Python 3.11 or later.
 
-    Errors: InputError for another ending, a file that cannot be read, is over 1 MiB, not UTF-8 or not parsable.
+    Raises InputError for another ending, a file that cannot be read, is over 1 MiB, not UTF-8 or not parsable.
     """
     ending = path.suffix.lower()
     text = _text(path, what)

@@ -84,7 +84,7 @@ class DistilledHead:
 
     @classmethod
     def read(cls, path: Path) -> DistilledHead:
-        """Read a file. Errors: GuardHeadError when it is missing, damaged or something else."""
+        """Read a file. Raises GuardHeadError when it is missing, damaged or something else."""
         try:
             content = read_regular(path, MAX_BYTES)
             read_header(path)
@@ -138,7 +138,7 @@ class DistilledHead:
 
 
 def _checked(stated: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the stated widths and classes. Errors: ValueError for what no head can have."""
+    """Return the stated widths and classes. Raises ValueError for what no head can have."""
     widths, classes = stated["widths"], stated["classes"]
     if not isinstance(widths, list) or not 2 <= len(widths) <= 64 or not all(type(width) is int for width in widths):
         raise ValueError("its 'widths' are not a list of 2 to 64 numbers")

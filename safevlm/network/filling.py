@@ -68,7 +68,7 @@ def fill(
     All names and shapes are checked before the first byte is read. A parameter that another one is tied to
     is filled once; tie again afterwards.
 
-    Errors: CheckpointError, naming the tensors that are missing or of another shape, or one that holds NaN or infinity
+    Raises CheckpointError, naming the tensors that are missing or of another shape, or one that holds NaN or infinity
     in its dtype.
     """
     slots = dict(module.named_parameters())

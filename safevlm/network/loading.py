@@ -31,7 +31,7 @@ def load_safe_vlm(
     ``grid`` is the preprocessing contract's (height, width) where the family lets one choose (Qwen2.5-VL);
     the model itself takes every size that the family takes. A quantized checkpoint computes as it is stored.
 
-    Errors: CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
+    Raises CheckpointError for missing or mis-shaped tensors and for a folder without a tokenizer.
     """
     config = build_config(checkpoint)
     tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, cast(Any, config).text_config.vocab_size)

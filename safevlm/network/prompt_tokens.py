@@ -43,7 +43,7 @@ IMAGE = -200
 def load_tokenizer(folder: Path) -> Any:
     """Return the checkpoint's tokenizer through ``AutoTokenizer``, from its folder, running none of its code.
 
-    Errors: CheckpointError, naming the file, when one is missing, damaged or not one that the installed libraries know.
+    Raises CheckpointError, naming the file, when one is missing, damaged or not one that the installed libraries know.
     """
     try:
         for path in sorted(folder.iterdir()):  # transformers opens what it likes of them, and would wait for a FIFO
@@ -136,7 +136,7 @@ def stated_ends(folder: Path) -> frozenset[int]:
 def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens: int) -> list[int]:
     """Return the ids of one user turn, ``IMAGE`` standing ``image_tokens`` times at the image's place.
 
-    Errors: InputError when the question itself contains the image token.
+    Raises InputError when the question itself contains the image token.
     """
     if prompt.image_token in question:
         raise QuestionError(

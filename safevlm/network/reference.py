@@ -120,7 +120,7 @@ def build_vision(
 
     ``grid`` is the size in pixels (height, width) where the family lets one choose (Qwen2.5-VL).
 
-    Errors: CheckpointError for missing tensors or shapes that disagree; InputError for an impossible grid.
+    Raises CheckpointError for missing tensors or shapes that disagree; InputError for an impossible grid.
     """
     config = build_vision_config(checkpoint)
     preprocessing = read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid)
@@ -191,7 +191,7 @@ def build_reference_guard(
 
     The head is the checkpoint's own, or ``distilled``, which brings the input size it was fitted at.
 
-    Errors: GuardHeadError for a tap behind the language model without a distilled head, and for a head that was
+    Raises GuardHeadError for a tap behind the language model without a distilled head, and for a head that was
     made for another checkpoint; InputError for another ``grid`` than the head's.
     """
     if distilled is not None:

@@ -94,7 +94,7 @@ class SafeVLM(nn.Module):
         standalone guard): the vision tower does not run again. The images then tell their size and no more;
         without them it is the preprocessing contract's.
 
-        Errors: InputError when the numbers of images and questions differ, or features of another shape.
+        Raises InputError when the numbers of images and questions differ, or features of another shape.
         """
         given = features_NTD if images_NHWC is None else images_NHWC
         if given is None or len(given) != len(questions) or not questions:
@@ -131,7 +131,7 @@ class SafeVLM(nn.Module):
         To go on with an answer, give ids that hold it. ``size`` is the images' (height, width) in pixels; without
         features the rows are text alone.
 
-        Errors: InputError when a row has not T placeholders, or a token that the embedding has no row for.
+        Raises InputError when a row has not T placeholders, or a token that the embedding has no row for.
         """
         longest = max(map(len, sequences))
         table = self.core.get_input_embeddings()

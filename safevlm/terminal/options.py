@@ -25,7 +25,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 revision_option = click.option("--revision", help="Hub revision of --model: a branch, tag or commit.")
 tap_option = click.option(
-    "--tap", type=click.Choice(["projector", "language_model"]), help="Where the guard of --model taps."
+    "--tap",
+    type=click.Choice(["projector", "language_model"]),
+    help="Features that the guard of --model reads.  [default: detected]",
 )
 grid_option = click.option("--grid", help="Input size in pixels, HEIGHTxWIDTH, for Qwen2.5-VL.  [default: 448x448]")
 device_option = click.option(

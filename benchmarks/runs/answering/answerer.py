@@ -93,7 +93,7 @@ def failed(row: Row, why: str) -> Row:
 def class_order(classes: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
     """Return where each of the suite's classes stands among a guard's.
 
-    Errors: InputError when the guard has other classes.
+    Raises InputError when the guard has other classes.
     """
     own = [SHORT_NAMES.get(name, name) for name in classes]
     if sorted(own) != sorted(SHORT_NAMES.get(name, name) for name in wanted):

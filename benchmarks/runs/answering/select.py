@@ -40,7 +40,7 @@ class Request:
 def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
     """Return who answers, not entered yet; only the libraries that it needs are loaded.
 
-    Errors: InputError when nothing, or too much, is asked for, and those of opening a checkpoint or bundle.
+    Raises InputError when nothing, or too much, is asked for, and those of opening a checkpoint or bundle.
     """
     if request.server is not None:
         return _server(request)

@@ -19,10 +19,17 @@ __all__ = ["main"]
 
 @click.command(name="import")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--format", "kind", type=click.Choice(["holisafe", "lmms-eval"]), default="holisafe", show_default=True)
-@click.option("--name", help="Of the model that answered.  [default: the file's]")
-@click.option("--task", help="lmms-eval: the task.  [default: told by the file's name]")
-@click.option("--metric", help="lmms-eval: which metric counts.  [default: the task's own]")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["holisafe", "lmms-eval"]),
+    default="holisafe",
+    show_default=True,
+    help="Format of FILE.",
+)
+@click.option("--name", help="Name of the model that answered.  [default: the file's]")
+@click.option("--task", help="Task of an lmms-eval log.  [default: from the file's name]")
+@click.option("--metric", help="Metric of an lmms-eval log.  [default: the task's own]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run record to write; must not exist.")
 @json_option("run.json")
 def main(

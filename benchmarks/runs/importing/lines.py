@@ -22,7 +22,7 @@ MAX_BYTES = 2**31
 def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each row with where it stands, such as ``file.jsonl, line 3``.
 
-    Errors: InputError for a file that cannot be read, is empty, or holds a line that is not JSON.
+    Raises InputError for a file that cannot be read, is empty, or holds a line that is not JSON.
     """
     text = _text(path)
     if not text.strip():

@@ -37,7 +37,7 @@ def import_lmms_eval(path: Path, *, name: str, task: str | None = None, metric: 
 
     ``task`` is read off the file's name and ``metric`` found by itself where they are not given.
 
-    Errors: InputError, with the line, for a sample without an id or score, scores outside 0..1, an id that comes
+    Raises InputError, with the line, for a sample without an id or score, scores outside 0..1, an id that comes
     twice, or metrics of which none stands out.
     """
     told = LOG_NAME.search(path.name)

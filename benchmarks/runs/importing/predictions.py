@@ -23,7 +23,7 @@ NAME_END = re.compile(r"(\.predictions)?\.jsonl?(\.gz)?$")
 def import_predictions(path: Path, *, name: str | None = None) -> Run:
     """Return published answers as a run; ``name`` is the model's, by default the file's.
 
-    Prompt, preprocessing and decoding are not known. Errors: InputError, with the line and the field, for a row that
+    Prompt, preprocessing and decoding are not known. Raises InputError, with the line and the field, for a row that
     is not one of the benchmark's with a ``prediction``, or an id that comes twice.
     """
     rows: list[Row] = []

@@ -53,7 +53,7 @@ class Asked:
 
 
 def read_asked(body: dict[str, Any], images: int) -> Asked:
-    """Read a checked body that holds so many images. Errors: Refusal, 400, with the key that cannot be served."""
+    """Read a checked body that holds so many images. Raises Refusal, 400, with the key that cannot be served."""
     for key, served in PLAIN_KEYS:
         value = body.get(key)
         if value is not None and value not in served:

@@ -81,7 +81,7 @@ class Batching:
     async def judge(self, pixels: Pixels) -> Row:
         """Return C probabilities of one picture at the contract's size.
 
-        Errors: Refusal when too many wait, the guard fails, or its time is over.
+        Raises Refusal when too many wait, the guard fails, or its time is over.
         """
         waiting = _Waiting(pixels, asyncio.get_running_loop().create_future(), time.perf_counter())
         try:

@@ -108,7 +108,7 @@ class Judging:
     async def judge(self, images: Sequence[ImageReference]) -> list[Judged]:
         """Judge all images of a request, those together that can be.
 
-        Errors: Refusal, when one cannot be fetched, read or judged: then none is answered about.
+        Raises Refusal, when one cannot be fetched, read or judged: then none is answered about.
         """
         tasks = [asyncio.create_task(self._one(image)) for image in images]
         try:

@@ -24,7 +24,7 @@ TUNNELS = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2
 
 
 async def fetch_image(url: str, where: str, options: GatewayOptions) -> bytes:
-    """Return the bytes behind a URL. Errors: Refusal for one that is not allowed, fails, or is too large."""
+    """Return the bytes behind a URL. Raises Refusal for one that is not allowed, fails, or is too large."""
     parsed = _checked(url, where, options)
     try:
         return await asyncio.wait_for(_fetch(parsed, where, options), options.fetch_timeout)

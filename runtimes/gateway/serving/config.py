@@ -42,7 +42,7 @@ def config_option() -> Callable[[T], T]:
         is_eager=True,
         expose_value=False,
         callback=_read,
-        help="TOML or JSON file of these options; environment and command line go over it.",
+        help="TOML or JSON file of these options; overridden by environment and command line.",
     )
 
 

@@ -176,7 +176,7 @@ def listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens; port 0 is any that is free.
 
     Its protocol is named, by which asyncio knows that it may turn Nagle's algorithm off; else the second packet of
-    every answer waits 40 ms for a delayed acknowledgement. Errors: InputError for an address that cannot be had.
+    every answer waits 40 ms for a delayed acknowledgement. Raises InputError for an address that cannot be had.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -67,7 +67,7 @@ class Embedded:
     async def answer(self, judged: Judged, asked: Asked) -> AsyncGenerator[Told, None]:
         """Yield the answer's pieces and the result; closed early, the answer is no longer written.
 
-        Errors: Refusal, 503, when too many wait for the model.
+        Raises Refusal, 503, when too many wait for the model.
         """
         if len(self._asking) >= WAITING:
             raise overloaded(f"{WAITING} requests wait for the language model; try again in a second.")

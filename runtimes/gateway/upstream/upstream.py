@@ -263,7 +263,7 @@ class HttpUpstream:
 
 
 def _of_list(listed: Passed, name: str) -> Passed:
-    """Return one model of a list of models. Errors: Refusal, 404, where it is not in there."""
+    """Return one model of a list of models. Raises Refusal, 404, where it is not in there."""
     if listed.status != httpx.codes.OK:
         return listed
     models = listed.body.get("data")

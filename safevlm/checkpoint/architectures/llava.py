@@ -53,7 +53,7 @@ def _config(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:
 def _of_layout(raw: Mapping[str, Any], keys: tuple[str, str], usual: Any, source: str) -> Any:
     """Return what the layout's own code reads: the first of ``keys`` is transformers', the second original LLaVA's.
 
-    Errors: CheckpointError when the other key says otherwise.
+    Raises CheckpointError when the other key says otherwise.
     """
     stated = {
         key: SELECTED_FEATURES.get(raw[key], raw[key]) if isinstance(raw[key], str) else raw[key]
@@ -92,7 +92,7 @@ def _refuse_other_parts(raw: Mapping[str, Any], source: str) -> None:
 def _clip_section(raw: Mapping[str, Any], shapes: Shapes) -> Section:
     """Return the vision tower's keys: stated, those of the tower that is named, or LLaVA's default tower.
 
-    Errors: CheckpointError for a tower that is only named, by a name that is not known.
+    Raises CheckpointError for a tower that is only named, by a name that is not known.
     """
     nested = nested_section(raw, "vision_config")
     if nested is not None:

@@ -29,7 +29,7 @@ UNCOMPUTABLE = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeEr
 
 
 def check_section(section: Section, where: str, source: str) -> None:
-    """Refuse NaN, infinity, numbers beyond counting and activations that do not exist. Errors: CheckpointError."""
+    """Refuse NaN, infinity, numbers beyond counting and activations that do not exist. Raises CheckpointError."""
     for key, value in section.items():
         if isinstance(value, float) and not math.isfinite(value):
             _refuse(source, f"{where}{key}", value, "a finite number")
@@ -51,7 +51,7 @@ def _refuse(source: str, key: str, value: object, allowed: str) -> None:
 def check_language(config: Any, architecture: Architecture, source: str) -> None:
     """Refuse a language model whose rotary embedding or attention windows cannot be computed.
 
-    Errors: CheckpointError.
+    Raises CheckpointError.
     """
     text = config.text_config
     kinds = getattr(text, "layer_types", None) or []
@@ -97,7 +97,7 @@ def _check_frequencies(text: Any, architecture: Architecture, source: str) -> No
 
 
 def check_vision(config: Any, architecture: Architecture, source: str) -> None:
-    """Refuse a vision tower whose rotary embedding cannot be computed. Errors: CheckpointError."""
+    """Refuse a vision tower whose rotary embedding cannot be computed. Raises CheckpointError."""
     if architecture.vision_rotary_class is None:
         return
     tower: Any = config.vision_config

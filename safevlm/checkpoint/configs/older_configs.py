@@ -41,7 +41,7 @@ def version_of(raw: Mapping[str, Any]) -> Version:
 def todays_text(section: Section, version: Version, config_class: type, source: str) -> None:
     """Change a language model's keys, in place, so that today's transformers computes what ``version`` did.
 
-    Errors: CheckpointError for a setting whose old meaning today's transformers cannot compute.
+    Raises CheckpointError for a setting whose old meaning today's transformers cannot compute.
     """
     gemma = "query_pre_attn_scalar" in config_class.__dataclass_fields__  # type: ignore[attr-defined]
     _check_rotary_kinds(section, source, by_layer=gemma)
@@ -70,7 +70,7 @@ def todays_text(section: Section, version: Version, config_class: type, source: 
 def check_image_in_window(section: Section, version: Version, tokens: int, config_class: type, source: str) -> None:
     """Refuse Gemma-3's windows of before 5 that an image of ``tokens`` tokens does not fit into: today's end inside it.
 
-    Errors: CheckpointError.
+    Raises CheckpointError.
     """
     stated = window = section.get("sliding_window", default_of(config_class, "sliding_window"))
     if type(window) is int and section.get("use_bidirectional_attention"):

@@ -55,7 +55,7 @@ HEAD_WIDTH = Width("head_dim", FIRST_LAYER + "self_attn.q_norm.weight", 0)
 
 
 def nested_section(raw: Mapping[str, Any], key: str) -> dict[str, Any] | None:
-    """Return a section of the config, ``None`` where there is none. Errors: CheckpointError when it is no object."""
+    """Return a section of the config, ``None`` where there is none. Raises CheckpointError when it is no object."""
     section = raw.get(key)
     if section is not None and not isinstance(section, Mapping):
         raise CheckpointError(
@@ -157,7 +157,7 @@ def _tying(raw: Mapping[str, Any], text: Mapping[str, Any], classes: tuple[type,
 def check_second_embedding(tensors: TensorStore, source: str) -> None:
     """Refuse an output embedding of its own in a model that ties it: transformers before 5 leaves it out.
 
-    Errors: CheckpointError.
+    Raises CheckpointError.
     """
     if OUTPUT not in tensors or EMBEDDING not in tensors:
         return

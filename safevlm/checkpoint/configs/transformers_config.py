@@ -38,7 +38,7 @@ def build_config(checkpoint: Checkpoint) -> TransformersConfig:
     A LLaVA config has ``vision_feature_layer`` counted from the first layer (hidden state ``n`` is the
     output of ``n`` layers), so that a tower stored without the layers behind it means the same.
 
-    Errors: CheckpointError when a stated width disagrees with a tensor, a tensor that decides a width is
+    Raises CheckpointError when a stated width disagrees with a tensor, a tensor that decides a width is
     missing, or a value is not one that transformers takes.
     """
     config = _build(checkpoint, Shapes(checkpoint.tensors, checkpoint.name))
@@ -53,7 +53,7 @@ def build_vision_config(checkpoint: Checkpoint) -> TransformersConfig:
     """Return the same, but of the language model only its width: the rest is one layer of width 1.
 
     Only shapes of the vision tower and the projector are asked for, so that shards of the language model
-    are not fetched. Errors: as for ``build_config``.
+    are not fetched. Raises as ``build_config``.
     """
     return _build(checkpoint, Shapes(checkpoint.tensors, checkpoint.name, checkpoint.family.vision_prefixes))
 

@@ -60,7 +60,7 @@ def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | No
     """Return what ``quantization_config`` says, or ``None`` for a checkpoint that is not quantized.
 
     As in transformers it may stand in ``text_config``.
-    Errors: CheckpointError for a method or format that is not read here.
+    Raises CheckpointError for a method or format that is not read here.
     """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
@@ -88,7 +88,7 @@ def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | No
 def refuse_scales(name: str, stored: Iterable[str]) -> None:
     """Refuse a checkpoint that stores scales of quantized weights while its config says nothing of quantization.
 
-    Errors: CheckpointError.
+    Raises CheckpointError.
     """
     found = sorted(tensor for tensor in stored if tensor.endswith(SCALES))
     if found:
@@ -163,7 +163,7 @@ class QuantizedTensors(TensorStore):
     def read(self, name: str, *, own: bool = False) -> Tensor:
         """Return one tensor, a quantized one as the float32 numbers that it stands for, R × C.
 
-        Errors: CheckpointError, also for parts whose shapes do not fit together.
+        Raises CheckpointError, also for parts whose shapes do not fit together.
         """
         if name not in self._parts:
             return super().read(name, own=own)

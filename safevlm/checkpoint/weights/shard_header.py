@@ -61,7 +61,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
     Whatever is accepted here the safetensors library accepts, too.
 
-    Errors: CheckpointError when the file is no regular one or cut short, or its header is too long, not JSON, or says
+    Raises CheckpointError when the file is no regular one or cut short, or its header is too long, not JSON, or says
     anything about dtype, shape or offsets that the file's size contradicts.
     """
     header, data_start, size = _load_header(path)

@@ -39,7 +39,7 @@ class Shards:
 
         ``folder`` holds at least the JSON ones; ``exists`` knows every file, also below the top level; ``stated``
         is config.json's ``transformers_weights``.
-        Errors: CheckpointError when there are none, only pickles, an index that cannot be used, or an adapter that
+        Raises CheckpointError when there are none, only pickles, an index that cannot be used, or an adapter that
         is not merged.
         """
         refuse_adapter_files(where, files)
@@ -90,7 +90,7 @@ class Shards:
     def header(self, shard: str) -> dict[str, TensorEntry]:
         """Return the entries of one shard, checked once against the index.
 
-        Errors: CheckpointError for a damaged shard or one that disagrees with the index.
+        Raises CheckpointError for a damaged shard or one that disagrees with the index.
         """
         if shard not in self._headers:
             header = read_header(self.path(shard))

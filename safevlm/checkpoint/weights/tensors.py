@@ -34,7 +34,7 @@ class TensorStore:
     def __init__(self, shards: Shards, canonical: Callable[[str], str | None]) -> None:
         """Name every tensor of ``shards``.
 
-        Errors: CheckpointError when two stored names have the same canonical one.
+        Raises CheckpointError when two stored names have the same canonical one.
         """
         self._shards = shards
         self._stored: dict[str, str] = {}
@@ -61,7 +61,7 @@ class TensorStore:
         return len(self._stored)
 
     def stored_name(self, name: str) -> str:
-        """Return the name that the file uses. Errors: CheckpointError when there is no such tensor."""
+        """Return the name that the file uses. Raises CheckpointError when there is no such tensor."""
         if name not in self._stored:
             near = difflib.get_close_matches(name, self._stored, n=1, cutoff=0.0)
             nearest = f" The nearest name is '{near[0]}'." if near else ""
@@ -85,7 +85,7 @@ class TensorStore:
         It is a view of the mapped file, whose pages count as this process's memory while they stay; with ``own``
         it is memory of its own, gone when the tensor is.
 
-        Errors: CheckpointError for a name that is not there or a file that changed since it was opened.
+        Raises CheckpointError for a name that is not there or a file that changed since it was opened.
         """
         from safetensors import SafetensorError, safe_open
 
