@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# What is installed is compiled where it is first imported (see install.sh), so that must be kept.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test quick peers docs lint types unit lock clean
 
