@@ -7,6 +7,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# What is installed is compiled where it is first imported (see install.sh), so that must be kept.
+export PYTHONDONTWRITEBYTECODE :=
+# Two processes with one thread each; a file's tests share what it makes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick peers docs lint types unit lock clean
 
@@ -23,10 +27,10 @@ types: $(VENV)/.installed
 	$(BIN)/python -m mypy
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
 
 quick: lint
-	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile -m "not slow"
+	$(PYTEST) --quiet -m "not slow"
 
 $(VENV)/.demo: pyproject.toml constraints.txt install.sh
 	@PYTHON=$(PYTHON) sh install.sh $(VENV) demo

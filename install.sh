@@ -10,21 +10,28 @@ for=$2
 python=${PYTHON:-python3}
 new_enough='import sys, torch; sys.exit(tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 8))'
 begun=$(date +%s)
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
 
 say() {
     echo "[$(($(date +%s) - begun)) s] $1"
 }
 
-# Quiet but for errors; what pip said is shown whole where it fails.
+# Quiet but for errors: what pip said is shown whole where it fails, and kept in the environment. Python compiles a
+# module where it is first imported; pip would compile every one beforehand, for most of a minute.
 install() {
     log="$venv/pip.log"
-    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install "$@" > "$log" 2>&1; then
+    if ! "$venv/bin/python" -m pip install --no-compile "$@" > "$log" 2>&1; then
         cat "$log" >&2
+        say "pip failed; what it said stands above. The same command goes on from here." >&2
         exit 1
     fi
 }
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "$python is too old or not there: Python 3.10 or newer is needed. Name one: make demo PYTHON=python3.11" >&2
+    exit 2
+fi
+if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
     say "making the virtual environment $venv"
     "$python" -m venv "$venv"
 fi

@@ -9,6 +9,23 @@ import pytest
 
 from tests.killing import Warm, warm
 
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``slow.txt`` names: ``make quick`` leaves it out, and two processes begin with it.
+
+    Raises: UsageError for a line that names nothing, as after a move.
+    """
+    lines = (TESTS / "slow.txt").read_text(encoding="utf-8").splitlines()
+    slow = {TESTS / line for line in lines if not line.startswith("#")}
+    if gone := [str(path.relative_to(TESTS)) for path in sorted(slow) if not path.exists()]:
+        raise pytest.UsageError(f"tests/slow.txt names what is not there: {', '.join(gone)}")
+    for item in items:
+        if slow & {item.path, *item.path.parents}:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 @pytest.fixture(scope="session")
 def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
+
+import pytest
 
 from benchmarks.comparison.comparing import compare
 from benchmarks.comparison.measured import Comparison
@@ -15,16 +16,25 @@ from benchmarks.suites.select import open_suite
 from quantize.gptq import main as quantize
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from tests.benchmarks.runs.sample_runs import HELP, changed, pair_rows, record_of, stored
+from tests.killing import Warm
 
-ROOT = Path(__file__).parents[2]
-
-
-def regress(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.regress", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+Regress = Callable[..., tuple[int, str, str]]
 
 
-def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path) -> None:
+@pytest.fixture
+def regress(parent: Warm, tmp_path: Path) -> Regress:
+    """Run the command in a process of its own; return its exit code, its output and its errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        printed = tmp_path / "stdout"
+        printed.write_text("")
+        done = parent.run("benchmarks.regress", *map(str, arguments), under=tmp_path, stdout=str(printed))
+        return done.code, printed.read_text(encoding="utf-8"), done.said
+
+    return run
+
+
+def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path, regress: Regress) -> None:
     rows = pair_rows(420, 420)
     worse = changed(rows, lambda row: row.type == "SSU" and row.id < "SSU-3", answer=HELP)
     few = pair_rows(10)
@@ -44,18 +54,18 @@ def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path) -> None:
         ("base", "noise", 5, "ANOMALOUS"),
     ]:
         out = tmp_path / f"report-{against}"
-        done = regress("--baseline", tmp_path / name, "--candidate", tmp_path / against, "--out", out)
-        assert done.returncode == code, done.stderr
-        assert done.stdout.splitlines()[0] == verdict
-        assert "Traceback" not in done.stderr
+        ended, printed, said = regress("--baseline", tmp_path / name, "--candidate", tmp_path / against, "--out", out)
+        assert ended == code, said
+        assert printed.splitlines()[0] == verdict
+        assert "Traceback" not in said
         assert json.loads((out / "report.json").read_text())["verdict"] == verdict
         assert verdict in (out / "report.md").read_text() and verdict in (out / "report.html").read_text()
         failing = ElementTree.parse(out / "junit.xml").getroot().iter()
         assert any(each.tag in ("failure", "error") for each in failing) == (verdict != "PASS")
-        assert ("random weights" in done.stdout) == (against == "noise")
+        assert ("random weights" in printed) == (against == "noise")
 
 
-def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path) -> None:
+def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path, regress: Regress) -> None:
     stored(tmp_path / "run", pair_rows(10))
     (tmp_path / "there").mkdir()
     (tmp_path / "bad").mkdir()
@@ -68,12 +78,12 @@ def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path) -> None:
         (("--baseline", run, "--candidate", run, "--out", out, "--judge", "nobody"), "nobody"),
         (("--baseline", run, "--out", out), "candidate"),
     ]:
-        done = regress(*arguments)
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        code, _, said = regress(*arguments)
+        assert code == 2 and told in said and "Traceback" not in said
     with (run / ROWS_NAME).open("a") as stream:
         stream.write('{"id": "x", "kind": "pair", "probs": [NaN]}\n')
-    done = regress("--baseline", run, "--candidate", run, "--out", out)
-    assert done.returncode == 2 and "line 51: not valid JSON (NaN" in done.stderr
+    code, _, said = regress("--baseline", run, "--candidate", run, "--out", out)
+    assert code == 2 and "line 51: not valid JSON (NaN" in said
     assert not out.exists()
 
 

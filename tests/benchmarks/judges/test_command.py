@@ -112,7 +112,7 @@ def kill_midway(server: JudgeServer, run: Path, after: int, *more: str) -> None:
     def plan(asked: Asked) -> Sent:
         if asked.number >= after:
             reached.set()
-            return Sent(body=honest(asked).body, delay=30)
+            return Sent(body=honest(asked).body, delay=600)
         return honest(asked)
 
     server.plan = plan
@@ -123,7 +123,7 @@ def kill_midway(server: JudgeServer, run: Path, after: int, *more: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert reached.wait(30)
+    assert reached.wait(600)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -34,6 +34,7 @@ from safevlm.checkpoint.hub import TINY_FOLDER
 from safevlm.checkpoint.weights.quantized import QuantizedTensors
 from safevlm.errors import CheckpointError, InputError, PrecisionError
 from safevlm.network.loading import load_safe_vlm
+from tests.killing import Warm
 from tests.safevlm.checkpoint.random_checkpoints import stand_in
 
 ROOT = Path(__file__).parents[3]
@@ -294,12 +295,13 @@ def test_two_runs_do_not_write_one_artifact(tmp_path: Path) -> None:
         (["--image-share", "2"], "--image-share 2"),
     ],
 )
-def test_bad_options_end_with_2_and_leave_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "quantize.gptq", "--model", "tiny-safegem", "--out", str(tmp_path / "out")]
-    defaults = ["--group-size", "32", "--samples", "4"]
-    done = subprocess.run([*command, *defaults, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2, done.stderr
-    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+def test_bad_options_end_with_2_and_leave_nothing(
+    arguments: list[str], message: str, tmp_path: Path, parent: Warm
+) -> None:
+    defaults = ["--model", "tiny-safegem", "--out", str(tmp_path / "out"), "--group-size", "32", "--samples", "4"]
+    done = parent.run("quantize.gptq", *defaults, *arguments, under=tmp_path)
+    assert done.code == 2, done.said
+    assert message in " ".join(done.said.split()) and "Traceback" not in done.said
     assert not (tmp_path / "out").exists()
 
 

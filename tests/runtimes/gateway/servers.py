@@ -138,7 +138,7 @@ def upstream_server() -> Iterator[Upstream]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(5)
+        thread.join(600)
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def proxy(shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         started.terminate()
-        started.wait(60)
+        started.wait(600)
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,33 @@ from safevlm.errors import InputError
 from tests.runtimes.gateway.servers import SAFE_URL, Upstream, _Upstream, answer, free_port, messages, piece, serving
 
 
+@contextlib.contextmanager
+def waiting(bundle: Path, upstream: Upstream, seconds: float) -> Iterator[str]:
+    """A gateway that waits so long for its upstream."""
+    options = GatewayOptions(idle_timeout=seconds, total_timeout=seconds, max_reply=100_000)
+    with serving(Gateway.open(bundle, upstream=upstream.url, options=options)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def patient(bundle: Path, shared_upstream: Upstream) -> Iterator[str]:
+    with waiting(bundle, shared_upstream, 600.0) as url:
+        yield url
+
+
 @pytest.fixture(scope="module")
 def impatient(bundle: Path, shared_upstream: Upstream) -> Iterator[str]:
-    options = GatewayOptions(idle_timeout=0.5, total_timeout=2.0, max_reply=100_000)
-    with serving(Gateway.open(bundle, upstream=shared_upstream.url, options=options)) as url:
+    """For what never comes: whatever a busy machine delays is late here, too."""
+    with waiting(bundle, shared_upstream, 2.0) as url:
         yield url
 
 
 @pytest.fixture
-def client(impatient: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{impatient}/v1", api_key="sk-none", max_retries=0, timeout=600) as client:
+def client(request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
+    """Of a gateway that waits, except for an upstream that says no more."""
+    fault = request.node.callspec.params.get("fault") if hasattr(request.node, "callspec") else None
+    url = request.getfixturevalue("impatient" if fault in ("silent", "stalls", "drips") else "patient")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="sk-none", max_retries=0, timeout=600) as client:
         yield client
 
 
@@ -153,7 +170,7 @@ def test_a_whole_answer_may_be_silent_for_longer_than_a_stream(bundle: Path, ups
             assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == status
 
 
-def test_comments_keep_a_stream_open_and_errors_in_it_have_the_usual_shape(impatient: str, upstream: Upstream) -> None:
+def test_comments_keep_a_stream_open_and_errors_in_it_have_the_usual_shape(patient: str, upstream: Upstream) -> None:
     flat = {"object": "error", "message": "out of memory", "type": "InternalServerError", "code": 500}
     usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
 
@@ -165,7 +182,7 @@ def test_comments_keep_a_stream_open_and_errors_in_it_have_the_usual_shape(impat
         handler.close_connection = True
 
     upstream.behave = behave
-    found = httpx.post(f"{impatient}/v1/chat/completions", json={"messages": messages(SAFE_URL), "stream": True}).text
+    found = httpx.post(f"{patient}/v1/chat/completions", json={"messages": messages(SAFE_URL), "stream": True}).text
     lines = [line for line in found.split("\n") if line]
     assert lines[:2] == [": keep-alive"] * 2 and lines[-1] == "data: [DONE]"
     assert json.loads(lines[3][6:]) == usage
@@ -251,7 +268,7 @@ def test_half_a_surrogate_pair_goes_through(client: openai.OpenAI, upstream: Ups
     assert ask(client).choices[0].message.content == "a \ud83d"
 
 
-def test_when_to_come_again_is_passed_on(impatient: str, upstream: Upstream) -> None:
+def test_when_to_come_again_is_passed_on(patient: str, upstream: Upstream) -> None:
     def busy(handler: Any, _: Any) -> None:
         content = b'{"error": {"message": "too many"}}'
         handler.send_response(429)
@@ -264,7 +281,7 @@ def test_when_to_come_again_is_passed_on(impatient: str, upstream: Upstream) -> 
     upstream.behave = busy
     for stream in (False, True):
         body = {"messages": messages(SAFE_URL), "stream": stream}
-        found = httpx.post(f"{impatient}/v1/chat/completions", json=body)
+        found = httpx.post(f"{patient}/v1/chat/completions", json=body)
         assert (found.status_code, found.headers["retry-after"]) == (429, "7") and "set-cookie" not in found.headers
 
 
