@@ -58,8 +58,7 @@ class ExportOptions:
 
     ``grid`` is the input's height and width in pixels where the family takes many sizes (Qwen2.5-VL);
     ``images`` a folder of pictures for the parity check, else drawn ones; ``parity_images`` how many;
-    ``distilled`` the head of a guard behind the language model; ``embeddings`` adds the image embeddings to the
-    guard's outputs.
+    ``distilled`` the head of a guard behind the language model; ``embeddings`` adds the image embeddings.
     """
 
     precisions: tuple[Precision, ...] = ("fp32",)
@@ -71,8 +70,7 @@ class ExportOptions:
     int8: bool = False
     """Write INT8 files of the float32 one, too: one for accelerators, one for CPUs."""
     int8_limits: Int8Limits = field(default_factory=Int8Limits)
-    int8_images: int = MOST_HELD_OUT
-    """Held-out pictures that judge INT8, at most; fewer than 200 for random weights alone."""
+    int8_images: int = MOST_HELD_OUT  # held-out images that judge INT8, at most
 
     def __post_init__(self) -> None:
         unknown = [precision for precision in self.precisions if precision not in PRECISIONS]

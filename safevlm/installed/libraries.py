@@ -82,7 +82,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
     }
 )
 """As in pyproject.toml, here so that folders copied to a device know it, too."""
-JUDGING = ("cpu", "gpu", "openvino", "trt", "torch")
+JUDGING = tuple("cpu gpu openvino trt torch".split())
 """One of these extras is needed to judge images."""
 _MODULES = {
     "cuda-python": "cuda",
