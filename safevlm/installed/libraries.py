@@ -82,7 +82,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
     }
 )
 """As in pyproject.toml, here so that folders copied to a device know it, too."""
-JUDGING = tuple("cpu gpu openvino trt torch".split())
+JUDGING = ("cpu", "gpu", "openvino", "trt", "torch")
 """One of these extras is needed to judge images."""
 _MODULES = {
     "cuda-python": "cuda",
