@@ -24,6 +24,7 @@ from calibration.labelled.risk_control import Bands, Method, Promise, fit_bands,
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.runner import GuardRunner
 from runtimes.guard.select import ONNX_RUNTIMES
+from runtimes.guard.verdict import allows
 from runtimes.images.tiling import checked_mode
 from runtimes.images.view_option import view_option
 from safevlm.contract.class_names import safe_index
@@ -187,7 +188,7 @@ def _thresholds(
 def _by_class(
     bands: Bands, scores: NDArray[np.float64], truth: NDArray[np.int64], harms: Sequence[str], classes: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    allowed = scores < bands.limits(harms)[0]
+    allowed = allows(scores, bands.limits(harms)[0])
     safe = safe_index(classes)
     return {
         name: {"n": int((truth == k).sum()), "missed": float(allowed[truth == k].mean())}

@@ -80,6 +80,14 @@ def test_no_modules_import_each_other() -> None:
     assert not circle(ROOT, MAY_IMPORT)
 
 
+def test_no_command_is_imported_by_another_module() -> None:
+    """``python -m runtimes.gate`` would run it a second time, under another name, so that two of each class existed."""
+    for name, path in modules(ROOT, MAY_IMPORT).items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        twice = [pair for pair in named(path, package) if "__main__" in (*pair[0].split("."), pair[1])]
+        assert not twice, f"{name} imports {twice}"
+
+
 @pytest.mark.parametrize(
     "back",
     [

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from benchmarks.comparison.findings import Curve, Flip, GuardCurves, Line
 from benchmarks.comparison.measures import GuardRows
 from benchmarks.statistics.guard import guard_metrics, paired_bootstrap, reliability_points, roc_points
-from runtimes.guard.verdict import unsafe_probability
+from runtimes.guard.verdict import blocks, unsafe_probability
 
 __all__ = ["guard_curves", "guard_flips", "guard_number_lines"]
 
@@ -60,7 +60,7 @@ def guard_flips(rows: GuardRows, classes: Sequence[str] | None) -> list[Flip]:
     """Return images that are blocked in one run and not in the other."""
     found = []
     for at, pair in enumerate(rows.pairs):
-        blocked = [unsafe_probability(probs[at]) >= rows.threshold for probs in (rows.before, rows.after)]
+        blocked = [blocks(unsafe_probability(probs[at]), rows.threshold) for probs in (rows.before, rows.after)]
         if blocked[0] == blocked[1]:
             continue
         unsafe = bool(rows.labels[at] > 0)
@@ -82,7 +82,7 @@ def guard_flips(rows: GuardRows, classes: Sequence[str] | None) -> list[Flip]:
 def _told(row: Floats, classes: Sequence[str] | None) -> str:
     at = int(row.argmax())
     name = classes[at] if classes is not None else f"class {at}"
-    return f"{name}, p(unsafe) {1 - row[0]:.4f}"
+    return f"{name}, p(unsafe) {unsafe_probability(row):.4f}"
 
 
 def _tuple(values: Floats) -> tuple[float, ...]:

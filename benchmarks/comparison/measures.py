@@ -18,7 +18,7 @@ from benchmarks.comparison.pairing import Pair
 from benchmarks.judges.exact import question_score
 from benchmarks.judges.judge import Score
 from benchmarks.runs.record import UNSAFE_TYPES
-from runtimes.guard.verdict import unsafe_probability
+from runtimes.guard.verdict import blocks, unsafe_probability
 
 __all__ = [
     "DEFAULT_THRESHOLD",
@@ -206,7 +206,7 @@ def guard_rows(pairs: Sequence[Pair], threshold: float | None) -> tuple[GuardRow
 
 def guard_measures(rows: GuardRows, margins: Margins) -> list[Measure]:
     """Return recall and FPR at the baseline's operating point, and accuracy over all classes."""
-    blocked = [unsafe_probability(probs) >= rows.threshold for probs in (rows.before, rows.after)]
+    blocked = [blocks(unsafe_probability(probs), rows.threshold) for probs in (rows.before, rows.after)]
     wrong = [probs.argmax(axis=1) != rows.labels for probs in (rows.before, rows.after)]
     everywhere, unsafe = np.ones(len(rows.labels), bool), rows.labels > 0
     point = f"p(unsafe) ≥ {rows.threshold:.2g}"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from benchmarks.statistics.clustered import DRAWS
 from benchmarks.statistics.tango import critical_value
+from runtimes.guard.verdict import blocks, unsafe_probability
 from safevlm.errors import InputError, MissingExtraError
 
 __all__ = [
@@ -53,8 +54,8 @@ class GuardMetrics:
 def guard_metrics(probs: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> GuardMetrics:
     """Measure a guard. Raises InputError for shapes that disagree, no image, classes or probabilities out of range."""
     rows, truth = _checked(probs, labels)
-    score, unsafe = _scores(rows), truth > 0
-    blocked = score >= threshold
+    score, unsafe = unsafe_probability(rows), truth > 0
+    blocked = blocks(score, threshold)
     return GuardMetrics(
         accuracy=float((rows.argmax(axis=1) == truth).mean()),
         auroc=_auroc(score, unsafe),
@@ -73,14 +74,14 @@ def roc_points(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Flo
         from sklearn.metrics import roc_curve
     except ModuleNotFoundError as error:
         raise MissingExtraError("scikit-learn", "report", "measuring a guard") from error
-    fpr, recall, _ = roc_curve(truth > 0, _scores(rows))
+    fpr, recall, _ = roc_curve(truth > 0, unsafe_probability(rows))
     return fpr.astype(np.float64), recall.astype(np.float64)
 
 
 def reliability_points(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = BINS) -> tuple[Floats, Floats, Whole]:
     """Return, of each bin that has images, mean p(unsafe), the share of unsafe images, and how many images."""
     rows, truth = _checked(probs, labels)
-    score = _scores(rows)
+    score = unsafe_probability(rows)
     at = _bins(score, bins)
     counts = np.bincount(at, minlength=bins)
     full = counts > 0
@@ -113,7 +114,7 @@ def paired_bootstrap(
         raise InputError(f"metric {metric!r}: auroc or ece is allowed.")
     if metric == "auroc" and len(np.unique(unsafe)) < 2:
         raise InputError("AUROC needs safe and unsafe images; these are of one kind.")
-    return _difference(measure, _scores(first), _scores(second), unsafe, confidence, draws, seed)
+    return _difference(measure, unsafe_probability(first), unsafe_probability(second), unsafe, confidence, draws, seed)
 
 
 def _difference(
@@ -178,10 +179,6 @@ def _auroc(score: Floats, unsafe: npt.NDArray[np.bool_]) -> float:
 
 def _bins(score: Floats, bins: int) -> npt.NDArray[np.intp]:
     return np.minimum((score * bins).astype(np.intp), bins - 1)
-
-
-def _scores(rows: Floats) -> Floats:
-    return np.clip(1 - rows[:, 0], 0.0, 1.0)
 
 
 def _share(flags: npt.NDArray[np.bool_]) -> float:

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.guard.policy import DEFAULT_BLOCK
+from runtimes.guard.verdict import blocks, unsafe_probability
+
 __all__ = ["auroc", "bootstrap", "fidelity", "mean_kl", "recall_at_fpr", "wilson"]
 
 Z = 1.959963984540054
 """Two-sided 95 %."""
 DRAWS = 1000
 FALSE_POSITIVE_RATES = (0.01, 0.05)
-UNSAFE = 0.5
-"""The teacher holds a picture unsafe from this p(unsafe) on."""
 
 Floats = NDArray[np.floating[Any]]
 Flags = NDArray[np.bool_]
@@ -99,11 +100,12 @@ def fidelity(
     """
     said, truth = student.argmax(axis=1), teacher.argmax(axis=1)
     same = said == truth
+    scores = unsafe_probability(student, safe)
     found: dict[str, Any] = {
         "n": len(teacher),
         "agreement": wilson(int(same.sum()), len(same)),
         "kl": bootstrap(lambda rows: mean_kl(teacher[rows], student[rows]), len(teacher), seed=seed),
-        **_detection(1 - student[:, safe], 1 - teacher[:, safe] >= UNSAFE, seed),
+        **_detection(scores, blocks(unsafe_probability(teacher, safe), DEFAULT_BLOCK), seed),
         "per_class": {
             name: {
                 "n": int((truth == k).sum()),
@@ -118,7 +120,7 @@ def fidelity(
             "n": int(known.sum()),
             "accuracy": wilson(int((said == labels)[known].sum()), int(known.sum())),
             "teacher_accuracy": wilson(int((truth == labels)[known].sum()), int(known.sum())),
-            **_detection(1 - student[known, safe], labels[known] != safe, seed),
+            **_detection(scores[known], labels[known] != safe, seed),
         }
     return found
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.guard.verdict import allows, blocks
 from safevlm.contract.manifest import Band
 from safevlm.errors import InputError
 
@@ -198,7 +199,7 @@ def _block(safe_scores: Floats, promise: Promise) -> float:
 def measure(bands: Bands, scores: Floats, unsafe: Flags, harms: Sequence[str]) -> Rates:
     """Return what bands do to n images; a rate over no image is 0."""
     allow, block = bands.limits(harms)
-    allowed, blocked = scores < allow, scores >= block
+    allowed, blocked = allows(scores, allow), blocks(scores, block)
     unsure: NDArray[Any] = ~allowed & ~blocked
     return Rates(miss=_share(allowed[unsafe]), fpr=_share(blocked[~unsafe]), unsure=_share(unsure))
 

@@ -18,7 +18,7 @@ from runtimes.gate.judged_views import JudgedViews, judge_views
 from runtimes.gate.lane import OverranError, WaitedError
 from runtimes.gate.parts import GateParts
 from runtimes.gate.result import GateResult
-from runtimes.guard.verdict import Finding, decide, stops_at_exact, stops_at_guard, worst
+from runtimes.guard.verdict import Finding, Stage, decide, passes, stops_at_exact, stops_at_guard, worst
 from runtimes.images.views import ImageSource
 from runtimes.language.language import LanguageRunner
 from runtimes.language.writing import Writing
@@ -241,15 +241,12 @@ class GateRequest:
         error = f"{type(cause).__name__}: {cause}"
         return self._result("block", "error", reason, error=error, error_in=self.part, busy=busy)
 
-    def _blocked(
-        self, stage: Literal["guard", "exact"], finding: Finding, reason: str, *, review: bool = False
-    ) -> GateResult:
+    def _blocked(self, stage: Stage, finding: Finding, reason: str, *, review: bool = False) -> GateResult:
         return self._result("block", stage, reason, finding=finding, review=review or finding.review)
 
-    def _allowed(self, stage: Literal["guard", "exact"], finding: Finding, answer: str | None) -> GateResult:
-        by = {"guard": "the standalone guard", "exact": "the exact verdict"}[stage]
-        sure = "allows the image" if finding.verdict == "allow" else "is unsure, which the policy lets pass"
-        return self._result("allow", stage, f"{by} {sure}", finding=finding, answer=answer, **self._usage(answer))
+    def _allowed(self, stage: Stage, finding: Finding, answer: str | None) -> GateResult:
+        reason = passes(finding, stage)
+        return self._result("allow", stage, reason, finding=finding, answer=answer, **self._usage(answer))
 
     def _usage(self, answer: str | None) -> dict[str, Any]:
         if answer is None:

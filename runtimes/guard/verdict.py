@@ -1,8 +1,9 @@
 """From class probabilities to a verdict with its reason. This is the only place where one is made.
 
 ``decide`` judges one row; ``worst`` chooses among the views and tiles of an image; ``stops_at_guard`` and
-``stops_at_exact`` say whether an image is stopped there, and why. ``check``, the gate, chat, the gateway and the batch
-commands call these and compute nothing of it themselves (``tests/runtimes/guard/test_one_verdict.py``).
+``stops_at_exact`` say whether an image is stopped there, and why; ``passes`` says why it is not. ``blocks`` and
+``allows`` compare p(unsafe) with a limit, of many images at once, too. ``check``, the gate, chat, the gateway and the
+batch commands call these and compute nothing of it themselves (``tests/runtimes/guard/test_one_verdict.py``).
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ __all__ = [
     "Judgement",
     "Stage",
     "Verdict",
+    "allows",
+    "blocks",
     "decide",
     "harms",
+    "passes",
     "stops_at_exact",
     "stops_at_guard",
     "unsafe_probability",
@@ -138,9 +142,9 @@ def decide(
     harm = classes[max(counted, key=lambda at: float(probs_C[at]))]
     limits, limits_from = _limits(policy, stage, thresholds, harm)
     verdict: Literal["allow", "block", "unsure"] = "unsure"
-    if p_unsafe >= limits.block:
+    if blocks(p_unsafe, limits.block):
         verdict = "block"
-    elif p_unsafe < limits.allow:
+    elif allows(p_unsafe, limits.allow):
         verdict = "allow"
     review = policy.action(harm) == "review" and verdict != "allow"
     if review and stage == "guard":
@@ -181,6 +185,12 @@ def stops_at_exact(
     return f"the exact verdict {does}{_as_others_show_it(hidden)}{after.get(earlier or '', '')}"
 
 
+def passes(finding: Finding, stage: Stage) -> str:
+    """Return why an image that no stage stops is let pass, by the finding that settles it."""
+    by = {"guard": "the standalone guard", "exact": "the exact verdict"}[stage]
+    return f"{by} {'allows the image' if finding.verdict == 'allow' else 'is unsure, which the policy lets pass'}"
+
+
 def _stops_unsure(policy: Policy, review: bool) -> bool:
     """Say whether an image that no stage could settle is blocked."""
     return review or policy.still_unsure == "block"
@@ -193,6 +203,17 @@ def _as_others_show_it(hidden: str | None) -> str:
 def unsafe_probability(probs: npt.ArrayLike, safe: int = 0) -> npt.NDArray[np.float64]:
     """Return p(unsafe) = 1 - p(safe) of rows of C probabilities, in float64 and within 0..1."""
     return np.clip(1.0 - np.asarray(probs)[..., safe].astype(np.float64), 0.0, 1.0)
+
+
+def blocks(p_unsafe: npt.ArrayLike, block: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Say for each p(unsafe) whether it is blocked: from the limit ``block`` up. NaN is."""
+    return ~(np.asarray(p_unsafe) < np.asarray(block))
+
+
+def allows(p_unsafe: npt.ArrayLike, allow: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Say for each p(unsafe) whether it is allowed: below the limit ``allow``. NaN is not."""
+    found: npt.NDArray[np.bool_] = np.asarray(np.asarray(p_unsafe) < np.asarray(allow))
+    return found
 
 
 def harms(probs_NC: npt.NDArray[np.float32], safe: int) -> npt.NDArray[np.int64]:

@@ -160,7 +160,11 @@ def test_a_bundle_is_opened_once_by_each_command(
         read.append(place)
         return true(place)
 
-    for module in (manifests, import_module("runtimes.guard.bundle")):
+    bundles = import_module("runtimes.guard.bundle")
+    hashed: list[Any] = []
+    sha256 = bundles._sha256
+    monkeypatch.setattr(bundles, "_sha256", lambda stream: (hashed.append(stream.name), sha256(stream))[1])
+    for module in (manifests, bundles):
         monkeypatch.setattr(module, "manifest_bytes", counted)
     with contextlib.suppress(SafeVLMError):  # not every way takes a guard behind the language model
         if way == "check":
@@ -171,4 +175,4 @@ def test_a_bundle_is_opened_once_by_each_command(
             Gateway.open(tmp_path / "bundle", upstream="http://127.0.0.1:9/v1" if standalone else None)
         else:
             BundleAnswerer(tmp_path / "bundle", classes, batch=1).describe()
-    assert len(read) == 1
+    assert len(read) == 1 and len(hashed) == 1

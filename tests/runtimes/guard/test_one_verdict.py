@@ -14,8 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.statistics.guard import guard_metrics
+from calibration.distilling.fidelity import fidelity
 from calibration.labelled.judged_images import scores_of
+from calibration.labelled.risk_control import Bands, measure
 from runtimes.gate.gate import Gate
+from runtimes.gate.result import GateResult
 from runtimes.gateway.images.decoding import Decoded
 from runtimes.gateway.images.image_urls import ImageReference
 from runtimes.gateway.images.judging import Judged, Judging
@@ -25,10 +29,11 @@ from runtimes.gateway.serving.metrics import Metrics
 from runtimes.guard.judge import Guard
 from runtimes.guard.policy import Limits, Policy
 from runtimes.guard.runner import GuardOutput, GuardRunner
-from runtimes.guard.verdict import Finding, decide, stops_at_guard
+from runtimes.guard.verdict import Finding, allows, blocks, decide, passes, stops_at_exact, stops_at_guard
 from safevlm.contract.manifest import Band, GuardFile, Thresholds
 from safevlm.errors import SafeVLMError
 from tests.runtimes.bundles import CLASSES, PREPROCESSING, SIZE, fitted
+from tests.runtimes.gate.test_gate import FakeLanguage
 
 ROOT = Path(__file__).parents[3]
 ONE_PLACE = {"runtimes/guard/verdict.py", "runtimes/guard/policy.py", "safevlm/contract/manifest.py"}
@@ -58,8 +63,12 @@ class RowRunner(GuardRunner):
         """Let everything through."""
 
 
-shares = st.lists(st.integers(0, 1000), min_size=3, max_size=3).filter(any)
+shares = st.lists(st.integers(0, 1000) | st.sampled_from([0, 1, 500]), min_size=3, max_size=3).filter(any)
 rows = shares.map(lambda parts: (np.array(parts) / sum(parts)).astype(np.float32))
+off = st.tuples(rows, st.sampled_from([0.5, 0.989, 0.991, 1.009, 1.011, 2])).map(
+    lambda pair: pair[0] * np.float32(pair[1])
+)
+wild = st.lists(st.floats(width=32), max_size=5).map(lambda values: np.array(values, np.float32))
 edges = st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.75, 0.8, 1.0])
 pairs = st.tuples(edges, edges).map(sorted).filter(lambda pair: pair[0] < 1)
 limits = st.none() | pairs.map(lambda pair: Limits(allow=pair[0], block=pair[1]))
@@ -117,19 +126,83 @@ def by_gateway(row: Row, thresholds: Thresholds | None, policy: Policy) -> Judge
         return asyncio.run(judged(guard))
 
 
+def by_chat(row: Row, exact: Row, policy: Policy, *, guarded: bool) -> GateResult:
+    """Ask a gate with a language model behind the guard, or without a guard."""
+    with Gate(Guard(RowRunner(row), CLASSES) if guarded else None, FakeLanguage(exact), policy, timeout=600) as gate:
+        return gate.ask(IMAGE, "?")
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(rows, fits(), policies)
+@given(rows | off | wild, fits(), policies)
 def test_all_ways_agree_to_the_bit(row: Row, thresholds: Thresholds | None, policy: Policy) -> None:
-    wanted = decide(row, CLASSES, thresholds, policy=policy)
-    gateway, gate = by_gateway(row, thresholds, policy).finding, by_gate(row, thresholds, policy)
-    assert gateway == wanted and gate.finding == wanted
+    gate, check = by_gate(row, thresholds, policy), by_check(row, thresholds)
+    try:
+        wanted = decide(row, CLASSES, thresholds, policy=policy)
+    except SafeVLMError:  # it is no row of probabilities, and nobody allows it
+        assert check.verdict == "error" and (gate.verdict, gate.stage) == ("block", "error")
+        with pytest.raises(Refusal):
+            by_gateway(row, thresholds, policy)
+        return
+    assert by_gateway(row, thresholds, policy).finding == wanted and gate.finding == wanted
     stopped = stops_at_guard(wanted, policy, settles=False)
-    assert (gate.verdict == "block") == (stopped is not None)
-    assert stopped is None or gate.reason == stopped
-    bare, check = decide(row, CLASSES, thresholds), by_check(row, thresholds)
+    assert (gate.verdict, gate.reason) == (
+        ("allow", passes(wanted, "guard")) if stopped is None else ("block", stopped)
+    )
+    bare = decide(row, CLASSES, thresholds)
     assert (check.verdict, check.label, check.p_unsafe) == (bare.verdict, bare.label, bare.p_unsafe)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows, fits())
+def test_what_counts_many_verdicts_counts_those_of_check(row: Row, thresholds: Thresholds | None) -> None:
+    """As where thresholds are fitted and a guard is measured."""
+    check = by_check(row, thresholds)
+    bare = decide(row, CLASSES, thresholds)
     scores, harms = scores_of(row[None], CLASSES)
-    assert (scores[0], harms[0]) == (bare.p_unsafe, bare.harm)
+    assert (scores[0], harms[0]) == (check.p_unsafe, bare.harm)
+    wholly = guard_metrics(row[None], [1], threshold=bare.limits.block)
+    assert wholly.recall == (check.verdict == "block")
+    if thresholds is None:
+        return
+    rates = measure(Bands(pooled=thresholds.pooled, per_class=thresholds.per_class), scores, np.array([True]), harms)
+    assert (rates.miss, rates.unsure) == (check.verdict == "allow", check.verdict == "unsure")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows, rows | off | wild, policies, st.booleans())
+def test_the_exact_verdict_is_made_at_the_same_place(row: Row, exact: Row, policy: Policy, guarded: bool) -> None:
+    found, before = (
+        by_chat(row, exact, policy, guarded=guarded),
+        decide(row, CLASSES, policy=policy) if guarded else None,
+    )
+    stopped = None if before is None else stops_at_guard(before, policy, settles=True)
+    if stopped is not None:
+        assert (found.verdict, found.stage, found.reason, found.finding) == ("block", "guard", stopped, before)
+        return
+    try:
+        wanted = decide(exact, CLASSES, policy=policy, stage="exact")
+    except SafeVLMError:
+        assert (found.verdict, found.stage) == ("block", "error")
+        return
+    stopped = stops_at_exact(wanted, policy, before=before)
+    if stopped is not None:
+        assert (found.verdict, found.stage, found.reason, found.finding) == ("block", "exact", stopped, wanted)
+    elif before is None or before.verdict == "unsure":
+        assert (found.verdict, found.reason, found.finding) == ("allow", passes(wanted, "exact"), wanted)
+    else:
+        assert (found.verdict, found.reason, found.finding) == ("allow", passes(before, "guard"), before)
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5, 0), (0.501, 0.499, 0), (0.5, 0.25, 0.25), (0, 0, 1)])
+def test_a_distilled_guard_s_teacher_is_judged_as_check_judges(values: tuple[float, ...]) -> None:
+    taught = np.array([(1, 0, 0), values], np.float32)
+    both_kinds = fidelity(taught, taught, CLASSES)["auroc"]["value"] is not None
+    assert both_kinds == (by_check(taught[1], None).verdict == "block")
+
+
+@pytest.mark.parametrize(("p_unsafe", "limit"), [(np.nan, 0.5), (0.5, np.nan), (0.5, 0.5), (1.0, 1.0)])
+def test_what_is_unknown_or_at_the_limit_is_blocked(p_unsafe: float, limit: float) -> None:
+    assert blocks(p_unsafe, limit) and not allows(p_unsafe, limit)
 
 
 BROKEN = [(np.nan, 0.5, 0.5), (2, -1, 0), (0.2, 0.2, 0.2), (0.9, np.inf, 0), (1, 0), (1, 0, 0, 0), ()]
@@ -146,24 +219,55 @@ def test_what_is_no_row_of_probabilities_is_allowed_nowhere(values: tuple[float,
         by_gateway(row, None, policy)
 
 
+CHANCES = {"p_unsafe", "probs", "score", "scores", "unsafe_probability"}
+LIMITS = {"allow", "block", "limit", "limits", "band", "bands", "threshold", "thresholds", "DEFAULT_BLOCK"}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Return the names and attributes that an expression is made of."""
+    found = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return found | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+
+
 def own_verdicts(source: str) -> list[int]:
-    """Return the lines that compute p(unsafe) or compare with limits by themselves."""
+    """Return the lines that compute p(unsafe), compare it with limits, or make a finding by themselves."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-            names = {each.attr for each in sides if isinstance(each, ast.Attribute)}
-            names |= {each.id for each in sides if isinstance(each, ast.Name)}
-            if names & {"block", "allow", "DEFAULT_BLOCK", "DEFAULT_LIMITS"} and "p_unsafe" in ast.dump(node):
-                found.append(node.lineno)
-        elif isinstance(node, ast.BinOp) and ast.unparse(node).startswith(("1 - ", "1.0 - ")):
-            rows = isinstance(node.right, ast.Subscript) and "probs" in ast.unparse(node.right)
-            found += [node.lineno] if rows else []
+        compared = isinstance(node, ast.Compare) and all(not isinstance(op, UNORDERED) for op in node.ops)
+        if compared and names_in(node) & CHANCES and names_in(node) & LIMITS:
+            found.append(node.lineno)  # type: ignore[attr-defined]
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and isinstance(node.right, ast.Subscript):
+            one = isinstance(node.left, ast.Constant) and node.left.value == 1
+            at = node.right.slice.elts[-1] if isinstance(node.right.slice, ast.Tuple) else node.right.slice
+            chance = names_in(node.right.value) & (CHANCES | {"row", "rows", "teacher", "student"})
+            safe = names_in(at) & {"safe", "safe_index"} or chance
+            found += [node.lineno] if one and safe else []
+        elif isinstance(node, ast.Call) and names_in(node.func) & {"Finding"}:
+            found.append(node.lineno)
     return found
 
 
+UNORDERED = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = p_unsafe >= limits.block",
+        "x = finding.p_unsafe < 0.1 < band.allow",
+        "x = unsafe_probability(probs) >= rows.threshold",
+        "x = scores < bands.limits(harms)[0]",
+        "s = 1 - probs[:, 0]",
+        "s = 1 - teacher[:, safe]",
+        "s = np.clip(1.0 - rows[:, 0], 0.0, 1.0)",
+        "x = Finding('allow', 'safe', None, 0.0, limits, 'policy')",
+    ],
+)
+def test_a_verdict_of_one_s_own_is_found(line: str) -> None:
+    assert own_verdicts(line) == [1]
+
+
 def test_nothing_else_makes_a_verdict() -> None:
-    assert own_verdicts("x = p_unsafe >= limits.block") and own_verdicts("s = 1 - probs[:, 0]")
     for folder in ("safevlm", "runtimes", "calibration", "quantize", "export", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             place = str(path.relative_to(ROOT))
