@@ -40,7 +40,7 @@ EAGER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 LATE_FORMATS = ("WEBP", "TIFF", "MPO", "JPEG2000", "AVIF")
 FORMATS = tuple(name for name in (*EAGER_FORMATS, *LATE_FORMATS) if name != "MPO")
 """As Pillow calls them. An MPO is a JPEG."""
-FORMATS_TEXT = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}
+FORMAT_NAMES = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}
 """As people call them, where that differs."""
 DECODER_ERRORS = (
     OSError,
@@ -224,7 +224,7 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
 def _refuse(
     where: str, reason: str, cause: BaseException | None = None, formats: Collection[str] = FORMATS
 ) -> NoReturn:
-    *others, last = (FORMATS_TEXT.get(name, name) for name in FORMATS if name in formats)
+    *others, last = (FORMAT_NAMES.get(name, name) for name in FORMATS if name in formats)
     allowed = f"{', '.join(others)} or {last}" if others else last
     raise ImageFileError(
         f"{where}: {reason}. Allowed is one complete {allowed} image; save or download it again."

@@ -181,15 +181,13 @@ def _untitled(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {"additionalProperties": False} if "patternProperties" in schema else {}
-    return closed | {
-        key: {name: _untitled(of) for name, of in value.items()}
-        if key == "properties"
-        else {"type": "null"}
-        if key == "additionalProperties" and value is False
-        else _untitled(value)
-        for key, value in schema.items()
-        if key not in ("title", "default")
-    }
+    return closed | {key: _kept(key, value) for key, value in schema.items() if key not in ("title", "default")}
+
+
+def _kept(key: str, value: Any) -> Any:
+    if key == "properties":  # whose keys are names, a title among them
+        return {name: _untitled(of) for name, of in value.items()}
+    return {"type": "null"} if key == "additionalProperties" and value is False else _untitled(value)
 
 
 def _messages(message: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -151,25 +151,20 @@ class Served:
             self.metrics.total.observe(ms / 1000)
         if "client" in notes:
             self.metrics.clients.labels(notes["client"], outcome).inc()
-        line = {
-            "time": now(),
-            "method": scope["method"] if scope["method"] in METHODS else "other",
-            "path": path,
-            "status": status,
-            "outcome": outcome,
-            "ms": round(ms, 1),
-            **{key: value for key, value in notes.items() if key != "outcome"},
-        }
-        _access.info(json.dumps(line))
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        _log_access(method, path, status, **({"outcome": outcome, "ms": round(ms, 1)} | notes))
 
 
 def unserved(refusal: Refusal, metrics: Metrics) -> str:
     """Count and log what was refused before it was a request: a head that is late or no HTTP. Return the line's id."""
     name, outcome = uuid.uuid4().hex, refusal.code or refusal.kind
     metrics.requests.labels("none", outcome).inc()
-    line = {"time": now(), "method": "none", "path": "none", "status": refusal.status, "outcome": outcome, "id": name}
-    _access.info(json.dumps(line))
+    _log_access("none", "none", refusal.status, outcome=outcome, id=name)
     return name
+
+
+def _log_access(method: str, path: str, status: int, **more: Any) -> None:
+    _access.info(json.dumps({"time": now(), "method": method, "path": path, "status": status, **more}))
 
 
 def listening(host: str, port: int) -> socket.socket:
