@@ -92,6 +92,8 @@ def test_the_reader_of_what_arrives_finds_images() -> None:
 
 def test_no_hostile_request_carries_an_image_past_the_guard(address: str, upstream: Upstream) -> None:
     recorded = Recorded(upstream)
+    recorded.send(address, json.dumps({"model": "fake", "messages": messages(SAFE_URL)}))
+    assert recorded.outcomes == {"200": 1, "arrived": 1, "images": 1}, "what is allowed arrives, and is seen"
 
     @settings(deadline=None, derandomize=True, max_examples=520, suppress_health_check=list(HealthCheck), database=None)
     @given(attacks())
@@ -101,7 +103,7 @@ def test_no_hostile_request_carries_an_image_past_the_guard(address: str, upstre
     attack()
     counts = recorded.outcomes
     assert sum(counts[status] for status in ("200", "400", "413", "503")) >= 500, counts
-    assert counts["400"] >= 200 and counts["arrived"] >= 10 and counts["images"] >= 5, counts
+    assert counts["400"] >= 200 and counts["arrived"] > 1, counts
 
 
 def test_each_wrapping_in_each_place(address: str, upstream: Upstream) -> None:
