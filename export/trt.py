@@ -7,7 +7,6 @@ torch nor transformers. Where no engine can be built the bundle is complete and 
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from runtimes.guard.runner import GuardOutput
 from runtimes.guard.tensorrt_runner import TensorRTRunner, import_tensorrt
 from safevlm.contract.manifest import Manifest
 from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
+from safevlm.files.user_cache import user_cache
 from safevlm.terminal.commandline import printable, run
 from safevlm.terminal.options import parse_grid
 
@@ -118,9 +118,8 @@ def build_into(
 
 def default_timing_cache(device: Device) -> Path:
     """Return the file in the user's cache folder that belongs to this TensorRT and kind of GPU."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     capability = device.gpu.compute_capability.replace(".", "")
-    return root / "safevlm-edge" / f"tensorrt-{device.version}-sm{capability}.timing"
+    return user_cache() / f"tensorrt-{device.version}-sm{capability}.timing"
 
 
 def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = False) -> str:

@@ -267,14 +267,14 @@ def _same_engine(file: GuardFile, entry: GuardFile) -> bool:
     return file.precision == entry.precision and _target(file) is not None and _target(file) == _target(entry)
 
 
-def _target(file: GuardFile) -> tuple[str, str, str] | None:
+def _target(file: GuardFile) -> tuple[str | None, ...] | None:
     info = file.engine
     return None if info is None else (info.tensorrt_version, info.gpu_name, info.compute_capability)
 
 
 def _plan_path(entry: GuardFile, taken: set[str]) -> str:
     """Return ``engines/fp16-sm87-trt8.6.2.plan``, numbered where another GPU of that kind has the name."""
-    assert entry.engine is not None
+    assert entry.engine is not None and entry.engine.compute_capability is not None
     capability = entry.engine.compute_capability.replace(".", "")
     stem = f"engines/{entry.precision}-sm{capability}-trt{entry.engine.tensorrt_version}"
     names = (f"{stem}{suffix}.plan" for suffix in ("", *(f"-{number}" for number in range(2, len(taken) + 3))))

@@ -51,6 +51,8 @@ def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:
     A version compatible engine runs with newer releases of its major version, a hardware compatible one on every GPU
     from compute capability 8.0 up ("Version Compatibility" and "Hardware Compatibility" in TensorRT's documentation).
     """
+    if info.gpu_name is None or info.compute_capability is None:
+        return "it was built ahead of time, and is not verified on this GPU"
     newer = bool(info.options.get(VERSION_COMPATIBLE)) and _newer(info.tensorrt_version, version)
     if info.tensorrt_version != version and not newer:
         return f"it was built with TensorRT {info.tensorrt_version}, here is {version}"

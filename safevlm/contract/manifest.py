@@ -93,11 +93,25 @@ class Latency(Frozen):
 
 
 class EngineInfo(Frozen):
-    """What a TensorRT engine was built with, and the only GPU and version it runs on."""
+    """What a TensorRT engine was built with, and where it runs.
 
+    An engine built on a GPU names it; one built ahead of time by TensorRT-RTX names its ``targets`` (``sm89``), and was
+    never run: ``verified`` is false, and a reader first compares it with the bundle's ONNX file on its own GPU.
+    Engines written before there were modules do not say their operating system and machine, and were verified.
+    """
+
+    module: Literal["tensorrt", "tensorrt_rtx"] = "tensorrt"
     tensorrt_version: Name
-    gpu_name: Name
-    compute_capability: Name
+    gpu_name: Name | None = None
+    compute_capability: Name | None = None
+    targets: tuple[Name, ...] = Field(default=(), max_length=64)
+    operating_system: Name | None = None
+    """``platform.system()`` in lower case."""
+    machine: Name | None = None
+    """``platform.machine()``."""
+    verified: bool = True
+    parity_seed: int | None = Field(default=None, ge=0)
+    """Draws the images that a reader compares it on."""
     min_batch: Batch
     opt_batch: Batch
     max_batch: Batch
@@ -107,6 +121,11 @@ class EngineInfo(Frozen):
     def _check(self) -> EngineInfo:
         if not self.min_batch <= self.opt_batch <= self.max_batch:
             raise ValueError(f"batch sizes must rise: {self.min_batch}, {self.opt_batch}, {self.max_batch}")
+        on_gpu = self.gpu_name is not None and self.compute_capability is not None
+        if on_gpu == bool(self.targets):
+            raise ValueError("an engine states the GPU that it was built on, or its targets")
+        if not self.verified and self.parity_seed is None:
+            raise ValueError("an engine that was never run states the seed of its parity images")
         return self
 
 
