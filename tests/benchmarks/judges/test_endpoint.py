@@ -263,7 +263,8 @@ def test_a_refused_key_ends_everything_at_once() -> None:
             judge_at(server.url, concurrency=2).judge(pairs(50), lambda _, found: told.append(found))
         assert len(server.asked) <= 5
     assert KEY not in str(raised.value)
-    assert sum(found.score.ok is not None for found in told) == len(told) == 3
+    assert all(found.score.ok is not None for found in told)
+    assert len(told) in (2, 3), "the other question that was asked at that moment may still be without its answer"
 
 
 def test_a_missing_key_is_asked_for() -> None:
