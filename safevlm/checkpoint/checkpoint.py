@@ -163,15 +163,15 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
     shown = ", ".join(names[:SHOWN_NAMES]) or "none"
     if found:
         raise CheckpointError(
-            f"{where}: its tensors fit several families ({', '.join(family.title for family in found)}); one is "
-            f"allowed. Tensors stored: {shown}, … Remove the shards that belong to another checkpoint."
+            f"{where}: its tensors fit several families: {', '.join(family.title for family in found)}. Remove the "
+            f"shards that belong to another checkpoint. Tensors stored: {shown}, …"
         )
-    lacks = "; ".join(f"{family.title} would need {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
+    lacks = "; ".join(f"{family.title} needs {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
     prefix = _unknown_prefix(names)
     if prefix:
         raise CheckpointError(
-            f"{where}: the tensors' names begin with {prefix[:80]!r}, which no known layout has. Write the checkpoint "
-            f"again with names that lack it. Tensors stored: {shown}, …"
+            f"{where}: the names of the tensors begin with the unknown prefix {prefix[:80]!r}. Save the checkpoint "
+            f"again without that prefix. Tensors stored: {shown}, …"
         )
     guard = any(HEAD_PREFIX in name for name in names)
     what = "a Safe-VLM of no known family" if guard else "not a Safe-VLM checkpoint"

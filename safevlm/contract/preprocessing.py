@@ -70,18 +70,23 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
         if (self.fit == "crop") != (self.shortest_edge is not None):
-            raise ValueError(f"shortest_edge is for fit 'crop' and only for it: {self.fit}, {self.shortest_edge}")
+            raise ValueError(
+                f"fit 'crop' needs shortest_edge, and no other fit takes it: {self.fit}, {self.shortest_edge}"
+            )
         if self.height * self.width > MAX_AREA:
-            raise ValueError(f"{self.height} x {self.width} pixels are more than the {MAX_AREA:,} that are allowed")
+            raise ValueError(f"{self.height} x {self.width} pixels are too many; at most {MAX_AREA:,} are allowed")
         if self.fit == "pad" and not 0 <= min(self.mean) <= max(self.mean) <= 1:
-            raise ValueError(f"fit 'pad' fills with the mean colour, 0 to 1 in every channel: {self.mean}")
+            raise ValueError(
+                f"fit 'pad' fills with the mean colour, so mean must be 0 to 1 in every channel, not {self.mean}"
+            )
         return self
 
     def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return the grey levels, H x W x 3, of an upright RGB picture (see ``safevlm.images.image``)."""
         if image.mode != "RGB":
             raise InputError(
-                f"a picture of mode {image.mode} cannot be preprocessed, only RGB: use safevlm.images.image.to_rgb"
+                f"an image of mode {image.mode} cannot be preprocessed. Convert it to RGB with "
+                "safevlm.images.image.to_rgb"
             )
         if self.fit == "crop":
             fitted = self._crop(image)

@@ -206,12 +206,11 @@ def build_reference_guard(
         return GuardModel(vision, distilled.head, checkpoint.family, checkpoint.classes, distilled.pooling)
     if checkpoint.tap.source != "projector":
         raise GuardHeadError(
-            f"{checkpoint.name}: the guard taps the language model's last hidden state "
-            f"({checkpoint.tap.learned}), so its head cannot be put on the projector's output: that has the "
-            f"same width ({checkpoint.head.widths[0]}) and other contents, and the verdicts would be noise. "
-            "Fit a head for the projector first: python -m calibration.distill "
-            f"--model {checkpoint.name} --images DIR --out FILE. If the checkpoint truly taps the "
-            "projector, say so with tap='projector'."
+            f"{checkpoint.name}: the guard taps the language model's last hidden state ({checkpoint.tap.learned}), so "
+            f"its head does not fit the projector's output: the width is the same ({checkpoint.head.widths[0]}), but "
+            "the verdicts would be noise. Fit a head for the projector first: python -m calibration.distill --model "
+            f"{checkpoint.name} --images DIR --out FILE. If the checkpoint really taps the projector, pass "
+            "tap='projector'."
         )
     head = build_head(checkpoint, dtype=dtype)
     return GuardModel(build_vision(checkpoint, grid, dtype=dtype), head, checkpoint.family, checkpoint.classes)

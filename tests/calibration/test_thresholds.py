@@ -179,7 +179,7 @@ def test_thresholds_do_not_outlive_the_file_they_were_fitted_on(bundle: Path, la
     stated = json.loads((bundle / "manifest.json").read_text())
     stated["files"][0] = other.model_dump(mode="json")
     (bundle / "manifest.json").write_text(json.dumps(stated))
-    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx were fitted on another file"):
+    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx were fitted on a different version"):
         Guard.open(bundle)
 
 

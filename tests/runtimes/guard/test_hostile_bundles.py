@@ -72,7 +72,7 @@ def test_classes_that_the_graph_does_not_have_are_refused_at_opening(tmp_path: P
     for file in (bare, four):
         manifest = manifest_of([file], classes=("safe", "a", "b", "c"))
         manifest.write(tmp_path)
-        with pytest.raises(BundleError, match="there are 4 classes, the output probs is of shape N x 3"):
+        with pytest.raises(BundleError, match="there are 4 classes, but the output probs has shape N x 3"):
             open_bundle(tmp_path)
         unchecked = Bundle(tmp_path, manifest, "")
         for runner in (OnnxRuntimeRunner(unchecked), OpenVinoRunner(unchecked)):

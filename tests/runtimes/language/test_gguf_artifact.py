@@ -75,7 +75,7 @@ def test_what_is_missing_or_altered_is_named(folder: Path) -> None:
         (lambda stated: stated["files"].pop(0), "one model and one mmproj"),
         (lambda stated: stated["files"][0].update(path="../model.f16.gguf"), "not a plain relative path"),
         (lambda stated: stated["heads"][0].update(file="other"), "is not listed among the files"),
-        (lambda stated: stated["heads"][0].update(widths=[256, 128, 3]), "ends in 3, there are 20 classes"),
+        (lambda stated: stated["heads"][0].update(widths=[256, 128, 3]), "has 3 outputs, but there are 20 classes"),
         (lambda stated: stated["heads"][0].update(kind="distilled"), "one exact head is needed"),
         (lambda stated: stated.update(probe=[0.0]), "at least 16"),
     ],

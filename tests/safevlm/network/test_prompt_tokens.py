@@ -43,7 +43,7 @@ def without_fast(content: bytes) -> Callable[[Path], None]:
     return edit
 
 
-NEWER = rf"tokenizer.json: tokenizers {version('tokenizers')}, which is installed here, cannot .*pip install --upgrade"
+NEWER = rf"tokenizer.json: the installed tokenizers {version('tokenizers')} cannot .*pip install --upgrade"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_shipped_tokenizers_fit(name: str) -> None:
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     tokenizer = load_tokenizer(folder)
-    with pytest.raises(CheckpointError, match=r"no token '<\|im_start\|>', which the prompt of this family holds"):
+    with pytest.raises(CheckpointError, match=r"no token '<\|im_start\|>', which this family's prompt contains"):
         check_tokenizer(tokenizer, folder, FAMILIES["qwen2_5_vl"].prompt, 896)
     with pytest.raises(CheckpointError, match=r"has token 895, but the embedding has 500 rows"):
         check_tokenizer(tokenizer, folder, FAMILIES["llava"].prompt, 500)
@@ -141,7 +141,7 @@ def test_ends_are_read_where_transformers_reads_them(
 def test_an_end_that_is_no_number_is_refused(value: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is .* a list of them is allowed"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is .* a list of token ids is allowed"):
         stated_ends(tmp_path)
 
 
