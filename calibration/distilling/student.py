@@ -150,8 +150,8 @@ def _train(
                     kept = {name: value.clone() for name, value in head.state_dict().items()}
     if not kept:
         raise InputError(
-            f"no head could be fitted ({pooling} pooling): its loss is NaN or infinite at every step. The projector's "
-            "features are too large for float32; check the checkpoint."
+            f"no head could be fitted ({pooling} pooling): the loss is NaN or infinite at every step, because the "
+            "projector's features are too large for float32. Check the checkpoint."
         )
     head.load_state_dict(kept)
     head.eval().requires_grad_(False)

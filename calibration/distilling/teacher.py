@@ -41,8 +41,8 @@ def check_tap(checkpoint: Checkpoint) -> None:
     """Raise InputError for a guard that taps the projector: it needs no teacher."""
     if checkpoint.tap.source != "language_model":
         raise InputError(
-            f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly; "
-            f"nothing has to be distilled. Use python -m export.onnx --model {checkpoint.name} --out DIR."
+            f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}), so it is split off exactly "
+            f"and needs no distilling. Run python -m export.onnx --model {checkpoint.name} --out DIR."
         )
 
 
@@ -72,7 +72,7 @@ def teach(
     with Activations(shapes, dtype, max_bytes) as hidden:
         batches = []
         for number, batch in enumerate(images):
-            report(f"vision tower, pictures {sum(shape[0] for shape in shapes[:number])} and on")
+            report(f"vision tower, from image {sum(shape[0] for shape in shapes[:number])}")
             features = stream.skeleton.image_features(batch.to(stream.device))
             for pooling, parts in pooled.items():
                 parts.append(pool(features, pooling).cpu())

@@ -59,7 +59,9 @@ def build_suite(part: str = "test", *, pairs: int = 1200, questions: int = 400, 
     Raises ValueError for a part that does not exist or fewer than 100 pairs.
     """
     if part not in PARTS or pairs < 100 or questions < 0:
-        raise ValueError(f"part {part!r} with {pairs} pairs: one of {PARTS} with at least 100 pairs is needed")
+        raise ValueError(
+            f"part {part!r} with {pairs} pairs is not possible; give one of {PARTS} and at least 100 pairs"
+        )
     safe = round(pairs * _SAFE_IMAGES / _PAIRS)
     unsafe = round(pairs * _UNSAFE_IMAGES / _PAIRS)
     labels = [0] * safe + [1 + i % 19 for i in range(unsafe)] + [0] * (-(-questions // 2))

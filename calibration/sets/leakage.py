@@ -85,8 +85,8 @@ class Leakage:
         samples = len({leak.sample for leak in self.leaks})
         return (
             f"{samples} of {self.checked} calibration samples belong to an evaluation suite ({shown}{more}). A model "
-            "calibrated on what it is judged by looks better than it is. Take them out, or give --allow-leakage: the "
-            "artifact then says so, and every report about it is ANOMALOUS."
+            "calibrated on its own test looks better than it is. Remove them, or give --allow-leakage: the artifact "
+            "then records it, and every report about it is ANOMALOUS."
         )
 
 
@@ -135,7 +135,7 @@ def find_leaks(
     ]
     suites = []
     for evaluation in evaluations:
-        report(f"looking for the samples in {evaluation.name}")
+        report(f"searching {evaluation.name} for the samples")
         pictures = _pictures(evaluation.samples)
         questions = _questions(evaluation.samples)
         suites.append(
@@ -166,11 +166,11 @@ def _in_suite(
     picture = sample.picture()
     match = None if picture is None else index.find(picture)
     if match is not None:
-        detail = f"its picture is {names[match.item]} of {suite} ({match.detail})"
+        detail = f"its image is {names[match.item]} of {suite} ({match.detail})"
         found.append(Leak(sample=sample.where, suite=suite, signal=match.signal, detail=detail))
     where = questions.get(normalised(sample.question))
     if where is not None:
-        detail = f"its question is that of {where} in {suite}"
+        detail = f"its question is the same as that of {where} in {suite}"
         found.append(Leak(sample=sample.where, suite=suite, signal="text", detail=detail))
     return found
 
@@ -200,7 +200,7 @@ def _questions(samples: Iterable[Sample]) -> dict[str, str]:
 def _opened(sample: Sample) -> Image.Image:
     picture = sample.picture()
     if picture is None:
-        raise InputError(f"{sample.where} has no picture")
+        raise InputError(f"{sample.where} has no image")
     return picture
 
 

@@ -87,13 +87,15 @@ class HubDataset:
             rows: Any = datasets.load_dataset(self.name, split=self.split, revision=self.revision, streaming=True)
         except hub_failures() as error:
             raise out_of_reach(error, self._wanted) or InputError(
-                f"{self}: the data set cannot be loaded ({error}). Check name, split ({self.split}) and network, or "
-                "give a folder."
+                f"{self}: the data set cannot be loaded ({error}). Check its name, its split ({self.split}) and the "
+                "network, or give a folder."
             ) from error
         for number, row in enumerate(self._streamed(rows)):
             picture = row.get("image")
             if not isinstance(picture, Image.Image):
-                raise InputError(f"{self}, row {number}: no picture in column 'image'; columns: {', '.join(row)}.")
+                raise InputError(
+                    f"{self}, row {number}: column 'image' holds no image. The columns are {', '.join(row)}."
+                )
             yield f"{self}#{number}", _open(picture, f"{self}#{number}")
 
     def _streamed(self, rows: Any) -> Iterator[Any]:
@@ -102,7 +104,7 @@ class HubDataset:
             yield from rows
         except hub_failures() as error:
             raise out_of_reach(error, self._wanted) or InputError(
-                f"{self}: reading broke off ({error}). Try again, or give a folder."
+                f"{self}: reading failed ({error}). Try again, or give a folder."
             ) from error
 
     @property
@@ -136,7 +138,7 @@ def picture_source(spec: str | Path) -> PictureSource:
     name, _, split = text.removeprefix(HUB).partition(":")
     name, _, revision = name.partition("@")
     if not name:
-        raise InputError(f"{text} names no data set; hub:owner/name[@revision][:split] is allowed.")
+        raise InputError(f"{text} is not a data set. Give hub:owner/name[@revision][:split].")
     return HubDataset(name=name, revision=revision or None, split=split or "train")
 
 
@@ -178,8 +180,8 @@ def load_pictures(source: PictureSource, preprocessing: Preprocessing) -> Pictur
             rgb.append(pixels)
     if len(unreadable) > UNREADABLE_SHARE * total or not rgb:
         raise InputError(
-            f"{source}: {len(unreadable)} of {total} pictures cannot be read ({shown(unreadable) or 'none given'}); at "
-            "most 1 % is passed over. Repair or remove them."
+            f"{source}: {len(unreadable)} of {total} images cannot be read ({shown(unreadable) or 'none given'}). At "
+            "most 1 % is skipped. Repair or remove them."
         )
     return Pictures(
         rgb=np.stack(rgb),

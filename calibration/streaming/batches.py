@@ -37,9 +37,13 @@ class TokenWeights:
 
     def __post_init__(self) -> None:
         if not 0 < self.image_share < 1:
-            raise InputError(f"--image-share {self.image_share}: a share above 0 and below 1 is allowed; 0.5 is usual.")
+            raise InputError(
+                f"--image-share {self.image_share} is not allowed. Give a number above 0 and below 1; 0.5 is usual."
+            )
         if not 0 < self.refusal_weight < float("inf"):
-            raise InputError(f"--refusal-weight {self.refusal_weight}: a number above 0 is allowed; 1 is usual.")
+            raise InputError(
+                f"--refusal-weight {self.refusal_weight} is not allowed. Give a number above 0; 1 is usual."
+            )
 
     def of(self, prefill: Prefill, refused: Tensor | None = None) -> Tensor:
         """Return the weight of each token of a batch, float32 T; ``refused`` B × L are tokens of refusals."""
@@ -103,7 +107,8 @@ def lay_out(
         if len(prompt) + len(said) > limit:
             raise InputError(
                 f"{sample.where}: {len(prompt) + len(said)} tokens with image and answer; the limit is {limit} "
-                f"({'the context of the model' if limit == stated else '--max-length'}). Shorten it or leave it out."
+                f"({'the context of the model' if limit == stated else '--max-length'}). Shorten the sample or leave "
+                "it out."
             )
         rows.append(
             Row(

@@ -111,7 +111,7 @@ class Running:
                 self.metrics.reloads.labels("failed").inc()
                 known = isinstance(error, SafeVLMError)
                 told = str(error) if known else type(error).__name__
-                _log.error("not reloaded, the old bundle, policy and keys stay: %s", told, exc_info=not known)
+                _log.error("reload failed; the old bundle, policy and keys stay in use: %s", told, exc_info=not known)
                 continue
             if gateway.clients is not None and self.gateway.clients is not None:
                 gateway.clients.go_on(self.gateway.clients)

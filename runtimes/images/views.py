@@ -101,5 +101,5 @@ def _views(source: ImageSource, where: str, max_pixels: int, formats: Collection
     if isinstance(source, Image.Image):
         return to_views(source, where=where)
     if not isinstance(source, (str, os.PathLike, bytes)):
-        raise ImageFileError(f"an image is a file's name, its bytes or an opened image, not {type(source).__name__}")
+        raise ImageFileError(f"an image must be a file name, bytes or an opened image, not {type(source).__name__}")
     return open_views(source if isinstance(source, bytes) else Path(source), max_pixels=max_pixels, formats=formats)

@@ -92,9 +92,11 @@ class LanguageRunner(Activated):
         self._check_active()
         self._check_picture(rgb)
         if embeddings is not None and not self.takes_embeddings:
-            raise InputError(f"runtime {self.runtime} takes no image embeddings: give the picture alone")
+            raise InputError(f"runtime {self.runtime} does not accept image embeddings; give only the image")
         if embeddings is not None and (embeddings.dtype != np.float32 or embeddings.ndim != 2):
-            raise InputError(f"image embeddings are float32 T x D, not {embeddings.dtype} {embeddings.shape}")
+            raise InputError(
+                f"image embeddings must be float32 of shape T x D, not {embeddings.dtype} {embeddings.shape}"
+            )
         with self._call():
             return self._prefill(np.ascontiguousarray(rgb), question, embeddings)
 
@@ -128,7 +130,9 @@ class LanguageRunner(Activated):
     def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
         """By default the whole answer is one piece, written greedily."""
         if writing.decoding != Decoding():
-            raise InputError(f"runtime {self.runtime} answers greedily: leave out temperature, top_p, seed and stop.")
+            raise InputError(
+                f"runtime {self.runtime} always takes the likeliest token. Leave out temperature, top_p, seed and stop."
+            )
         writing.ended = True
         yield self._generate(handle, max_new_tokens)
 
@@ -138,6 +142,6 @@ class LanguageRunner(Activated):
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not fits:
             wanted = "H x W" if size is None else f"{size.height} x {size.width}"
             raise InputError(
-                f"a language runner takes a uint8 picture of {wanted} x 3, not {rgb.dtype} of shape "
-                f"{' x '.join(map(str, rgb.shape))}: use Preprocessing.apply"
+                f"the image must be uint8 of shape {wanted} x 3, not {rgb.dtype} of shape "
+                f"{' x '.join(map(str, rgb.shape))}; use Preprocessing.apply"
             )

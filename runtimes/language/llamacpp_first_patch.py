@@ -74,8 +74,8 @@ class FirstPatch:
         rows = [self._rows.pop(name, None) for name in self._names]
         if any(row is None for row in rows):
             raise SafeVLMError(
-                "this llama.cpp does not compute LLaVA's tower as this file expects. Write it again with "
-                "python -m export.gguf and the llama-cpp-python that is installed here."
+                "the installed llama.cpp computes LLaVA's vision tower differently than this file expects. Write the "
+                "file again here, with python -m export.gguf."
             )
         into, into_bias, out, out_bias = self._weights
         hidden = into @ np.concatenate([row for row in rows if row is not None]) + into_bias

@@ -139,7 +139,7 @@ class GuardFile(Frozen):
     @model_validator(mode="after")
     def _check(self) -> GuardFile:
         if (self.kind == "engine") != (self.engine is not None):
-            raise ValueError(f"{self.path}: only a file of kind 'engine' may have 'engine'")
+            raise ValueError(f"{self.path}: 'engine' is for files of kind 'engine', which must have it")
         if self.kind == "onnx" and not self.path.endswith(".onnx"):  # by another ending, runtimes read another format
             raise ValueError(f"{self.path}: the name of a file of kind 'onnx' must end in .onnx")
         return self

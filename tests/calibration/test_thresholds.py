@@ -263,7 +263,7 @@ def test_the_command_says_what_tiles_cost(bundle: Path, large: Path) -> None:
     assert done.exit_code == 0
     cost = json.loads(done.stdout)["tile_cost"]["guard.fp32.onnx"]
     assert cost["tiled"] == 240 and cost["fpr_limits_of_whole"] >= cost["fpr_whole"]
-    assert "240 images were judged in tiles, too. Safe images blocked: " in done.stderr
-    assert "One band for all classes" in done.stderr
+    assert "240 images were also judged in tiles. Safe images blocked: " in done.stderr
+    assert "one band for all classes" in done.stderr
     (entry,) = json.loads(done.stdout)["thresholds"]
     assert entry["view"] == "tiles" and entry["per_class"] == {}

@@ -117,7 +117,7 @@ Part = Annotated[
     | Annotated[TextPart, Tag("<text>")]
     | Annotated[RefusalPart, Tag("<refusal>")]
     | Annotated[ImagePart, Tag("<image_url>")],
-    Discriminator(_kind_of_part, custom_error_type="part", custom_error_message="a part that is not taken"),
+    Discriminator(_kind_of_part, custom_error_type="part", custom_error_message="an unsupported part"),
 ]
 
 
@@ -232,7 +232,7 @@ class Message(Typed):
         other = () if self.role == "assistant" else (*self.ANSWERS, *self.BLOCKS)
         for key in (*other, *(() if self.role == "tool" else ("tool_call_id",))):
             if getattr(self, key):
-                raise PydanticCustomError("role_key", "not of this role", {"key": key, "role": self.role})
+                raise PydanticCustomError("role_key", "not allowed for this role", {"key": key, "role": self.role})
         if self.content is None and self.role not in ("assistant", "function"):
             raise PydanticCustomError("no_content", "content is missing", {"key": "content"})
         return self

@@ -261,7 +261,7 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         seconds = self.server_state.options.header_timeout
-        self.end_waiting(bad_request(f"the request did not come within {seconds:g} s.", code="timeout", status=408))
+        self.end_waiting(bad_request(f"the request did not arrive within {seconds:g} s.", code="timeout", status=408))
 
     def end_waiting(self, refusal: Refusal) -> None:
         """Close a connection without a request; who has sent half of one is told why."""
@@ -277,7 +277,9 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
-            self._refuse(overloaded(f"{self.server_state.limit} connections are open; try again in a second."))
+            self._refuse(
+                overloaded(f"{self.server_state.limit} connections are open, the maximum. Try again in a second.")
+            )
 
     def _look_again(self, since: float) -> None:
         """Look again when the client must have taken some, or when the answer's time is over."""
@@ -352,7 +354,7 @@ class _Parser(h11.Connection):
                 self._pieces += 1
                 self._bytes += len(event.data)
                 if self._pieces > FREE_CHUNKS + self._bytes // BYTES_A_CHUNK:
-                    raise h11.RemoteProtocolError("the body's pieces are too small")
+                    raise h11.RemoteProtocolError("the chunks of the body are too small")
         except h11.RemoteProtocolError as error:
             self.status = error.error_status_hint
             raise

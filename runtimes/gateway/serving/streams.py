@@ -116,7 +116,7 @@ async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:
 def failure(result: GateResult) -> Refusal:
     """Return what a client is told of a gate's error."""
     if result.busy:
-        return overloaded(f"{result.reason}; nothing was answered. Try again in a second.")
+        return overloaded(f"{result.reason}; the request was not answered. Try again in a second.")
     if result.error_in == "generate":
-        return upstream_error("the language model failed; the answer is not whole.")
-    return guard_error("the image could not be judged; nothing was answered.")
+        return upstream_error("the language model failed; the answer is incomplete.")
+    return guard_error("the image could not be judged, so the request was not answered.")

@@ -27,7 +27,7 @@ def upstream_address(url: str) -> httpx.URL:
         host = parsed.raw_host.decode("ascii")
         host.encode("idna")  # as the resolver does: no empty label, none of more than 63 letters
     except (httpx.InvalidURL, ValueError) as error:
-        raise InputError(f"--upstream is no URL ({error}); such as {EXAMPLE}.") from None
+        raise InputError(f"--upstream is not a URL ({error}). Give one such as {EXAMPLE}.") from None
     more = parsed.userinfo or parsed.query or parsed.fragment
     if parsed.scheme not in PORTS or not host or more or not 0 < _port(parsed) < 65536:
         raise InputError(

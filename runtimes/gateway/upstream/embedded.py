@@ -70,7 +70,7 @@ class Embedded:
         Raises Refusal, 503, when too many wait for the model.
         """
         if len(self._asking) >= WAITING:
-            raise overloaded(f"{WAITING} requests wait for the language model; try again in a second.")
+            raise overloaded(f"{WAITING} requests are waiting for the language model. Try again in a second.")
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told] = asyncio.Queue()
         gone = False

@@ -121,7 +121,7 @@ class HttpUpstream:
         """Return the upstream's whole answer. Raises Refusal for one that is none, and when it is down or slow."""
         found = await self._whole(await self._request(body, headers, None), headers)
         if found.status == httpx.codes.OK and not isinstance(found.body.get("choices"), list):
-            raise self._broken("what the upstream answered is no chat completion")
+            raise self._broken("the upstream's answer is not a chat completion")
         return found
 
     async def stream(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed | Events:
@@ -138,7 +138,7 @@ class HttpUpstream:
         finally:
             await sent.__aexit__(None, None, None)
         if found.status == httpx.codes.OK:
-            raise self._broken("the upstream answered a stream with no events")
+            raise self._broken("the upstream answered a streamed request without a stream")
         return found
 
     async def _whole(self, request: httpx.Request, headers: Mapping[str, str]) -> Passed:
@@ -192,7 +192,7 @@ class HttpUpstream:
                 found = await self._object(data)
                 error = stated_error(found, response.status_code, hidden)
                 yield b"data: " + data + b"\n\n" if error is None else event(error)
-            raise self._broken("the upstream's stream ended before its end was told")
+            raise self._broken("the upstream's stream ended before it was complete")
         except _TooLong:
             yield error_event(self._too_long())
         except asyncio.TimeoutError:
@@ -236,9 +236,9 @@ class HttpUpstream:
         try:
             found = await off_loop(len(content), lambda: _read_json(content))
         except (ValueError, RecursionError):
-            raise self._broken("what the upstream answered is not JSON") from None
+            raise self._broken("the upstream's answer is not JSON") from None
         if not isinstance(found, dict):
-            raise self._broken("what the upstream answered is no JSON object")
+            raise self._broken("the upstream's answer is not a JSON object")
         return found
 
     def _too_long(self) -> Refusal:
@@ -303,7 +303,7 @@ class _Sent:
             raise upstream._failed(error) from None
         if self._response.is_redirect:
             await self._response.aclose()
-            raise upstream._broken("the upstream redirects, which is not followed")
+            raise upstream._broken("the upstream answered with a redirect, which is not followed")
         return self._response
 
     async def __aexit__(self, *_: object) -> None:

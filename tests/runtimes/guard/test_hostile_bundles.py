@@ -141,7 +141,7 @@ def rgb_as_weight(model: onnx.ModelProto) -> None:
         (with_node("Loop", ""), "needs the operators 'Loop'"),
         (with_node("RandomNormalLike", ""), "needs the operators 'RandomNormalLike'"),
         (fixed_batch, "not those that the manifest states"),
-        (rgb_as_weight, "the input is rgb"),
+        (rgb_as_weight, "the input must be rgb"),
     ],
 )
 def test_a_graph_that_loads_or_runs_something_else_is_refused(spoil: Spoil, message: str, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_what_is_missing_or_altered_is_named(folder: Path) -> None:
     with (folder / "model.f16.gguf").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    with pytest.raises(BundleError, match="is not the language model that belongs here: it has SHA-256"):
+    with pytest.raises(BundleError, match="is not the language model of this folder: it has SHA-256"):
         open_gguf(folder)
     open_gguf(folder, verify=False)
     (folder / "gguf.json").unlink()

@@ -122,7 +122,7 @@ def test_what_a_writer_states_is_checked_where_it_is_made(tmp_path: Path) -> Non
         fitted(onnx_file(tmp_path), 0.2, 0.7)
     with pytest.raises(ValidationError, match="batch sizes must rise"):
         engine_file(tmp_path, min_batch=3)
-    with pytest.raises(ValidationError, match="'engine' describes"):
+    with pytest.raises(ValidationError, match="'engine' is for files of kind"):
         listed(tmp_path, "a.plan", b"", kind="engine", precision="fp16")
     with pytest.raises(ValidationError, match="classes that do not exist: gun"):
         gun = {"gun": Band(block=0.1, allow=0.1, n_unsafe=40)}

@@ -233,15 +233,18 @@ ONE_ROW = packed(np.asarray(SHOWN), 8)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (bmp(b"\2\1\0\0\4\3\0\1", 4, 2, 8, compression=1, palette=PALETTE), "leave pixels out"),
-        (bmp(b"\2\1\0\2\2\0\0\0\4\3\0\1", 4, 2, 8, compression=1, palette=PALETTE), "leave pixels out"),
+        (bmp(b"\2\1\0\0\4\3\0\1", 4, 2, 8, compression=1, palette=PALETTE), "skip pixels"),
+        (bmp(b"\2\1\0\2\2\0\0\0\4\3\0\1", 4, 2, 8, compression=1, palette=PALETTE), "skip pixels"),
         (b"P5 2 1 255\nab" * 2, "several images"),
         (b"P6 2 1 65535\n" + bytes(12) + b"\nP6 2 1 255\n" + bytes(6), "several images"),
         (b"P4 9 1\nab" * 2, "several images"),
         (b"P2 2 1 255\n1 2\n" * 2, "several images"),
-        (b"P2 2 1 9\n1 2\n", "go to 9"),
+        (b"P2 2 1 9\n1 2\n", "go up to 9"),
         (png(WIDTH, HEIGHT, 8, 2, ONE_ROW, (b"cICP", bytes((9, 16, 0, 1)))), "HDR"),
-        (png(WIDTH, HEIGHT, 8, 2, ONE_ROW, *[(b"gAMA", struct.pack(">I", value)) for value in (45_455, 1)]), "twice"),
+        (
+            png(WIDTH, HEIGHT, 8, 2, ONE_ROW, *[(b"gAMA", struct.pack(">I", value)) for value in (45_455, 1)]),
+            "two gAMA",
+        ),
         (
             png(WIDTH, HEIGHT, 8, 2, ONE_ROW, (b"cHRM", struct.pack(">8I", *[31_270, 32_900, 30_000, 60_000] * 2))),
             "cHRM",
@@ -251,7 +254,7 @@ ONE_ROW = packed(np.asarray(SHOWN), 8)
     ],
 )
 def test_a_file_whose_other_image_cannot_be_told_is_refused_and_still_opens(content: bytes, reason: str) -> None:
-    with pytest.raises(ImageFileError, match=rf"may show it differently of it: .*{reason}.*plain 8-bit RGB PNG"):
+    with pytest.raises(ImageFileError, match=rf"may show it differently: .*{reason}.*plain 8-bit RGB PNG"):
         seen(content)
     assert open_image(content).mode == "RGB"
 

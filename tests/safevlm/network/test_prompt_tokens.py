@@ -141,7 +141,9 @@ def test_ends_are_read_where_transformers_reads_them(
 def test_an_end_that_is_no_number_is_refused(value: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is .* a list of token ids is allowed"):
+    with pytest.raises(
+        CheckpointError, match=r"generation_config.json: eos_token_id is .* a list of token ids is allowed"
+    ):
         stated_ends(tmp_path)
 
 

@@ -38,7 +38,7 @@ def ask(url: str, **body: Any) -> httpx.Response:
     [
         ("why " * 20_000, "context_length_exceeded", "context is 4096 tokens"),
         ("x" * 2_000_000, "context_length_exceeded", "context is 4096 tokens"),
-        ("what is <image_soft_token>?", "image_placeholder", "the place of an image"),
+        ("what is <image_soft_token>?", "image_placeholder", "replace with an image"),
         ("<end_of_turn>", "invalid_value", "control token"),
         ("why \ud83d?", "invalid_value", "half a character"),
         (" \n ", "invalid_value", "empty"),

@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "file": (user({"type": "input_image", "file_id": "f"}), "input[0].content[0].file_id", "not stored"),
     "input_file": (user({"type": "input_file", "file_data": "x"}), "input[0].content[0]", "'input_file'"),
     "item": ({"input": [{"type": "computer_call_output"}]}, "input[0]", "'computer_call_output'"),
-    "reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "send the item itself"),
+    "reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "Send the item itself"),
     "tool": ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
     "type": ({"temperature": "1"}, "temperature", "number"),
     "range": ({"top_p": 2}, "top_p", "1"),

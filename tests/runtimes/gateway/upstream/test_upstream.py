@@ -228,7 +228,7 @@ def stalling(handler: Any, _: Any) -> None:
 
 
 STREAMS = {
-    "dies midway": (events(piece("The ")), "ended before its end"),
+    "dies midway": (events(piece("The ")), "ended before it was complete"),
     "garbage": (events(piece("The "), b"<html>"), "not JSON"),
     "no events": (events(piece("The "), end=b"what is this\n\n"), "something other than events"),
     "stalls": (stalling, "in time"),

@@ -69,7 +69,11 @@ GEMMA_ROPE = {
     ("family", "text", "told"),
     [
         ("llava", {"rope_parameters": LLAMA_ROPE}, r"rope_parameters = .* transformers 4\.57 .* does not read"),
-        ("llava", {"rope_scaling": LLAMA_ROPE}, r"rope_scaling.rope_theta = 500.0, .* the keys that it reads give 10000.0"),
+        (
+            "llava",
+            {"rope_scaling": LLAMA_ROPE},
+            r"rope_scaling.rope_theta = 500.0, .* the keys that it reads give 10000.0",
+        ),
         ("gemma3", {"rope_theta": 123.0, "rope_parameters": GEMMA_ROPE}, "rope_parameters = .* does not read"),
         ("gemma3", {"sliding_window": 3}, "sliding_window = 3, less than the 4 tokens of an image"),
         ("gemma3", {"rope_parameters": LLAMA_ROPE}, "an object in full_attention and sliding_attention is allowed"),
