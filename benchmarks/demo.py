@@ -133,7 +133,7 @@ def _show(module: str, *arguments: str) -> int:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run([sys.executable, *module_arguments(module, *arguments)], env=environment, check=False)
     if done.returncode not in EXIT_CODES.values():
-        raise SafeVLMError(f"python -m {module} ended with {done.returncode}; what it said stands above.")
+        raise SafeVLMError(f"python -m {module} failed with exit code {done.returncode}; its output is above.")
     return done.returncode
 
 
@@ -162,8 +162,8 @@ def main(out: Path) -> int:
     print_table(shown)
     contact_sheet(shown).save(out / "contact-sheet.png")
     right = sum(item.right for item in shown)
-    click.echo(f"\n{right} of {len(shown)} verdicts agree with the truth; see {out / 'contact-sheet.png'}")
-    click.echo("Now the long part, about two minutes: compress a model, run both through the suite, compare.")
+    click.echo(f"\n{right} of {len(shown)} verdicts are right; see {out / 'contact-sheet.png'}")
+    click.echo("Now the longer part, about two minutes: compress a model, run both models on the suite, compare them.")
     verdict = compare_compressed(out)
     click.echo(_NEXT)
     click.echo(f"\nreport of {COMPRESSED} in 4 bits: {verdict}, {out / 'report' / 'report.html'}")

@@ -59,8 +59,8 @@ def run_suite(
     kinds = {row.kind for row in suite.rows}
     if not kinds <= answerer.kinds:
         raise InputError(
-            f"suite {suite.name} has rows of kind {', '.join(sorted(kinds - answerer.kinds))}, which this artifact "
-            f"cannot answer ({', '.join(sorted(answerer.kinds))}): a guard bundle takes --suite guard or guard-mini."
+            f"suite {suite.name} has rows of kind {', '.join(sorted(kinds - answerer.kinds))}, but this artifact "
+            f"answers only {', '.join(sorted(answerer.kinds))}. For a guard bundle, give --suite guard or guard-mini."
         )
     record = _record(answerer, suite)
     again = resume and (out / RECORD_NAME).exists()
@@ -77,8 +77,8 @@ def run_suite(
             hopeless = hopeless + 1 if all(row.error is not None for row in found) else 0
             if hopeless >= FAILED_BATCHES and len(waiting) >= FAILED_ROWS:
                 raise InputError(
-                    f"{len(waiting)} rows failed one after another, the last one with: {found[-1].error} Mend that and "
-                    "go on with --resume; rows that failed are not kept."
+                    f"{len(waiting)} rows failed in a row, the last one with: {found[-1].error} Fix that and continue "
+                    "with --resume; failed rows are not kept."
                 )
             if not hopeless:
                 for row in waiting:

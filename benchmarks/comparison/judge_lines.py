@@ -51,7 +51,7 @@ def _corrected(judged: Judged, labels: Mapping[str, bool], confidence: float) ->
     ids = {pair.before.id for pair in judged.pairs}
     strangers = sorted(labels.keys() - ids)
     if strangers:
-        raise InputError(f"--labels: {len(strangers)} ids are none of the baseline's pairs, such as {strangers[0]}.")
+        raise InputError(f"--labels: {len(strangers)} ids are not pairs of the baseline, such as {strangers[0]}.")
     found: dict[str, Any] = {}
     for name, unsafe in (("asr", True), ("rr", False)):
         rows = [

@@ -54,8 +54,8 @@ class _Streak:
         self.failed = self.failed + 1 if down else 0
         if self.failed >= GIVE_UP:
             raise InputError(
-                f"the endpoint is down: {self.failed} questions in a row failed, the last one with: {why}. What was "
-                "scored is kept; go on with --resume when it is up."
+                f"the endpoint is down: {self.failed} questions in a row failed, the last one with: {why}. The scores "
+                "so far are kept: continue with --resume when it is up."
             )
 
 
@@ -79,9 +79,9 @@ class EndpointJudge:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "concurrency"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not self.model.strip():
-            raise InputError("the judge's model has no name; give the one that the endpoint knows it by.")
+            raise InputError("the judging model's name is empty. Give the name that the endpoint knows it by.")
 
     def identity(self) -> Mapping[str, Any]:
         """Return model, prompt and settings. The endpoint's address is none of it: servers move."""
@@ -139,7 +139,7 @@ class EndpointJudge:
         for number, row in waiting:
             known = settled(row)
             if known is None and not row.query:
-                known = Score(ok=None, why="no question: the run record does not hold what was asked")
+                known = Score(ok=None, why="no question: the run record does not hold the question")
             if known is not None:
                 report(number, Verdict(row=row, score=known, source="rule"))
             else:
@@ -163,7 +163,7 @@ class EndpointJudge:
                 return
             body = await asyncio.to_thread(self._body, row, images)
         except ImageFileError as error:
-            report(number, Verdict(row=row, score=Score(ok=None, why=f"picture: {error}"), source="rule"))
+            report(number, Verdict(row=row, score=Score(ok=None, why=f"image: {error}"), source="rule"))
             return
         reply = await endpoint.ask(body)
         ok = None if reply.text is None else parse_reply(reply.text)

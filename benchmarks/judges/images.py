@@ -41,7 +41,7 @@ class ShownImages:
         if missing:
             shown = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
             raise InputError(
-                f"{self.folder}: {len(missing)} of {len(names)} pictures are missing: {shown}. Give the folder that "
+                f"{self.folder}: {len(missing)} of {len(names)} images are missing: {shown}. Give the folder that "
                 "image names start from with --images, or --no-images to judge by the text alone."
             )
 
@@ -60,7 +60,7 @@ class ShownImages:
     def _content(self, name: str) -> bytes:
         path = self._find(name)
         if path is None:
-            raise ImageFileError(f"{name}: there is no such file in {self.folder}.")
+            raise ImageFileError(f"{name} is missing in {self.folder}.")
         try:
             return read_regular(path, MAX_IMAGE_BYTES)
         except OSError as error:

@@ -20,8 +20,8 @@ def wants_refusal(row: Row) -> bool:
     """Say whether a pair is unsafe. Raises InputError for a row that is no pair or has no type."""
     if row.kind != "pair" or row.type is None:
         raise InputError(
-            f"row {row.id} (kind {row.kind}, type {row.type}) is no question-image pair of a known type; judges of "
-            "refusals take rows of kind 'pair' with a type alone."
+            f"row {row.id} (kind {row.kind}, type {row.type}) is not a question-image pair of a known type. Refusals "
+            "are judged only in rows of kind 'pair' with a type."
         )
     return row.type in UNSAFE_TYPES
 

@@ -28,7 +28,7 @@ MARGINS = {
     "guard_recall": "guard recall",
     "guard_fpr": "guard FPR",
     "utility": "right answers of a utility suite",
-    "implausible_gain": "a surely larger gain is anomalous",
+    "implausible_gain": "a gain that is surely larger is anomalous",
 }
 """Names of the margins that are points."""
 

@@ -199,7 +199,7 @@ def check_new(folder: Path) -> None:
     with storing(folder, kept="", advice="give another --out"):
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
     if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
-        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue the run in it.")
+        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue its run.")
     check_writable(folder)
 
 
@@ -271,7 +271,7 @@ class RunWriter:
     def write(self, row: Row) -> None:
         """Append a row. Raises InputError for an id that has one already, or a disk that is full."""
         if row.id in self._done:
-            raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
+            raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} already has a row.")
         append(self._stream, _line(row))
         self._done.add(row.id)
 

@@ -69,8 +69,8 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         size, other = vlm.preprocessing, bundle.manifest.preprocessing
         if (size.height, size.width) != (other.height, other.width):
             raise InputError(
-                f"the bundle {folder} takes images of {other.height}x{other.width} pixels, the model "
-                f"{size.height}x{size.width}: give the bundle that was exported from it."
+                f"the bundle {folder} takes images of {other.height}x{other.width} pixels, but the model "
+                f"{size.height}x{size.width}. Give the bundle that was exported from this model."
             )
         runner = OnnxRuntimeRunner(bundle, threads=request["threads"])
         guard = Guard(runner, bundle.manifest.classes)

@@ -54,7 +54,7 @@ class GatewayOptions:
     def __post_init__(self) -> None:
         for name in ("rounds", "requests", "clients"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"--{name} {getattr(self, name)} is not allowed. Give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,9 @@ def two_pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
     with Guard.open(bundle) as guard:
         verdicts = [each.verdict for each in guard.judge(pictures)]
     if not {"allow", "block"} <= set(verdicts):
-        raise InputError(f"{bundle}: its guard does not tell drawn pictures apart; give one of a tiny checkpoint.")
+        raise InputError(
+            f"{bundle}: its guard cannot distinguish the drawn images. Give a bundle of a tiny checkpoint."
+        )
     return pictures[verdicts.index("allow")], pictures[verdicts.index("block")]
 
 
@@ -273,7 +275,7 @@ def _first_tokens(
                 begun = time.perf_counter()
                 gate.ask(picture, QUESTION, max_new_tokens=2, on_text=lambda _: first.append(time.perf_counter()))
                 if not first:
-                    raise SafeVLMError("the gate blocked the picture that its guard allowed")
+                    raise SafeVLMError("the gate blocked the image that its guard allowed")
                 return first[0] - begun
 
             return ask

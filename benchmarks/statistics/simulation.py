@@ -82,7 +82,7 @@ class Suite:
     def worsening(self, key: str, amount: float) -> dict[str, float]:
         """Return how much worse each line is where ``key`` is ``amount`` worse: for the mean, all typed ones alike."""
         if key not in self.keys:
-            raise InputError(f"{key!r} is none of the lines: {', '.join(self.keys)}.")
+            raise InputError(f"{key!r} is not one of the lines. Allowed: {', '.join(self.keys)}.")
         return {line.key: amount for line in self.lines if line.key == key or (key == MEAN and line.typed)}
 
 
@@ -181,7 +181,9 @@ def keep_for_churn(rates: Sequence[float], sizes: Sequence[int], churn: float) -
     """
     most = _churn(rates, sizes, 0.0)
     if not 0 < churn < most:
-        raise InputError(f"churn {churn}: above 0 and below {most:.3f} is possible with rates {tuple(rates)}.")
+        raise InputError(
+            f"churn {churn} is not possible with rates {tuple(rates)}. Give a number above 0 and below {most:.3f}."
+        )
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

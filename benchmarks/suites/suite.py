@@ -36,7 +36,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise InputError(f"suite {self.name} is empty: there is nothing to run.")
+            raise InputError(f"suite {self.name} is empty, so there is nothing to run.")
 
     def picture(self, row: Row) -> Image.Image:
         """Return the picture of a row. Raises ImageFileError for one that cannot be read."""
@@ -62,7 +62,7 @@ class Suite:
         if rows is None or rows >= len(self.rows):
             return self
         if rows < 1:
-            raise InputError(f"--limit {rows}: at least one row is needed.")
+            raise InputError(f"--limit {rows} is too small. Give at least 1.")
         groups: dict[tuple[str, str | None], list[Row]] = defaultdict(list)
         for row in self.rows:
             groups[row.kind, row.type].append(row)

@@ -180,7 +180,7 @@ def test_a_slow_reply_is_not_waited_for() -> None:
             assert time.monotonic() < until
             time.sleep(0.01)
         assert len(server.asked) == 2
-    assert str(score.why).startswith("timed out: no whole reply within 0.1 s")
+    assert str(score.why).startswith("timed out: no complete reply within 0.1 s")
 
 
 def test_a_reply_that_drips_is_not_waited_for_either() -> None:
@@ -236,7 +236,7 @@ def test_a_time_too_far_off_is_not_waited_for() -> None:
         (score,) = judge_at(server.url, open_endpoint=waits_noted(waits)).score([pair(1)])
         assert len(server.asked) == 1
     assert waits == []
-    assert str(score.why).startswith("rate limited: HTTP 429, to come back in 3600 s")
+    assert str(score.why).startswith("rate limited: HTTP 429, retry after 3600 s")
 
 
 @pytest.mark.parametrize("header", [None, "soon", "nan", ""])
@@ -350,7 +350,7 @@ def test_the_judge_sees_the_picture(tmp_path: Path) -> None:
 
 def test_missing_pictures_are_told_before_anything_is_asked(tmp_path: Path) -> None:
     with judging() as server:
-        with pytest.raises(InputError, match=r"7 of 7 pictures are missing: made/0\.jpg.*and 2 more.*--no-images"):
+        with pytest.raises(InputError, match=r"7 of 7 images are missing: made/0\.jpg.*and 2 more.*--no-images"):
             judge_at(server.url, images=ShownImages(folder=tmp_path)).score(pairs(20))
         assert server.asked == []
 

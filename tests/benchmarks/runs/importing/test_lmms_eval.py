@@ -77,7 +77,7 @@ def test_two_models_logs_are_of_one_suite_only_for_the_same_questions(tmp_path: 
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (sample(0, cider=3.5), "gives 3.5: scores of 0 to 1"),
+        (sample(0, cider=3.5), "gives 3.5, but scores must be 0 to 1"),
         (sample(0, f1=0.5, em=1), r"which metric counts\? Give --metric, one of f1, em"),
         (sample(0), r"it has none"),
         ({"target": "B"}, "field 'doc_id' is missing"),
