@@ -23,7 +23,7 @@ from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.errors import ImageFileError, InputError
 from safevlm.machine import machine_name, now
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import (
     device_option,
     grid_option,
@@ -223,7 +223,8 @@ def _print(record: RunRecord, out: Path, as_json: bool) -> None:
     )
     if failed:
         click.echo(printable(f"first failure: {failed[0].id}: {failed[0].error}"))
-    click.echo(printable(f"next: python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT"))
+    command = f"python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT"
+    click.echo(printable(as_started(f"next: {command}")))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from safevlm.files.storage import check_writable
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.pooling import POOLINGS, Pooling
 from safevlm.network.reference import guard_sha256
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
@@ -328,7 +328,7 @@ def main(
         click.echo(json.dumps({"guard": str(out), "sha256": head.sha256, "fidelity": head.fidelity}, indent=2))
         return
     click.echo(printable("\n".join([f"{out}: guard head of {checkpoint.name}", *describe(head)])))
-    click.echo(printable(f"next: python -m export.onnx --model {model} --guard {out} --out DIR"))
+    click.echo(printable(as_started(f"next: python -m export.onnx --model {model} --guard {out} --out DIR")))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Manifest, Thresholds
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import BundleError, InputError
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import json_option
 
 __all__ = ["Fitted", "fit_bundle"]
@@ -271,7 +271,7 @@ def main(
         opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, view=view, watch=_watch
     )
     for line in _notes(read, fitted, bundle, per_class=per_class):
-        click.echo(printable(line), err=True)
+        click.echo(printable(as_started(line)), err=True)
     if as_json:
         stated = fitted.manifest.model_dump(mode="json")["thresholds"]
         cost = {path: asdict(each) for path, each in fitted.tile_cost.items()}

@@ -207,7 +207,7 @@ def stand_in_manifest(folder: Path, copy: Path, name: str) -> Path:
 
 def test_what_cannot_be_run_is_told(tmp_path: Path, suite: Suite) -> None:
     request: dict[str, Any] = {"max_new_tokens": 8}
-    with pytest.raises(InputError, match="nothing to run. Give --model"):
+    with pytest.raises(InputError, match=r"nothing to run\. Give --model"):
         open_answerer(Request(**request), CLASSES)
     with pytest.raises(InputError, match="--server needs --model"):
         open_answerer(Request(**request, server="http://127.0.0.1:1/v1"), CLASSES)

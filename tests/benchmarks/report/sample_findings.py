@@ -265,8 +265,8 @@ def _decided(made: Line) -> Line:
     verdict: Verdict = "PASS" if upper < made.margin else "REGRESSION" if worsening > 2 * width else "INCONCLUSIVE"
     reason = {
         "PASS": f"At most {100 * upper:.2f} points worse; {100 * made.margin:g} points are allowed.",
-        "REGRESSION": f"Worse by {100 * worsening:.2f} points, more than chance, and not shown to lie within "
-        f"{100 * made.margin:g} points.",
+        "REGRESSION": f"Worse by {100 * worsening:.2f} points, more than chance, and not shown to be within the "
+        f"margin of {100 * made.margin:g}.",
         "INCONCLUSIVE": f"It may be up to {100 * upper:.2f} points worse; {100 * made.margin:g} points are allowed.",
     }[verdict]
     p = {"PASS": 0.61, "REGRESSION": 0.0000021, "INCONCLUSIVE": 0.043}[verdict]

@@ -388,7 +388,7 @@ def test_measuring_process_loads_no_torch() -> None:
             r"--precision int3 is not allowed. Give one or more of fp32, fp16, int8",
         ),
         ("--shape SafeGem-12B --precision int8", r"--precision int8: INT8 files and peers are made from fp32"),
-        ("--shape SafeGem-12B --peers --peers-python /no/such", r"/no/such: there is no such file\. make peers"),
+        ("--shape SafeGem-12B --peers --peers-python /no/such", r"/no/such: there is no such file\. Run make peers"),
         ("--shape SafeGem-12B --rounds 0", r"--rounds 0 is not allowed. Give at least 1"),
         ("--shape SafeGem-12B --seconds nan", r"--seconds nan is not allowed. Give a time above 0"),
         ("--shape SafeLLaVA-7B --layers 24", r"--layers 24: .*reads 23 layers.*1 to 23 can be kept"),

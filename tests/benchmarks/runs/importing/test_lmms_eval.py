@@ -78,7 +78,7 @@ def test_two_models_logs_are_of_one_suite_only_for_the_same_questions(tmp_path: 
     ("row", "told"),
     [
         (sample(0, cider=3.5), "gives 3.5, but scores must be 0 to 1"),
-        (sample(0, f1=0.5, em=1), r"which metric counts\? Give --metric, one of f1, em"),
+        (sample(0, f1=0.5, em=1), r"the metric is not clear\. Give --metric, one of f1, em"),
         (sample(0), r"it has none"),
         ({"target": "B"}, "field 'doc_id' is missing"),
         (sample(0, exact_match=float("nan")), "gives nan"),
