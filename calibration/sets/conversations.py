@@ -182,9 +182,7 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[str, str | None, str | 
     if len(shapes) != 1:
         found = f"both {' and '.join(shapes)}" if shapes else f"none of {', '.join(SHAPES)}"
         filled = ", ".join(map(str, row)) or "nothing"
-        raise InputError(
-            f"{where}: the row has {found}; it must have exactly one of them. Its fields are {filled[:120]}."
-        )
+        raise InputError(f"{where}: the row has {found}; it must have exactly one of them. It has {filled[:120]}.")
     turns, system = _turns(row, shapes[0], where)
     if not turns or turns[0].role != "user":
         raise InputError(f"{where}: the conversation must begin with a user turn, the question.")
