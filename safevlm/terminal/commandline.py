@@ -73,10 +73,11 @@ def as_started(text: str, command: click.Command | None = None) -> str:
     """Return a text with the commands in it written as this process was started.
 
     ``python -m export.trt`` becomes ``safevlm export trt`` under ``safevlm``, and ``python -m safevlm export trt``
-    under ``python -m safevlm``. ``command`` is what was run; by default, the command that is running.
+    under ``python -m safevlm``. ``command`` is what was run; by default, the command that is running, if one is.
     """
-    root = click.get_current_context().find_root().command if command is None else command
-    if root.name != PROGRAM:
+    context = click.get_current_context(silent=True)
+    root = context.find_root().command if command is None and context is not None else command
+    if root is None or root.name != PROGRAM:
         return text
     return COMMAND.sub(lambda found: " ".join([_start(root), *_words(found[1])]), text)
 
