@@ -49,6 +49,6 @@ def _json(findings: Findings) -> bytes:
     bad = next(not_numbers(content, "findings"), None)
     if bad is not None:
         raise SafeVLMError(
-            f"{bad} is no number, so no report was written: please report this with the two run records."
+            f"{bad} is not a number, so no report was written. Please report this with the two run records."
         )
     return strict_json(content)

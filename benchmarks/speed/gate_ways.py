@@ -112,7 +112,7 @@ def _scratch_guard(subject: Subject) -> GuardModel:
 def _origin(subject: Subject, vlm: SafeVLM) -> str:
     if not subject.random and vlm.tap_source == "projector":
         return "the checkpoint's own"
-    return "stands in: one of the same size on the projector"
+    return "a stand-in of the same size on the projector"
 
 
 def _ways(vlm: SafeVLM, guard: Guard, tokens: int, seed: int, held: ExitStack) -> dict[tuple[str, str], Call]:
