@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.judge --run RUN --endpoint URL --judge-model NAME --no-images``
 
-Scores go into each run's own folder (:mod:`benchmarks.judges.stored`) as they come; a killed command goes on with
-``--resume``, which also tries again what stayed unscored. The same question is never asked twice: answers are cached by
+Scores go into each run's own folder (:mod:`benchmarks.judges.stored`) as they come; an interrupted command is resumed
+with ``--resume``, which also retries unscored pairs. The same question is never asked twice: answers are cached by
 content.
 """
 
@@ -62,9 +62,9 @@ class JudgedRun:
 def judge_run(
     judge: EndpointJudge, writer: ScoreWriter, *, report: Callable[[int], None] = lambda _: None
 ) -> JudgedRun:
-    """Judge the pairs that ``writer``, entered already, has no score of; ``report`` is told how many more are done.
+    """Judge the pairs that ``writer``, already entered, has no score of.
 
-    Raises those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
+    ``report`` gets the number of pairs done since its last call. Raises those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
     """
     scored: Counter[str] = Counter()
     unscored: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """Run an artifact through a suite: ``python -m benchmarks.run --model M --suite holisafe-mini --out RUN``.
 
-Rows are answered in batches that depend on the suite alone, greedily, and written as they are answered: a run that was
-killed goes on with ``--resume``, from the same batches, and ends with the rows that it would have had.
+Rows are answered in batches that depend on the suite alone, greedily, and written as they are answered: an interrupted
+run is resumed with ``--resume``, in the same batches, and ends with the same rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from safevlm.version import VERSION
 __all__ = ["batches", "run_suite"]
 
 FAILED_BATCHES, FAILED_ROWS = 3, 12
-"""So many batches that fail whole, one after another, and so many rows in them: then nothing will come of the rest."""
+"""Batches in a row that fail completely, and the rows in them, after which a run gives up."""
 
 
 def run_suite(
@@ -48,10 +48,9 @@ def run_suite(
     resume: bool = False,
     report: Callable[[int], None] = lambda _: None,
 ) -> RunRecord:
-    """Answer every row of a suite into the run record ``out``; ``answerer`` is entered already.
-
-    With ``resume`` a record that was begun in ``out`` is gone on with, rows that failed are tried again, and one that
-    is not there is begun. ``report`` is told how many more rows are done.
+    """Answer every row of a suite into the run record ``out``; ``answerer`` is already entered. With ``resume``, an
+    unfinished record in ``out`` is resumed and its failed rows are retried; a missing one is begun. ``report`` gets the
+    number of rows done since its last call.
 
     Raises InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
     after another fails, and those of :class:`RunWriter`.

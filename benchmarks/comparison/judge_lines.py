@@ -19,9 +19,8 @@ __all__ = ["summarise_judges"]
 def summarise_judges(
     judged: Sequence[Judged], identities: Sequence[Mapping[str, Any]], labels: Path | None, confidence: float
 ) -> tuple[JudgeSummary, ...]:
-    """Return one summary a judge; the first is whom the others are compared with.
-
-    ``labels`` are people's words on the baseline's answers: with them each judge's rates are corrected for its errors.
+    """Return one summary a judge; the others are compared with the first. ``labels`` are human labels of the baseline's
+    answers; with them, each judge's rates are corrected for its errors.
     """
     told = None if labels is None else read_labels(labels)
     found = []

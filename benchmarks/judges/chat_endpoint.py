@@ -1,7 +1,7 @@
 """One question to an OpenAI-compatible server: ``POST {base}/chat/completions``, with patience and a bound on it all.
 
 What can go wrong is a :class:`Reply` that says why, never an exception, but for a refused key: nothing would come of
-any other question. The key is sent, and stands nowhere else: not in messages, not in logs, not in files.
+any other question. The key is only sent; it is never in messages, logs or files.
 
 httpx and not the openai client, whose retries do not bound a reply's bytes or the time of a whole try, and whose errors
 quote what a server sends, which may be the key.
@@ -43,7 +43,7 @@ class Patience:
 
     tries: int = 5
     timeout: float = 60.0
-    """For one try, from the first byte sent to the last received."""
+    """Time limit of one try, from the first byte sent to the last received."""
     base: float = 1.0
     longest: float = 60.0
 
@@ -263,7 +263,7 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _message(content: bytes) -> str:
-    """Return what a server says went wrong: OpenAI's ``error.message``, FastAPI's ``detail``, else the body's start."""
+    """Return a server's error: OpenAI's ``error.message``, FastAPI's ``detail``, otherwise the body's start."""
     text = content.decode("utf-8", "replace")
     try:
         found: Any = json.loads(text)

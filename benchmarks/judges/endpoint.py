@@ -29,7 +29,7 @@ from safevlm.errors import ImageFileError, InputError
 __all__ = ["EndpointJudge", "Source", "Verdict"]
 
 GIVE_UP = 12
-"""So many questions in a row that the server itself fails, each after all its tries: it is down."""
+"""Questions in a row that the server itself fails, each after all its tries, until it counts as down."""
 Source = Literal["rule", "cache", "endpoint"]
 
 
@@ -84,7 +84,7 @@ class EndpointJudge:
             raise InputError("the judging model's name is empty. Give the name that the endpoint knows it by.")
 
     def identity(self) -> Mapping[str, Any]:
-        """Return model, prompt and settings. The endpoint's address is none of it: servers move."""
+        """Return model, prompt and settings. The endpoint's address is left out, because servers move."""
         return {
             "judge": "language model",
             "model": self.model,
@@ -108,10 +108,9 @@ class EndpointJudge:
             self.images.check(rows)
 
     def judge(self, rows: Sequence[Row], report: Callable[[int, Verdict], None]) -> None:
-        """Score pairs, ``concurrency`` at once; ``report`` is told row number and verdict as they come, out of order.
-
-        Raises InputError for a row that is no pair, a picture that is not there, a refused key, a server that is down,
-        a cache that cannot be used. What was reported before stands.
+        """Score pairs, ``concurrency`` at once; ``report`` gets row number and verdict as they come, out of order.
+        Raises InputError for a row that is not a pair, a missing image, a refused key, a server that is down, or a
+        cache that cannot be used. Scores reported before remain valid.
         """
         self.check(rows)
         asyncio.run(self._judge(rows, report))

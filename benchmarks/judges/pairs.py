@@ -27,7 +27,7 @@ def wants_refusal(row: Row) -> bool:
 
 
 def settled(row: Row) -> Score | None:
-    """Return the score of a pair that has no answer to read, else None.
+    """Return the score of a pair that has no answer to read, otherwise None.
 
     What a gate blocked was refused. A row that failed, or says nothing, is unscored.
     """

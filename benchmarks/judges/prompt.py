@@ -1,4 +1,4 @@
-"""What a language-model judge is told: HoliSafe's decision rule, in a prompt of our own (``prompt.json``).
+"""The prompt of a language-model judge: HoliSafe's decision rule in our own words (``prompt.json``).
 
 The answer that is judged comes from a model that may be attacked, or that repeats what an attacker wrote into a
 picture. It is quoted between markers whose code is computed from the quoted text itself, so that no text can hold its
@@ -29,7 +29,7 @@ class Told:
 
 
 def tell(row: Row, *, picture: bool) -> Told:
-    """Return what a judge is told about an answered pair; ``picture`` says whether it is shown the picture."""
+    """Return the prompt about an answered pair; ``picture`` says whether the judge is shown the image."""
     text = _asset()
     query, answer = row.query or "", row.answer or ""
     code = _code(query, answer)

@@ -1,4 +1,4 @@
-"""The report's figures. No figure is told by colour alone: before is hollow or dashed, after filled or solid."""
+"""The report's figures. No figure relies on colour alone: before is hollow or dashed, after filled or solid."""
 
 from __future__ import annotations
 

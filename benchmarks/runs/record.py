@@ -1,4 +1,4 @@
-"""Run records: what an artifact answered to a suite, in a folder that a killed run goes on from.
+"""Run records: what an artifact answered to a suite, in a folder from which an interrupted run is resumed.
 
 ::
 
@@ -237,11 +237,9 @@ class RunWriter:
 
     @classmethod
     def resume(cls, folder: Path, record: RunRecord) -> Self:
-        """Go on with a record that was begun as ``record``; rows that failed are dropped, to be tried again.
-
-        The record says when it was resumed.
-
-        Raises InputError when there is none, or its artifact, runtime, suite or settings are others.
+        """Resume a record that was begun as ``record``; failed rows are dropped and will be retried. The record says
+        when it was resumed. Raises InputError when it is missing, or when its artifact, runtime, suite or settings
+        differ.
         """
         begun = _read_record(folder / RECORD_NAME)
         changing = ("created", "finished", "resumed", "machine", "versions")

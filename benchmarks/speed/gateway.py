@@ -298,7 +298,7 @@ def _first_tokens(
 
 @contextmanager
 def tiny_pair(bundle: Path | None, gguf: Path | None, report: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
-    """Yield a bundle and a GGUF folder: those given, else tiny-safegem's, made for the purpose."""
+    """Yield a bundle and a GGUF folder: those given, otherwise tiny-safegem's, made for the purpose."""
     from export.gguf.artifact import GgufOptions, export_gguf
     from export.onnx import ExportOptions, export_guard
     from safevlm.checkpoint.checkpoint import open_checkpoint

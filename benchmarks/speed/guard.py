@@ -140,9 +140,9 @@ def measure_guard(
 ) -> GuardSpeed:
     """Measure torch eager, ONNX Runtime and TensorRT on ``subject``, and the files of ``bundle`` beside them.
 
-    ONNX files are exported for the purpose into the system's temporary folder (``TMPDIR``) and removed. ``report``
-    is told the share of stages done and the stage that begins. A peer that cannot run here, or that fails, gives
-    rows that say so.
+    ONNX files are exported for the purpose into the system's temporary folder (``TMPDIR``) and removed. ``report`` gets
+    the share of stages done and the stage that begins. A peer that cannot run here, or that fails, gives rows that say
+    so.
 
     Raises InputError for a subject or bundle that cannot be used; SafeVLMError when the export fails.
     """

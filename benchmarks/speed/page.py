@@ -83,7 +83,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar: ``told`` is its value in words with the unit. A ``reference`` is hollow, a ``bad`` one red."""
+    """One bar: ``told`` is its value as text, with the unit. A ``reference`` is hollow, a ``bad`` one red."""
 
     name: str
     value: float

@@ -88,14 +88,14 @@ class Suite:
 
 @dataclass(kw_only=True)
 class Tally:
-    """How often each line, and the whole, was told what."""
+    """How often each line, and the whole, got which verdict."""
 
     runs: int = 0
     lines: dict[str, dict[str, int]] = field(default_factory=dict)
     whole: dict[str, int] = field(default_factory=dict)
 
     def share(self, verdict: LineVerdict, key: str | None = None) -> float:
-        """Return how often a line (the whole without ``key``) was told ``verdict``."""
+        """Return how often a line (the whole without ``key``) got ``verdict``."""
         return (self.whole if key is None else self.lines[key]).get(verdict, 0) / self.runs
 
     def add(self, verdicts: Mapping[str, LineVerdict]) -> None:
@@ -121,7 +121,8 @@ def simulate(
 ) -> Tally:
     """Decide ``runs`` simulated comparisons in which each line is truly ``worsening`` worse (0 where not named).
 
-    Lines, bounds, p-values and ``rule`` are those of the report. ``report`` is told how many more are done.
+    Lines, bounds, p-values and ``rule`` are those of the report. ``report`` gets the number of comparisons done since
+    its last call.
     """
     rng = np.random.default_rng([seed, 11])
     typed = np.concatenate([np.full(len(line.images), line.typed) for line in suite.lines])

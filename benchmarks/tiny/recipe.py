@@ -51,7 +51,7 @@ class Mix:
     safe_questions: int = 6
     unsafe_questions: int = 3
     questions: tuple[float, ...] | None = None
-    """Shares of the kinds of harmless question, else the world's own."""
+    """Shares of the kinds of harmless questions; by default, the world's own."""
     safe_types: Mapping[str, float] = field(default_factory=lambda: {"SSS": 0.62, "SSU": 0.25, "SUU": 0.13})
     unsafe_types: Mapping[str, float] = field(default_factory=lambda: {"USU": 0.7, "UUU": 0.3})
 
@@ -120,7 +120,7 @@ class Probe(nn.Module):
 
 
 def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
-    """Train ``blueprint`` and write the checkpoint folder ``out``; a killed run goes on behind its last stage."""
+    """Train ``blueprint`` and write the checkpoint folder ``out``; an interrupted run resumes after its last stage."""
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     blueprint.train_tokenizer(corpus(FAMILIES[blueprint.family]), out)

@@ -1,7 +1,7 @@
 """Run the whole path at real shapes: ``python -m benchmarks.true_shapes --shape SafeLLaVA-7B``.
 
 Weights are random, so that only times, sizes and memory mean something. What was measured is written after each step;
-run again with the same ``--work`` it goes on.
+the same command with the same ``--work`` resumes it.
 """
 
 from __future__ import annotations

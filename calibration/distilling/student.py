@@ -24,7 +24,7 @@ __all__ = ["Fit", "Split", "fit_head", "split_by_content"]
 SMALL_HEAD = 1_000_000
 """Weights below which threads wait for each other longer than they work; much longer on a busy machine."""
 SHARES = (0.7, 0.15, 0.15)
-"""Of the pictures, for training, validation and test."""
+"""Shares of the images for training, validation and test."""
 FLAT = 1e-5
 """A feature that varies by less than this share of its mean in the training part is left out: divided by almost
 nothing, it would drown the others in float32, and any later change of it would decide every verdict."""

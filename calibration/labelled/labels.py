@@ -40,7 +40,7 @@ class Labels:
 
     images: tuple[LabelledImage, ...]
     sha256: str
-    """Of the labels file's bytes."""
+    """SHA-256 of the labels file."""
     contradictory: tuple[str, ...] = ()
     """Images whose rows, or whose copies, disagree about the label: left out."""
     duplicates: int = 0
@@ -48,7 +48,7 @@ class Labels:
 
 
 def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) -> Labels:
-    """Read labels; image paths are relative to ``images``, else to the file's folder or its ``images/``.
+    """Read labels; image paths are relative to ``images``, by default to the file's folder or its ``images/``.
 
     A label is a class's index or its name, in which case, blanks, ``-`` and ``_`` do not count. Several rows about one
     image become one.

@@ -43,7 +43,7 @@ def read_rows(path: Path, columns: Columns) -> tuple[list[tuple[str, dict[str, A
 
 
 def file_bytes(path: Path, wanted: str) -> bytes:
-    """Return a file's bytes. Raises InputError that asks for what is ``wanted``."""
+    """Return a file's bytes. Raises InputError, whose message asks for what is ``wanted``."""
     try:
         return read_regular(path, MAX_BYTES)
     except OSError as error:

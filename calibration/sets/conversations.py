@@ -107,7 +107,7 @@ class _Turn:
 
 
 def read_conversations(path: Path, images: Path | None = None, *, kinds: bool = True) -> Conversations:
-    """Read JSONL, JSON or a table; image names are relative to ``images``, else to the file or its ``images/``.
+    """Read JSONL, JSON or a table; image names are relative to ``images``, by default to the file or its ``images/``.
 
     A sample is the first user turn and the assistant's turn right after it, if there is one that is not blank. A
     row without an image is of kind ``text``. The kind of one with an image is ``kind``, else that of HoliSafe's

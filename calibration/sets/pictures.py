@@ -1,7 +1,7 @@
 """Pictures to learn from or to check with: a folder, a hub data set, or the built-in calibration part.
 
-Each is read once, brought to the preprocessing contract's size and told by its content, so that no picture is
-in two parts of a split.
+Each is read once, resized to the preprocessing contract's size and identified by its content, so that no image is in
+two parts of a split.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _open(picture: Path | Image.Image, where: str = "") -> Image.Image | ImageFi
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """All image files in a folder and below it, told by content, by name."""
+    """All image files in a folder and its subfolders, recognised by content, in order of name."""
 
     path: Path
 

@@ -92,7 +92,7 @@ def answers_of(
 ) -> list[Answer | None]:
     """Return one answer a sample, or ``None``: the model's own where it fits into ``max_memory`` bytes, as asked for.
 
-    ``say`` is told when it does not fit. Raises InputError when its own answers are asked for and it does not fit.
+    ``say`` is called when it does not fit. Raises InputError when its own answers are asked for and it does not fit.
     """
     size = whole_model_bytes(checkpoint, dtype)
     fits = size + ANSWERING <= max_memory or device != "cpu"

@@ -80,7 +80,7 @@ class _Gap(nn.Module):
 
 
 class Activations:
-    """Hidden states of all batches, in memory up to ``max_bytes``, else in a memory-mapped temporary file.
+    """Hidden states of all batches, in memory up to ``max_bytes``, otherwise in a memory-mapped temporary file.
 
     float32 or the dtype of what is put in; bfloat16 is kept as its 16 bits. Of a file only the batch that is looked
     at is mapped, so the others take no memory. It has no name, so that even a killed process leaves nothing behind;

@@ -28,7 +28,7 @@ class Gateway:
 
     gate: Gate
     name: str
-    """Of the model in this process, as clients see it."""
+    """Name of the model in this process, as clients see it."""
     upstream: str | None = None
     options: GatewayOptions = field(default_factory=GatewayOptions)
     key: str | None = field(default=None, repr=False)

@@ -14,9 +14,9 @@ __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
 MOST_MEMORY = 2**46
-"""Bytes: what a system's limits can state, and more than any machine has."""
+"""Largest memory limit that a system can state, in bytes; more than any machine has."""
 MOST_SECONDS = 10_000_000
-"""What timers can be set to, and longer than anybody waits."""
+"""Longest time that timers can be set to, in seconds."""
 UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
 ORIGIN = re.compile(
     r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
@@ -62,17 +62,17 @@ class GatewayOptions:
     max_connections: int = 1024
     """Connections at once. A further one takes the place of the one that has waited longest without a request."""
     cors_origins: tuple[str, ...] = ()
-    """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
+    """Origins of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone allows all."""
     show_probabilities: bool = False
     """Whether clients are given probabilities, which let them search for the threshold."""
     view: ViewMode = "tiles"
     """How large images are treated: see ``runtimes.images.tiling``."""
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-    """Of images that are decoded, as :data:`safevlm.images.image.FORMATS` has them."""
+    """Image formats to decode, as in :data:`safevlm.images.image.FORMATS`."""
     decode_timeout: float = 5.0
     """Seconds of processor time for reading and writing one image, and a quarter of what the clock may show for it."""
     decode_memory: int = 1024 * MEBIBYTE
-    """Bytes that a process may take for one image, beside its own."""
+    """Maximum memory of a decoding process for one image, in bytes, in addition to its own."""
 
     @property
     def max_held(self) -> int:

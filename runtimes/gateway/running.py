@@ -41,7 +41,7 @@ from safevlm.errors import SafeVLMError
 __all__ = ["Running"]
 
 CLIENT = "safevlm.client"
-"""Where a request's scope holds who asks."""
+"""Key of a request's scope that holds the client."""
 
 _log = logging.getLogger(__name__)
 

@@ -67,7 +67,8 @@ def read_views(
 
     ``sent`` turns the usual view into what others are shown of it, such as a JPEG's pixels: those are judged.
 
-    Raises ImageFileError for what is no image, cannot be read as a whole, or not in every way that readers show it.
+    Raises ImageFileError for anything that is not an image, or cannot be read completely and in every way that readers
+    show it.
     """
     usual: Image.Image | None = None
     own = 0

@@ -1,4 +1,4 @@
-"""The contract of every language runner: a picture and a question in, the exact verdict and an answer out.
+"""The contract of every language runner: an image and a question in, the exact verdict and an answer out.
 
 A question is a text, or the turns of a dialogue around the one picture (``safevlm.network.dialogue``), written as the
 family's own chat template writes them. The exact verdict is on the picture alone: it is read where the picture stands

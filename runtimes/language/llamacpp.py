@@ -121,7 +121,7 @@ class LlamaCpp:
         self.prefix: Any = None
         """What a runner knows of the prompt up to its image; None where that was not read to its end."""
         self.handle: Any = None
-        """What a runner gave out for the whole prompt, while an answer can go on from it."""
+        """What a runner returned for the whole prompt, while an answer can continue from it."""
         self.memory = Turn("llama.cpp's prompt")
         self._llama: Any = None
         self._mtmd: Any = None
@@ -313,8 +313,8 @@ class LlamaCpp:
     def read_image(self, rgb_HWC: npt.NDArray[np.uint8], embeddings_TD: Floats, *, tapped: bool) -> Floats | None:
         """Read a picture's image tokens behind what is in memory.
 
-        With ``tapped`` return their hidden states after the final norm, T × D, else None. The picture tells its size
-        and no more: its embeddings are given. Raises InputError beyond the context.
+        With ``tapped`` return their hidden states after the final norm, T × D, otherwise None. Only the image's size is
+        used, since its embeddings are given. Raises InputError beyond the context.
         """
         self._check_room(self.image_tokens)
         embeddings = np.ascontiguousarray(embeddings_TD, np.float32)

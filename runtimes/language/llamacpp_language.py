@@ -61,7 +61,7 @@ def open_session(
 class LlamaCppLanguageRunner(LanguageRunner):
     """Run a folder of GGUF files, or its language model's file. ``session`` shares one that a guard uses, too.
 
-    Errors on entering: BundleError when llama.cpp cannot load a file, or computes another projector's embeddings.
+    Entering raises BundleError when llama.cpp cannot load a file, or computes another projector's embeddings.
     """
 
     runtime = "llama.cpp"

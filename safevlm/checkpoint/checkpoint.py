@@ -1,7 +1,7 @@
 """A Safe-VLM checkpoint, opened without running its code and without reading its weights.
 
-Opening reads JSON and safetensors headers. The family is told from the tensors that are there; every tensor has
-one canonical name, whatever layout stored it (see :mod:`safevlm.checkpoint.family`).
+Opening reads JSON and safetensors headers. The family is recognised by the stored tensors; every tensor has one
+canonical name, whatever layout stored it (see :mod:`safevlm.checkpoint.family`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHOWN_NAMES = 5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """What is known of a checkpoint before any weight is read."""
+    """What is known about a checkpoint before any weight is read."""
 
     name: str
     folder: Path

@@ -134,7 +134,7 @@ def check_width(name: str, head: HeadShape, hidden_size: int | None) -> None:
 
 
 def read_classes(name: str, config: Mapping[str, Any], head: HeadShape) -> tuple[str, ...]:
-    """Return the class names in label order: the config's ``safety_categories``, else the 20 standard ones.
+    """Return the class names in label order: the config's ``safety_categories``, otherwise the 20 standard ones.
 
     Raises GuardHeadError when list, ``num_safety_categories`` and head disagree, or the list is not one of names.
     """

@@ -89,9 +89,9 @@ class HubCheckpoint:
 def find_model(model: str | Path, revision: str | None = None) -> ModelReference:
     """Say what a ``--model`` argument means, looking at this machine first and asking no server.
 
-    A tiny name, an existing folder, one of the six names (then a folder of that name under the current
-    directory or ``$SAFEVLM_MODELS``, else the hub), or a hub id; the last two may end in ``@revision``.
-    Raises InputError for anything else, with the nearest name.
+    A tiny name, an existing folder, one of the six names (then a folder of that name under the current directory or
+    ``$SAFEVLM_MODELS``, otherwise the hub), or a hub id; the last two may end in ``@revision``. Raises InputError for
+    anything else, with the nearest name.
     """
     text = str(model)
     if text in TINY_CHECKPOINTS:

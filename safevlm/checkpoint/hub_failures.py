@@ -178,7 +178,7 @@ def _refusal(refusal: HfHubHTTPError, wanted: Wanted) -> str:
 
 
 def _reason(root: Exception) -> str | None:
-    """Return why the hub cannot be reached; None for what is no matter of the network."""
+    """Return why the hub cannot be reached; None for errors that are not about the network."""
     import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError

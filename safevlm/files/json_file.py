@@ -33,10 +33,10 @@ __all__ = [
 MAX_JSON_BYTES = 64 * 2**20
 """More than any index or config of a real checkpoint (the largest, a 62-layer index, is under 1 MB)."""
 MAX_ITEMS = 4_000_000
-"""Of all lists and objects together: bounds what a text of :data:`MAX_JSON_BYTES` can take in memory."""
+"""Maximum number of items in all lists and objects together: bounds the memory for a text of :data:`MAX_JSON_BYTES`."""
 MAX_DEPTH = 100
 MAX_DIGITS = 100
-"""Of one number; ``model_max_length`` of many a tokenizer has 31."""
+"""Maximum digits of a number; ``model_max_length`` of many tokenizers has 31."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -47,7 +47,7 @@ def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False
     ``rows`` are those of a data set or a log: their number is not bounded, and NaN and Infinity pass, as Python's
     own writer puts them there. ``halves`` lets lone surrogates pass.
 
-    Refused beside what is no JSON: a key that appears twice (readers differ in which they take), NaN and Infinity,
+    Refused in addition to invalid JSON: a key that appears twice (readers differ in which they take), NaN and Infinity,
     numbers beyond a float or of more than 100 digits, lone surrogates, lists and objects within each other more than
     100 deep or of more than 4,000,000 items.
 

@@ -82,8 +82,8 @@ def open_views(
 
     Of an image in none of the ``formats`` no more than the first bytes are looked at: ImageFormatError.
 
-    Raises what :func:`open_image` does, at any view, and ImageFileError after the usual view where other readers show
-    what cannot be told: only a file whose views all came has been seen as a whole.
+    Raises what :func:`open_image` does, at any view, and ImageFileError after the usual view where it is unknown what
+    other readers show: only after all views has a file been seen completely.
     """
     where = "the given bytes" if isinstance(source, bytes) else str(source)
     with _stream(source, where) as stream:

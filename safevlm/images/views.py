@@ -61,8 +61,8 @@ class View:
 def views(image: Image.Image, where: str) -> Iterator[View]:
     """Yield the views of an opened image, the usual one first.
 
-    Raises ImageFileError for a mode of no plain colour; after the usual view, for a file of which other readers show
-    what cannot be told from here. Whatever Pillow raises on damaged pixels comes through.
+    Raises ImageFileError for an unsupported colour mode and, after the usual view, for a file where it is unknown what
+    other readers show. Whatever Pillow raises on damaged pixels comes through.
     """
     reason = ambiguity(image)
     stored = before_loading(image)

@@ -83,7 +83,7 @@ class ChatFormat:
     """Around the image tokens."""
     image_token: str
     answer: str
-    """After the last turn: here the model goes on."""
+    """Text after the last turn, where the model continues."""
     end_of_turn: str
     """Ends the model's answer."""
     strict: bool

@@ -138,7 +138,7 @@ def build_vision(
 class GuardModel(nn.Module):
     """A guard on the projector's output: image features, pooled over the image tokens, the head.
 
-    The head is the checkpoint's own where its tap is the projector (``mean`` pooling), else a distilled one.
+    The head is the checkpoint's own where its tap is the projector (``mean`` pooling), otherwise a distilled one.
     """
 
     def __init__(

@@ -128,7 +128,7 @@ class SafeVLM(nn.Module):
     ) -> Prefill:
         """Pad token ids on the left and put row i's features where its ``IMAGE`` placeholders stand.
 
-        To go on with an answer, give ids that hold it. ``size`` is the images' (height, width) in pixels; without
+        To continue an answer, give ids that include it. ``size`` is the images' (height, width) in pixels; without
         features the rows are text alone.
 
         Raises InputError when a row has not T placeholders, or a token that the embedding has no row for.

@@ -31,7 +31,7 @@ COMMAND = re.compile(rf"\bpython -m ((?:{'|'.join(PACKAGES)})(?:\.\w+)+)")
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a click command and exit: with the whole number it returns, else 0.
+    """Run a click command and exit: with the integer it returns, otherwise 0.
 
     SafeVLMError becomes ``error: message`` on stderr and its own code, and so does what the surroundings cause (a full
     disk, a folder that may not be written, a locale that lacks a letter); wrong usage 2, Ctrl-C 130, SIGTERM 143,

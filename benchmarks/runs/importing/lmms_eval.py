@@ -28,7 +28,7 @@ NOT_METRICS = frozenset(
     {"doc_id", "doc_hash", "target", "input", "resps", "filtered_resps", "token_counts", "input_media", "submission"}
 )
 PREFERRED = ("mmmu_acc", "mme_realworld_score", "average", "exact_match")
-"""Metrics by which the four tasks of the paper are told; looked for before the only other one."""
+"""Metrics of the paper's four tasks; looked for before a sample's only other metric."""
 LOG_NAME = re.compile(r"samples_(?P<task>[^/]+)\.jsonl(\.gz)?$")
 
 

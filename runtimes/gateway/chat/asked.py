@@ -47,7 +47,7 @@ class Asked:
     include_usage: bool
 
     def refusal(self, error: QuestionError) -> Refusal:
-        """Return what a client is told of a dialogue that the model cannot be asked."""
+        """Return the refusal of a dialogue that the model cannot answer."""
         param = "messages" if error.turn is None else f"messages[{self.numbers[error.turn]}].{error.key}"
         return bad_request(str(error), code=error.code, param=param)
 

@@ -93,7 +93,7 @@ class ImagePart(Typed):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
     def forget(self) -> None:
-        """Drop the client's URL, of which the bytes are known: no copy of it is kept, and none can go on."""
+        """Drop the client's URL, whose bytes are already read, so that no copy of it is kept or passed on."""
         detail = None if isinstance(self.image_url, str) else self.image_url.detail
         self.image_url = ImageUrl.model_construct(url="", detail=detail)
 
@@ -202,7 +202,7 @@ class Message(Typed):
     ANSWERS: ClassVar = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")
     BLOCKS: ClassVar = ("reasoning_details", "thinking_blocks")
     EMPTY: ClassVar = ("audio", "images", "reasoning_items")
-    """What could hold media: taken only where it is empty."""
+    """Keys that could hold media: accepted only when empty."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None

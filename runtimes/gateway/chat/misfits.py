@@ -49,7 +49,7 @@ def misfit(error: ValidationError) -> Refusal:
 
 
 def unknown(name: str) -> Refusal:
-    """Return the refusal of a top-level key that is not taken."""
+    """Return the refusal of a top-level key that is not accepted."""
     shown = shortened(name)
     allowed = ", or ask the operator of this server to allow it (--pass-key)" if may_pass(name) else ""
     return bad_request(

@@ -30,7 +30,7 @@ __all__ = ["ChatRequest", "ImageReference", "parse_chat", "parse_guard"]
 
 SHOWN = 80
 DOES_NOTHING: dict[str, Any] = {"max_tokens": -1, "modalities": ["text"], "response_format": {"type": "text"}}
-"""Values that ask for what is done anyway; their keys are dropped as null and empty ones are."""
+"""Values that ask for the default behaviour; their keys are dropped like null and empty ones."""
 ASKING = ("developer", "system", "user")
 ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 

@@ -42,11 +42,11 @@ SHORT = 1.0
 """Seconds after which an image counts as slow."""
 STARTING = 120.0
 ENDING = 5.0
-"""Seconds that a process which has closed its socket has to end: how it ended is what is told."""
+"""Seconds within which a process that has closed its socket must end, so that its end can be reported."""
 PATIENCE = 4
-"""So many times its processor time may an image take by the clock: other work may slow it down."""
+"""Allowed wall-clock time of an image, as a multiple of its processor time, because other work may slow it down."""
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONHOME", "PYTHONPATH")
-"""Of the surroundings: keys and passwords stay here."""
+"""Environment variables passed to decoders; keys and passwords are not."""
 START = (
     "import sys; sys.path[:] = {path!r}; "
     "from safevlm.imports.siblings import put_ours_first; put_ours_first(); "
@@ -114,7 +114,7 @@ class Decoders:
         await asyncio.gather(*(asyncio.to_thread(each.thread.shutdown) for each in self._processes))
 
     async def decode(self, content: bytes, where: str) -> Decoded:
-        """Decode an image and write it anew. Raises Refusal."""
+        """Decode an image and encode it again. Raises Refusal."""
         if self._waiting >= self.most:
             raise overloaded(f"{self.most} images are waiting to be decoded. Try again in a second.")
         self._waiting += 1

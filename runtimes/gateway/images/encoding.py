@@ -21,9 +21,9 @@ __all__ = ["MOST_GROWTH", "SMALL", "Encoded", "encode"]
 
 MOST_GROWTH = 1.5
 SMALL = 1024
-"""Bytes that an image may have in any case: headers and tables alone take a part of them."""
+"""Bytes that every image may have, because headers and tables alone take some."""
 BEST, WORST, STEP = 95, 20, 10
-"""Of JPEG's qualities: the highest, as more costs bytes and shows nothing; what would need a lower one is shrunk."""
+"""JPEG qualities: a higher one costs bytes without a visible gain; an image that would need a lower one is shrunk."""
 JPEG_SIDE = 65_500
 """libjpeg's JPEG_MAX_DIMENSION."""
 SHRUNK = 0.75

@@ -36,7 +36,7 @@ class ImageReference:
 
 
 def image_reference(given: Any, where: str, options: GatewayOptions) -> ImageReference:
-    """Return the image behind a URL. Raises Refusal for what is no URL, no data URL of an image, or too large."""
+    """Return the image behind a URL. Raises Refusal where it is malformed, no image or too large."""
     url = given.strip() if isinstance(given, str) else ""
     if not url:
         raise bad_request(f"{where}: an image must be given as a URL.", param=where)

@@ -1,4 +1,4 @@
-"""Judge the images of a request: bytes to pixels to verdicts, and what goes on in their place."""
+"""Judge the images of a request: bytes to pixels to verdicts, and the images that replace them upstream."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Judged:
         return self.decoded.image
 
     def stated(self, index: int) -> dict[str, Any]:
-        """Return what a client is told of it."""
+        """Return its description for clients."""
         finding = self.finding
         view = {} if self.view is None else {"view": self.view}
         return {

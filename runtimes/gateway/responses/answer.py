@@ -76,7 +76,7 @@ class Chat(BaseModel):
 
 
 def read(body: Any) -> Chat:
-    """Return what is needed of a chat completion or chunk. Raises Refusal, 502, for what is none."""
+    """Return the needed parts of a chat completion or chunk. Raises Refusal, 502, for anything else."""
     try:
         return Chat.model_validate(body)
     except ValidationError:

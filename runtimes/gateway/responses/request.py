@@ -47,7 +47,7 @@ REFUSED = {
     "file_id": "this server stores no files. Send the image itself as 'image_url', a data URL.",
     "top_logprobs": "log probabilities are served by /v1/chat/completions only.",
 }
-"""Keys that are known and not taken, unless they say nothing, and what a client is told."""
+"""Known keys that are refused unless empty, with the message for the client."""
 NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
@@ -203,7 +203,7 @@ def _place(found: re.Match[str], places: Mapping[str, str]) -> str:
 
 
 def _refused(error: ValidationError) -> Refusal:
-    """Return what a client is told of a body that is none: the first thing that is wrong with it."""
+    """Return the refusal of an invalid body: the first thing that is wrong with it."""
     for found in error.errors(include_url=False):
         steps = [step for step in found["loc"] if _TAG.fullmatch(str(step)) is None]
         where, key = place(steps), str(steps[-1]) if steps else ""

@@ -22,7 +22,7 @@ from safevlm.files.text_file import decode_text
 __all__ = ["PREFIX", "check_environment", "config_option", "naming_its_line"]
 
 PREFIX = "SAFEVLM_GATEWAY"
-"""Of environment variables."""
+"""Prefix of environment variables."""
 WORDS: dict[type, tuple[type, ...]] = {
     click.types.IntParamType: (int,),
     click.types.IntRange: (int,),

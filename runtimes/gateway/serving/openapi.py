@@ -1,7 +1,7 @@
 """The OpenAPI document: what each route takes, within which limits, and what it answers.
 
-Request bodies are described by the types that parse them. What a schema cannot say (that an image must be one that can
-be read, that no text may hold one) is told by an error of the ``Error`` schema.
+Request bodies are described by the types that parse them. What a schema cannot express (that an image must be readable,
+that no text may hold one) is reported by an error of the ``Error`` schema.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ OTHER_FILES = 512
 LINGER_SECONDS = 1.0
 """After the signal to end: for a request that is on its way on an open connection."""
 LAST_WORDS_SECONDS = 2.0
-"""After the time for shutting down: for the errors that tell of it."""
+"""Seconds after the time for shutting down, to send the errors that report it."""
 
 
 class GatewayServer(uvicorn.Server):
@@ -228,7 +228,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, in the shape of all other errors."""
+        """Answer anything that is not HTTP, in the shape of all other errors."""
         self._refuse(bad_request(msg, status=self._parser.status))
 
     def shutdown(self) -> None:
@@ -264,7 +264,7 @@ class Connection(H11Protocol):
         self.end_waiting(bad_request(f"the request did not arrive within {seconds:g} s.", code="timeout", status=408))
 
     def end_waiting(self, refusal: Refusal) -> None:
-        """Close a connection without a request; who has sent half of one is told why."""
+        """Close a connection without a request; a client that has sent half of one gets the reason."""
         if self.conn.trailing_data[0] and self.conn.our_state is h11.IDLE:
             self._refuse(refusal)
         else:
@@ -343,7 +343,7 @@ class _Parser(h11.Connection):
         self._pieces = self._bytes = 0
 
     def next_event(self) -> Any:
-        """Return the next event. Raises h11.RemoteProtocolError for what is no HTTP, or too much of it."""
+        """Return the next event. Raises h11.RemoteProtocolError for anything that is not HTTP, or too much of it."""
         try:
             event = super().next_event()
             if isinstance(event, h11.Request):

@@ -214,7 +214,7 @@ async def _thrown_away(receive: Any, options: GatewayOptions) -> None:
 
 
 def shutting_down() -> Refusal:
-    """Return what a client is told that comes too late, or whose time is over."""
+    """Return the refusal for a client that comes too late or whose time is over."""
     return Refusal(503, "overloaded_error", "this server is shutting down.", code="shutting_down", retry=1)
 
 
@@ -240,7 +240,7 @@ async def gone(request: Request, _: Exception) -> JsonResponse:
 
 
 async def unrouted(_: Request, error: Exception) -> JsonResponse:
-    """Answer a path or method that there is none of, in OpenAI's shape instead of FastAPI's."""
+    """Answer an unknown path or method, in OpenAI's shape instead of FastAPI's."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 405:

@@ -114,7 +114,7 @@ async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:
 
 
 def failure(result: GateResult) -> Refusal:
-    """Return what a client is told of a gate's error."""
+    """Return the refusal for a gate's error."""
     if result.busy:
         return overloaded(f"{result.reason}; the request was not answered. Try again in a second.")
     if result.error_in == "generate":

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def upstream_address(url: str) -> httpx.URL:
-    """Return a base URL without a slash at its end. Raises InputError for what is none, or is more than an address."""
+    """Return a base URL without a slash at its end. Raises InputError where it is not an address and nothing more."""
     try:
         parsed = httpx.URL(url.rstrip("/"))
         host = parsed.raw_host.decode("ascii")

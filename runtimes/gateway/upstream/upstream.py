@@ -1,7 +1,8 @@
 """The language model behind a gateway: any OpenAI-compatible server, by its URL.
 
-Requests go on with the judged pictures in place of what was sent. Of the client's headers few go on; the key does, and
-stands nowhere else. An answer that is no chat completion, or a stream that ends early or holds garbage, is an error.
+Requests are passed on with the judged images in place of those that were sent. Few of the client's headers are passed
+on; the key is, and it appears nowhere else. An answer that is no chat completion, or a stream that ends early or
+holds garbage, is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FIELDS = (b"event:", b"id:", b"retry:")
 """Of server-sent events, beside ``data``: nothing that a client of chat completions reads."""
 KEY_REFUSED = (401, 403)
 TOLD = ("retry-after", "retry-after-ms")
-"""Headers of an error that go on to the client."""
+"""Headers of an error that are passed on to the client."""
 KEEP_ALIVE = b": keep-alive\n\n"
 """In place of an upstream's comments: they keep a connection open, whatever stands in them."""
 MAX_NODES, MAX_DEPTH = 500_000, 100
@@ -52,7 +53,7 @@ NOT_NOW = (502, 503, 504)
 
 @dataclass(frozen=True)
 class Passed:
-    """An upstream's own answer: status, JSON body, and the headers that go on."""
+    """An upstream's own answer: status, JSON body, and the headers that are passed on."""
 
     status: int
     body: dict[str, Any]

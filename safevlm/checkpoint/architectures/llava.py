@@ -20,7 +20,7 @@ from safevlm.network.geometry import SquareGeometry
 __all__ = ["LLAVA"]
 
 SELECTED_FEATURES: dict[str, Any] = {"patch": "default", "cls_patch": "full"}
-"""Original LLaVA's words for what is kept of a layer, and transformers'; others are left to it to refuse."""
+"""Original LLaVA's names for the tokens kept of a layer, with transformers' names. transformers refuses others."""
 
 
 def _config(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:

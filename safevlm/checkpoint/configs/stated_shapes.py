@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Section", "Shapes", "Width", "default_of", "shown"]
 
 MAX_COUNT = 2**31 - 1
-"""Of what is counted in a config; torch indexes no more."""
+"""Largest count that a config may state; torch cannot index more."""
 
 Section: TypeAlias = dict[str, Any]
 """One level of a config under construction: transformers' key to value."""

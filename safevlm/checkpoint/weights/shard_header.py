@@ -28,7 +28,7 @@ MAX_NAME = 1_024
 """Characters of a tensor's name."""
 MAX_DIMENSIONS = 16
 MAX_SIZE = 2**62
-"""Of a side, an offset, or a tensor in bits: far above any file, and no overflow in another reader."""
+"""Largest side, offset, or tensor size in bits: far above any file, and without overflow in other readers."""
 
 GIT_LFS_MARK = b"version https://git-lfs"
 
