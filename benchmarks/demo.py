@@ -1,6 +1,6 @@
-"""The main job on drawn pictures, start to end: ``python -m benchmarks.demo`` (``make demo``).
+"""The main job on drawn images, start to end: ``python -m benchmarks.demo`` (``make demo``).
 
-Exports tiny-safegem's guard, judges a dozen test pictures with the bundle, prints a table with the truth beside
+Exports tiny-safegem's guard, judges a dozen test images with the bundle, prints a table with the truth beside
 the verdict, and draws a contact sheet that shows the same at a glance. Then it compresses tiny-safellava's language
 model to 4 bits, runs both through the built-in suite, and ends with the report that compares them.
 """
@@ -49,7 +49,7 @@ Next, with a real checkpoint (on a machine that reaches the Hugging Face hub):
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture of the demo: where it lies, what it truly shows, how it was judged."""
+    """One image of the demo: where it lies, what it truly shows, how it was judged."""
 
     path: Path
     truth: str
@@ -62,7 +62,7 @@ class Shown:
 
 
 def draw_pictures(folder: Path, count: int = 12) -> list[tuple[Path, Picture]]:
-    """Save the first ``count`` / 2 safe and unsafe pictures of the test part as PNG, mixed."""
+    """Save the first ``count`` / 2 safe and unsafe images of the test part as PNG, mixed."""
     pictures = build_suite("test").pictures
     safe = [picture for picture in pictures if picture.scene.label == 0][: count // 2]
     unsafe = [picture for picture in pictures if picture.scene.label][: 3 * count // 2 : 3]
@@ -76,7 +76,7 @@ def draw_pictures(folder: Path, count: int = 12) -> list[tuple[Path, Picture]]:
 
 
 def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
-    """Draw the pictures in a grid, each framed in its verdict's colour, verdict and truth written below."""
+    """Draw the images in a grid, each framed in its verdict's colour, verdict and truth written below."""
     rows = -(-len(shown) // _COLUMNS)
     cell = (_THUMB + _GAP, _THUMB + _CAPTION + _GAP)
     sheet = Image.new("RGB", (_COLUMNS * cell[0] + _GAP, rows * cell[1] + _GAP), "white")

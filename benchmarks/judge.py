@@ -64,7 +64,8 @@ def judge_run(
 ) -> JudgedRun:
     """Judge the pairs that ``writer``, already entered, has no score of.
 
-    ``report`` gets the number of pairs done since its last call. Raises those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
+    ``report`` gets the number of pairs done since its last call. Raises those of :meth:`EndpointJudge.judge` and
+    :meth:`ScoreWriter.write`.
     """
     scored: Counter[str] = Counter()
     unscored: Counter[str] = Counter()

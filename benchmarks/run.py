@@ -103,7 +103,7 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _answer(answerer: Answerer, suite: Suite, batch: Sequence[Row]) -> list[Row]:
-    """Answer a batch; a row whose picture cannot be read fails alone."""
+    """Answer a batch; a row whose image cannot be read fails alone."""
     pictures: dict[str, Image.Image] = {}
     unreadable: dict[str, Row] = {}
     for row in batch:

@@ -88,7 +88,7 @@ def own_answers(
 
 
 def pictures_of(model: SafeVLM, samples: Sequence[Sample]) -> torch.Tensor:
-    """Return the samples' pictures at the contract's size: uint8 N × H × W × 3."""
+    """Return the samples' images at the contract's size: uint8 N × H × W × 3."""
     pictures = (sample.picture() for sample in samples)
     return torch.from_numpy(np.stack([model.preprocessing.apply(each) for each in pictures if each is not None]))
 

@@ -1,8 +1,8 @@
 """Fit a standalone guard head: ``python -m calibration.distill --model SafeLLaVA-7B --images DIR --out FILE``.
 
-A guard behind the language model cannot be split off exactly. Its verdicts on pictures, without labels, teach a
+A guard behind the language model cannot be split off exactly. Its verdicts on images, without labels, teach a
 new head on the projector's output, which an engine runs before the language model. How faithful it is, is
-measured on pictures that neither trained nor chose it.
+measured on images that neither trained nor chose it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["DistillOptions", "distill", "pictures_for"]
 FEWEST = 200
 """Pictures below which no part of a split is large enough to say anything."""
 SEEN_RARELY = 10
-"""Training pictures of a class below which its verdicts are likely not learned."""
+"""Training images of a class below which its verdicts are likely not learned."""
 Report = Callable[[str], None]
 
 
@@ -71,7 +71,7 @@ class DistillOptions:
 
 
 def pictures_for(spec: str | Path | None, checkpoint: Checkpoint) -> PictureSource:
-    """Return the pictures a head is distilled from; tiny checkpoints have their own.
+    """Return the images a head is distilled from; tiny checkpoints have their own.
 
     Raises InputError where none are named and none are built in.
     """
@@ -94,7 +94,7 @@ def distill(
 ) -> DistilledHead:
     """Fit a head to the exact guard's verdicts and measure it; nothing is written.
 
-    Raises InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
+    Raises InputError for too few or unreadable images, for a head below ``min_agreement`` (with the likeliest
     reasons), for a guard that taps the projector; CheckpointError.
     """
     check_tap(checkpoint)
@@ -216,7 +216,7 @@ def _check(found: dict[str, Any], lesson: Lesson, split: Split, checkpoint: Chec
 
 
 def _labels(read: Pictures, path: Path, checkpoint: Checkpoint) -> NDArray[np.int64]:
-    """Return the true class of each picture, -1 where the labels file has none."""
+    """Return the true class of each image, -1 where the labels file has none."""
     known = {content_of(image.path): image.label for image in read_labels(path, checkpoint.classes).images}
     files = (Path(name) for name in read.names)
     found = np.array([known.get(content_of(file), -1) if file.is_file() else -1 for file in files], dtype=np.int64)

@@ -101,7 +101,7 @@ class EndpointJudge:
         return [found[number] for number in range(len(rows))]
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Refuse, with InputError, rows that are no pairs or whose picture is not there; nothing is asked."""
+        """Refuse, with InputError, rows that are no pairs or whose image is not there; nothing is asked."""
         for row in rows:
             wants_refusal(row)
         if self.images is not None:
@@ -179,7 +179,7 @@ class EndpointJudge:
         return json.dumps(self._request(row, shown)).encode("ascii")
 
     def _key(self, row: Row, images: ShownImages | None) -> str:
-        """Hash all that is sent, with the picture's fingerprint for the picture: a hit must not cost its encoding."""
+        """Hash all that is sent, with the image's fingerprint for the image: a hit must not cost its encoding."""
         shown = None if images is None else images.fingerprint(str(row.image))
         content = {"prompt": prompt_identity(), "request": self._request(row, shown)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

@@ -1,4 +1,4 @@
-"""The pictures that a judge is shown: found in a folder by the names that a run record gives them."""
+"""The images that a judge is shown: found in a folder by the names that a run record gives them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ShownImages:
     max_side: int = 1024
 
     def identity(self) -> dict[str, Any]:
-        """Return what is done to the pictures, not where they lie."""
+        """Return what is done to the images, not where they lie."""
         return {"max_side": self.max_side, "format": f"JPEG, quality {QUALITY}"}
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Refuse rows whose picture is not there, before anything is asked. Raises InputError that names some."""
+        """Refuse rows whose image is not there, before anything is asked. Raises InputError that names some."""
         names = sorted({row.image for row in rows if row.image is not None})
         missing = [name for name in names if self._find(name) is None]
         if missing:
@@ -46,11 +46,11 @@ class ShownImages:
             )
 
     def fingerprint(self, name: str) -> dict[str, Any]:
-        """Return what decides the data URL of a picture. Raises ImageFileError when it cannot be read."""
+        """Return what decides the data URL of an image. Raises ImageFileError when it cannot be read."""
         return {"sha256": hashlib.sha256(self._content(name)).hexdigest(), **self.identity()}
 
     def data_url(self, name: str) -> str:
-        """Return a picture as a data URL. Raises ImageFileError for a file that is no readable picture."""
+        """Return an image as a data URL. Raises ImageFileError for a file that is no readable image."""
         picture = open_image(self._content(name))
         picture.thumbnail((self.max_side, self.max_side))
         stream = io.BytesIO()
@@ -67,7 +67,7 @@ class ShownImages:
             raise ImageFileError(f"{path}: it cannot be read ({error.strerror}).") from error
 
     def _find(self, name: str) -> Path | None:
-        """Return where a picture lies. A run record may come from anywhere: its names must not leave the folder."""
+        """Return where an image lies. A run record may come from anywhere: its names must not leave the folder."""
         if not is_plain(name):
             raise InputError(f"image {name!r} of a row is not a relative path inside {self.folder}.")
         return find_image(self.folder, name)

@@ -1,7 +1,7 @@
 """The prompt of a language-model judge: HoliSafe's decision rule in our own words (``prompt.json``).
 
 The answer that is judged comes from a model that may be attacked, or that repeats what an attacker wrote into a
-picture. It is quoted between markers whose code is computed from the quoted text itself, so that no text can hold its
+image. It is quoted between markers whose code is computed from the quoted text itself, so that no text can hold its
 own end.
 """
 

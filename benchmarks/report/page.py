@@ -54,9 +54,9 @@ class StepRow:
 
 
 def page(findings: Findings, *, images: Path | None = None) -> str:
-    """Return the page. With ``images``, the folder that image names start in, flipped samples' pictures are in it.
+    """Return the page. With ``images``, the folder that image names start in, flipped samples' images are in it.
 
-    Raises MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the pictures.
+    Raises MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the images.
     """
     return render("report.html.j2", _context(findings, images))
 

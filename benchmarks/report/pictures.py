@@ -23,7 +23,7 @@ QUALITY = 68
 def read_pictures(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return for each name a JPEG's data URL and why there is none; one of them is empty.
 
-    Raises InputError when ``folder`` is none, or when it holds none of the pictures.
+    Raises InputError when ``folder`` is none, or when it holds none of the images.
     """
     if not folder.is_dir():
         raise InputError(

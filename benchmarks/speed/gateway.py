@@ -96,7 +96,7 @@ def measure_gateway(
 ) -> GatewaySpeed:
     """Measure a gateway with the guard of ``bundle``, and the gated pair of it with the GGUF folder, if one is given.
 
-    Raises InputError for a guard that does not tell the built-in suite's pictures apart; SafeVLMError when a process
+    Raises InputError for a guard that does not tell the built-in suite's images apart; SafeVLMError when a process
     does not start.
     """
     safe, unsafe = two_pictures(bundle)
@@ -233,7 +233,7 @@ def request_body(picture: Image.Image) -> bytes:
 
 
 def two_pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
-    """Return a picture that the guard allows and one that it blocks."""
+    """Return an image that the guard allows and one that it blocks."""
     from runtimes.guard.judge import Guard
 
     pictures = [draw(each.scene) for each in build_suite("test", pairs=100, questions=0).pictures]
@@ -252,7 +252,7 @@ def two_pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
 def _first_tokens(
     bundle: Path, gguf: Path, picture: Image.Image, options: GatewayOptions, report: Callable[[str], None]
 ) -> dict[str, float]:
-    """Return the median milliseconds from an opened picture to the first piece of text, way by way, in turns."""
+    """Return the median milliseconds from an opened image to the first piece of text, way by way, in turns."""
     from runtimes.gate.gate import Gate
     from runtimes.gate.open import open_gate
     from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
@@ -291,7 +291,7 @@ def _first_tokens(
         for number in range(1 + options.rounds * 4):
             for way in list(ways) if number % 2 else list(ways)[::-1]:
                 changed = picture.copy()
-                changed.putpixel((0, 0), (number % 256, 0, 0))  # another picture, so that no image is remembered
+                changed.putpixel((0, 0), (number % 256, 0, 0))  # another image, so that no image is remembered
                 times[way].append(ways[way](changed))
     return {way: float(np.median(taken[1:]) * 1000) for way, taken in times.items()}
 

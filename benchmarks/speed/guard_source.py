@@ -143,7 +143,7 @@ def _entry(path: Path, kind: str, precision: str, work: Work) -> GuardFile:
 def add_int8_files(folder: Path, calibration: NDArray[np.uint8]) -> None:
     """Write both INT8 flavours of the scratch bundle's float32 guard, every product but the head's quantized.
 
-    They are for timing alone: an export judges them on pictures and takes back what hurts.
+    They are for timing alone: an export judges them on images and takes back what hurts.
     """
     manifest = Manifest.read(folder)
     head_layers = len(manifest.head.widths) - 1

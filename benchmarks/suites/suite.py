@@ -1,4 +1,4 @@
-"""The contract of every suite: rows to be answered, and the picture that each is about."""
+"""The contract of every suite: rows to be answered, and the image that each is about."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Suite:
             raise InputError(f"suite {self.name} is empty, so there is nothing to run.")
 
     def picture(self, row: Row) -> Image.Image:
-        """Return the picture of a row. Raises ImageFileError for one that cannot be read."""
+        """Return the image of a row. Raises ImageFileError for one that cannot be read."""
         assert row.image is not None
         return self.pictures[row.image]()
 
     def record(self) -> SuiteRecord:
-        """Return what a run record says of the suite; its hash covers rows and pictures, not their order."""
+        """Return what a run record says of the suite; its hash covers rows and images, not their order."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for row in sorted(self.rows, key=lambda row: row.id):
             stated = row.model_dump_json(exclude_none=True)

@@ -104,7 +104,7 @@ def _measure(shape: str, layers: int | None, sparse: bool, step: Step) -> dict[s
 
 
 def _pictures(work: Path) -> None:
-    """Write calibration pictures, and one to ask about, unless they are there."""
+    """Write calibration images, and one to ask about, unless they are there."""
     if (work / "picture.png").exists():
         return
     shutil.rmtree(work / "pictures", ignore_errors=True)

@@ -1,6 +1,6 @@
 """Fit a small head to a teacher's probabilities.
 
-Shapes: N pictures, P pooled features, C classes.
+Shapes: N images, P pooled features, C classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ nothing, it would drown the others in float32, and any later change of it would 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Which pictures train a head, choose among heads, and judge the chosen one: index arrays."""
+    """Which images train a head, choose among heads, and judge the chosen one: index arrays."""
 
     train: np.ndarray[Any, np.dtype[np.int64]]
     validation: np.ndarray[Any, np.dtype[np.int64]]
@@ -40,7 +40,7 @@ class Split:
 
 
 def split_by_content(sha256: Sequence[str]) -> Split:
-    """Split pictures by their hashes: the same picture is always in the same part, whatever the others are."""
+    """Split images by their hashes: the same image is always in the same part, whatever the others are."""
     place = np.array([int(digest[:12], 16) / 16**12 for digest in sha256])
     first, second = SHARES[0], SHARES[0] + SHARES[1]
     return Split(

@@ -1,6 +1,6 @@
-"""The exact guard's verdicts on pictures, its language model streamed: what a distilled head learns from.
+"""The exact guard's verdicts on images, its language model streamed: what a distilled head learns from.
 
-Shapes: N pictures, T image tokens, D width of the language model, P pooled features, C classes.
+Shapes: N images, T image tokens, D width of the language model, P pooled features, C classes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def teach(
     max_bytes: int | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Lesson:
-    """Run the exact guard over batches of pictures (each uint8 B × H × W × 3 at the contract's size).
+    """Run the exact guard over batches of images (each uint8 B × H × W × 3 at the contract's size).
 
     The vision path runs once a batch, then every decoder layer once, over all batches. ``max_bytes`` bounds
     the memory of hidden states; above it they are in a temporary file.

@@ -1,4 +1,4 @@
-"""Conversations to calibrate on, one :class:`Sample` each: a question, perhaps its picture and its answer.
+"""Conversations to calibrate on, one :class:`Sample` each: a question, perhaps its image and its answer.
 
 Read are JSONL files, JSON lists, and tables with a column ``query``, whose rows have one of three shapes::
 
@@ -39,7 +39,7 @@ __all__ = ["KINDS", "Conversations", "Drawn", "Kind", "Sample", "built_in_conver
 
 Kind: TypeAlias = Literal["unsafe", "safe", "text"]
 KINDS: tuple[Kind, ...] = ("unsafe", "safe", "text")
-"""A pair to be refused, a pair to be answered, a text without a picture."""
+"""A pair to be refused, a pair to be answered, a text without an image."""
 
 NAMED_IMAGE = re.compile(r"(?:Picture\s*\d+\s*:\s*)?<(img|image)>([^<>]*)</\1>")
 """An image as Qwen-VL's rows have it: ``Picture 1: <img>a.jpg</img>``."""
@@ -52,7 +52,7 @@ COLUMNS = Columns(needed=(("query",),), optional=("image", "images", "answer", "
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of holisafe-mini, drawn when it is looked at."""
+    """A image of holisafe-mini, drawn when it is looked at."""
 
     scene: Scene
 
@@ -73,7 +73,7 @@ class Sample:
     where: str
 
     def picture(self) -> Image.Image | None:
-        """Return the picture in RGB, upright. Raises ImageFileError, with the sample's place."""
+        """Return the image in RGB, upright. Raises ImageFileError, with the sample's place."""
         if isinstance(self.image, Drawn):
             return draw(self.image.scene)
         if self.image is None:

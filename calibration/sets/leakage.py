@@ -1,6 +1,6 @@
 """Is any of what a model is calibrated on part of a suite that it will be judged by?
 
-Looked for are the suite's pictures (identical, saved anew, resized or slightly cropped, see
+Looked for are the suite's images (identical, saved anew, resized or slightly cropped, see
 :mod:`calibration.sets.same_picture`), its questions (equal when case, punctuation and blanks are put aside), and the
 file names of HoliSafe-Bench, which are known by their hashes even where the benchmark is not at hand.
 """
@@ -30,14 +30,14 @@ __all__ = ["Evaluation", "Leak", "Leakage", "built_in_evaluation", "find_leaks",
 FEWEST_WORDS = 4
 """Shorter questions (“What is this?”) are asked by everybody."""
 MOST_PICTURES = 2
-"""A question that a suite asks about more pictures than this is a template, and no sign of the suite."""
+"""A question that a suite asks about more images than this is a template, and no sign of the suite."""
 NAME_PARTS = 3
 NAME_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A suite that calibration must keep clear of; ``samples`` are its questions and pictures."""
+    """A suite that calibration must keep clear of; ``samples`` are its questions and images."""
 
     name: str
     sha256: str
@@ -126,7 +126,7 @@ def find_leaks(
 ) -> Leakage:
     """Look for every sample in every suite.
 
-    Raises ImageFileError for a picture that cannot be opened, of the samples or of a suite.
+    Raises ImageFileError for an image that cannot be opened, of the samples or of a suite.
     """
     leaks = [
         Leak(sample=sample.where, suite="HoliSafe-Bench", signal="name", detail=f"{sample.name} is one of its images")
@@ -176,7 +176,7 @@ def _in_suite(
 
 
 def _pictures(samples: Iterable[Sample]) -> list[Sample]:
-    """Return one sample of each picture."""
+    """Return one sample of each image."""
     return list({sample.name: sample for sample in samples if sample.image is not None}.values())
 
 

@@ -84,7 +84,7 @@ def choose(conversations: Conversations, mix: Mix = Mix()) -> tuple[Sample, ...]
 
 
 def samples_sha256(samples: Iterable[Sample], answers: Sequence[str | None]) -> str:
-    """Return the SHA-256 of what is calibrated on: kind, question, answer, and the picture's pixels."""
+    """Return the SHA-256 of what is calibrated on: kind, question, answer, and the image's pixels."""
     digest = hashlib.sha256()
     for sample, answer in zip(samples, answers, strict=True):
         picture = sample.picture()

@@ -27,7 +27,7 @@ from safevlm.images.image_folder import no_images, not_read, read_folder
 __all__ = ["BuiltIn", "Folder", "HubDataset", "PictureSource", "Pictures", "load_pictures", "picture_source"]
 
 BUILT_IN_PAIRS = 9_000
-"""Pairs of holisafe-mini's calibration part; about 4,000 pictures come with them."""
+"""Pairs of holisafe-mini's calibration part; about 4,000 images come with them."""
 UNREADABLE_SHARE = 0.01
 """Up to this share of a source's files may be unreadable; they are named and passed over."""
 NAMES_SHOWN = 5
@@ -53,7 +53,7 @@ class Folder:
         return str(self.path)
 
     def opened(self) -> Iterator[Opened]:
-        """Yield names and pictures, or why one cannot be read. Raises InputError for an empty folder."""
+        """Yield names and images, or why one cannot be read. Raises InputError for an empty folder."""
         if not self.path.is_dir():
             raise InputError(f"{self.path} is not a folder. Give --images a folder of images, or hub:NAME.")
         content = read_folder(self.path)
@@ -77,7 +77,7 @@ class HubDataset:
         return f"{HUB}{self.name}"
 
     def opened(self) -> Iterator[Opened]:
-        """Yield row numbers and pictures. Raises MissingExtraError, InputError when it cannot be loaded."""
+        """Yield row numbers and images. Raises MissingExtraError, InputError when it cannot be loaded."""
         try:
             import datasets
         except ImportError as error:
@@ -122,7 +122,7 @@ class BuiltIn:
         return "the calibration part of holisafe-mini"
 
     def opened(self) -> Iterator[Opened]:
-        """Yield paths and drawn pictures."""
+        """Yield paths and drawn images."""
         for picture in build_suite("calibration", pairs=self.pairs, questions=0).pictures:
             yield picture.path, draw(picture.scene)
 
@@ -144,7 +144,7 @@ def picture_source(spec: str | Path) -> PictureSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pictures:
-    """Distinct pictures at the contract's size.
+    """Distinct images at the contract's size.
 
     ``rgb`` is uint8 N × H × W × 3, ``sha256`` each one's hash of those bytes.
     """
@@ -160,7 +160,7 @@ class Pictures:
 
 
 def load_pictures(source: PictureSource, preprocessing: Preprocessing) -> Pictures:
-    """Read all pictures of a source, each content once.
+    """Read all images of a source, each content once.
 
     Raises InputError when there is none, or when more than 1 % cannot be read (all are named up to five).
     """

@@ -27,7 +27,7 @@ __all__ = ["Batch", "Row", "TokenWeights", "embed_batches", "lay_out", "pack_row
 class TokenWeights:
     """What tokens count in second moments: text 1, padding 0.
 
-    A picture's many tokens share a weight that makes them at most ``image_share`` of their sample, so that 576 of
+    An image's many tokens share a weight that makes them at most ``image_share`` of their sample, so that 576 of
     them do not drown a short question; they never count more than text. Tokens of an answer that is a refusal count
     ``refusal_weight`` times.
     """
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Rows of about one length, with or without pictures; ``prefill`` without embeddings."""
+    """Rows of about one length, with or without images; ``prefill`` without embeddings."""
 
     rows: tuple[Row, ...]
     prefill: Prefill
@@ -122,7 +122,7 @@ def lay_out(
 
 
 def pack_rows(rows: Sequence[Row], tokens: int) -> list[tuple[Row, ...]]:
-    """Group rows of like length, pictures apart from text, so that a padded batch has at most ``tokens`` tokens.
+    """Group rows of like length, images apart from text, so that a padded batch has at most ``tokens`` tokens.
 
     A row that is longer is a batch by itself.
     """

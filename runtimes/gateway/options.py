@@ -76,7 +76,7 @@ class GatewayOptions:
 
     @property
     def max_held(self) -> int:
-        """Pixels, of 3 bytes each, of all pictures that are held at once: those of every request being served."""
+        """Pixels, of 3 bytes each, of all images that are held at once: those of every request being served."""
         return 16 * self.max_pixels
 
     def __post_init__(self) -> None:

@@ -199,7 +199,7 @@ class LlamaCpp:
     # -- images -----------------------------------------------------------------------------------------
 
     def encode(self, rgb_HWC: npt.NDArray[np.uint8]) -> Floats:
-        """Return the projector's output, T × D, of a picture at the contract's size."""
+        """Return the projector's output, T × D, of an image at the contract's size."""
         with self._image_chunk(rgb_HWC) as chunk, self._vision.taken():
             if self._first_patch is not None:
                 self._first_patch.forget()
@@ -311,7 +311,7 @@ class LlamaCpp:
         self.position += len(ids)
 
     def read_image(self, rgb_HWC: npt.NDArray[np.uint8], embeddings_TD: Floats, *, tapped: bool) -> Floats | None:
-        """Read a picture's image tokens behind what is in memory.
+        """Read an image's image tokens behind what is in memory.
 
         With ``tapped`` return their hidden states after the final norm, T × D, otherwise None. Only the image's size is
         used, since its embeddings are given. Raises InputError beyond the context.

@@ -3,7 +3,7 @@
 A guard on the projector's output reads the image embeddings that mtmd makes; one behind the language model reads the
 hidden states of the image tokens in the prefill that the answer needs, or, where a system text or earlier turns stand
 before the image, in one of the image behind the usual prefix. Image and prefix stay in memory, so a second question
-about the same picture costs its own tokens alone.
+about the same image costs its own tokens alone.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def chat_of(manifest: GgufManifest, folder: Path) -> ChatFormat:
 
 
 def probe_picture(height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Return a picture of gradients, H × W × 3, the same everywhere: what a projector makes of it tells it apart."""
+    """Return an image of gradients, H × W × 3, the same everywhere: what a projector makes of it tells it apart."""
     down, across = np.mgrid[0:height, 0:width]
     channels = (255 * across // max(1, width - 1), 255 * down // max(1, height - 1), (7 * across + 13 * down) % 256)
     return np.stack(channels, axis=-1).astype(np.uint8)

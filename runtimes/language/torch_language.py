@@ -28,7 +28,7 @@ class TorchLanguageRunner(LanguageRunner):
     """Run a checkpoint through ``safevlm.network.safe_vlm``.
 
     ``model`` is an opened checkpoint or a model that is loaded already; ``device`` is torch's word for one
-    (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that pictures are brought to where the family
+    (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that images are brought to where the family
     lets one choose (Qwen2.5-VL), which should be the guard bundle's; ``context`` how many tokens a prompt may have with
     its answer, by default the model's own, 4,096 at most where the image leaves room in them.
     """

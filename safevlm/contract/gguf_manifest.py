@@ -61,7 +61,7 @@ class GgufHead(Frozen):
     pooling: Literal["mean", "mean_max_std"]
     widths: tuple[Width, ...] = Field(min_length=2, max_length=64)
     fidelity: Mapping[str, Any] | None = None
-    """Of a distilled head, on held-out pictures."""
+    """Of a distilled head, on held-out images."""
 
     @property
     def features(self) -> float:
@@ -112,7 +112,7 @@ class GgufManifest(Frozen):
     class_token_last: bool = False
     """Whether the projector file is written for a llama.cpp that puts LLaVA's class token behind the patches."""
     probe: tuple[float, ...] = Field(min_length=16, max_length=16)
-    """Of the projector's output for a test picture: first and last image token, 8 numbers each."""
+    """Of the projector's output for a test image: first and last image token, 8 numbers each."""
     context_length: Width
     prompt: Prompt
     ends: tuple[Count, ...] = Field(default=(), max_length=64)

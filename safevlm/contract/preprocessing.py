@@ -1,6 +1,6 @@
-"""From a picture to the pixels a guard reads: the contract of one checkpoint, in Pillow and numpy.
+"""From an image to the pixels a guard reads: the contract of one checkpoint, in Pillow and numpy.
 
-Legend: ``N`` pictures, ``H`` and ``W`` the contract's height and width; values are grey levels 0..255
+Legend: ``N`` images, ``H`` and ``W`` the contract's height and width; values are grey levels 0..255
 until :meth:`Preprocessing.normalise`. Sizes are given as (height, width), Pillow's own as (width, height).
 
 The arithmetic follows transformers 5.17: ``image_processing_backends.PilBackend`` with
@@ -35,7 +35,7 @@ PIL_FILTERS: Mapping[Filter, Image.Resampling] = {
 }
 
 LARGEST_STEP = 100_000_000
-"""Pixels of the largest picture made on the way, 400 MB in Pillow; beyond it, see ``_crop`` and ``_pad``."""
+"""Pixels of the largest image made on the way, 400 MB in Pillow; beyond it, see ``_crop`` and ``_pad``."""
 
 MAX_AREA = 2**24
 """Pixels that a guard may read of one image: beyond every vision tower's (Qwen2.5-VL's own limit is 12.8 million)."""
@@ -46,9 +46,9 @@ _Std = Annotated[float, Field(ge=1e-6, le=255)]
 
 
 class Preprocessing(BaseModel):
-    """How a picture becomes H x W x 3 grey levels, and those the values of the vision tower.
+    """How an image becomes H x W x 3 grey levels, and those the values of the vision tower.
 
-    ``fit`` says what happens to a picture of another shape: ``squash`` resizes it straight to H x W (Gemma-3;
+    ``fit`` says what happens to an image of another shape: ``squash`` resizes it straight to H x W (Gemma-3;
     Qwen2.5-VL at a fixed grid), ``crop`` resizes its shorter side to ``shortest_edge`` and cuts H x W out of
     the middle (CLIP), ``pad`` completes it to a square with the mean colour and resizes that (LLaVA-1.5).
     ``mean`` and ``std`` are of values in 0..1, red first.
@@ -82,7 +82,7 @@ class Preprocessing(BaseModel):
         return self
 
     def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Return the grey levels, H x W x 3, of an upright RGB picture (see ``safevlm.images.image``)."""
+        """Return the grey levels, H x W x 3, of an upright RGB image (see ``safevlm.images.image``)."""
         if image.mode != "RGB":
             raise InputError(
                 f"an image of mode {image.mode} cannot be preprocessed. Convert it to RGB with "
@@ -106,7 +106,7 @@ class Preprocessing(BaseModel):
         return image.resize((width, height), resample=PIL_FILTERS[self.filter])
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """Resize and cut; of a picture so long that resizing it would take gigabytes, resize only what stays.
+        """Resize and cut; of an image so long that resizing it would take gigabytes, resize only what stays.
 
         Resizing a part rounds differently where Pillow then takes the two axes in the other order.
         """
@@ -131,7 +131,7 @@ class Preprocessing(BaseModel):
         return canvas
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """Pad to a square and resize; a picture too long for its square to be held is shortened first."""
+        """Pad to a square and resize; an image too long for its square to be held is shortened first."""
         width, height = image.size
         square = [max(width, height)] * 2
         if square[0] ** 2 > LARGEST_STEP:

@@ -4,7 +4,7 @@ lmms-eval 0.7.3 asks for torchvision, whose builds bring another torch than the 
 an environment of its own and their logs, ``<date>_samples_<task>.jsonl``, are read here. Its logs have one object a
 sample: ``doc_id``, ``input`` (the question as it was put), ``target``, ``filtered_resps``, and what the task's
 ``process_results`` returned under the metrics' names: a number, or an object that holds a ``score`` or what the score
-is computed from. Its ``doc_hash`` hashes pictures by their place in memory, so two runs never agree in it: not used.
+is computed from. Its ``doc_hash`` hashes images by their place in memory, so two runs never agree in it: not used.
 """
 
 from __future__ import annotations

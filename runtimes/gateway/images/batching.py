@@ -79,7 +79,7 @@ class Batching:
         return self._task is not None and not self._task.done() and not self.lane.stuck
 
     async def judge(self, pixels: Pixels) -> Row:
-        """Return C probabilities of one picture at the contract's size.
+        """Return C probabilities of one image at the contract's size.
 
         Raises Refusal when too many wait, the guard fails, or its time is over.
         """
@@ -120,7 +120,7 @@ class Batching:
                 batch.append(await asyncio.wait_for(self._queue.get(), left) if waits else self._queue.get_nowait())
 
     def _judge(self, pictures: list[Pixels]) -> list[Row | Exception]:
-        """Judge in one call; a batch that fails is judged one by one, so that one picture spoils no other."""
+        """Judge in one call; a batch that fails is judged one by one, so that one image spoils no other."""
         self.metrics.batch.observe(len(pictures))
         try:
             with self.metrics.guard.time(), self.lane.turn(self.options.guard_timeout) as left:

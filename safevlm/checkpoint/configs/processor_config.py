@@ -115,7 +115,7 @@ WITHOUT_EFFECT = frozenset(
         "backend",
     ]
 )
-"""Keys that change no pixel of one RGB picture."""
+"""Keys that change no pixel of one RGB image."""
 
 _Settings = Mapping[str, Any]
 
@@ -263,7 +263,7 @@ def _clip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _pads(settings: _Settings) -> bool:
-    """Say whether pictures are completed to a square first, as LLaVA-1.5's config states."""
+    """Say whether images are completed to a square first, as LLaVA-1.5's config states."""
     ratio = settings.get("image_aspect_ratio")
     if ratio not in (None, "pad", "square"):
         _refuse("image_aspect_ratio", ratio, "pad, square or absent")
