@@ -51,7 +51,7 @@ def check_turns(reader: Reader | None, turns: Sequence[Turn], max_new_tokens: in
 
 
 def _check_plain(turns: Sequence[Turn]) -> None:
-    """Raise QuestionError for half a character, and where what the user said last says nothing."""
+    """Raise QuestionError for an unpaired surrogate, and where the user's last text is empty."""
     last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for number, turn in enumerate(turns):
         if number == last and _is_blank(turn.text):

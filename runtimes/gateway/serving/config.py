@@ -47,7 +47,7 @@ def config_option() -> Callable[[T], T]:
 
 
 def check_environment(context: click.Context, others: Collection[str] = ()) -> None:
-    """Raise InputError for a variable of this program that is empty or that there is no option of.
+    """Raise InputError for a variable of this program that is empty or belongs to no option.
 
     click would pass them over: a misspelt ``SAFEVLM_GATEWAY_CLIENT_KEYS`` would let everybody ask. ``others`` are
     variables that may have any name, such as those of keys.

@@ -275,7 +275,7 @@ def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: 
     [
         ([], "nothing to serve"),
         (["--bundle", "BUNDLE", "--upstream", "ftp://x"], "http(s) address"),
-        (["--bundle", "BUNDLE", "--upstream", "http://x", "--model", "tiny-safegem"], "without --model"),
+        (["--bundle", "BUNDLE", "--upstream", "http://x", "--model", "tiny-safegem"], "excludes --model"),
         (["--bundle", "BUNDLE", "--upstream", "http://x", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         (["--bundle", "no such folder", "--upstream", "http://x"], "not a guard bundle"),
     ],

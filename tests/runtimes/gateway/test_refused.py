@@ -72,7 +72,7 @@ def animated() -> bytes:
         (data_url(animated(), "image/gif"), "animated or has several pages"),
         (data_url(b""), "it is empty"),
         (data_url(png(SAFE), "text/html"), "says it is text/html"),
-        ("data:image/png;base64,!!!!", "base64 is damaged"),
+        ("data:image/png;base64,!!!!", "not valid base64"),
         ("data:image/png,plain", "must begin with data:image"),
         ("", "an image must be given as a URL"),
         ({"url": 3}, "an image must be given as a URL"),
@@ -117,7 +117,7 @@ def test_fifty_images_are_too_many(address: str, upstream: Upstream) -> None:
         ({"messages": [{"role": "user", "content": "hi"}], "multi_modal_data": {"image": "x"}}, "multi_modal_data"),
         ({"messages": [{"role": "user", "content": "hi"}], "image_urls": ["x"]}, "image_urls"),
         ({"messages": [{"role": "user", "content": "hi"}], "stream": 1}, "true or false"),
-        ({"messages": [{"role": "user", "content": "hi"}], "modalities": ["text", "audio"]}, "only text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "modalities": ["text", "audio"]}, "can only be text"),
     ],
     ids=lambda value: str(value)[-40:],
 )
@@ -315,7 +315,7 @@ def test_a_full_queue_says_when_to_come_again(bundle: Path, upstream: Upstream) 
             thread.join()
     statuses = sorted(response.status_code for response in found)
     assert statuses[0] == 200 and statuses[-1] == 503 and len(found) == 6
-    refused(next(each for each in found if each.status_code == 503), 503, "1 images wait", "overloaded_error")
+    refused(next(each for each in found if each.status_code == 503), 503, "1 images are waiting", "overloaded_error")
 
 
 # -- remote images --------------------------------------------------------------------------------------

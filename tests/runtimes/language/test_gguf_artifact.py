@@ -102,7 +102,7 @@ def test_the_head_is_the_checkpoints_own(folder: Path) -> None:
         wanted = own(features.mean(dim=0, keepdim=True))[0].numpy()
     np.testing.assert_allclose(head_logits(weights, pooled(features.numpy(), "mean")), wanted, atol=1e-4)
     wrong = head.model_copy(update={"widths": (256, 100, 20)})
-    with pytest.raises(BundleError, match=r"mlp\.0\.weight' is F32 \(128, 256\); F32 \(100, 256\) is needed"):
+    with pytest.raises(BundleError, match=r"mlp\.0\.weight' is F32 \(128, 256\), but must be F32 \(100, 256\)"):
         artifact.weights(wrong)
 
 

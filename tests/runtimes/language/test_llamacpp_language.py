@@ -122,7 +122,7 @@ def test_embeddings_stand_in_for_the_picture(
 def test_an_older_handle_and_a_token_for_the_image_are_refused(runner: LlamaCppLanguageRunner) -> None:
     older = runner.prefill(picture(4), QUESTION)
     runner.prefill(picture(5), QUESTION)
-    with pytest.raises(InputError, match="an older prefill's"):
+    with pytest.raises(InputError, match="a later one replaced it"):
         runner.generate(older.handle, 4)
     with pytest.raises(InputError, match="contains '<image>'"):
         runner.prefill(picture(4), "what is <image>?")
@@ -161,7 +161,7 @@ def copied(folder: Path, target: Path) -> Path:
 def test_a_projector_of_another_model_is_refused_by_its_hash(gguf_folder: Folder, tmp_path: Path) -> None:
     folder = copied(gguf_folder("tiny-safellava"), tmp_path / "mixed")
     shutil.copyfile(gguf_folder("tiny-safegem") / "mmproj.f16.gguf", folder / "mmproj.f16.gguf")
-    with pytest.raises(BundleError, match=r"mmproj\.f16\.gguf is not the projector that belongs here"):
+    with pytest.raises(BundleError, match=r"mmproj\.f16\.gguf is not the projector of this folder"):
         open_gguf(folder)
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_file_gets_llama_cpps_own_words(gguf_folder: Folder, tmp_path:
     path = folder / "model.f16.gguf"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + b"\0" * (len(content) - len(content) // 2))
-    with pytest.raises(BundleError, match="language model that belongs here"):
+    with pytest.raises(BundleError, match="language model of this folder"):
         open_gguf(folder)
     path.write_bytes(b"nonsense" + content[8:])
     artifact = open_gguf(folder, verify=False)

@@ -71,7 +71,7 @@ def test_bad_calls(vlm: SafeVLM, rgb: Any) -> None:
         runner.prefill(rgb, QUESTION)
     with runner:
         for wrong in (rgb[:-1], rgb.astype(np.float32), rgb[None], rgb[..., 0]):
-            with pytest.raises(InputError, match="uint8 picture of"):
+            with pytest.raises(InputError, match="must be uint8 of shape"):
                 runner.prefill(wrong, QUESTION)
         for embeddings in (np.zeros((1, 2, 3), np.float32), np.zeros((2, 3))):
             with pytest.raises(InputError, match="float32 T x D"):
