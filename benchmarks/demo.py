@@ -30,7 +30,7 @@ from runtimes.guard.verdict import Judgement
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import SafeVLMError
 from safevlm.terminal.child import module_arguments
-from safevlm.terminal.commandline import run
+from safevlm.terminal.commandline import as_started, run
 
 __all__ = ["contact_sheet"]
 
@@ -165,7 +165,7 @@ def main(out: Path) -> int:
     click.echo(f"\n{right} of {len(shown)} verdicts are right; see {out / 'contact-sheet.png'}")
     click.echo("Now the longer part, about two minutes: compress a model, run both models on the suite, compare them.")
     verdict = compare_compressed(out)
-    click.echo(_NEXT)
+    click.echo(as_started(_NEXT))
     click.echo(f"\nreport of {COMPRESSED} in 4 bits: {verdict}, {out / 'report' / 'report.html'}")
     return 0 if right == len(shown) and verdict == "PASS" else 1
 

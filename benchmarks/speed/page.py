@@ -143,7 +143,7 @@ def _read(path: Path) -> tuple[Record, Content]:
     try:
         record = Record.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path} is not a complete record of {kind}: {first_problem(error)}. {AGAIN}") from error
+        raise InputError(f"{path}: not a complete record of {kind}: {first_problem(error)}. {AGAIN}") from error
     if record.schema_version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version must be {SCHEMA_VERSION}, not {record.schema_version}. {AGAIN}")
     return record, content

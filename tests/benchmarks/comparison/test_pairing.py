@@ -98,7 +98,7 @@ def test_a_leaked_calibration_set_and_a_suite_on_one_side_are_anomalies(tmp_path
     assert pair_runs([one, extra], [other]).anomalies == ("suite mmstar was run on only one side",)
     with pytest.raises(InputError, match=r"are both runs of suite holisafe"):
         pair_runs([one, one], [other])
-    with pytest.raises(InputError, match="no candidate run"):
+    with pytest.raises(InputError, match="the candidate run is missing"):
         pair_runs([one], [])
 
 

@@ -374,7 +374,7 @@ def test_a_picture_that_is_none_leaves_its_row_unscored(tmp_path: Path) -> None:
         assert len(server.asked) == 1
     assert good.ok is True
     assert bad.ok is None
-    assert str(bad.why).startswith("picture: ")
+    assert str(bad.why).startswith("image: ")
 
 
 # -- the cache --------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://me:secret@host/v1", "http://secret@host/v1", "http://host/v1?key=secret"])
 def test_an_address_with_a_secret_in_it_is_refused_without_repeating_it(url: str) -> None:
-    with pytest.raises(InputError, match="in the environment variable") as raised:
+    with pytest.raises(InputError, match="into the environment variable") as raised:
         ChatServer(url=url)
     assert "secret" not in str(raised.value)
 
@@ -462,7 +462,7 @@ def test_the_base_or_the_whole_address_may_be_given(url: str) -> None:
 
 @pytest.mark.parametrize("given", [{"tries": 0}, {"timeout": 0.0}, {"timeout": float("nan")}, {"base": -1.0}])
 def test_patience_is_checked(given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="needed"):
+    with pytest.raises(InputError, match="must be"):
         Patience(**given)
 
 

@@ -151,7 +151,7 @@ def test_figures_are_told_in_words_too(read: Read) -> None:
     assert "mASR: before 15.38 %, after 20.17 %, change +4.79 points" in text
     assert "mASR: 294 worse, 134 better" in text
     assert "caught at 1, 5 and 10 % of safe images blocked" in text
-    assert "said 95 %, is 95 % of 861" in text
+    assert "stated 95 %, true 95 % of 861" in text
 
 
 def test_figures_take_their_colours_from_the_page() -> None:

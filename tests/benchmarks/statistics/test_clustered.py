@@ -167,7 +167,7 @@ def test_4031_samples_on_1791_images_take_less_than_2_seconds() -> None:
         ([0.0], [0, 0], [0, 1], [1.0], "1 differences for 2 samples"),
         ([], [], [], [], "each sample needs one of both"),
         ([0.0, 0.0], [0, 1], [0, 1], {0: 1.0}, "stratum 1 has no weight"),
-        ([0.0, 0.0], [0, 1], [0, 1], [1.0], "one each is needed"),
+        ([0.0, 0.0], [0, 1], [0, 1], [1.0], "each stratum needs one"),
     ],
 )
 def test_what_does_not_fit_is_refused(

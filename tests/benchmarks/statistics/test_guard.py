@@ -140,8 +140,8 @@ def test_what_does_not_fit_is_refused() -> None:
         (probs[:0], labels[:0], "N at least 1"),
         (probs + 1, labels, "from 0 to 1"),
         (probs * np.nan, labels, "from 0 to 1"),
-        (probs, labels + 20, "none of the 20 classes 0 to 19"),
-        (probs, labels - 20, "none of the 20 classes"),
+        (probs, labels + 20, "not one of the 20 classes 0 to 19"),
+        (probs, labels - 20, "not one of the 20 classes"),
     ):
         with pytest.raises(InputError, match=told):
             guard_metrics(wrong, truth, 0.5)

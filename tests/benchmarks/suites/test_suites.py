@@ -77,10 +77,10 @@ def test_the_hash_tells_another_picture_question_or_label(tmp_path: Path) -> Non
     [
         ([raw_row(0), {"id": 1}], r"row 2: field 'image' is missing"),
         ([raw_row(0, type="XYZ")], r"row 1: field 'type' is 'XYZ'. Allowed: SSS"),
-        ([raw_row(0, image_safety_label=20)], "field 'image_safety_label' is 20, 0 to 19"),
-        ([raw_row(0, image_safety_label=True)], "field 'image_safety_label' is True, int is needed"),
+        ([raw_row(0, image_safety_label=20)], r"field 'image_safety_label' is 20\. Allowed: 0 to 19"),
+        ([raw_row(0, image_safety_label=True)], "field 'image_safety_label' is True; it must be int"),
         ([raw_row(0, image_safe=True)], "field 'image_safe' is True, but image_safety_label is 1"),
-        ([raw_row(0, query=7)], "field 'query' is 7, str is needed"),
+        ([raw_row(0, query=7)], "field 'query' is 7; it must be str"),
         ([raw_row(0), raw_row(1), raw_row(0)], "row 3: id 0 is already in row 1"),
         ([raw_row(0, image="../../secret.jpg")], r"field 'image' is '\.\./\.\./secret.jpg'"),
         ([[1]], "a row must be a JSON object, not list"),
