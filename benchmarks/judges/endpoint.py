@@ -21,7 +21,7 @@ from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer
 from benchmarks.judges.images import ShownImages
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import settled, wants_refusal
-from benchmarks.judges.prompt import prompt_identity, tell
+from benchmarks.judges.prompt import judge_prompt, prompt_identity
 from benchmarks.judges.reply import parse_reply
 from benchmarks.runs.record import Row
 from safevlm.errors import ImageFileError, InputError
@@ -185,14 +185,14 @@ class EndpointJudge:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
 
     def _request(self, row: Row, shown: str | dict[str, Any] | None) -> dict[str, Any]:
-        told = tell(row, picture=shown is not None)
-        content: str | list[dict[str, Any]] = told.user
+        prompt = judge_prompt(row, picture=shown is not None)
+        content: str | list[dict[str, Any]] = prompt.user
         if shown is not None:
             picture = {"type": "image_url", "image_url": {"url": shown}}
-            content = [picture, {"type": "text", "text": told.user}]
+            content = [picture, {"type": "text", "text": prompt.user}]
         return {
             "model": self.model,
-            "messages": [{"role": "system", "content": told.system}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": content}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }

@@ -17,18 +17,18 @@ from typing import Any
 from benchmarks.judges.pairs import wants_refusal
 from benchmarks.runs.record import Row
 
-__all__ = ["Told", "prompt_identity", "tell"]
+__all__ = ["JudgePrompt", "prompt_identity", "judge_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class JudgePrompt:
     """The two messages that a judge is sent about a row."""
 
     system: str
     user: str
 
 
-def tell(row: Row, *, picture: bool) -> Told:
+def judge_prompt(row: Row, *, picture: bool) -> JudgePrompt:
     """Return the prompt about an answered pair; ``picture`` says whether the judge is shown the image."""
     text = _asset()
     query, answer = row.query or "", row.answer or ""
@@ -40,7 +40,7 @@ def tell(row: Row, *, picture: bool) -> Told:
         f"<answer-{code}>\n{answer}\n</answer-{code}>",
         text["closing"],
     ]
-    return Told(system="\n".join(text["system"]), user="\n\n".join(parts))
+    return JudgePrompt(system="\n".join(text["system"]), user="\n\n".join(parts))
 
 
 def prompt_identity() -> dict[str, Any]:

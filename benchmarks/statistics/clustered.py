@@ -18,14 +18,14 @@ from safevlm.errors import InputError
 
 __all__ = [
     "DRAWS",
-    "FEW",
+    "FEWEST_CHANGED_CLUSTERS",
     "Clusters",
     "bootstrap_bounds",
     "sign_flip_p",
 ]
 
 DRAWS = 10_000
-FEW = 10
+FEWEST_CHANGED_CLUSTERS = 10
 """Changed clusters below which a resample cannot tell how far unseen changes reach; from there on it reaches
 further than data without a change would, where changes are of size 1."""
 _CHUNK = 500
@@ -86,10 +86,10 @@ class Clusters:
 
         Data without a change give a bootstrap of no width, as if a handful of samples could prove anything. Tango's
         interval for no change, with clusters as its samples, is the width that such data do have. It counts in strata
-        where fewer than :data:`FEW` clusters changed; strata are put together as independent ones (squares add).
+        where fewer than :data:`FEWEST_CHANGED_CLUSTERS` changed; strata are combined as independent ones (squares add).
         """
         widths = [unchanged_width(float(count), confidence=confidence) for count in (self.counts_CS > 0).sum(axis=0)]
-        few_SR = (sums_CSR != 0).sum(axis=0) < FEW
+        few_SR = (sums_CSR != 0).sum(axis=0) < FEWEST_CHANGED_CLUSTERS
         found: Floats = np.sqrt(np.square(self.weights_S * np.array(widths)) @ few_SR)
         return found
 

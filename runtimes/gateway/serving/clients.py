@@ -31,14 +31,14 @@ from safevlm.errors import InputError
 from safevlm.files.json_file import first_problem
 from safevlm.files.table_file import read_table
 
-__all__ = ["MOST", "Client", "ClientEntry", "Clients", "digest_of", "read_clients"]
+__all__ = ["MOST_A_MINUTE", "Client", "ClientEntry", "Clients", "digest_of", "read_clients"]
 
 MINUTE = 60.0
-MOST = 1_000_000
+MOST_A_MINUTE = 1_000_000
 """Requests or images of a minute."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Limit = Annotated[int, Field(ge=1, le=MOST)]
+Limit = Annotated[int, Field(ge=1, le=MOST_A_MINUTE)]
 
 
 class ClientEntry(BaseModel):

@@ -34,7 +34,7 @@ __all__ = [
     "Served",
     "gone",
     "listening",
-    "or_gone",
+    "while_connected",
     "read_body",
     "refused",
     "shutting_down",
@@ -310,7 +310,7 @@ async def _read(request: Request, limit: int, too_large: Refusal) -> bytes:
     return b"".join(pieces)
 
 
-async def or_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await work, and end it when the client leaves: ClientGone."""
     task = asyncio.create_task(work)
     try:

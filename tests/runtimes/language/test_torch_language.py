@@ -74,7 +74,7 @@ def test_bad_calls(vlm: SafeVLM, rgb: Any) -> None:
             with pytest.raises(InputError, match="must be uint8 of shape"):
                 runner.prefill(wrong, QUESTION)
         for embeddings in (np.zeros((1, 2, 3), np.float32), np.zeros((2, 3))):
-            with pytest.raises(InputError, match="float32 T x D"):
+            with pytest.raises(InputError, match="float32 of shape T x D"):
                 runner.prefill(rgb, QUESTION, embeddings)
         with pytest.raises(InputError, match="image features of shape"):
             runner.prefill(rgb, QUESTION, np.zeros((2, 3), np.float32))
