@@ -96,7 +96,7 @@ def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
 
 def print_table(shown: Sequence[Shown]) -> None:
     """Print file, truth, class found, p(unsafe) and verdict, aligned."""
-    header = ("picture", "truth", "guard's class", "p(unsafe)", "verdict", "")
+    header = ("image", "truth", "guard's class", "p(unsafe)", "verdict", "")
     rows = [
         (
             item.path.name,

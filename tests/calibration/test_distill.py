@@ -122,7 +122,7 @@ def test_a_teacher_without_a_verdict_is_refused_with_the_image(
 
 
 def test_too_few_pictures_are_refused(checkpoint: Checkpoint) -> None:
-    with pytest.raises(InputError, match=r"distinct pictures .* at least 200 are needed"):
+    with pytest.raises(InputError, match=r"distinct images .*At least 200 are needed"):
         distill(checkpoint, BuiltIn(pairs=120))
 
 

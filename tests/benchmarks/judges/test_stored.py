@@ -192,5 +192,5 @@ def test_judges_are_opened_by_name(run: Path) -> None:
     assert open_judge("m", run).score([pair(1)]) == [Score(ok=True)]
     with pytest.raises(InputError, match=r"unknown judge 'gpt'.*string, exact, m"):
         open_judge("gpt", run)
-    with pytest.raises(InputError, match=r"no judge '\.\./m'"):
+    with pytest.raises(InputError, match=r"unknown judge '\.\./m'"):
         open_judge("../m", run)

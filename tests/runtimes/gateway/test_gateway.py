@@ -330,7 +330,7 @@ def test_the_embedded_model_answers_as_the_gate_does(
                 client.chat.completions.create(model="any", messages=asked)  # type: ignore[arg-type]
         tool = {"type": "function", "function": {"name": "f"}}
         for key, value in (("n", 2), ("tools", [tool]), ("logprobs", True)):
-            with pytest.raises(openai.BadRequestError, match=f"leave out '{key}'"):
+            with pytest.raises(openai.BadRequestError, match=f"Leave out '{key}'"):
                 client.chat.completions.create(model="any", messages=messages(SAFE_URL), **{key: value})  # type: ignore[arg-type, call-overload]
         with pytest.raises(openai.BadRequestError, match="whole number"):
             client.chat.completions.create(model="any", messages=messages(SAFE_URL), max_tokens=0)  # type: ignore[arg-type]

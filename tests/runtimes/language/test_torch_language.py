@@ -80,7 +80,7 @@ def test_bad_calls(vlm: SafeVLM, rgb: Any) -> None:
             runner.prefill(rgb, QUESTION, np.zeros((2, 3), np.float32))
         with pytest.raises(InputError, match="at least 1"):
             runner.generate(runner.prefill(rgb, QUESTION).handle, 0)
-        with pytest.raises(InputError, match="another runner's"):
+        with pytest.raises(InputError, match="belongs to another runner"):
             runner.generate(None, 3)
     with pytest.raises(InputError, match="unknown dtype"):
         TorchLanguageRunner(vlm, dtype="int3")  # type: ignore[arg-type]

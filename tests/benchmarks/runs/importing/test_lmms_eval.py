@@ -100,5 +100,5 @@ def test_a_named_metric_and_repeats(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no metric 'bleu'"):
         import_lmms_eval(written(tmp_path, "t", rows), name="m", metric="bleu")
     (tmp_path / "log.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(InputError, match="give --task"):
+    with pytest.raises(InputError, match="Give --task"):
         import_lmms_eval(tmp_path / "log.jsonl", name="m", metric="f1")
