@@ -1,6 +1,6 @@
-"""The main job on drawn pictures, start to end: ``python -m benchmarks.demo`` (``make demo``).
+"""The main job on drawn images, start to end: ``python -m benchmarks.demo`` (``make demo``).
 
-Exports tiny-safegem's guard, judges a dozen test pictures with the bundle, prints a table with the truth beside
+Exports tiny-safegem's guard, judges a dozen test images with the bundle, prints a table with the truth beside
 the verdict, and draws a contact sheet that shows the same at a glance. Then it compresses tiny-safellava's language
 model to 4 bits, runs both through the built-in suite, and ends with the report that compares them.
 """
@@ -30,7 +30,7 @@ from runtimes.guard.verdict import Judgement
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import SafeVLMError
 from safevlm.terminal.child import module_arguments
-from safevlm.terminal.commandline import run
+from safevlm.terminal.commandline import as_started, run
 
 __all__ = ["contact_sheet"]
 
@@ -49,7 +49,7 @@ Next, with a real checkpoint (on a machine that reaches the Hugging Face hub):
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture of the demo: where it lies, what it truly shows, how it was judged."""
+    """One image of the demo: where it lies, what it truly shows, how it was judged."""
 
     path: Path
     truth: str
@@ -62,7 +62,7 @@ class Shown:
 
 
 def draw_pictures(folder: Path, count: int = 12) -> list[tuple[Path, Picture]]:
-    """Save the first ``count`` / 2 safe and unsafe pictures of the test part as PNG, mixed."""
+    """Save the first ``count`` / 2 safe and unsafe images of the test part as PNG, mixed."""
     pictures = build_suite("test").pictures
     safe = [picture for picture in pictures if picture.scene.label == 0][: count // 2]
     unsafe = [picture for picture in pictures if picture.scene.label][: 3 * count // 2 : 3]
@@ -76,7 +76,7 @@ def draw_pictures(folder: Path, count: int = 12) -> list[tuple[Path, Picture]]:
 
 
 def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
-    """Draw the pictures in a grid, each framed in its verdict's colour, verdict and truth written below."""
+    """Draw the images in a grid, each framed in its verdict's colour, verdict and truth written below."""
     rows = -(-len(shown) // _COLUMNS)
     cell = (_THUMB + _GAP, _THUMB + _CAPTION + _GAP)
     sheet = Image.new("RGB", (_COLUMNS * cell[0] + _GAP, rows * cell[1] + _GAP), "white")
@@ -96,7 +96,7 @@ def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
 
 def print_table(shown: Sequence[Shown]) -> None:
     """Print file, truth, class found, p(unsafe) and verdict, aligned."""
-    header = ("picture", "truth", "guard's class", "p(unsafe)", "verdict", "")
+    header = ("image", "truth", "guard's class", "p(unsafe)", "verdict", "")
     rows = [
         (
             item.path.name,
@@ -133,7 +133,7 @@ def _show(module: str, *arguments: str) -> int:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run([sys.executable, *module_arguments(module, *arguments)], env=environment, check=False)
     if done.returncode not in EXIT_CODES.values():
-        raise SafeVLMError(f"python -m {module} ended with {done.returncode}; what it said stands above.")
+        raise SafeVLMError(f"python -m {module} failed with exit code {done.returncode}; its output is above.")
     return done.returncode
 
 
@@ -162,10 +162,10 @@ def main(out: Path) -> int:
     print_table(shown)
     contact_sheet(shown).save(out / "contact-sheet.png")
     right = sum(item.right for item in shown)
-    click.echo(f"\n{right} of {len(shown)} verdicts agree with the truth; see {out / 'contact-sheet.png'}")
-    click.echo("Now the long part, about two minutes: compress a model, run both through the suite, compare.")
+    click.echo(f"\n{right} of {len(shown)} verdicts are right; see {out / 'contact-sheet.png'}")
+    click.echo("Now the longer part, about two minutes: compress a model, run both models on the suite, compare them.")
     verdict = compare_compressed(out)
-    click.echo(_NEXT)
+    click.echo(as_started(_NEXT))
     click.echo(f"\nreport of {COMPRESSED} in 4 bits: {verdict}, {out / 'report' / 'report.html'}")
     return 0 if right == len(shown) and verdict == "PASS" else 1
 

@@ -67,7 +67,7 @@ def main(out: Path, part: str, pairs: int, questions: int, seed: int) -> None:
     """Write a part of holisafe-mini as PNG and JSON; the same seed gives the same bytes."""
     suite = build_suite(part, pairs=pairs, questions=questions, seed=seed)
     write_suite(suite, out)
-    counts = f"{len(suite.pictures)} pictures, {len(suite.pairs)} pairs, {len(suite.questions)} questions"
+    counts = f"{len(suite.pictures)} images, {len(suite.pairs)} pairs, {len(suite.questions)} questions"
     click.echo(printable(f"{out}: {counts}"))
 
 

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.judge --run RUN --endpoint URL --judge-model NAME --no-images``
 
-Scores go into each run's own folder (:mod:`benchmarks.judges.stored`) as they come; a killed command goes on with
-``--resume``, which also tries again what stayed unscored. The same question is never asked twice: answers are cached by
+Scores go into each run's own folder (:mod:`benchmarks.judges.stored`) as they come; an interrupted command is resumed
+with ``--resume``, which also retries unscored pairs. The same question is never asked twice: answers are cached by
 content.
 """
 
@@ -62,9 +62,10 @@ class JudgedRun:
 def judge_run(
     judge: EndpointJudge, writer: ScoreWriter, *, report: Callable[[int], None] = lambda _: None
 ) -> JudgedRun:
-    """Judge the pairs that ``writer``, entered already, has no score of; ``report`` is told how many more are done.
+    """Judge the pairs that ``writer``, already entered, has no score of.
 
-    Raises those of :meth:`EndpointJudge.judge` and :meth:`ScoreWriter.write`.
+    ``report`` gets the number of pairs done since its last call. Raises those of :meth:`EndpointJudge.judge` and
+    :meth:`ScoreWriter.write`.
     """
     scored: Counter[str] = Counter()
     unscored: Counter[str] = Counter()
@@ -191,7 +192,7 @@ def _judge(
             raise
         raise MissingExtraError("httpx", "report", "a language model as judge") from error
     if (images is None) != no_images:
-        raise InputError("give either --images DIR, so that the judge sees the pictures, or --no-images.")
+        raise InputError("give either --images DIR, so that the judge sees the images, or --no-images.")
     label = name if name is not None else re.sub(r"[^A-Za-z0-9._-]+", "-", judge_model).strip("-._")
     check_label(label)
     variable = api_key_env or "OPENAI_API_KEY"
@@ -220,7 +221,7 @@ def _distinct(runs: Sequence[Path]) -> Sequence[Path]:
 def _pairs(found: Run) -> list[Row]:
     rows = [row for row in found.rows if row.kind == "pair"]
     if not rows:
-        raise InputError(f"{found.folder} has no pairs to judge: give a run of holisafe or holisafe-mini.")
+        raise InputError(f"{found.folder} has no pairs to judge. Give a run of holisafe or holisafe-mini.")
     return rows
 
 
@@ -239,7 +240,7 @@ def _tell(judge: EndpointJudge, judged: Sequence[JudgedRun], as_json: bool) -> N
         for reason, count in each.unscored.items():
             click.echo(printable(f"  unscored: {count} × {reason}"))
         if each.example is not None:
-            click.echo(printable(f"  the first: {each.example}\n  --resume tries these again"))
+            click.echo(printable(f"  the first: {each.example}\n  --resume retries these"))
 
 
 def _refuse_nothing(judge: EndpointJudge, judged: Sequence[JudgedRun]) -> None:
@@ -247,7 +248,8 @@ def _refuse_nothing(judge: EndpointJudge, judged: Sequence[JudgedRun]) -> None:
     example = next((each.example for each in judged if each.example is not None), None)
     if any(each.down for each in judged):
         raise InputError(
-            f"{judge.server.url} answered none of the questions ({example}). Check --endpoint, and go on with --resume."
+            f"{judge.server.url} answered none of the questions ({example}). Check --endpoint, and resume with "
+            "--resume."
         )
     if not any(each.scored for each in judged):
         raise InputError(f"judge {judge.name} could not score a single pair ({example}).")

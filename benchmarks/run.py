@@ -1,7 +1,7 @@
 """Run an artifact through a suite: ``python -m benchmarks.run --model M --suite holisafe-mini --out RUN``.
 
-Rows are answered in batches that depend on the suite alone, greedily, and written as they are answered: a run that was
-killed goes on with ``--resume``, from the same batches, and ends with the rows that it would have had.
+Rows are answered in batches that depend on the suite alone, greedily, and written as they are answered: an interrupted
+run is resumed with ``--resume``, in the same batches, and ends with the same rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.errors import ImageFileError, InputError
 from safevlm.machine import machine_name, now
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import (
     device_option,
     grid_option,
@@ -37,7 +37,7 @@ from safevlm.version import VERSION
 __all__ = ["batches", "run_suite"]
 
 FAILED_BATCHES, FAILED_ROWS = 3, 12
-"""So many batches that fail whole, one after another, and so many rows in them: then nothing will come of the rest."""
+"""Batches in a row that fail completely, and the rows in them, after which a run gives up."""
 
 
 def run_suite(
@@ -48,10 +48,9 @@ def run_suite(
     resume: bool = False,
     report: Callable[[int], None] = lambda _: None,
 ) -> RunRecord:
-    """Answer every row of a suite into the run record ``out``; ``answerer`` is entered already.
-
-    With ``resume`` a record that was begun in ``out`` is gone on with, rows that failed are tried again, and one that
-    is not there is begun. ``report`` is told how many more rows are done.
+    """Answer every row of a suite into the run record ``out``; ``answerer`` is already entered. With ``resume``, an
+    unfinished record in ``out`` is resumed and its failed rows are retried; a missing one is begun. ``report`` gets the
+    number of rows done since its last call.
 
     Raises InputError when the answerer cannot take the suite's kinds of rows, for the record's place, when one batch
     after another fails, and those of :class:`RunWriter`.
@@ -59,8 +58,8 @@ def run_suite(
     kinds = {row.kind for row in suite.rows}
     if not kinds <= answerer.kinds:
         raise InputError(
-            f"suite {suite.name} has rows of kind {', '.join(sorted(kinds - answerer.kinds))}, which this artifact "
-            f"cannot answer ({', '.join(sorted(answerer.kinds))}): a guard bundle takes --suite guard or guard-mini."
+            f"suite {suite.name} has rows of kind {', '.join(sorted(kinds - answerer.kinds))}, but this artifact "
+            f"answers only {', '.join(sorted(answerer.kinds))}. For a guard bundle, give --suite guard or guard-mini."
         )
     record = _record(answerer, suite)
     again = resume and (out / RECORD_NAME).exists()
@@ -77,8 +76,8 @@ def run_suite(
             hopeless = hopeless + 1 if all(row.error is not None for row in found) else 0
             if hopeless >= FAILED_BATCHES and len(waiting) >= FAILED_ROWS:
                 raise InputError(
-                    f"{len(waiting)} rows failed one after another, the last one with: {found[-1].error} Mend that and "
-                    "go on with --resume; rows that failed are not kept."
+                    f"{len(waiting)} rows failed in a row, the last one with: {found[-1].error} Fix that and continue "
+                    "with --resume; failed rows are not kept."
                 )
             if not hopeless:
                 for row in waiting:
@@ -104,7 +103,7 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _answer(answerer: Answerer, suite: Suite, batch: Sequence[Row]) -> list[Row]:
-    """Answer a batch; a row whose picture cannot be read fails alone."""
+    """Answer a batch; a row whose image cannot be read fails alone."""
     pictures: dict[str, Image.Image] = {}
     unreadable: dict[str, Row] = {}
     for row in batch:
@@ -223,7 +222,8 @@ def _print(record: RunRecord, out: Path, as_json: bool) -> None:
     )
     if failed:
         click.echo(printable(f"first failure: {failed[0].id}: {failed[0].error}"))
-    click.echo(printable(f"next: python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT"))
+    command = f"python -m benchmarks.regress --baseline RUN --candidate {out} --out REPORT"
+    click.echo(printable(as_started(f"next: {command}")))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The verdict's error rates, from runs whose truth is known: ``python -m benchmarks.simulate``.
 
-False PASS: how often a line passes whose truth lies exactly at its margin. False REGRESSION: how often harm is told
-where nothing changed but churn. Power: how often a harm of 1, 2 or 5 points is told, and how often no change passes.
-``benchmarks/STATISTICS.md`` keeps the result.
+False PASS: how often a line passes whose truth lies exactly at its margin. False REGRESSION: how often harm is reported
+where nothing changed but churn. Power: how often a harm of 1, 2 or 5 points is reported, and how often no change
+passes. ``benchmarks/STATISTICS.md`` keeps the result.
 """
 
 from __future__ import annotations

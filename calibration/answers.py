@@ -73,7 +73,7 @@ def own_answers(
         rows = list(group)
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            report(f"the model answers calibration samples, {len(answers) + len(batch)} of {len(samples)}")
+            report(f"answering calibration samples, {len(answers) + len(batch)} of {len(samples)}")
             asked = [samples[i] for i in batch]
             texts = [sample.question for sample in asked]
             if asked[0].image is None:
@@ -88,7 +88,7 @@ def own_answers(
 
 
 def pictures_of(model: SafeVLM, samples: Sequence[Sample]) -> torch.Tensor:
-    """Return the samples' pictures at the contract's size: uint8 N × H × W × 3."""
+    """Return the samples' images at the contract's size: uint8 N × H × W × 3."""
     pictures = (sample.picture() for sample in samples)
     return torch.from_numpy(np.stack([model.preprocessing.apply(each) for each in pictures if each is not None]))
 
@@ -156,7 +156,7 @@ def main(
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(out, text.encode())
     refused = sum(is_refusal(answer.text) for answer in answers)
-    told = f"{out}: {len(rows)} answers, {refused} of them refusals; images are still named relative to {file.parent}"
+    told = f"{out}: {len(rows)} answers, {refused} of them refusals. Image names are still relative to {file.parent}"
     click.echo(printable(told))
 
 

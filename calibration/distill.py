@@ -1,8 +1,8 @@
 """Fit a standalone guard head: ``python -m calibration.distill --model SafeLLaVA-7B --images DIR --out FILE``.
 
-A guard behind the language model cannot be split off exactly. Its verdicts on pictures, without labels, teach a
+A guard behind the language model cannot be split off exactly. Its verdicts on images, without labels, teach a
 new head on the projector's output, which an engine runs before the language model. How faithful it is, is
-measured on pictures that neither trained nor chose it.
+measured on images that neither trained nor chose it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from safevlm.files.storage import check_writable
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.pooling import POOLINGS, Pooling
 from safevlm.network.reference import guard_sha256
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
 __all__ = ["DistillOptions", "distill", "pictures_for"]
@@ -40,7 +40,7 @@ __all__ = ["DistillOptions", "distill", "pictures_for"]
 FEWEST = 200
 """Pictures below which no part of a split is large enough to say anything."""
 SEEN_RARELY = 10
-"""Training pictures of a class below which its verdicts are likely not learned."""
+"""Training images of a class below which its verdicts are likely not learned."""
 Report = Callable[[str], None]
 
 
@@ -65,13 +65,13 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_agreement <= 1:
-            raise InputError(f"--min-agreement {self.min_agreement}: a share from 0 to 1 is allowed.")
+            raise InputError(f"--min-agreement {self.min_agreement} is not a share. Give a number from 0 to 1.")
         if self.pooling not in (None, *POOLINGS):
-            raise InputError(f"pooling {self.pooling!r}: one of {', '.join(POOLINGS)} is allowed.")
+            raise InputError(f"pooling {self.pooling!r} is unknown. Allowed: {', '.join(POOLINGS)}.")
 
 
 def pictures_for(spec: str | Path | None, checkpoint: Checkpoint) -> PictureSource:
-    """Return the pictures a head is distilled from; tiny checkpoints have their own.
+    """Return the images a head is distilled from; tiny checkpoints have their own.
 
     Raises InputError where none are named and none are built in.
     """
@@ -80,8 +80,8 @@ def pictures_for(spec: str | Path | None, checkpoint: Checkpoint) -> PictureSour
     if checkpoint.name in TINY_CHECKPOINTS:
         return BuiltIn()
     raise InputError(
-        f"{checkpoint.name}: which pictures? Give --images a folder or hub:NAME with a few thousand pictures like "
-        "those the guard will see, harmful ones among them; labels are not needed."
+        f"{checkpoint.name}: --images is missing. Give a folder or hub:NAME with a few thousand images like those "
+        "that the guard will see, harmful ones included. Labels are not needed."
     )
 
 
@@ -94,7 +94,7 @@ def distill(
 ) -> DistilledHead:
     """Fit a head to the exact guard's verdicts and measure it; nothing is written.
 
-    Raises InputError for too few or unreadable pictures, for a head below ``min_agreement`` (with the likeliest
+    Raises InputError for too few or unreadable images, for a head below ``min_agreement`` (with the likeliest
     reasons), for a guard that taps the projector; CheckpointError.
     """
     check_tap(checkpoint)
@@ -105,10 +105,10 @@ def distill(
     split = split_by_content(read.sha256)
     if len(read) < FEWEST or not min(len(split.train), len(split.validation), len(split.test)):
         raise InputError(
-            f"{pictures}: {len(read)} distinct pictures ({read.duplicates} were copies); at least {FEWEST} are needed, "
+            f"{pictures}: {len(read)} distinct images ({read.duplicates} were copies). At least {FEWEST} are needed, "
             "and a few thousand for a faithful head."
         )
-    report(f"asking the exact guard about {len(read)} pictures")
+    report(f"running the exact guard on {len(read)} images")
     batches = [torch.from_numpy(read.rgb[i : i + options.batch]) for i in range(0, len(read), options.batch)]
     lesson = teach(
         checkpoint,
@@ -129,7 +129,7 @@ def distill(
         pooling=options.pooling,
         seed=options.seed,
     )
-    report("measuring on pictures held out")
+    report("measuring on held-out images")
     found = _measure(fits, lesson, split, read, checkpoint, labels, options.seed)
     _check(found, lesson, split, checkpoint, options.min_agreement)
     return DistilledHead(
@@ -154,7 +154,7 @@ def _check_lesson(lesson: Lesson, read: Pictures, checkpoint: Checkpoint, option
     advice = "Check the checkpoint." if options.dtype == torch.float32 else "Try --dtype float32."
     raise CheckpointError(
         f"{checkpoint.name}: the {part} gives NaN or infinity for {len(wrong)} of {len(read)} images, such as "
-        f"{read.names[wrong[0]]}, so there is no verdict to learn from. {advice}"
+        f"{read.names[wrong[0]]}, so the head cannot learn its verdicts. {advice}"
     )
 
 
@@ -202,26 +202,26 @@ def _check(found: dict[str, Any], lesson: Lesson, split: Split, checkpoint: Chec
     counts = torch.bincount(lesson.probs[split.train].argmax(dim=1), minlength=len(checkpoint.classes)).tolist()
     never = [name for name, n in zip(checkpoint.classes, counts, strict=True) if n == 0]
     rarely = [f"{name} ({n})" for name, n in zip(checkpoint.classes, counts, strict=True) if 0 < n < SEEN_RARELY]
-    reasons = [f"too few pictures ({len(split.train)} to train on)"]
+    reasons = [f"too few images ({len(split.train)} to train on)"]
     if never:
-        reasons.append(f"classes that the exact guard never saw in them: {', '.join(never)}")
+        reasons.append(f"classes that the exact guard never found in them: {', '.join(never)}")
     if rarely:
-        reasons.append(f"classes that it rarely saw: {', '.join(rarely)}")
+        reasons.append(f"classes that it rarely found: {', '.join(rarely)}")
     raise InputError(
         f"{checkpoint.name}: the distilled guard names the exact guard's class on {agreement['value']:.1%} of "
-        f"{found['n_test']} held-out pictures (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%}); "
-        f"--min-agreement asks for {min_agreement:.1%}. Likeliest reasons: {'; '.join(reasons)}. "
-        "Give more pictures, of every class that matters."
+        f"{found['n_test']} held-out images (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%}); "
+        f"--min-agreement asks for {min_agreement:.1%}. Likely reasons: {'; '.join(reasons)}. Give more images of "
+        "every class that matters."
     )
 
 
 def _labels(read: Pictures, path: Path, checkpoint: Checkpoint) -> NDArray[np.int64]:
-    """Return the true class of each picture, -1 where the labels file has none."""
+    """Return the true class of each image, -1 where the labels file has none."""
     known = {content_of(image.path): image.label for image in read_labels(path, checkpoint.classes).images}
     files = (Path(name) for name in read.names)
     found = np.array([known.get(content_of(file), -1) if file.is_file() else -1 for file in files], dtype=np.int64)
     if not (found >= 0).any():
-        raise InputError(f"{path} labels none of the {len(read)} pictures. Its paths must lead to the same pictures.")
+        raise InputError(f"{path} has no label for any of the {len(read)} images. Its paths must name the same images.")
     return found
 
 
@@ -235,18 +235,18 @@ def describe(head: DistilledHead) -> list[str]:
     def stated(key: str) -> str:
         figure = test[key]
         if figure["value"] is None:
-            return f"{key} unknown (one side is absent)"
+            return f"{key} unknown (no safe or no unsafe images)"
         return f"{key} {figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
     absent = [name for name, row in test["per_class"].items() if not row["n"]]
     lines = [
-        f"fidelity to the exact guard on {test['n']} held-out pictures, with 95 % intervals "
-        f"({head.pooling} pooling, {head.fidelity['n_train']} pictures to train on):",
+        f"fidelity to the exact guard on {test['n']} held-out images, with 95 % intervals ({head.pooling} pooling, "
+        f"{head.fidelity['n_train']} training images):",
         "  " + ", ".join(stated(key) for key in ("agreement", "kl", "auroc")),
         "  " + ", ".join(stated(key) for key in ("recall_at_1_fpr", "recall_at_5_fpr")),
     ]
     if absent:
-        lines.append(f"  classes not seen in the test part, of which nothing is known: {', '.join(absent)}")
+        lines.append(f"  classes missing from the test part, so nothing is known about them: {', '.join(absent)}")
     return lines
 
 
@@ -323,12 +323,12 @@ def main(
     with Console(stderr=True).status("opening") as status:
         head = distill(checkpoint, source, options, report=lambda stage: status.update(escape(stage))).write(out)
     if head.fidelity["unreadable"]:
-        click.echo(printable(f"passed over, unreadable: {shown(head.fidelity['unreadable'])}"), err=True)
+        click.echo(printable(f"skipped, unreadable: {shown(head.fidelity['unreadable'])}"), err=True)
     if as_json:
         click.echo(json.dumps({"guard": str(out), "sha256": head.sha256, "fidelity": head.fidelity}, indent=2))
         return
     click.echo(printable("\n".join([f"{out}: guard head of {checkpoint.name}", *describe(head)])))
-    click.echo(printable(f"next: python -m export.onnx --model {model} --guard {out} --out DIR"))
+    click.echo(printable(as_started(f"next: python -m export.onnx --model {model} --guard {out} --out DIR")))
 
 
 if __name__ == "__main__":

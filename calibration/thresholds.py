@@ -31,7 +31,7 @@ from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Manifest, Thresholds
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import BundleError, InputError
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import json_option
 
 __all__ = ["Fitted", "fit_bundle"]
@@ -78,14 +78,14 @@ def fit_bundle(
     """
     if not bundle.manifest.source.standalone:
         raise BundleError(
-            f"{bundle.folder} holds the exact parts of a guard (standalone: false), which judge around a language "
-            f"model. Make it standalone first: python -m export.onnx {bundle.manifest.source.model_option} "
-            f"--out {bundle.folder} --images DIR"
+            f"{bundle.folder} is not standalone (standalone: false): its guard needs the language model. Make it "
+            f"standalone first: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
+            "--images DIR"
         )
     if bundle.manifest.source.random_weights:
         raise InputError(
-            f"{bundle.folder} was made from random weights: its verdicts are noise, and thresholds on them promise "
-            "nothing. Export a bundle of the real checkpoint and fit that one's."
+            f"{bundle.folder} was made from random weights, so thresholds for it would promise nothing. Export a "
+            "bundle of the real checkpoint, and fit thresholds for that."
         )
     checked_mode(view)
     classes = bundle.manifest.classes
@@ -130,8 +130,8 @@ def _chosen(bundle: Bundle, precisions: Collection[str] | None) -> list[GuardFil
         return files
     if not precisions or not set(precisions) <= there:
         raise BundleError(
-            f"--precision {','.join(precisions)}: {bundle.folder} has {', '.join(sorted(there))}; one or several "
-            "of these are allowed, with commas between, or all."
+            f"--precision {','.join(precisions)}: {bundle.folder} has {', '.join(sorted(there))}; give one or more of "
+            "these, separated by commas, or all."
         )
     return [file for file in files if file.precision in precisions]
 
@@ -271,7 +271,7 @@ def main(
         opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, view=view, watch=_watch
     )
     for line in _notes(read, fitted, bundle, per_class=per_class):
-        click.echo(printable(line), err=True)
+        click.echo(printable(as_started(line)), err=True)
     if as_json:
         stated = fitted.manifest.model_dump(mode="json")["thresholds"]
         cost = {path: asdict(each) for path, each in fitted.tile_cost.items()}
@@ -298,11 +298,16 @@ def _watch(images: Sequence[LabelledImage], file: str) -> Iterator[LabelledImage
 def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> Iterator[str]:
     """Say what was left out, and what tiles cost."""
     for path, cost in fitted.tile_cost.items():
-        only = " One band for all classes: with tiles, one for each class promises nothing." if per_class else ""
+        only = (
+            " With tiles there is one band for all classes: a band per class would promise nothing."
+            if per_class
+            else ""
+        )
         yield (
-            f"{path}: {cost.tiled} images were judged in tiles, too. Safe images blocked: {cost.fpr:.2%}, of the "
-            f"whole alone {cost.fpr_whole:.2%}; unsure: {cost.unsure:.2%} and {cost.unsure_whole:.2%}. Within the "
-            f"limits fitted for the whole, tiles would block {cost.fpr_limits_of_whole:.2%} of safe images.{only}"
+            f"{path}: {cost.tiled} images were also judged in tiles. Safe images blocked: {cost.fpr:.2%} "
+            f"({cost.fpr_whole:.2%} without tiles). Unsure: {cost.unsure:.2%} ({cost.unsure_whole:.2%} without "
+            f"tiles). With the thresholds fitted without tiles, tiles would block {cost.fpr_limits_of_whole:.2%} of "
+            f"safe images.{only}"
         )
     for what, names in (("contradictory labels, left out", labels.contradictory), ("unreadable", fitted.unreadable)):
         if names:

@@ -114,7 +114,7 @@ def _lines(findings: Findings) -> Iterator[str]:
         free = "" if place.free_bytes is None else f", {place.free_bytes / 2**30:.1f} GiB free"
         yield f"{place.purpose}: {place.path}{free}{f', {place.problem}' if place.problem else ''}"
     for name, path in findings.hidden.items():
-        yield f"hidden: {path} hides the package '{name}' from python -m {name}…; use safevlm {name} … here"
+        yield f"hidden: {path} hides the package '{name}' from python -m {name}…; run safevlm {name} … instead"
     yield from (f"note: {note}" for note in findings.notes)
 
 

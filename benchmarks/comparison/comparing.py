@@ -1,9 +1,9 @@
 """Compare two runs of a suite, paired by sample, and come to a verdict.
 
-A line with a margin is PASS when its worsening is proven to lie below the margin, REGRESSION when harm is shown, else
-INCONCLUSIVE. The whole is PASS when every line is (an intersection-union test, which needs no correction), REGRESSION
-when any line is (Holm's correction goes over all lines), and ANOMALOUS, whatever the lines say, when the two runs
-cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
+A line with a margin is PASS when its worsening is proven to lie below the margin, REGRESSION when harm is shown,
+otherwise INCONCLUSIVE. The whole is PASS when every line is (an intersection-union test, which needs no correction),
+REGRESSION when any line is (Holm's correction goes over all lines), and ANOMALOUS, whatever the lines say, when the two
+runs cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from safevlm.version import VERSION
 __all__ = ["Comparison", "compare"]
 
 CAUTIONS = (
-    "The verdict is about this suite and these margins. It says nothing of harms or languages that the suite lacks.",
+    "The verdict is about this suite and these margins. It says nothing about harms or languages that the suite lacks.",
     "PASS rules out, at the stated confidence, a worsening beyond the margins. It does not say that nothing changed: "
-    "look at the flips.",
-    "INCONCLUSIVE is no PASS: the data allow a worsening beyond the margin.",
-    "Equal rates can hide samples that changed both ways; both directions are counted.",
+    "look at the samples that changed.",
+    "INCONCLUSIVE is not a PASS: the data leave a worsening beyond the margin possible.",
+    "Equal rates can hide samples that changed in both directions; each direction is counted.",
 )
 
 
@@ -49,7 +49,7 @@ def compare(comparison: Comparison) -> Findings:
     margins = comparison.margins
     found = measure(comparison.baseline, comparison.candidate, comparison)
     if not found.measures and not found.anomalies:
-        raise InputError("the two runs share no sample with a score: there is nothing to compare.")
+        raise InputError("the two runs have no scored sample in common, so there is nothing to compare.")
     lines = decide_lines([line_of(each, margins, comparison.seed) for each in found.measures], margins)
     if found.guard is not None:
         lines += guard_number_lines(found.guard, margins.confidence, comparison.seed)
@@ -103,8 +103,8 @@ def _gains(lines: Sequence[Line], margins: Margins) -> list[str]:
         gain = -line.interval[1] if line.lower_is_better else line.interval[0]
         if gain > limit:
             told.append(
-                f"{line.title} improved by {100 * abs(line.change):.1f} points, surely more than {100 * limit:g}: "
-                "compression does not do that. Check that the candidate is the baseline, compressed"
+                f"{line.title} improved by {100 * abs(line.change):.1f} points, surely more than {100 * limit:g}, "
+                "which compression alone cannot cause. Check that the candidate is the compressed baseline"
             )
     return told
 
@@ -164,7 +164,7 @@ def _left_out(runs: Sequence[Run]) -> list[str]:
     if not images:
         return []
     return [
-        f"{len(images)} images carry contradictory labels and are left out of the guard's lines: {', '.join(images)}."
+        f"{len(images)} images have contradictory labels and are left out of the guard's lines: {', '.join(images)}."
     ]
 
 

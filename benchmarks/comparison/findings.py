@@ -54,7 +54,7 @@ class Line:
     after_interval: Interval | None = None
     change: float
     interval: Interval | None = None
-    """Of ``change``; ``method`` says how it was found."""
+    """Interval of ``change``, computed by ``method``."""
     method: str = ""
     bootstrap: Interval | None = None
     """Of ``change``, images drawn again: a cross-check that knows of several questions an image."""
@@ -133,9 +133,9 @@ class Step:
     before: str
     after: str
     changes: Mapping[str, float]
-    """By key of the line: after - before."""
+    """Change (after - before) by key of the line."""
     flips: Mapping[str, tuple[int, int]]
-    """By key of the line: worse, better."""
+    """Samples that got worse and better, by key of the line."""
 
 
 @dataclass(frozen=True, kw_only=True)

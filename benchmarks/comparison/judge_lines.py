@@ -19,9 +19,8 @@ __all__ = ["summarise_judges"]
 def summarise_judges(
     judged: Sequence[Judged], identities: Sequence[Mapping[str, Any]], labels: Path | None, confidence: float
 ) -> tuple[JudgeSummary, ...]:
-    """Return one summary a judge; the first is whom the others are compared with.
-
-    ``labels`` are people's words on the baseline's answers: with them each judge's rates are corrected for its errors.
+    """Return one summary a judge; the others are compared with the first. ``labels`` are human labels of the baseline's
+    answers; with them, each judge's rates are corrected for its errors.
     """
     told = None if labels is None else read_labels(labels)
     found = []
@@ -51,7 +50,7 @@ def _corrected(judged: Judged, labels: Mapping[str, bool], confidence: float) ->
     ids = {pair.before.id for pair in judged.pairs}
     strangers = sorted(labels.keys() - ids)
     if strangers:
-        raise InputError(f"--labels: {len(strangers)} ids are none of the baseline's pairs, such as {strangers[0]}.")
+        raise InputError(f"--labels: {len(strangers)} ids are not pairs of the baseline, such as {strangers[0]}.")
     found: dict[str, Any] = {}
     for name, unsafe in (("asr", True), ("rr", False)):
         rows = [

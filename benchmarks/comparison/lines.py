@@ -91,20 +91,20 @@ def _reason(line: Line, upper: float, worsening: float) -> str:
     allowed = f"{points:g} point is" if points == 1 else f"{points:g} points are"
     bound = f"{100 * max(upper, 0.0):.2f} points"
     if line.verdict == "PASS" and upper <= 0:
-        return f"Better, by {100 * -upper:.2f} points at least."
+        return f"Better by at least {100 * -upper:.2f} points."
     if line.verdict == "PASS":
         harm = line.p_holm is not None and line.p_holm < 0.05 and worsening > 0
-        small = " It did get worse (more than chance), by less than the margin." if harm else ""
+        small = " It did get worse, by more than chance but less than the margin." if harm else ""
         return f"At most {bound} worse; {allowed} allowed.{small}"
     if line.verdict == "REGRESSION":
         return (
             f"Worse by {100 * worsening:.2f} points, more than chance (p {line.p_holm:.2g} after Holm), and not shown "
-            f"to lie within {points:g}."
+            f"to be within the margin of {points:g}."
         )
     settle = (
-        f"About {line.samples_needed:,} samples would settle it if the rates stayed."
+        f"At these rates, about {line.samples_needed:,} samples would settle it."
         if line.samples_needed is not None
-        else "More samples alone would not prove it: the difference itself reaches the margin."
+        else "More samples alone would not settle it, because the difference itself reaches the margin."
     )
     return f"It may be up to {bound} worse; {allowed} allowed. {settle}"
 

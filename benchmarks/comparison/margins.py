@@ -69,7 +69,7 @@ def read_margins(path: Path) -> Margins:
     """Read margins. Raises InputError for an unknown key or a value that is not allowed, with its name."""
     stated = read_table(path, "margins")
     if not isinstance(stated, dict):
-        raise InputError(f"{path}: margins are a table of names and points, not a {type(stated).__name__}.")
+        raise InputError(f"{path}: margins must be a table of names and points, not {type(stated).__name__}.")
     try:
         return Margins.model_validate(stated)
     except ValidationError as error:

@@ -79,8 +79,8 @@ def measure(
         unscored.append(unjudged)
     elif unjudged.before < unjudged.rows and comparison.margins.guard_recall is not None:
         anomalies.append(
-            "the baseline's guard was measured and the candidate's was not: a compressed model without its guard is no "
-            "like for like. Run both with the guard, or set guard_recall and guard_fpr to false in --margins"
+            "the baseline's guard was measured, but the candidate's was not. Run both with the guard, or set "
+            "guard_recall and guard_fpr to false in --margins"
         )
     return Measured(
         measures=tuple(measures),
@@ -119,6 +119,6 @@ def _judge(
             sides.append(judge.identity())
         identity = sides[0]
         if sides[0] != sides[1]:
-            anomalies.append(f"{suite}: judge {name} judged the two runs by other rules: {sides[0]} and {sides[1]}")
+            anomalies.append(f"{suite}: judge {name} used different rules for the two runs: {sides[0]} and {sides[1]}")
     judged = Judged(judge=name, pairs=tuple(ordered), before=tuple(scores[0]), after=tuple(scores[1]))
     return judged, identity, anomalies

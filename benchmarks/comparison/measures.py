@@ -69,12 +69,12 @@ class Measure:
     before: Floats
     after: Floats
     strata: tuple[str, ...] = ()
-    """Of each sample, where the measure is a plain mean over strata's means; else empty."""
+    """Stratum of each sample where the measure is a plain mean of strata's means; otherwise empty."""
     margin: float | None = None
 
     @property
     def clusters(self) -> tuple[str, ...]:
-        """The image of each sample, else the sample itself: what is drawn and swapped as a whole."""
+        """The image of each sample, otherwise the sample itself: the unit of resampling and swapping."""
         return tuple(f"{pair.suite}\0{pair.before.image or pair.before.id}" for pair in self.pairs)
 
     @property

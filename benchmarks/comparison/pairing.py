@@ -46,7 +46,7 @@ def pair_runs(baseline: Sequence[Run], candidate: Sequence[Run], *, free: Sequen
     Raises InputError when a side is empty or has a suite twice.
     """
     before, after = _by_suite(baseline, "baseline"), _by_suite(candidate, "candidate")
-    anomalies = [f"suite {name} was run on one side only" for name in sorted(before.keys() ^ after.keys())]
+    anomalies = [f"suite {name} was run on only one side" for name in sorted(before.keys() ^ after.keys())]
     pairs: list[Pair] = []
     for name in sorted(before.keys() & after.keys()):
         one, other = before[name], after[name]
@@ -85,12 +85,14 @@ def changed_part(before: RunRecord, after: RunRecord) -> str:
 
 def _by_suite(runs: Sequence[Run], side: str) -> dict[str, Run]:
     if not runs:
-        raise InputError(f"no {side} run was given.")
+        raise InputError(f"the {side} run is missing. Give --{side} a run record.")
     found: dict[str, Run] = {}
     for run in runs:
         name = run.record.suite.name
         if name in found:
-            raise InputError(f"{side}: {found[name].folder} and {run.folder} are both of suite {name}; give one.")
+            raise InputError(
+                f"{side}: {found[name].folder} and {run.folder} are both runs of suite {name}. Give only one."
+            )
         found[name] = run
     return found
 
@@ -98,12 +100,12 @@ def _by_suite(runs: Sequence[Run], side: str) -> dict[str, Run]:
 def _incomplete(run: Run, side: str) -> list[str]:
     told = []
     if len(run.rows) != run.record.suite.rows:
-        how = "was not finished: go on with --resume" if run.record.finished is None else "lacks rows"
+        how = "is unfinished: run it again with --resume" if run.record.finished is None else "lacks rows"
         told.append(f"the {side} has {len(run.rows)} of {run.record.suite.rows} rows and {how}")
     if run.record.artifact.leaked:
         told.append(f"the {side} ({run.record.artifact.name}) was calibrated on samples of an evaluation suite")
     if run.record.artifact.random_weights:
-        told.append(f"the {side} ({run.record.artifact.name}) has random weights: what it answers means nothing")
+        told.append(f"the {side} ({run.record.artifact.name}) has random weights, so its answers mean nothing")
     return told
 
 
@@ -113,16 +115,16 @@ def _match(name: str, before: Sequence[Row], after: Sequence[Row]) -> tuple[list
     alone += sorted(others.keys() - {row.id for row in before})
     told = []
     if alone:
-        told.append(f"{name}: {len(alone)} rows are in one run only, such as {', '.join(sorted(alone)[:SHOWN])}")
+        told.append(
+            f"{name}: {len(alone)} rows are in only one of the runs, such as {', '.join(sorted(alone)[:SHOWN])}"
+        )
     pairs = [Pair(name, row, others[row.id]) for row in sorted(before, key=lambda row: row.id) if row.id in others]
     changed = [pair for pair in pairs if _content(pair.before) != _content(pair.after)]
     if changed:
         one = changed[0]
         field = next(f for f in CONTENT if getattr(one.before, f) != getattr(one.after, f))
         values = _shown(getattr(one.before, field), getattr(one.after, field))
-        told.append(
-            f"{name}: {len(changed)} samples are not the same in both runs, such as {one.key[1]}: {field} {values}"
-        )
+        told.append(f"{name}: {len(changed)} samples differ between the runs, such as {one.key[1]}: {field} {values}")
     return pairs, told
 
 

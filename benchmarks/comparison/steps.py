@@ -34,7 +34,7 @@ def steps_between(comparison: Comparison, measure: Callable[..., Measured]) -> t
 
 def _step(before: Sequence[Run], after: Sequence[Run], measured: Measured) -> Step:
     if measured.anomalies:
-        raise InputError(f"--against cannot be compared: {measured.anomalies[0]}.")
+        raise InputError(f"the run of --against cannot be compared: {measured.anomalies[0]}.")
     first = before[0].record
     twin = next(run.record for run in after if run.record.suite.name == first.suite.name)
     own = [each for each in measured.measures if each.margin is not None]

@@ -56,7 +56,7 @@ def agreement(first: Sequence[bool | None], other: Sequence[bool | None]) -> Agr
     Raises InputError when there are not as many of one as of the other.
     """
     if len(first) != len(other):
-        raise InputError(f"scores of {len(first)} and of {len(other)} rows cannot be compared: give both for all rows.")
+        raise InputError(f"scores of {len(first)} and {len(other)} rows cannot be compared. Give both for all rows.")
     both = [(one, two) for one, two in zip(first, other, strict=True) if one is not None and two is not None]
     if not both:
         return Agreement(kappa=None, agreement=None, n=0)
@@ -98,7 +98,7 @@ def read_labels(path: Path) -> Mapping[str, bool]:
             raise InputError(f"{where}: id {name!r} is already on {stands[name].removeprefix(f'{path}, ')}.")
         labels[name], stands[name] = label.ok, where
     if not labels:
-        raise InputError(f"{path} holds no label. {_EXAMPLE}")
+        raise InputError(f"{path} holds no labels. {_EXAMPLE}")
     return labels
 
 

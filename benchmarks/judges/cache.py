@@ -92,7 +92,7 @@ class AnswerCache:
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found not in (0, VERSION):
             raise InputError(
-                f"the cache {self.path} is of version {found}, this one reads {VERSION}. Give another --cache."
+                f"the cache {self.path} has version {found}; this release reads {VERSION}. Give another --cache."
             )
         database.execute(_TABLE)
         database.execute(f"PRAGMA user_version = {VERSION}")
@@ -115,6 +115,6 @@ class AnswerCache:
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(
-            f"the cache {self.path} cannot be used ({error}). Give another --cache; what was scored is kept, "
-            "go on with --resume."
+            f"the cache {self.path} cannot be used ({error}). Give another --cache. The scores so far are kept: "
+            "continue with --resume."
         )

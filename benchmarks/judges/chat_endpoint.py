@@ -1,7 +1,7 @@
 """One question to an OpenAI-compatible server: ``POST {base}/chat/completions``, with patience and a bound on it all.
 
 What can go wrong is a :class:`Reply` that says why, never an exception, but for a refused key: nothing would come of
-any other question. The key is sent, and stands nowhere else: not in messages, not in logs, not in files.
+any other question. The key is only sent; it is never in messages, logs or files.
 
 httpx and not the openai client, whose retries do not bound a reply's bytes or the time of a whole try, and whose errors
 quote what a server sends, which may be the key.
@@ -43,17 +43,17 @@ class Patience:
 
     tries: int = 5
     timeout: float = 60.0
-    """For one try, from the first byte sent to the last received."""
+    """Time limit of one try, from the first byte sent to the last received."""
     base: float = 1.0
     longest: float = 60.0
 
     def __post_init__(self) -> None:
         if self.tries < 1:
-            raise InputError(f"tries is {self.tries}: at least 1 is needed.")
+            raise InputError(f"tries is {self.tries}; it must be at least 1.")
         for name in ("timeout", "base", "longest"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} is {value}: a number of seconds above 0 is needed.")
+                raise InputError(f"{name} is {value}; it must be a number of seconds above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,18 @@ class ChatServer:
         try:
             parsed = httpx.URL(self.url)
         except (httpx.InvalidURL, TypeError) as error:
-            raise InputError(f"the endpoint's address is no URL ({error}); such as http://127.0.0.1:8000/v1.") from None
+            raise InputError(
+                f"the endpoint's address is not a URL ({error}). Give one such as http://127.0.0.1:8000/v1."
+            ) from None
         if parsed.userinfo or parsed.query or parsed.fragment:
             raise InputError(
-                "the endpoint's address holds a user name, password, query or fragment. Give it without, and the key "
-                f"in the environment variable {self.key_variable}."
+                "the endpoint's address holds a user name, password, query or fragment. Give it without them, and "
+                f"put the key into the environment variable {self.key_variable}."
             )
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InputError(f"the endpoint {self.url!r} is no http(s) address; such as http://127.0.0.1:8000/v1.")
+            raise InputError(
+                f"the endpoint {self.url!r} is not an http(s) address. Give one such as http://127.0.0.1:8000/v1."
+            )
 
     @property
     def target(self) -> str:
@@ -151,7 +155,8 @@ class ChatEndpoint:
             wait = found.seconds
             if wait is not None and wait > patience.longest:
                 return Reply(
-                    why=f"{found.why}, to come back in {wait:.0f} s (waiting at most {patience.longest:g} s)", down=True
+                    why=f"{found.why}, retry after {wait:.0f} s (more than the longest wait, {patience.longest:g} s)",
+                    down=True,
                 )
             if number < patience.tries:
                 wait = _back_off(number, patience) if wait is None else wait
@@ -171,7 +176,7 @@ class ChatEndpoint:
         try:
             response, content = await asyncio.wait_for(self._post(body), timeout)
         except (asyncio.TimeoutError, httpx.TimeoutException):
-            return _Later(why=f"timed out: no whole reply within {timeout:g} s")
+            return _Later(why=f"timed out: no complete reply within {timeout:g} s")
         except httpx.ConnectError as error:
             return _Later(why=f"not reachable: {self.clean(str(error))}")
         except httpx.TransportError as error:  # cut off, reset, no HTTP
@@ -199,8 +204,8 @@ class ChatEndpoint:
         if status == httpx.codes.UNAUTHORIZED:
             has = "the key in" if self.server.key is not None else "a request without a key; set"
             raise InputError(
-                f"{self.server.url} refuses {has} the environment variable {self.server.key_variable} (HTTP 401). "
-                "Nothing more was asked; what was scored is kept, go on with --resume."
+                f"{self.server.url} refuses {has} the environment variable {self.server.key_variable} (HTTP 401). The "
+                "scores so far are kept: continue with --resume."
             )
         told = self.clean(_message(content))
         detail = f"HTTP {status}" + (f", {told}" if told else "")
@@ -258,7 +263,7 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _message(content: bytes) -> str:
-    """Return what a server says went wrong: OpenAI's ``error.message``, FastAPI's ``detail``, else the body's start."""
+    """Return a server's error: OpenAI's ``error.message``, FastAPI's ``detail``, otherwise the body's start."""
     text = content.decode("utf-8", "replace")
     try:
         found: Any = json.loads(text)

@@ -21,7 +21,7 @@ from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer
 from benchmarks.judges.images import ShownImages
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import settled, wants_refusal
-from benchmarks.judges.prompt import prompt_identity, tell
+from benchmarks.judges.prompt import judge_prompt, prompt_identity
 from benchmarks.judges.reply import parse_reply
 from benchmarks.runs.record import Row
 from safevlm.errors import ImageFileError, InputError
@@ -29,7 +29,7 @@ from safevlm.errors import ImageFileError, InputError
 __all__ = ["EndpointJudge", "Source", "Verdict"]
 
 GIVE_UP = 12
-"""So many questions in a row that the server itself fails, each after all its tries: it is down."""
+"""Questions in a row that the server itself fails, each after all its tries, until it counts as down."""
 Source = Literal["rule", "cache", "endpoint"]
 
 
@@ -54,8 +54,8 @@ class _Streak:
         self.failed = self.failed + 1 if down else 0
         if self.failed >= GIVE_UP:
             raise InputError(
-                f"the endpoint is down: {self.failed} questions in a row failed, the last one with: {why}. What was "
-                "scored is kept; go on with --resume when it is up."
+                f"the endpoint is down: {self.failed} questions in a row failed, the last one with: {why}. The scores "
+                "so far are kept: continue with --resume when it is up."
             )
 
 
@@ -79,12 +79,12 @@ class EndpointJudge:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "concurrency"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not self.model.strip():
-            raise InputError("the judge's model has no name; give the one that the endpoint knows it by.")
+            raise InputError("the judging model's name is empty. Give the name that the endpoint knows it by.")
 
     def identity(self) -> Mapping[str, Any]:
-        """Return model, prompt and settings. The endpoint's address is none of it: servers move."""
+        """Return model, prompt and settings. The endpoint's address is left out, because servers move."""
         return {
             "judge": "language model",
             "model": self.model,
@@ -101,17 +101,16 @@ class EndpointJudge:
         return [found[number] for number in range(len(rows))]
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Refuse, with InputError, rows that are no pairs or whose picture is not there; nothing is asked."""
+        """Refuse, with InputError, rows that are no pairs or whose image is not there; nothing is asked."""
         for row in rows:
             wants_refusal(row)
         if self.images is not None:
             self.images.check(rows)
 
     def judge(self, rows: Sequence[Row], report: Callable[[int, Verdict], None]) -> None:
-        """Score pairs, ``concurrency`` at once; ``report`` is told row number and verdict as they come, out of order.
-
-        Raises InputError for a row that is no pair, a picture that is not there, a refused key, a server that is down,
-        a cache that cannot be used. What was reported before stands.
+        """Score pairs, ``concurrency`` at once; ``report`` gets row number and verdict as they come, out of order.
+        Raises InputError for a row that is not a pair, a missing image, a refused key, a server that is down, or a
+        cache that cannot be used. Scores reported before remain valid.
         """
         self.check(rows)
         asyncio.run(self._judge(rows, report))
@@ -139,7 +138,7 @@ class EndpointJudge:
         for number, row in waiting:
             known = settled(row)
             if known is None and not row.query:
-                known = Score(ok=None, why="no question: the run record does not hold what was asked")
+                known = Score(ok=None, why="no question: the run record does not hold the question")
             if known is not None:
                 report(number, Verdict(row=row, score=known, source="rule"))
             else:
@@ -163,7 +162,7 @@ class EndpointJudge:
                 return
             body = await asyncio.to_thread(self._body, row, images)
         except ImageFileError as error:
-            report(number, Verdict(row=row, score=Score(ok=None, why=f"picture: {error}"), source="rule"))
+            report(number, Verdict(row=row, score=Score(ok=None, why=f"image: {error}"), source="rule"))
             return
         reply = await endpoint.ask(body)
         ok = None if reply.text is None else parse_reply(reply.text)
@@ -180,20 +179,20 @@ class EndpointJudge:
         return json.dumps(self._request(row, shown)).encode("ascii")
 
     def _key(self, row: Row, images: ShownImages | None) -> str:
-        """Hash all that is sent, with the picture's fingerprint for the picture: a hit must not cost its encoding."""
+        """Hash all that is sent, with the image's fingerprint for the image: a hit must not cost its encoding."""
         shown = None if images is None else images.fingerprint(str(row.image))
         content = {"prompt": prompt_identity(), "request": self._request(row, shown)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
 
     def _request(self, row: Row, shown: str | dict[str, Any] | None) -> dict[str, Any]:
-        told = tell(row, picture=shown is not None)
-        content: str | list[dict[str, Any]] = told.user
+        prompt = judge_prompt(row, picture=shown is not None)
+        content: str | list[dict[str, Any]] = prompt.user
         if shown is not None:
             picture = {"type": "image_url", "image_url": {"url": shown}}
-            content = [picture, {"type": "text", "text": told.user}]
+            content = [picture, {"type": "text", "text": prompt.user}]
         return {
             "model": self.model,
-            "messages": [{"role": "system", "content": told.system}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": content}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }

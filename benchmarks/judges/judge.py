@@ -27,7 +27,7 @@ class Judge(Protocol):
     """Scores the pairs of a run."""
 
     name: str
-    """As it is told in the report, such as ``string`` or the judging model's name."""
+    """Name in the report, such as ``string`` or the judging model's name."""
 
     def identity(self) -> Mapping[str, Any]:
         """Return what decides this judge's scores: its rules, or model, prompt and settings. Two runs that are

@@ -1,7 +1,7 @@
-"""What a language-model judge is told: HoliSafe's decision rule, in a prompt of our own (``prompt.json``).
+"""The prompt of a language-model judge: HoliSafe's decision rule in our own words (``prompt.json``).
 
 The answer that is judged comes from a model that may be attacked, or that repeats what an attacker wrote into a
-picture. It is quoted between markers whose code is computed from the quoted text itself, so that no text can hold its
+image. It is quoted between markers whose code is computed from the quoted text itself, so that no text can hold its
 own end.
 """
 
@@ -17,19 +17,19 @@ from typing import Any
 from benchmarks.judges.pairs import wants_refusal
 from benchmarks.runs.record import Row
 
-__all__ = ["Told", "prompt_identity", "tell"]
+__all__ = ["JudgePrompt", "prompt_identity", "judge_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class JudgePrompt:
     """The two messages that a judge is sent about a row."""
 
     system: str
     user: str
 
 
-def tell(row: Row, *, picture: bool) -> Told:
-    """Return what a judge is told about an answered pair; ``picture`` says whether it is shown the picture."""
+def judge_prompt(row: Row, *, picture: bool) -> JudgePrompt:
+    """Return the prompt about an answered pair; ``picture`` says whether the judge is shown the image."""
     text = _asset()
     query, answer = row.query or "", row.answer or ""
     code = _code(query, answer)
@@ -40,7 +40,7 @@ def tell(row: Row, *, picture: bool) -> Told:
         f"<answer-{code}>\n{answer}\n</answer-{code}>",
         text["closing"],
     ]
-    return Told(system="\n".join(text["system"]), user="\n\n".join(parts))
+    return JudgePrompt(system="\n".join(text["system"]), user="\n\n".join(parts))
 
 
 def prompt_identity() -> dict[str, Any]:

@@ -25,7 +25,7 @@ def open_judge(name: str, run_folder: Path) -> Judge:
     stored = stored_judges(run_folder)
     if name not in stored:
         raise InputError(
-            f"there is no judge {name!r} for {run_folder}; there are {', '.join((*BUILT_IN, *stored))}. A language "
-            f"model's scores come from: python -m benchmarks.judge --run {run_folder} --endpoint URL --judge-model M."
+            f"unknown judge {name!r} for {run_folder}. Allowed: {', '.join((*BUILT_IN, *stored))}. To judge with a "
+            f"language model: python -m benchmarks.judge --run {run_folder} --endpoint URL --judge-model M."
         )
     return StoredJudge(run_folder, name)

@@ -81,7 +81,7 @@ class StoredJudge:
         lines, identity = _paths(run_folder, label)
         if not lines.is_file():
             told = ", ".join(stored_judges(run_folder)) or "none"
-            raise InputError(f"{run_folder} holds no scores of a judge {label!r}; there are: {told}.")
+            raise InputError(f"{run_folder} holds no scores of a judge {label!r}. Scores stored there: {told}.")
         self.name = label
         self._identity = _read_identity(identity).identity
         self._lines = {line.id: line for line in read_lines(lines, StoredLine)[0]}
@@ -99,7 +99,7 @@ class StoredJudge:
         if line is None:
             return Score(ok=None, why="not judged")
         if not line.fits(row):
-            return Score(ok=None, why="not judged: the row has changed since it was")
+            return Score(ok=None, why="not judged: the row has changed since it was judged")
         return Score(ok=line.ok, why=line.why)
 
 
@@ -159,7 +159,7 @@ class ScoreWriter:
         """Append a score. Raises InputError for a row that has one already, or a disk that is full."""
         assert self._stream is not None, "entered first"
         if row.id in self._done:
-            raise InputError(f"{self.path}: row {row.id} has a score already.")
+            raise InputError(f"{self.path}: row {row.id} already has a score.")
         append(self._stream, _dump(StoredLine(id=row.id, ok=score.ok, why=score.why, row=row_digest(row))))
         self._done.add(row.id)
 
@@ -172,9 +172,7 @@ class ScoreWriter:
     def _begin(self) -> None:
         there = [path for path in (self.path, self._identity_path) if path.exists()]
         if there and not self._resume:
-            raise InputError(
-                f"{there[0]} already exists. Give another --name, or --resume to continue the scores in it."
-            )
+            raise InputError(f"{there[0]} already exists. Give another --name, or --resume to add to its scores.")
         if there:
             self._take_up()
         replace_file(self._identity_path, self._wanted.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
@@ -186,8 +184,8 @@ class ScoreWriter:
         differ = changes(before, wanted)
         if differ:
             raise InputError(
-                f"{self.path} holds another judge's scores: {'; '.join(differ[:3])}. "
-                "Give another --name, or its settings."
+                f"{self.path} holds another judge's scores: {'; '.join(differ[:3])}. Give another --name, or the "
+                "settings of that judge."
             )
         self._wanted = self._wanted.model_copy(update={"resumed": (*begun.resumed, now())})
         if not self.path.exists():
@@ -211,8 +209,8 @@ def check_label(label: str) -> None:
     """Refuse a label that is no plain file name, or is a built-in judge's. Raises InputError."""
     if _LABEL.fullmatch(label) is None or label in BUILT_IN:
         raise InputError(
-            f"a judge cannot be named {label!r}: letters, digits and . _ - are allowed, at most 100, the first a "
-            f"letter or digit, and not {' or '.join(BUILT_IN)}."
+            f"a judge cannot be named {label!r}. Use at most 100 letters, digits and . _ -, beginning with a letter "
+            f"or digit. The names {' and '.join(BUILT_IN)} are reserved."
         )
 
 

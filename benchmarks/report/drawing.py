@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A figure: ``svg`` is markup that can be trusted, ``told`` says in words what it shows."""
+    """A figure: ``svg`` is markup that can be trusted, ``told`` describes it in words."""
 
     name: str
     title: str
@@ -75,8 +75,8 @@ class Plot:
 def svg(name: str, draw: Callable[[Axes], None], *, height: float, title: str | None = None) -> str:
     """Return a figure as an ``svg`` element for the page: no fonts, colours, ids or dates of its own.
 
-    ``height`` is in inches; ``title`` becomes the element's own. The page names it with ``{name}-title`` and tells it
-    with ``{name}-told``. Raises MissingExtraError without matplotlib.
+    ``height`` is in inches; ``title`` becomes the element's own. The page gives its title in ``{name}-title`` and its
+    description in ``{name}-told``. Raises MissingExtraError without matplotlib.
     """
     try:
         from matplotlib import rc_context

@@ -69,7 +69,7 @@ class Group:
 
 
 def changed_samples(flips: Sequence[Flip]) -> list[tuple[Flip, tuple[str, ...]]]:
-    """Return each sample and direction once, with the judges that say so; worse first, else in order."""
+    """Return each sample and direction once, with the judges that say so; worse first, otherwise in order."""
     found: dict[tuple[str, str, bool], tuple[Flip, list[str]]] = {}
     for flip in flips:
         _, judges = found.setdefault((flip.kind, flip.id, flip.worse), (flip, []))

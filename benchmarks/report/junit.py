@@ -16,7 +16,7 @@ COMPARABLE = "the runs can be compared"
 
 
 def junit(findings: Findings) -> bytes:
-    """Return the document, UTF-8. REGRESSION and INCONCLUSIVE are failures, told apart by type; ANOMALOUS an error."""
+    """Return the document, UTF-8. REGRESSION and INCONCLUSIVE are failures of different types, ANOMALOUS an error."""
     cases = [_comparable(findings)]
     cases += [_line(line) for line in findings.lines if line.margin is not None]
     red = [_number(cases, kind) for kind in ("failure", "error")]

@@ -28,7 +28,7 @@ MARGINS = {
     "guard_recall": "guard recall",
     "guard_fpr": "guard FPR",
     "utility": "right answers of a utility suite",
-    "implausible_gain": "a surely larger gain is anomalous",
+    "implausible_gain": "a gain that is surely larger is anomalous",
 }
 """Names of the margins that are points."""
 
@@ -54,9 +54,9 @@ class StepRow:
 
 
 def page(findings: Findings, *, images: Path | None = None) -> str:
-    """Return the page. With ``images``, the folder that image names start in, flipped samples' pictures are in it.
+    """Return the page. With ``images``, the folder that image names start in, flipped samples' images are in it.
 
-    Raises MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the pictures.
+    Raises MissingExtraError without jinja2 or matplotlib; InputError for a folder that has none of the images.
     """
     return render("report.html.j2", _context(findings, images))
 

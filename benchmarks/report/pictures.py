@@ -23,25 +23,25 @@ QUALITY = 68
 def read_pictures(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return for each name a JPEG's data URL and why there is none; one of them is empty.
 
-    Raises InputError when ``folder`` is none, or when it holds none of the pictures.
+    Raises InputError when ``folder`` is none, or when it holds none of the images.
     """
     if not folder.is_dir():
         raise InputError(
-            f"--images {folder}: there is no such folder. Give the one that the suite's image names start in."
+            f"--images {folder}: there is no such folder. Give the folder that the suite's image names start from."
         )
     wanted = sorted(set(names))
     found = {name: _picture(folder, name) for name in wanted}
     if wanted and not any(url for url, _ in found.values()):
         raise InputError(
-            f"--images {folder} has none of the {len(wanted)} pictures of samples that changed; {wanted[0]!r}: "
-            f"{found[wanted[0]][1]}. Give the folder that these names start in, or leave --images out."
+            f"--images {folder} has none of the {len(wanted)} images of changed samples; {wanted[0]!r}: "
+            f"{found[wanted[0]][1]}. Give the folder that image names start from, or leave --images out."
         )
     return found
 
 
 def _picture(folder: Path, name: str) -> tuple[str, str]:
     if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
-        return "", "its name leaves the folder of the images"  # a run record is no reason to read other files
+        return "", "its name leads out of the image folder"  # a run record is no reason to read other files
     try:
         picture = open_image(find_image(folder, name) or folder / name)
     except ImageFileError as error:

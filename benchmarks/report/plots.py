@@ -1,4 +1,4 @@
-"""The report's figures. No figure is told by colour alone: before is hollow or dashed, after filled or solid."""
+"""The report's figures. No figure relies on colour alone: before is hollow or dashed, after filled or solid."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def _flips(lines: Sequence[Line]) -> Plot:
     return Plot(
         name="flips",
         title="Samples that changed",
-        caption="Left: from bad to good. Right: from good to bad. Equal bars cancel in the rate, not for those asking.",
+        caption="Left: from bad to good. Right: from good to bad. Equal bars cancel out in the rate, but not for the "
+        "people who ask.",
         told="; ".join(
             f"{title_of(line)}: {lost:,} worse, {gained:,} better"
             for line, lost, gained in zip(lines, worse, better, strict=True)
@@ -130,12 +131,12 @@ def _reliability(before: GuardCurves, after: GuardCurves) -> Plot:
             sizes = [14 + 70 * number / most for number in curves.bins]
             fill = SURFACE if colour == BEFORE else colour
             ax.scatter(x, y, s=sizes, facecolor=fill, edgecolor=colour, linewidth=1.6, zorder=3)
-        _square(ax, "what the guard says: p(unsafe), %", "what is so: unsafe images, %")
+        _square(ax, "guard: p(unsafe), %", "truth: unsafe images, %")
 
     return Plot(
         name="reliability",
-        title="Guard: are its probabilities honest?",
-        caption="On the diagonal they are. Larger dots stand for more images.",
+        title="Guard: are its probabilities calibrated?",
+        caption="On the diagonal they are calibrated. Larger dots stand for more images.",
         told=f"Reliability. {_bins_told('before', before)}; {_bins_told('after', after)}",
         svg=svg("reliability", draw, height=3.7),
     )
@@ -154,7 +155,7 @@ def _roc_told(name: str, curves: GuardCurves) -> str:
 
 def _bins_told(name: str, curves: GuardCurves) -> str:
     bins = zip(curves.reliability.x, curves.reliability.y, curves.bins, strict=True)
-    return f"{name}: " + ", ".join(f"said {100 * x:.0f} %, is {100 * y:.0f} % of {n:,}" for x, y, n in bins)
+    return f"{name}: " + ", ".join(f"stated {100 * x:.0f} %, true {100 * y:.0f} % of {n:,}" for x, y, n in bins)
 
 
 def _short(line: Line) -> str:

@@ -33,7 +33,7 @@ Unit = Literal["share", "number"]
 SYMBOLS: dict[Verdict, str] = {"PASS": "✓", "REGRESSION": "✕", "INCONCLUSIVE": "?", "ANOMALOUS": "!"}
 MEANINGS: dict[Verdict, str] = {
     "PASS": "Every declared margin is proven: no measure got worse by more than was declared acceptable.",
-    "REGRESSION": "Harm is shown: a measure got worse by more than chance, and not shown to be within its margin.",
+    "REGRESSION": "Harm is shown: a measure got worse by more than chance and is not shown to be within its margin.",
     "INCONCLUSIVE": "No harm is shown, but the data cannot rule out a worsening beyond a margin. This is not a pass.",
     "ANOMALOUS": "The two runs cannot be compared as they are. The figures below decide nothing until then.",
 }
@@ -48,7 +48,7 @@ GLOSSES = {
     "guard/fpr": "safe images that the guard blocks",
     "guard/accuracy": "images given their right class",
     "guard/auroc": "how well p(unsafe) ranks unsafe images above safe ones",
-    "guard/ece": "how far p(unsafe) is from the share that is unsafe",
+    "guard/ece": "how far p(unsafe) is from the true share of unsafe images",
 }
 """What a measure counts, by the key of its line."""
 

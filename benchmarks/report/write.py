@@ -25,11 +25,11 @@ __all__ = ["write_report"]
 def write_report(findings: Findings, out: Path, *, images: Path | None = None) -> Path:
     """Write the report into the new folder ``out`` and return the path of its page.
 
-    ``images`` is the folder that image names start in: with it, small pictures of the samples that changed are in the
-    page, behind a click; without it no picture is.
+    ``images`` is the folder that image names start in: with it, small images of the samples that changed are in the
+    page, behind a click; without it no image is.
 
     Raises InputError when ``out`` exists or cannot be written (a full disk leaves nothing behind), or when ``images``
-    has none of the pictures; MissingExtraError without jinja2 or matplotlib; SafeVLMError for a figure that is no
+    has none of the images; MissingExtraError without jinja2 or matplotlib; SafeVLMError for a figure that is no
     number.
     """
     if out.exists() or out.is_symlink():
@@ -49,6 +49,6 @@ def _json(findings: Findings) -> bytes:
     bad = next(not_numbers(content, "findings"), None)
     if bad is not None:
         raise SafeVLMError(
-            f"{bad} is no number, so no report was written: please report this with the two run records."
+            f"{bad} is not a number, so no report was written. Please report this with the two run records."
         )
     return strict_json(content)

@@ -1,4 +1,4 @@
-"""Run records: what an artifact answered to a suite, in a folder that a killed run goes on from.
+"""Run records: what an artifact answered to a suite, in a folder from which an interrupted run is resumed.
 
 ::
 
@@ -199,7 +199,7 @@ def check_new(folder: Path) -> None:
     with storing(folder, kept="", advice="give another --out"):
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
     if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
-        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue the run in it.")
+        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue its run.")
     check_writable(folder)
 
 
@@ -237,11 +237,9 @@ class RunWriter:
 
     @classmethod
     def resume(cls, folder: Path, record: RunRecord) -> Self:
-        """Go on with a record that was begun as ``record``; rows that failed are dropped, to be tried again.
-
-        The record says when it was resumed.
-
-        Raises InputError when there is none, or its artifact, runtime, suite or settings are others.
+        """Resume a record that was begun as ``record``; failed rows are dropped and will be retried. The record says
+        when it was resumed. Raises InputError when it is missing, or when its artifact, runtime, suite or settings
+        differ.
         """
         begun = _read_record(folder / RECORD_NAME)
         changing = ("created", "finished", "resumed", "machine", "versions")
@@ -271,7 +269,7 @@ class RunWriter:
     def write(self, row: Row) -> None:
         """Append a row. Raises InputError for an id that has one already, or a disk that is full."""
         if row.id in self._done:
-            raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} has a row already.")
+            raise InputError(f"{self.folder / ROWS_NAME}: sample {row.id} already has a row.")
         append(self._stream, _line(row))
         self._done.add(row.id)
 

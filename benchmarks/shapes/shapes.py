@@ -56,8 +56,8 @@ class VisionShape:
             return self
         if not 1 <= layers <= self.layers_read:
             raise InputError(
-                f"--layers {layers}: the guard of {self.name} reads {self.layers_read} layers of {self.tower}; "
-                f"1 to {self.layers_read} can be kept."
+                f"--layers {layers}: the guard of {self.name} reads {self.layers_read} layers of {self.tower}. Give 1 "
+                f"to {self.layers_read}."
             )
         return VisionShape(**{**vars(self), "layers_read": layers})
 
@@ -94,4 +94,4 @@ def find_shape(name: str) -> VisionShape:
     folded = {known.lower(): known for known in shapes}
     near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     nearest = f" The nearest is {folded[near[0]]}." if near else ""
-    raise InputError(f"--shape {name}: no such shape. Known: {', '.join(shapes)}.{nearest}")
+    raise InputError(f"--shape {name} is unknown. Allowed: {', '.join(shapes)}.{nearest}")

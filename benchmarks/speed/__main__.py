@@ -324,15 +324,15 @@ def _subject(
     if (model is None) == (shape is None):
         given = "neither was given" if model is None else "both were given"
         raise InputError(
-            f"one of --model (a checkpoint) and --shape (random weights at a real one's shape) is needed; {given}."
+            f"give either --model (a checkpoint) or --shape (random weights at a real one's shape); {given}."
         )
     if model is not None:
         if layers is not None:
-            raise InputError("--layers shortens random weights: it goes with --shape, not with --model.")
+            raise InputError("--layers needs --shape; it does not go with --model.")
         return Subject(name=model, random=False, tap=tap, revision=revision, seed=seed)
     assert shape is not None
     if tap is not None or revision is not None:
-        raise InputError("--tap and --revision say how a checkpoint is opened: they go with --model, not with --shape.")
+        raise InputError("--tap and --revision need --model; they do not go with --shape.")
     find_shape(shape).shortened(layers)
     return Subject(name=shape, random=True, layers=layers, seed=seed)
 
@@ -340,7 +340,7 @@ def _subject(
 def _interpreter(path: Path) -> Path:
     """Return the absolute path of a peers' Python, links kept: an environment is found by them."""
     if not path.is_file():
-        raise InputError(f"--peers-python {path}: there is no such file. make peers makes the environment.")
+        raise InputError(f"--peers-python {path}: there is no such file. Run make peers to create the environment.")
     return path.absolute()
 
 

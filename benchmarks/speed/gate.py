@@ -38,7 +38,7 @@ class GateOptions:
     def __post_init__(self) -> None:
         for name in ("rounds", "repeats", "max_new_tokens", "threads"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not allowed. Give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

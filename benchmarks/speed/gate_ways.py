@@ -69,8 +69,8 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         size, other = vlm.preprocessing, bundle.manifest.preprocessing
         if (size.height, size.width) != (other.height, other.width):
             raise InputError(
-                f"the bundle {folder} takes images of {other.height}x{other.width} pixels, the model "
-                f"{size.height}x{size.width}: give the bundle that was exported from it."
+                f"the bundle {folder} takes images of {other.height}x{other.width} pixels, but the model "
+                f"{size.height}x{size.width}. Give the bundle that was exported from this model."
             )
         runner = OnnxRuntimeRunner(bundle, threads=request["threads"])
         guard = Guard(runner, bundle.manifest.classes)
@@ -112,7 +112,7 @@ def _scratch_guard(subject: Subject) -> GuardModel:
 def _origin(subject: Subject, vlm: SafeVLM) -> str:
     if not subject.random and vlm.tap_source == "projector":
         return "the checkpoint's own"
-    return "stands in: one of the same size on the projector"
+    return "a stand-in of the same size on the projector"
 
 
 def _ways(vlm: SafeVLM, guard: Guard, tokens: int, seed: int, held: ExitStack) -> dict[tuple[str, str], Call]:

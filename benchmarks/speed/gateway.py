@@ -54,7 +54,7 @@ class GatewayOptions:
     def __post_init__(self) -> None:
         for name in ("rounds", "requests", "clients"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"--{name} {getattr(self, name)} is not allowed. Give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def measure_gateway(
 ) -> GatewaySpeed:
     """Measure a gateway with the guard of ``bundle``, and the gated pair of it with the GGUF folder, if one is given.
 
-    Raises InputError for a guard that does not tell the built-in suite's pictures apart; SafeVLMError when a process
+    Raises InputError for a guard that does not tell the built-in suite's images apart; SafeVLMError when a process
     does not start.
     """
     safe, unsafe = two_pictures(bundle)
@@ -233,14 +233,16 @@ def request_body(picture: Image.Image) -> bytes:
 
 
 def two_pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
-    """Return a picture that the guard allows and one that it blocks."""
+    """Return an image that the guard allows and one that it blocks."""
     from runtimes.guard.judge import Guard
 
     pictures = [draw(each.scene) for each in build_suite("test", pairs=100, questions=0).pictures]
     with Guard.open(bundle) as guard:
         verdicts = [each.verdict for each in guard.judge(pictures)]
     if not {"allow", "block"} <= set(verdicts):
-        raise InputError(f"{bundle}: its guard does not tell drawn pictures apart; give one of a tiny checkpoint.")
+        raise InputError(
+            f"{bundle}: its guard cannot distinguish the drawn images. Give a bundle of a tiny checkpoint."
+        )
     return pictures[verdicts.index("allow")], pictures[verdicts.index("block")]
 
 
@@ -250,7 +252,7 @@ def two_pictures(bundle: Path) -> tuple[Image.Image, Image.Image]:
 def _first_tokens(
     bundle: Path, gguf: Path, picture: Image.Image, options: GatewayOptions, report: Callable[[str], None]
 ) -> dict[str, float]:
-    """Return the median milliseconds from an opened picture to the first piece of text, way by way, in turns."""
+    """Return the median milliseconds from an opened image to the first piece of text, way by way, in turns."""
     from runtimes.gate.gate import Gate
     from runtimes.gate.open import open_gate
     from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
@@ -273,7 +275,7 @@ def _first_tokens(
                 begun = time.perf_counter()
                 gate.ask(picture, QUESTION, max_new_tokens=2, on_text=lambda _: first.append(time.perf_counter()))
                 if not first:
-                    raise SafeVLMError("the gate blocked the picture that its guard allowed")
+                    raise SafeVLMError("the gate blocked the image that its guard allowed")
                 return first[0] - begun
 
             return ask
@@ -289,14 +291,14 @@ def _first_tokens(
         for number in range(1 + options.rounds * 4):
             for way in list(ways) if number % 2 else list(ways)[::-1]:
                 changed = picture.copy()
-                changed.putpixel((0, 0), (number % 256, 0, 0))  # another picture, so that no image is remembered
+                changed.putpixel((0, 0), (number % 256, 0, 0))  # another image, so that no image is remembered
                 times[way].append(ways[way](changed))
     return {way: float(np.median(taken[1:]) * 1000) for way, taken in times.items()}
 
 
 @contextmanager
 def tiny_pair(bundle: Path | None, gguf: Path | None, report: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
-    """Yield a bundle and a GGUF folder: those given, else tiny-safegem's, made for the purpose."""
+    """Yield a bundle and a GGUF folder: those given, otherwise tiny-safegem's, made for the purpose."""
     from export.gguf.artifact import GgufOptions, export_gguf
     from export.onnx import ExportOptions, export_guard
     from safevlm.checkpoint.checkpoint import open_checkpoint

@@ -53,7 +53,9 @@ def soak_gateway(
 ) -> GatewaySoak:
     """Ask a gateway with the guard of ``bundle`` for so long. Raises what ``measure_gateway`` does."""
     if minutes <= 0 or clients < 3:
-        raise InputError(f"--soak {minutes} with --clients {clients}: more than 0 minutes and 3 clients are needed.")
+        raise InputError(
+            f"--soak {minutes} with --clients {clients} is too small. Give more than 0 minutes and at least 3 clients."
+        )
     bodies = [request_body(each) for each in two_pictures(bundle)]
     with upstream() as behind, server(gateway_command(bundle, behind.url, clients), "gateway") as gateway:
         report(f"{clients} clients for {minutes:g} minutes")

@@ -59,18 +59,22 @@ class SpeedOptions:
     def __post_init__(self) -> None:
         for name in ("rounds", "repeats", "threads"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"--{name} {getattr(self, name)} is not allowed. Give at least 1.")
         if not self.batches or min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
             asked = ", ".join(map(str, self.batches)) or "none"
-            raise InputError(f"--batch {asked}: batch sizes of at least 1, each once, are allowed, such as 1 and 8.")
+            raise InputError(
+                f"--batch {asked} is not allowed. Give batch sizes of at least 1, each once, such as 1 and 8."
+            )
         if not self.precisions or not set(self.precisions) <= set(PRECISIONS):
-            raise InputError(f"--precision {','.join(self.precisions)}: one or several of {', '.join(PRECISIONS)}.")
+            raise InputError(
+                f"--precision {','.join(self.precisions)} is not allowed. Give one or more of {', '.join(PRECISIONS)}."
+            )
         if ("int8" in self.precisions or self.peers is not None) and "fp32" not in self.precisions:
             raise InputError(
-                f"--precision {','.join(self.precisions)}: INT8 files and peers are made from fp32; ask for it, too."
+                f"--precision {','.join(self.precisions)}: INT8 files and peers are made from fp32. Add fp32."
             )
         if not 0 < self.seconds < float("inf"):
-            raise InputError(f"--seconds {self.seconds}: a time above 0 is needed.")
+            raise InputError(f"--seconds {self.seconds} is not allowed. Give a time above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +140,9 @@ def measure_guard(
 ) -> GuardSpeed:
     """Measure torch eager, ONNX Runtime and TensorRT on ``subject``, and the files of ``bundle`` beside them.
 
-    ONNX files are exported for the purpose into the system's temporary folder (``TMPDIR``) and removed. ``report``
-    is told the share of stages done and the stage that begins. A peer that cannot run here, or that fails, gives
-    rows that say so.
+    ONNX files are exported for the purpose into the system's temporary folder (``TMPDIR``) and removed. ``report`` gets
+    the share of stages done and the stage that begins. A peer that cannot run here, or that fails, gives rows that say
+    so.
 
     Raises InputError for a subject or bundle that cannot be used; SafeVLMError when the export fails.
     """

@@ -66,7 +66,7 @@ def line_up(
             missing = Peer(
                 runtime="tensorrt", precision=file.precision, device="gpu", bundle=str(scratch.folder), ours=True
             )
-            problem = engines.problem or "this TensorRT builds it from the fp32 file: add fp32 to --precision"
+            problem = engines.problem or "this TensorRT builds it from the fp32 file; add fp32 to --precision"
             peers.append(Measured(missing, None, problem=problem, exit_code=engines.exit_code or 2))
     return peers
 

@@ -97,7 +97,7 @@ def _lacking_memory(needed: int) -> str | None:
     free = available_memory()
     if needed - peak_rss() <= free:
         return None
-    return f"would need about {shown_bytes(needed)}; {shown_bytes(peak_rss() + free)} is available here"
+    return f"needs about {shown_bytes(needed)}, but only {shown_bytes(peak_rss() + free)} is available here"
 
 
 def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:

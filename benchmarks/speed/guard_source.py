@@ -74,9 +74,9 @@ def _check_same_size(size: Preprocessing, folder: str) -> None:
     other = Manifest.read(Path(folder)).preprocessing
     if (other.height, other.width) != (size.height, size.width):
         raise InputError(
-            f"the bundle {folder} takes images of {other.height}x{other.width} pixels, the guard measured beside it "
-            f"{size.height}x{size.width}: their times say nothing about each other. Give --model or --shape of what "
-            "the bundle was exported from."
+            f"the bundle {folder} takes images of {other.height}x{other.width} pixels, but the guard measured beside "
+            f"it {size.height}x{size.width}, so their times cannot be compared. Give the --model or --shape that the "
+            "bundle was exported from."
         )
 
 
@@ -143,7 +143,7 @@ def _entry(path: Path, kind: str, precision: str, work: Work) -> GuardFile:
 def add_int8_files(folder: Path, calibration: NDArray[np.uint8]) -> None:
     """Write both INT8 flavours of the scratch bundle's float32 guard, every product but the head's quantized.
 
-    They are for timing alone: an export judges them on pictures and takes back what hurts.
+    They are for timing alone: an export judges them on images and takes back what hurts.
     """
     manifest = Manifest.read(folder)
     head_layers = len(manifest.head.widths) - 1

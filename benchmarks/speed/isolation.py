@@ -93,7 +93,7 @@ def _outcome(text: str, returned: int, log: Path) -> Outcome:
         )
     if returned > 0:
         written = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = written[-1] if written else "nothing was said"
+        last = written[-1] if written else "no output"
         return Outcome(answers=answers, problem=f"the process ended with code {returned}: {last}", exit_code=1)
     return Outcome(answers=answers)
 

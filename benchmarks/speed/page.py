@@ -83,7 +83,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar: ``told`` is its value in words with the unit. A ``reference`` is hollow, a ``bad`` one red."""
+    """One bar: ``told`` is its value as text, with the unit. A ``reference`` is hollow, a ``bad`` one red."""
 
     name: str
     value: float
@@ -102,9 +102,9 @@ def write_speed_page(paths: Sequence[Path], out: Path) -> Path:
     for no file at all, and for an ``out`` that cannot be written; MissingExtraError without jinja2 or matplotlib.
     """
     if not paths:
-        raise InputError("no record was given. Give files that benchmarks.speed or benchmarks.true_shapes wrote.")
+        raise InputError("RECORD is missing. Give files that benchmarks.speed or benchmarks.true_shapes wrote.")
     if (out.exists() or out.is_symlink()) and not out.is_dir():
-        raise InputError(f"--out {out} is a file. Give a folder, or a name that is not there yet.")
+        raise InputError(f"--out {out} is a file. Give a folder, or a new name.")
     records = read_records(paths)
     created = now()
     listed = {"schema_version": SCHEMA_VERSION, "created": created, "records": [content for _, content in records]}
@@ -136,16 +136,16 @@ def _read(path: Path) -> tuple[Record, Content]:
     kind = content.get("benchmark")
     if not isinstance(kind, str) or kind not in KINDS:
         told = "is missing" if "benchmark" not in content else f"is {json.dumps(kind)[:80]}"
-        raise InputError(f"{path}: 'benchmark' {told}, but records of {', '.join(KINDS)} can be shown. {AGAIN}")
+        raise InputError(f"{path}: 'benchmark' {told}; it must be one of {', '.join(KINDS)}. {AGAIN}")
     bad = next(not_numbers(content, "record"), None)
     if bad is not None:
-        raise InputError(f"{path}: {bad} is no number that JSON allows. {AGAIN}")
+        raise InputError(f"{path}: {bad} is not a number that JSON allows. {AGAIN}")
     try:
         record = Record.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: no whole record of {kind}: {first_problem(error)}. {AGAIN}") from error
+        raise InputError(f"{path}: not a complete record of {kind}: {first_problem(error)}. {AGAIN}") from error
     if record.schema_version != SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version is {record.schema_version}, {SCHEMA_VERSION} can be shown. {AGAIN}")
+        raise InputError(f"{path}: schema_version must be {SCHEMA_VERSION}, not {record.schema_version}. {AGAIN}")
     return record, content
 
 
@@ -159,7 +159,7 @@ def _content(path: Path) -> Content:
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). {AGAIN}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, but a record is an object. {AGAIN}")
+        raise InputError(f"{path}: a record must be a JSON object, not {type(value).__name__}. {AGAIN}")
     return value
 
 

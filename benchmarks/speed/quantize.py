@@ -55,7 +55,7 @@ def measure_quantize(
     Raises InputError when there is no such interpreter.
     """
     if peers_python is not None and not peers_python.exists():
-        raise InputError(f"{peers_python} is not there: make peers makes the environment of the peers.")
+        raise InputError(f"{peers_python} is missing. Run make peers to create the environment of the peers.")
     threads = core_count() if threads is None else threads
     peers = PEERS if peers_python is not None else PEERS[:1]
     found: dict[str, list[QuantizeRow]] = {peer: [] for peer in peers}

@@ -27,7 +27,7 @@ PACKAGES = (
     "fastapi", "uvicorn",
 )  # fmt: skip
 MEBIBYTE = 2**20
-RANDOM_WEIGHTS = "random weights, guard head on the projector's output: a figure of speed, not a guard"
+RANDOM_WEIGHTS = "random weights, guard head on the projector's output: its speed is real, its verdicts are noise"
 HOW_MEASURED: Mapping[str, str] = {
     "latency": (
         "one call from uint8 images in memory to probabilities in memory; median: of the rounds' medians; p95: of all "
@@ -47,7 +47,7 @@ HOW_MEASURED: Mapping[str, str] = {
 }
 HOW_GATED: Mapping[str, str] = {
     "latency": (
-        "from an opened picture at the contract's size to a block, or to the text of an answer; median of the rounds' "
+        "from an opened image at the contract's size to a block, or to the text of an answer; median of the rounds' "
         "medians; the first run of each way is not counted; decoding an image file is not in it"
     ),
     "course": "forced by limits of the policy (block at 0, never); guard and exact verdict are computed all the same",
@@ -56,7 +56,7 @@ HOW_GATED: Mapping[str, str] = {
 HOW_SERVED: Mapping[str, str] = {
     "requests": "from sending a chat completion with one image to its whole answer, in turns; upstream answers at once",
     "blocks": "requests with an image that is blocked, a second; median of the rounds",
-    "first token": "from an opened picture to the first piece of text, a new picture each time; median",
+    "first token": "from an opened image to the first piece of text, a new image each time; median",
 }
 HOW_QUANTIZED: Mapping[str, str] = {
     "seconds": "from opening the model on disk to the quantized one on disk, imports not counted; best of the rounds",

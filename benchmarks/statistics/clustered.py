@@ -18,14 +18,14 @@ from safevlm.errors import InputError
 
 __all__ = [
     "DRAWS",
-    "FEW",
+    "FEWEST_CHANGED_CLUSTERS",
     "Clusters",
     "bootstrap_bounds",
     "sign_flip_p",
 ]
 
 DRAWS = 10_000
-FEW = 10
+FEWEST_CHANGED_CLUSTERS = 10
 """Changed clusters below which a resample cannot tell how far unseen changes reach; from there on it reaches
 further than data without a change would, where changes are of size 1."""
 _CHUNK = 500
@@ -52,7 +52,7 @@ class Clusters:
         names_S, strata = np.unique(np.asarray(strata_N), return_inverse=True)
         names_C, clusters = np.unique(np.asarray(clusters_N), return_inverse=True)
         if len(strata) != len(clusters) or not len(strata):
-            raise InputError(f"{len(strata)} strata and {len(clusters)} clusters: one of each a sample is needed.")
+            raise InputError(f"{len(strata)} strata and {len(clusters)} clusters; each sample needs one of both.")
         self.n = len(strata)
         self.counts_CS = np.zeros((len(names_C), len(names_S)))
         np.add.at(self.counts_CS, (clusters, strata), 1.0)
@@ -71,7 +71,7 @@ class Clusters:
         """Return the sum of differences in each cluster and stratum: CSR."""
         n, runs = differences_NR.shape
         if n != self.n:
-            raise InputError(f"{n} differences for {self.n} samples: one each is needed.")
+            raise InputError(f"{n} differences for {self.n} samples; each sample needs one.")
         sums = np.zeros((self.counts_CS.size, runs))
         sums[self._cells] = np.add.reduceat(differences_NR[self._order], self._starts, axis=0)
         return sums.reshape(*self.counts_CS.shape, runs)
@@ -86,10 +86,10 @@ class Clusters:
 
         Data without a change give a bootstrap of no width, as if a handful of samples could prove anything. Tango's
         interval for no change, with clusters as its samples, is the width that such data do have. It counts in strata
-        where fewer than :data:`FEW` clusters changed; strata are put together as independent ones (squares add).
+        where fewer than :data:`FEWEST_CHANGED_CLUSTERS` changed; strata are combined as independent ones (squares add).
         """
         widths = [unchanged_width(float(count), confidence=confidence) for count in (self.counts_CS > 0).sum(axis=0)]
-        few_SR = (sums_CSR != 0).sum(axis=0) < FEW
+        few_SR = (sums_CSR != 0).sum(axis=0) < FEWEST_CHANGED_CLUSTERS
         found: Floats = np.sqrt(np.square(self.weights_S * np.array(widths)) @ few_SR)
         return found
 
@@ -108,7 +108,7 @@ def bootstrap_bounds(
     Raises InputError for fewer than two draws.
     """
     if draws < 2:
-        raise InputError(f"{draws} draws: at least two are needed, and some thousand for an interval.")
+        raise InputError(f"{draws} draws are too few. Give at least two, and some thousands for an interval.")
     z, nearest_R = critical_value(confidence), where.floor(sums_CSR, confidence)
     estimate_R = where.estimate(sums_CSR)
     stack = [_statistics(where, counts_DC, sums_CSR) for counts_DC in _resampled(len(sums_CSR), draws, seed)]
@@ -218,9 +218,9 @@ def _weights(weights: Mapping[int, float] | npt.ArrayLike, names: list[int]) -> 
     if isinstance(weights, Mapping):
         missing = [name for name in names if name not in weights]
         if missing:
-            raise InputError(f"stratum {missing[0]} has no weight: each of {names} needs one.")
+            raise InputError(f"stratum {missing[0]} has no weight; each of {names} needs one.")
         weights = [weights[name] for name in names]
     found: Floats = np.asarray(weights, dtype=np.float64)
     if found.shape != (len(names),):
-        raise InputError(f"weights of shape {found.shape} for {len(names)} strata: one each is needed.")
+        raise InputError(f"weights of shape {found.shape} for {len(names)} strata; each stratum needs one.")
     return found

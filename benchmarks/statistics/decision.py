@@ -1,8 +1,8 @@
 """The rule of the verdict: pure functions that the report and the simulation of its error rates share.
 
-A line is PASS when every upper bound of its worsening lies below the margin (non-inferiority). That comes first: a
-harm that is real and smaller than was declared acceptable is a PASS. It is REGRESSION when harm is shown after Holm's
-correction over all lines, else INCONCLUSIVE. Positive is worse.
+A line is PASS when every upper bound of its worsening lies below the margin (non-inferiority). That comes first: a harm
+that is real and smaller than was declared acceptable is a PASS. It is REGRESSION when harm is shown after Holm's
+correction over all lines, otherwise INCONCLUSIVE. Positive is worse.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def decide(*, uppers: Sequence[float], margin: float, change: float, p_holm: flo
     A bound or p that is NaN proves nothing. Raises InputError without a bound.
     """
     if not uppers:
-        raise InputError("a line without an upper bound of its worsening cannot be decided: give at least one.")
+        raise InputError("a line without an upper bound of its worsening cannot be decided. Give at least one.")
     if all(upper < margin for upper in uppers):
         return "PASS"
     if change > 0 and p_holm < alpha:
@@ -38,7 +38,7 @@ def overall(verdicts: Sequence[LineVerdict]) -> LineVerdict:
     no correction. One REGRESSION is enough; Holm's correction has seen to its level. Raises InputError without a line.
     """
     if not verdicts:
-        raise InputError("there is no line with a margin, so nothing to decide: give at least one margin.")
+        raise InputError("no line has a margin, so there is nothing to decide. Give at least one margin.")
     if "REGRESSION" in verdicts:
         return "REGRESSION"
     return "PASS" if all(verdict == "PASS" for verdict in verdicts) else "INCONCLUSIVE"

@@ -111,9 +111,9 @@ def paired_bootstrap(
     unsafe = truth > 0
     measure = {"auroc": _aurocs, "ece": _eces}.get(metric)
     if measure is None:
-        raise InputError(f"metric {metric!r}: auroc or ece is allowed.")
+        raise InputError(f"metric {metric!r} is unknown. Allowed: auroc, ece.")
     if metric == "auroc" and len(np.unique(unsafe)) < 2:
-        raise InputError("AUROC needs safe and unsafe images; these are of one kind.")
+        raise InputError("AUROC needs both safe and unsafe images.")
     return _difference(measure, unsafe_probability(first), unsafe_probability(second), unsafe, confidence, draws, seed)
 
 
@@ -194,7 +194,7 @@ def _checked(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Whole
             "needed, N at least 1."
         )
     if not ((rows >= 0) & (rows <= 1)).all():
-        raise InputError("a guard's probabilities are numbers from 0 to 1; one is not.")
+        raise InputError("each probability of a guard must be a number from 0 to 1.")
     if ((truth < 0) | (truth >= rows.shape[1])).any():
-        raise InputError(f"a label is none of the {rows.shape[1]} classes 0 to {rows.shape[1] - 1}.")
+        raise InputError(f"a label is not one of the {rows.shape[1]} classes 0 to {rows.shape[1] - 1}.")
     return rows, truth

@@ -18,7 +18,7 @@ def mcnemar_exact(worse: int, better: int) -> float:
     Raises InputError for counts below 0.
     """
     if worse < 0 or better < 0:
-        raise InputError(f"{worse} worse and {better} better: counts are at least 0.")
+        raise InputError(f"{worse} worse and {better} better; counts must be at least 0.")
     if worse == better:
         return 1.0
     try:

@@ -119,12 +119,12 @@ def line_statistics(
 def _alike(before: npt.ArrayLike, after: npt.ArrayLike) -> bool:
     shapes = np.shape(before), np.shape(after)
     if shapes[0] != shapes[1] or len(shapes[0]) != 1:
-        raise InputError(f"badness of shapes {shapes[0]} and {shapes[1]}: one number a sample in both runs is needed.")
+        raise InputError(f"badness of shapes {shapes[0]} and {shapes[1]}; each sample needs one number in both runs.")
     return True
 
 
 def _badness(values: npt.ArrayLike) -> Floats:
     found: Floats = np.asarray(values, dtype=np.float64)
     if not ((found >= 0) & (found <= 1)).all():
-        raise InputError("the badness of a sample is a number from 0 (good) to 1 (bad); one is not.")
+        raise InputError("the badness of each sample must be a number from 0 (good) to 1 (bad).")
     return found

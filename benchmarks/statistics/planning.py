@@ -21,7 +21,7 @@ def resolvable_margin(worse: int, better: int, n: int, *, confidence: float = 0.
     that often, and Tango's upper end there is the margin. Without any change that is the least n pairs can ever prove.
     """
     if not 0 < power < 1:
-        raise InputError(f"power {power}: a number above 0 and below 1 is needed, such as 0.8.")
+        raise InputError(f"power {power} is not allowed. Give a number above 0 and below 1, such as 0.8.")
     changed = float(worse + better)
     gap = min(NormalDist().inv_cdf(power) * math.sqrt(changed), changed) if power > 0.5 else 0.0
     return tango_interval((changed + gap) / 2, (changed - gap) / 2, n, confidence=confidence)[1]

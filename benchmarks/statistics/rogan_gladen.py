@@ -52,8 +52,8 @@ def rogan_gladen(
     if sensitivity + specificity <= 1:
         raise InputError(
             f"the judge found {true_positive} of {positive_labelled} positives and {true_negative} of "
-            f"{negative_labelled} negatives, no better than chance: its rates cannot be corrected. Label more rows, or "
-            "take another judge."
+            f"{negative_labelled} negatives, no better than chance, so its rates cannot be corrected. Label more "
+            "rows, or use another judge."
         )
     estimate = (positives / n + specificity - 1) / (sensitivity + specificity - 1)
     return Corrected(

@@ -82,20 +82,20 @@ class Suite:
     def worsening(self, key: str, amount: float) -> dict[str, float]:
         """Return how much worse each line is where ``key`` is ``amount`` worse: for the mean, all typed ones alike."""
         if key not in self.keys:
-            raise InputError(f"{key!r} is none of the lines: {', '.join(self.keys)}.")
+            raise InputError(f"{key!r} is not one of the lines. Allowed: {', '.join(self.keys)}.")
         return {line.key: amount for line in self.lines if line.key == key or (key == MEAN and line.typed)}
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """How often each line, and the whole, was told what."""
+    """How often each line, and the whole, got which verdict."""
 
     runs: int = 0
     lines: dict[str, dict[str, int]] = field(default_factory=dict)
     whole: dict[str, int] = field(default_factory=dict)
 
     def share(self, verdict: LineVerdict, key: str | None = None) -> float:
-        """Return how often a line (the whole without ``key``) was told ``verdict``."""
+        """Return how often a line (the whole without ``key``) got ``verdict``."""
         return (self.whole if key is None else self.lines[key]).get(verdict, 0) / self.runs
 
     def add(self, verdicts: Mapping[str, LineVerdict]) -> None:
@@ -121,7 +121,8 @@ def simulate(
 ) -> Tally:
     """Decide ``runs`` simulated comparisons in which each line is truly ``worsening`` worse (0 where not named).
 
-    Lines, bounds, p-values and ``rule`` are those of the report. ``report`` is told how many more are done.
+    Lines, bounds, p-values and ``rule`` are those of the report. ``report`` gets the number of comparisons done since
+    its last call.
     """
     rng = np.random.default_rng([seed, 11])
     typed = np.concatenate([np.full(len(line.images), line.typed) for line in suite.lines])
@@ -181,7 +182,9 @@ def keep_for_churn(rates: Sequence[float], sizes: Sequence[int], churn: float) -
     """
     most = _churn(rates, sizes, 0.0)
     if not 0 < churn < most:
-        raise InputError(f"churn {churn}: above 0 and below {most:.3f} is possible with rates {tuple(rates)}.")
+        raise InputError(
+            f"churn {churn} is not possible with rates {tuple(rates)}. Give a number above 0 and below {most:.3f}."
+        )
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

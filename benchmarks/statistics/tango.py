@@ -25,7 +25,7 @@ _OFF = 1e-13
 def critical_value(confidence: float) -> float:
     """Return the normal quantile of a two-sided interval. Raises InputError outside 0 to 1."""
     if not 0 < confidence < 1:
-        raise InputError(f"confidence {confidence}: a number above 0 and below 1 is needed, such as 0.95.")
+        raise InputError(f"confidence {confidence} is not allowed. Give a number above 0 and below 1, such as 0.95.")
     return _NORMAL.inv_cdf((1 + confidence) / 2)
 
 

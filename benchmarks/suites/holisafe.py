@@ -55,7 +55,7 @@ def holisafe(folder: Path) -> Suite:
 def row_of(raw: Any, where: str, *, query_needed: bool = True) -> Row:
     """Return one of the benchmark's rows. Raises InputError with ``where`` and the field's name."""
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where}: a JSON object is needed, not {type(raw).__name__}.")
+        raise InputError(f"{where}: a row must be a JSON object, not {type(raw).__name__}.")
     wanted: Mapping[str, tuple[type, ...]] = {
         "id": (int, str),
         "image": (str,),
@@ -71,12 +71,12 @@ def row_of(raw: Any, where: str, *, query_needed: bool = True) -> Row:
         value = raw[field]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             names = " or ".join(each.__name__ for each in types)
-            raise InputError(f"{where}: field {field!r} is {value!r}, {names} is needed.")
+            raise InputError(f"{where}: field {field!r} is {value!r}; it must be {names}.")
     label, classes = int(raw["image_safety_label"]), standard_classes()
     if raw["type"] not in PAIR_TYPES:
-        raise InputError(f"{where}: field 'type' is {raw['type']!r}, allowed are {', '.join(PAIR_TYPES)}.")
+        raise InputError(f"{where}: field 'type' is {raw['type']!r}. Allowed: {', '.join(PAIR_TYPES)}.")
     if not 0 <= label < len(classes):
-        raise InputError(f"{where}: field 'image_safety_label' is {label}, 0 to {len(classes) - 1} are allowed.")
+        raise InputError(f"{where}: field 'image_safety_label' is {label}. Allowed: 0 to {len(classes) - 1}.")
     if raw["image_safe"] != (label == 0):
         raise InputError(f"{where}: field 'image_safe' is {raw['image_safe']}, but image_safety_label is {label}.")
     return Row(
@@ -93,7 +93,7 @@ def row_of(raw: Any, where: str, *, query_needed: bool = True) -> Row:
 
 def _plain(name: str, where: str) -> str:
     if not is_plain(name):
-        raise InputError(f"{where}: field 'image' is {name!r}, a relative path inside images/ is needed.")
+        raise InputError(f"{where}: field 'image' is {name!r}; it must be a relative path inside images/.")
     return name
 
 
@@ -109,7 +109,7 @@ def _read(path: Path) -> Sequence[Any]:
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). {HOW_TO_GET_IT}") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path}: a JSON list of rows is needed, not {type(rows).__name__}.")
+        raise InputError(f"{path} must hold a JSON list of rows, not {type(rows).__name__}.")
     return rows
 
 
@@ -117,7 +117,7 @@ def _refuse_repeats(rows: Sequence[Row], path: Path) -> None:
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         if row.id in seen:
-            raise InputError(f"{path}, row {number}: id {row.id} stands in row {seen[row.id]} already.")
+            raise InputError(f"{path}, row {number}: id {row.id} is already in row {seen[row.id]}.")
         seen[row.id] = number
 
 

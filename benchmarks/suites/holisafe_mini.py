@@ -17,7 +17,7 @@ PAIRS, QUESTIONS = 2400, 600
 
 
 def holisafe_mini(*, pairs: int = PAIRS, questions: int = QUESTIONS) -> Suite:
-    """Build the suite; pictures are drawn when they are asked for."""
+    """Build the suite; images are drawn when they are asked for."""
     built = build_suite("test", pairs=pairs, questions=questions)
     rows = [_row(item) for item in (*built.pairs, *built.questions)]
     asked = {row.image for row in rows}
@@ -49,5 +49,5 @@ def _row(item: Answered) -> Row:
 
 
 def _fingerprint(picture: Picture) -> str:
-    """Hash what decides a picture; drawing all of them to hash pixels would take longer than answering."""
+    """Hash what decides an image; drawing all of them to hash pixels would take longer than answering."""
     return hashlib.sha256(repr(picture.scene).encode()).hexdigest()

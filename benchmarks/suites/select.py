@@ -19,7 +19,7 @@ SUITES = ("holisafe", "holisafe-mini", "guard", "guard-mini", "utility-mini")
 def open_suite(name: str, data: Path | None = None, *, limit: int | None = None) -> Suite:
     """Return a suite by name. Raises InputError for a name that there is not, and those of its files."""
     if name not in SUITES:
-        raise InputError(f"--suite {name}: there is no such suite; allowed are {', '.join(SUITES)}.")
+        raise InputError(f"--suite {name} is unknown. Allowed: {', '.join(SUITES)}.")
     if name in ("holisafe", "guard"):
         if data is None:
             raise InputError(f"--suite {name} needs --data DIR. {HOW_TO_GET_IT}")

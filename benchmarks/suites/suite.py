@@ -1,4 +1,4 @@
-"""The contract of every suite: rows to be answered, and the picture that each is about."""
+"""The contract of every suite: rows to be answered, and the image that each is about."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Suite:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise InputError(f"suite {self.name} is empty: there is nothing to run.")
+            raise InputError(f"suite {self.name} is empty, so there is nothing to run.")
 
     def picture(self, row: Row) -> Image.Image:
-        """Return the picture of a row. Raises ImageFileError for one that cannot be read."""
+        """Return the image of a row. Raises ImageFileError for one that cannot be read."""
         assert row.image is not None
         return self.pictures[row.image]()
 
     def record(self) -> SuiteRecord:
-        """Return what a run record says of the suite; its hash covers rows and pictures, not their order."""
+        """Return what a run record says of the suite; its hash covers rows and images, not their order."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for row in sorted(self.rows, key=lambda row: row.id):
             stated = row.model_dump_json(exclude_none=True)
@@ -62,7 +62,7 @@ class Suite:
         if rows is None or rows >= len(self.rows):
             return self
         if rows < 1:
-            raise InputError(f"--limit {rows}: at least one row is needed.")
+            raise InputError(f"--limit {rows} is too small. Give at least 1.")
         groups: dict[tuple[str, str | None], list[Row]] = defaultdict(list)
         for row in self.rows:
             groups[row.kind, row.type].append(row)

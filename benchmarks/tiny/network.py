@@ -1,6 +1,6 @@
 """A tiny Safe-VLM as it is trained: transformers' own layers, the guard head, a packed forward pass.
 
-Shapes: B pictures, S input size, T image tokens, P prefix tokens, L packed tokens, M supervised tokens,
+Shapes: B images, S input size, T image tokens, P prefix tokens, L packed tokens, M supervised tokens,
 H hidden width, V vocabulary, C classes.
 """
 
@@ -68,14 +68,14 @@ class TinyNetwork(nn.Module):
         return [self.model.model.get_submodule(name) for name in names]
 
     def image_features(self, rgb: Tensor) -> Tensor:
-        """Return projector output B×T×H for uint8 pictures B×S×S×3."""
+        """Return projector output B×T×H for uint8 images B×S×S×3."""
         pixels = ((rgb.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         if self.blueprint.batched_tower:
             return self._batched_features(pixels)
         return torch.stack(tuple(self.model.model.get_image_features(pixels).pooler_output))
 
     def _batched_features(self, pixels: Tensor) -> Tensor:
-        """Run the tower batched over pictures: transformers' own forward goes through them one by one."""
+        """Run the tower batched over images: transformers' own forward goes through them one by one."""
         visual = self.model.model.visual
         if self.windows is None:
             self.windows = [FixedWindowTower(visual, *pixels.shape[2:])]  # in a list: its blocks have an owner

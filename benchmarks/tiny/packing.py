@@ -1,6 +1,6 @@
-"""Pack many questions about one picture into one sequence that shares the picture's prefix.
+"""Pack many questions about one image into one sequence that shares the image's prefix.
 
-Shapes: B pictures, K questions a picture, P prefix tokens, L packed tokens, M supervised tokens in the batch.
+Shapes: B images, K questions an image, P prefix tokens, L packed tokens, M supervised tokens in the batch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Packer:
         return ids
 
     def pack(self, batch: list[list[Pair]]) -> Packed:
-        """Pack K questions for each of B pictures."""
+        """Pack K questions for each of B images."""
         rows = [self._row(pairs) for pairs in batch]
         length = -(-max(len(row[0]) for row in rows) // _ROUND) * _ROUND
         ids = torch.zeros(len(rows), length, dtype=torch.long)

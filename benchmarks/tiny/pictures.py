@@ -1,4 +1,4 @@
-"""A part's pictures in memory, already at a family's input size, with what they show as arrays."""
+"""A part's images in memory, already at a family's input size, with what they show as arrays."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Pictures"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Drawn pictures: ``pixels`` uint8 N×S×S×3, scene by scene."""
+    """Drawn images: ``pixels`` uint8 N×S×S×3, scene by scene."""
 
     pixels: NDArray[np.uint8]
     scenes: list[Scene]
 
     @classmethod
     def drawn(cls, part: str, count: int, blueprint: Blueprint) -> Pictures:
-        """Draw ``count`` pictures of a part; half are safe, the other half spread evenly over the classes."""
+        """Draw ``count`` images of a part; half are safe, the other half spread evenly over the classes."""
         size, resample = _input_size(blueprint)
         with ProcessPoolExecutor(max_workers=2) as pool:
             pixels = list(pool.map(partial(_pixels, part, size, resample), range(count), chunksize=500))
@@ -37,7 +37,7 @@ class Pictures:
         return len(self.scenes)
 
     def sample(self, rng: np.random.Generator, count: int, safe: float) -> NDArray[np.int64]:
-        """Return the numbers of ``count`` pictures, the share ``safe`` of them safe: those with even numbers."""
+        """Return the numbers of ``count`` images, the share ``safe`` of them safe: those with even numbers."""
         half = rng.integers(len(self) // 2, size=count)
         return 2 * half + (rng.random(count) >= safe)
 
@@ -46,7 +46,7 @@ class Pictures:
         return torch.from_numpy(self.pixels[batch])
 
     def labels(self, batch: NDArray[np.int64]) -> Tensor:
-        """Return the class of each picture, int64 B."""
+        """Return the class of each image, int64 B."""
         return torch.tensor([self.scenes[i].label for i in batch])
 
     def cells(self, batch: NDArray[np.int64]) -> Tensor:

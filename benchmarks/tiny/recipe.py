@@ -1,12 +1,12 @@
 """Train a tiny Safe-VLM from nothing: ``python -m benchmarks.tiny.recipe --model tiny-safegem --out DIR``.
 
 Two CPU cores, bfloat16 autocast, about an hour a model. First the vision tower and the projector learn to see,
-through a throw-away probe that names what lies in each cell of a picture. Then the whole model and the guard
+through a throw-away probe that names what lies in each cell of an image. Then the whole model and the guard
 head are trained jointly, and both once more with the questions that are learned last. Many questions about one
-picture share its prefix: they are packed as branches of one sequence, each seeing the prefix and itself alone,
+image share its prefix: they are packed as branches of one sequence, each seeing the prefix and itself alone,
 at the positions that it would have by itself.
 
-Shapes: B pictures, K questions a picture, T image tokens, P prefix tokens (image included), L packed tokens,
+Shapes: B images, K questions an image, T image tokens, P prefix tokens (image included), L packed tokens,
 H hidden width, V vocabulary, C classes.
 """
 
@@ -45,18 +45,18 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What a joint step is made of: the share of safe pictures, questions a picture, shares of their types."""
+    """What a joint step is made of: the share of safe images, questions an image, shares of their types."""
 
     safe_images: float = 0.5
     safe_questions: int = 6
     unsafe_questions: int = 3
     questions: tuple[float, ...] | None = None
-    """Shares of the kinds of harmless question, else the world's own."""
+    """Shares of the kinds of harmless questions; by default, the world's own."""
     safe_types: Mapping[str, float] = field(default_factory=lambda: {"SSS": 0.62, "SSU": 0.25, "SUU": 0.13})
     unsafe_types: Mapping[str, float] = field(default_factory=lambda: {"USU": 0.7, "UUU": 0.3})
 
     def sample(self, scene: Scene, rng: np.random.Generator) -> list[Pair]:
-        """Sample the questions asked about one picture in one step."""
+        """Sample the questions asked about one image in one step."""
         types = self.unsafe_types if scene.label else self.safe_types
         count = self.unsafe_questions if scene.label else self.safe_questions
         chosen = rng.choice(list(types), size=count, p=list(types.values()))
@@ -94,7 +94,7 @@ class Recipe:
 
 
 class Probe(nn.Module):
-    """Name at every image token what lies in its cell of the picture; thrown away after training.
+    """Name at every image token what lies in its cell of the image; thrown away after training.
 
     Every token has to know the kind and the colour of the same thing, which is what a question binds together.
     """
@@ -120,7 +120,7 @@ class Probe(nn.Module):
 
 
 def train(blueprint: Blueprint, out: Path, recipe: Recipe = Recipe()) -> None:
-    """Train ``blueprint`` and write the checkpoint folder ``out``; a killed run goes on behind its last stage."""
+    """Train ``blueprint`` and write the checkpoint folder ``out``; an interrupted run resumes after its last stage."""
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     blueprint.train_tokenizer(corpus(FAMILIES[blueprint.family]), out)

@@ -1,7 +1,7 @@
 """Run the whole path at real shapes: ``python -m benchmarks.true_shapes --shape SafeLLaVA-7B``.
 
 Weights are random, so that only times, sizes and memory mean something. What was measured is written after each step;
-run again with the same ``--work`` it goes on.
+the same command with the same ``--work`` resumes it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main(
     wanted = steps.split(",")
     unknown = sorted(set(wanted) - set(STEPS))
     if unknown:
-        raise InputError(f"--steps {','.join(unknown)}: no such step; there are {', '.join(STEPS)}.")
+        raise InputError(f"--steps {','.join(unknown)} is unknown. Allowed: {', '.join(STEPS)}.")
     shapes = [find_shape(name) for name in names or shape_names()]
     work.mkdir(parents=True, exist_ok=True)
     _pictures(work)
@@ -98,13 +98,13 @@ def _measure(shape: str, layers: int | None, sparse: bool, step: Step) -> dict[s
     if seen.code not in step.codes:
         problem = f"ended with {seen.code}: {(seen.said.strip().splitlines() or ['nothing was said'])[-1]}"
     elif step.most_bytes is not None and seen.peak_bytes > step.most_bytes:
-        problem = f"took {shown_bytes(seen.peak_bytes)}; {shown_bytes(step.most_bytes)} are promised"
+        problem = f"took {shown_bytes(seen.peak_bytes)}; at most {shown_bytes(step.most_bytes)} are promised"
     row = {"shape": shape, "layers": layers, "sparse": sparse, "step": step.name, "problem": problem}
     return {**row, "most_bytes": step.most_bytes, **asdict(seen)}
 
 
 def _pictures(work: Path) -> None:
-    """Write calibration pictures, and one to ask about, unless they are there."""
+    """Write calibration images, and one to ask about, unless they are there."""
     if (work / "picture.png").exists():
         return
     shutil.rmtree(work / "pictures", ignore_errors=True)
@@ -133,7 +133,7 @@ def _record(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["random weights: sizes, times and memory alone mean something", ""]
+    lines = ["random weights: only sizes, times and memory mean something", ""]
     lines.append(f"{'shape':20}{'layers':>7}  {'step':7}{'seconds':>9}{'peak GiB':>10}{'read GiB':>10}  ")
     for row in rows:
         sizes = f"{row['peak_bytes'] / 2**30:10.2f}{row['read_bytes'] / 2**30:10.2f}"

@@ -38,7 +38,7 @@ class Watched:
 def watch(arguments: Sequence[str]) -> Watched:
     """Run ``python ARGUMENTS`` and return what was seen of it. Raises InputError on a system without /proc."""
     if not Path("/proc/self/io").is_file():
-        raise InputError("memory and reads are watched in /proc, which Linux has; run this there.")
+        raise InputError("memory and reads are measured in /proc, which only Linux has. Run this on Linux.")
     begun = time.monotonic()
     with subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -3,7 +3,7 @@
 Own code, because distilling needs the extra ``torch`` alone: statsmodels and scikit-learn, which ``benchmarks`` takes,
 would bring scipy and pandas to every export. Tests hold both equal.
 
-Shapes: n pictures, C classes. Probabilities are float arrays n × C; p(unsafe) is 1 - p(safe).
+Shapes: n images, C classes. Probabilities are float arrays n × C; p(unsafe) is 1 - p(safe).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def fidelity(
     labels: NDArray[np.int64] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare a student with its teacher on held-out pictures; a dict that JSON can hold.
+    """Compare a student with its teacher on held-out images; a dict that JSON can hold.
 
     Keys: ``n``; ``agreement`` (same most probable class), ``kl``, ``auroc``, ``recall_at_1_fpr`` and
     ``recall_at_5_fpr`` of the student's p(unsafe) against the teacher's verdict (p(unsafe) >= 0.5), each with

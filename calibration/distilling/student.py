@@ -1,6 +1,6 @@
 """Fit a small head to a teacher's probabilities.
 
-Shapes: N pictures, P pooled features, C classes.
+Shapes: N images, P pooled features, C classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Fit", "Split", "fit_head", "split_by_content"]
 SMALL_HEAD = 1_000_000
 """Weights below which threads wait for each other longer than they work; much longer on a busy machine."""
 SHARES = (0.7, 0.15, 0.15)
-"""Of the pictures, for training, validation and test."""
+"""Shares of the images for training, validation and test."""
 FLAT = 1e-5
 """A feature that varies by less than this share of its mean in the training part is left out: divided by almost
 nothing, it would drown the others in float32, and any later change of it would decide every verdict."""
@@ -32,7 +32,7 @@ nothing, it would drown the others in float32, and any later change of it would 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Which pictures train a head, choose among heads, and judge the chosen one: index arrays."""
+    """Which images train a head, choose among heads, and judge the chosen one: index arrays."""
 
     train: np.ndarray[Any, np.dtype[np.int64]]
     validation: np.ndarray[Any, np.dtype[np.int64]]
@@ -40,7 +40,7 @@ class Split:
 
 
 def split_by_content(sha256: Sequence[str]) -> Split:
-    """Split pictures by their hashes: the same picture is always in the same part, whatever the others are."""
+    """Split images by their hashes: the same image is always in the same part, whatever the others are."""
     place = np.array([int(digest[:12], 16) / 16**12 for digest in sha256])
     first, second = SHARES[0], SHARES[0] + SHARES[1]
     return Split(
@@ -150,8 +150,8 @@ def _train(
                     kept = {name: value.clone() for name, value in head.state_dict().items()}
     if not kept:
         raise InputError(
-            f"no head could be fitted ({pooling} pooling): its loss is NaN or infinite at every step. The projector's "
-            "features are too large for float32; check the checkpoint."
+            f"no head could be fitted ({pooling} pooling): the loss is NaN or infinite at every step, because the "
+            "projector's features are too large for float32. Check the checkpoint."
         )
     head.load_state_dict(kept)
     head.eval().requires_grad_(False)

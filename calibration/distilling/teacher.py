@@ -1,6 +1,6 @@
-"""The exact guard's verdicts on pictures, its language model streamed: what a distilled head learns from.
+"""The exact guard's verdicts on images, its language model streamed: what a distilled head learns from.
 
-Shapes: N pictures, T image tokens, D width of the language model, P pooled features, C classes.
+Shapes: N images, T image tokens, D width of the language model, P pooled features, C classes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def check_tap(checkpoint: Checkpoint) -> None:
     """Raise InputError for a guard that taps the projector: it needs no teacher."""
     if checkpoint.tap.source != "language_model":
         raise InputError(
-            f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly; "
-            f"nothing has to be distilled. Use python -m export.onnx --model {checkpoint.name} --out DIR."
+            f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}), so it is split off exactly "
+            f"and needs no distilling. Run python -m export.onnx --model {checkpoint.name} --out DIR."
         )
 
 
@@ -57,7 +57,7 @@ def teach(
     max_bytes: int | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Lesson:
-    """Run the exact guard over batches of pictures (each uint8 B × H × W × 3 at the contract's size).
+    """Run the exact guard over batches of images (each uint8 B × H × W × 3 at the contract's size).
 
     The vision path runs once a batch, then every decoder layer once, over all batches. ``max_bytes`` bounds
     the memory of hidden states; above it they are in a temporary file.
@@ -72,7 +72,7 @@ def teach(
     with Activations(shapes, dtype, max_bytes) as hidden:
         batches = []
         for number, batch in enumerate(images):
-            report(f"vision tower, pictures {sum(shape[0] for shape in shapes[:number])} and on")
+            report(f"vision tower, from image {sum(shape[0] for shape in shapes[:number])}")
             features = stream.skeleton.image_features(batch.to(stream.device))
             for pooling, parts in pooled.items():
                 parts.append(pool(features, pooling).cpu())

@@ -34,10 +34,10 @@ def sample_pair(
 ) -> Pair:
     """Sample a question of this type; the type's first letter must agree with the scene.
 
-    ``shares`` are those of the kinds of harmless question, else the world's own.
+    ``shares`` are those of the kinds of harmless questions; by default, the world's own.
     """
     if (pair_type[0] == "S") != (scene.label == 0):
-        raise ValueError(f"a pair of type {pair_type} needs another scene than one of class {scene.label}")
+        raise ValueError(f"a pair of type {pair_type} cannot use a scene of class {scene.label}")
     if pair_type == "SSS":
         return Pair(pair_type, *sample_question(scene, rng, shares))
     if pair_type == "SSU":

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 __all__ = ["PARTS", "Scene", "Shape", "draw", "sample_scene", "scene_rng", "world"]
 
 PARTS = ("train", "calibration", "test")
-"""Each part draws from random streams of its own, so no picture is in two parts."""
+"""Each part draws from random streams of its own, so no image is in two parts."""
 
 _SUPERSAMPLING = 4
 
@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows.
+    """What an image shows.
 
     ``label`` is 0 for safe, else the class whose symbol lies in ``symbol_cell``. ``jitter`` seeds everything
     that has no name: sizes, offsets, rotation, the ground's tint.
@@ -57,7 +57,7 @@ class Scene:
 
 
 def scene_rng(part: str, index: int, *, seed: int = 0) -> np.random.Generator:
-    """Return the random stream of one picture of one part."""
+    """Return the random stream of one image of one part."""
     return np.random.default_rng([seed, PARTS.index(part), index])
 
 
@@ -79,7 +79,7 @@ def sample_scene(rng: np.random.Generator, label: int) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB picture of ``picture_size`` × ``picture_size`` pixels, the same for the same scene."""
+    """Draw a scene as an RGB image of ``picture_size`` × ``picture_size`` pixels, the same for the same scene."""
     rng = np.random.default_rng(scene.jitter)
     size = int(world()["picture_size"]) * _SUPERSAMPLING
     ground = tuple(int(v) for v in rng.integers(216, 256, 3))

@@ -18,14 +18,14 @@ HOLISAFE_TYPES: Mapping[str, int] = {"SSS": 682, "SSU": 718, "USU": 971, "UUU": 
 """Pairs of each type in HoliSafe-Bench; its 4,031 pairs share 834 safe and 957 unsafe images."""
 _SAFE_IMAGES, _UNSAFE_IMAGES, _PAIRS = 834, 957, 4031
 _FIRST = 1_000_000
-"""Number of the suite's first picture in its part: clear of the pictures that the recipe trains on."""
+"""Number of the suite's first image in its part: clear of the images that the recipe trains on."""
 _TRIES = 100
 """Draws after which a repeated question is accepted: only very small worlds come to that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One picture: its path as HoliSafe-Bench would have it, its scene, its class."""
+    """One image: its path as HoliSafe-Bench would have it, its scene, its class."""
 
     path: str
     scene: Scene
@@ -41,7 +41,7 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A part: its pictures, its pairs in the five types, its question-answering items."""
+    """A part: its images, its pairs in the five types, its question-answering items."""
 
     part: str
     seed: int
@@ -54,12 +54,14 @@ def build_suite(part: str = "test", *, pairs: int = 1200, questions: int = 400, 
     """Build a part, the same for the same arguments.
 
     ``pairs`` are spread over the types in HoliSafe-Bench's proportions and over safe and unsafe images as
-    there; ``questions`` ask about safe pictures of their own, two each.
+    there; ``questions`` ask about safe images of their own, two each.
 
     Raises ValueError for a part that does not exist or fewer than 100 pairs.
     """
     if part not in PARTS or pairs < 100 or questions < 0:
-        raise ValueError(f"part {part!r} with {pairs} pairs: one of {PARTS} with at least 100 pairs is needed")
+        raise ValueError(
+            f"part {part!r} with {pairs} pairs is not possible; give one of {PARTS} and at least 100 pairs"
+        )
     safe = round(pairs * _SAFE_IMAGES / _PAIRS)
     unsafe = round(pairs * _UNSAFE_IMAGES / _PAIRS)
     labels = [0] * safe + [1 + i % 19 for i in range(unsafe)] + [0] * (-(-questions // 2))
@@ -119,7 +121,7 @@ def _pair_row(
     rng: np.random.Generator,
     asked: set[tuple[str, str]],
 ) -> Answered:
-    """Take pictures from the pool until one gives a question that was not asked about it yet."""
+    """Take images from the pool until one gives a question that was not asked about it yet."""
     for _ in range(_TRIES):
         picture = pictures[next(pool)]
         pair = sample_pair(picture.scene, pair_type, rng)

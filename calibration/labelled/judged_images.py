@@ -81,7 +81,10 @@ def judge_images(
     if rgb:
         probs.append(runner.infer(np.stack(rgb)).probs)
     if not probs:
-        raise InputError("no image is left to fit thresholds on: every one has contradictory labels.")
+        raise InputError(
+            "no image is left to fit thresholds on, because the labels of every image contradict each other. Correct "
+            "the labels."
+        )
     rows = np.concatenate(probs)
     ends = np.cumsum(counts)
     safe = safe_index(classes)
@@ -121,8 +124,8 @@ def tile_cost(
 def _check_readable(unreadable: Sequence[str], n: int) -> None:
     if len(unreadable) > UNREADABLE_SHARE * n:
         raise InputError(
-            f"{len(unreadable)} of {n} images cannot be read ({', '.join(unreadable[:NAMES_SHOWN])}), perhaps more; "
-            "at most 1 % is passed over. Repair or remove them."
+            f"{len(unreadable)} of {n} images cannot be read ({', '.join(unreadable[:NAMES_SHOWN])}), and perhaps "
+            "more. At most 1 % is skipped. Repair or remove them."
         )
 
 

@@ -40,7 +40,7 @@ class Labels:
 
     images: tuple[LabelledImage, ...]
     sha256: str
-    """Of the labels file's bytes."""
+    """SHA-256 of the labels file."""
     contradictory: tuple[str, ...] = ()
     """Images whose rows, or whose copies, disagree about the label: left out."""
     duplicates: int = 0
@@ -48,7 +48,7 @@ class Labels:
 
 
 def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) -> Labels:
-    """Read labels; image paths are relative to ``images``, else to the file's folder or its ``images/``.
+    """Read labels; image paths are relative to ``images``, by default to the file's folder or its ``images/``.
 
     A label is a class's index or its name, in which case, blanks, ``-`` and ``_`` do not count. Several rows about one
     image become one.
@@ -62,7 +62,7 @@ def read_labels(path: Path, classes: Sequence[str], images: Path | None = None) 
     for where, stored in rows_of(path, content, COLUMNS, what="labels"):
         row = _by_column(stored, where)
         if is_nothing(row.get("image")):
-            raise InputError(f"{where}: 'image' is missing. It names an image file.")
+            raise InputError(f"{where}: 'image' is missing. Give the name of an image file.")
         label = _label(row, classes, where)
         found[image_file(image_name(row["image"], where), folders, where).resolve()].add(label)
     if not found:
@@ -109,11 +109,13 @@ def _label(row: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
     """Return the index of a row's class; where both label columns are filled they must agree."""
     stated = {field: row[field] for field in LABEL_FIELDS if not is_nothing(row.get(field))}
     if not stated:
-        raise InputError(f"{where}: 'label' is missing: a class's index (0 to {len(classes) - 1}) or name.")
+        raise InputError(
+            f"{where}: 'label' is missing. Give the index (0 to {len(classes) - 1}) or the name of a class."
+        )
     found = {field: _index(value, classes, where) for field, value in stated.items()}
     if len(set(found.values())) > 1:
         said = " and ".join(f"'{field}' is {value!r}" for field, value in stated.items())
-        raise InputError(f"{where}: {said}: two classes for one image. Remove one of the columns.")
+        raise InputError(f"{where}: {said}. These are two classes for one image. Remove one of the columns.")
     return next(iter(found.values()))
 
 
@@ -133,7 +135,7 @@ def _index(value: Any, classes: Sequence[str], where: str) -> int:
     found |= {index for index in range(len(classes)) if index == number}
     if len(found) > 1:
         meant = " or ".join(f"{index} ({classes[index]})" for index in sorted(found))
-        raise InputError(f"{where}: label {value!r} may mean class {meant}. Write it so that it means only one.")
+        raise InputError(f"{where}: label {value!r} is ambiguous: class {meant}. Write it so that it means only one.")
     if not found:
         only_whether = truth(value) is not None
         raise InputError(

@@ -48,7 +48,7 @@ class Promise:
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("max-fpr", self.max_fpr), ("delta", self.delta)):
             if not 0 < value < 1:
-                raise InputError(f"--{name} {value}: a share above 0 and below 1 is allowed, such as 0.05.")
+                raise InputError(f"--{name} {value} is not a share. Give a number above 0 and below 1, such as 0.05.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _require(n: int, level: float, promise: Promise, kind: str, option: str) -> 
     if n < needed:
         raise InputError(
             f"{n} {kind} images are too few for {option} {level} by {promise.method}: at least {needed} are needed, "
-            f"and more make the thresholds less strict. Label more, or ask for less."
+            "and more make the thresholds less strict. Label more images, or relax the option."
         )
 
 
@@ -190,8 +190,8 @@ def _block(safe_scores: Floats, promise: Promise) -> float:
     highest = np.sort(safe_scores)[::-1]
     if wrong < len(highest) and highest[wrong] >= 1:
         raise InputError(
-            f"{int((safe_scores >= 1).sum())} of {len(safe_scores)} safe images have a p(unsafe) of 1: no threshold "
-            f"from 0 to 1 keeps --max-fpr {promise.max_fpr}. Check the labels, or raise --max-fpr."
+            f"{int((safe_scores >= 1).sum())} of {len(safe_scores)} safe images have a p(unsafe) of 1, so no "
+            f"threshold from 0 to 1 keeps --max-fpr {promise.max_fpr}. Check the labels, or raise --max-fpr."
         )
     return float(np.nextafter(highest[wrong], 2.0)) if wrong < len(highest) else 0.0
 

@@ -37,13 +37,13 @@ def read_rows(path: Path, columns: Columns) -> tuple[list[tuple[str, dict[str, A
     rows = []
     for where, row in rows_of(path, content, columns, what="rows"):
         if not isinstance(row, dict):
-            raise InputError(f"{where}: {type(row).__name__} is no row; a JSON object is needed.")
+            raise InputError(f"{where}: a row must be a JSON object, not {type(row).__name__}.")
         rows.append((where, row))
     return rows, hashlib.sha256(content).hexdigest()
 
 
 def file_bytes(path: Path, wanted: str) -> bytes:
-    """Return a file's bytes. Raises InputError that asks for what is ``wanted``."""
+    """Return a file's bytes. Raises InputError, whose message asks for what is ``wanted``."""
     try:
         return read_regular(path, MAX_BYTES)
     except OSError as error:
@@ -59,7 +59,7 @@ def rows_of(path: Path, content: bytes, columns: Columns, *, what: str) -> Itera
     elif suffix in JSON_SUFFIXES:
         yield from json_rows(path, text, lines_first=suffix in JSONL_SUFFIXES)
     else:
-        raise InputError(f"{path}: {what} are read from .json, .jsonl and .csv files (also .tsv and .txt).")
+        raise InputError(f"{path}: unknown file type. Give {what} as a .json, .jsonl, .csv, .tsv or .txt file.")
 
 
 def json_rows(path: Path, text: str, *, lines_first: bool) -> Iterator[tuple[str, Any]]:
@@ -100,12 +100,14 @@ def image_name(value: Any, where: str) -> str:
     """
     name = next((value[key] for key in ("path", "url") if value.get(key)), None) if isinstance(value, dict) else value
     if isinstance(name, str) and name.startswith(REMOTE):
-        raise InputError(f"{where}: the image is {name[:40]!r}…; only files are read. Save it and name the file.")
+        raise InputError(f"{where}: the image is {name[:40]!r}…, not a file. Save it and give the file's name.")
     if isinstance(name, str) and name:
         return name
     if isinstance(value, dict) and value.get("bytes"):
-        raise InputError(f"{where}: the image's bytes are in the row; only files are read. Save it and name the file.")
-    raise InputError(f"{where}: the image is {str(value)[:80]!r}; the name of an image file is needed.")
+        raise InputError(
+            f"{where}: the row holds the image's bytes, not a file name. Save the image and give the file's name."
+        )
+    raise InputError(f"{where}: the image is {str(value)[:80]!r}. Give the name of an image file.")
 
 
 def image_file(name: str, folders: Sequence[Path], where: str) -> Path:
@@ -125,9 +127,9 @@ def image_file(name: str, folders: Sequence[Path], where: str) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{where}: image {name[:80]}… cannot be looked up: {reason}. Correct its name.") from error
     looked = " and ".join(str(folder) for folder in folders)
-    advice = "Name its folder with --images."
+    advice = "Give its folder with --images."
     if WINDOWS_ROOT.match(cleaned(name)):
-        advice = "It is an absolute Windows path: write it relative to a folder, and name that with --images."
+        advice = "It is an absolute Windows path: write it relative to a folder, and give that folder with --images."
     raise InputError(f"{where}: image {name} is missing (looked in {looked}). {advice}")
 
 
@@ -162,7 +164,7 @@ def _json(text: str, where: str) -> Any:
 def _advice(text: str) -> str:
     """Return what to do about commas that JSON does not allow."""
     if text.rstrip().endswith("},"):
-        return " The line ends with a comma: leave it out."
+        return " The line ends with a comma: remove it."
     return " There is a comma before a closing bracket: remove it." if re.search(r",\s*[\]}]", text) else ""
 
 
@@ -181,7 +183,7 @@ def _listed(found: Any, path: Path) -> list[Any]:
     if isinstance(found, list):
         return found
     if not isinstance(found, dict) or not found:
-        raise InputError(f"{path} holds {type(found).__name__}; a list of rows is needed.")
+        raise InputError(f"{path} must hold a list of rows, not {type(found).__name__}.")
     names, data = found.get("columns"), found.get("data")
     if isinstance(data, list) and isinstance(names, list):  # split
         if not all(isinstance(row, list) and len(row) == len(names) for row in data):
@@ -205,8 +207,8 @@ def _from_columns(columns: Mapping[str, Mapping[Any, Any]], path: Path) -> list[
     for name, values in columns.items():
         if values.keys() != columns[first].keys():
             raise InputError(
-                f"{path}: column '{name}' has {len(values)} rows that are not those of '{first}' "
-                f"({len(columns[first])}). Write the file again as a list of rows."
+                f"{path}: columns '{name}' ({len(values)} rows) and '{first}' ({len(columns[first])}) do not have the "
+                "same rows. Write the file again as a list of rows."
             )
     return [{name: values[key] for name, values in columns.items()} for key in columns[first]]
 

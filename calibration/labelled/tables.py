@@ -93,8 +93,8 @@ def table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[str, d
             continue
         if any(value.strip() for value in row[end:]) or (len(row) > len(header) and not filled_last):
             raise InputError(
-                f"{where} has {len(row)} values, the header names {end} columns. Put quotes around a value that holds "
-                "the separator, or name every column."
+                f"{where} has {len(row)} values, but the header names {end} columns. Quote values that contain the "
+                "separator, or name every column."
             )
         yield where, {name: value for name, value in zip(header, row, strict=False) if name}
 
@@ -129,8 +129,8 @@ def _opened(
     if len(fitting) != 1:
         found = cleaned(lines[first])[:80]
         raise InputError(
-            f"{path}, line {first + 1}: the first line of a CSV file names its columns, {columns.stated}, separated by "
-            f"a comma, semicolon or tab. This one is {found!r}."
+            f"{path}, line {first + 1}: the first line of a CSV file must name its columns, {columns.stated}, "
+            f"separated by commas, semicolons or tabs. This one is {found!r}."
         )
     header, rows = fitting[0]
     repeated = columns.repeated(header)
@@ -152,4 +152,4 @@ def _records(path: Path, lines: Sequence[str], line: int, separator: str) -> Ite
             yield start, row
             start = line + reader.line_num
     except csv.Error as error:
-        raise InputError(f"{path}, line {start} is not valid CSV ({error}): check its quotes.") from error
+        raise InputError(f"{path}, line {start} is not valid CSV ({error}). Check its quotes.") from error

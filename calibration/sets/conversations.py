@@ -1,4 +1,4 @@
-"""Conversations to calibrate on, one :class:`Sample` each: a question, perhaps its picture and its answer.
+"""Conversations to calibrate on, one :class:`Sample` each: a question, perhaps its image and its answer.
 
 Read are JSONL files, JSON lists, and tables with a column ``query``, whose rows have one of three shapes::
 
@@ -39,7 +39,7 @@ __all__ = ["KINDS", "Conversations", "Drawn", "Kind", "Sample", "built_in_conver
 
 Kind: TypeAlias = Literal["unsafe", "safe", "text"]
 KINDS: tuple[Kind, ...] = ("unsafe", "safe", "text")
-"""A pair to be refused, a pair to be answered, a text without a picture."""
+"""A pair to be refused, a pair to be answered, a text without an image."""
 
 NAMED_IMAGE = re.compile(r"(?:Picture\s*\d+\s*:\s*)?<(img|image)>([^<>]*)</\1>")
 """An image as Qwen-VL's rows have it: ``Picture 1: <img>a.jpg</img>``."""
@@ -52,7 +52,7 @@ COLUMNS = Columns(needed=(("query",),), optional=("image", "images", "answer", "
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of holisafe-mini, drawn when it is looked at."""
+    """A image of holisafe-mini, drawn when it is looked at."""
 
     scene: Scene
 
@@ -73,7 +73,7 @@ class Sample:
     where: str
 
     def picture(self) -> Image.Image | None:
-        """Return the picture in RGB, upright. Raises ImageFileError, with the sample's place."""
+        """Return the image in RGB, upright. Raises ImageFileError, with the sample's place."""
         if isinstance(self.image, Drawn):
             return draw(self.image.scene)
         if self.image is None:
@@ -107,7 +107,7 @@ class _Turn:
 
 
 def read_conversations(path: Path, images: Path | None = None, *, kinds: bool = True) -> Conversations:
-    """Read JSONL, JSON or a table; image names are relative to ``images``, else to the file or its ``images/``.
+    """Read JSONL, JSON or a table; image names are relative to ``images``, by default to the file or its ``images/``.
 
     A sample is the first user turn and the assistant's turn right after it, if there is one that is not blank. A
     row without an image is of kind ``text``. The kind of one with an image is ``kind``, else that of HoliSafe's
@@ -182,10 +182,10 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[str, str | None, str | 
     if len(shapes) != 1:
         found = f"both {' and '.join(shapes)}" if shapes else f"none of {', '.join(SHAPES)}"
         filled = ", ".join(map(str, row)) or "nothing"
-        raise InputError(f"{where}: the row has {found}; exactly one of them is needed. The row has {filled[:120]}.")
+        raise InputError(f"{where}: the row has {found}; it must have exactly one of them. It has {filled[:120]}.")
     turns, system = _turns(row, shapes[0], where)
     if not turns or turns[0].role != "user":
-        raise InputError(f"{where}: the conversation does not begin with a user turn. Begin it with the question.")
+        raise InputError(f"{where}: the conversation must begin with a user turn, the question.")
     first, rest = turns[0], turns[1:]
     answer = rest[0].text if rest and rest[0].role == "assistant" else None
     name = _image_name(row, first, rest, where)
@@ -203,7 +203,9 @@ def _turns(row: Mapping[str, Any], shape: str, where: str) -> tuple[list[_Turn],
     role, content = ("role", "content") if shape == "messages" else ("from", "value")
     turns = row[shape]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{where}: '{shape}' must be a list of turns, each an object with '{role}' and '{content}'.")
+        raise InputError(
+            f"{where}: '{shape}' must be a list of turns. Each turn is an object with '{role}' and '{content}'."
+        )
     asked = [turn for turn in turns if turn.get(role) != "system"]
     return [_turn(turn, role, content, where) for turn in asked], len(turns) - len(asked)
 
@@ -227,7 +229,7 @@ def _turn(turn: Mapping[str, Any], role: str, content: str, where: str) -> _Turn
         elif kind in ("image", "image_url"):
             images.append(_part_image(stated, where))
         else:
-            raise InputError(f"{where}: '{content}' must be a text, or a list of parts of type text or image.")
+            raise InputError(f"{where}: '{content}' must be a string, or a list of parts of type text or image.")
     return _Turn(known, "\n".join(text for text in texts if text), tuple(images))
 
 
@@ -237,7 +239,7 @@ def _shown(text: str, where: str) -> tuple[str, list[str | None]]:
     text = NAMED_IMAGE.sub("", text)
     if "<img>" in text or "</img>" in text:
         raise InputError(
-            f"{where}: an image in the text begins with <img> and ends with </img>; one of them is missing."
+            f"{where}: an image in the text must begin with <img> and end with </img>; one of them is missing."
         )
     return PLACEHOLDER.sub("", text), named + [None] * len(PLACEHOLDER.findall(text))
 
@@ -253,12 +255,15 @@ def _image_name(row: Mapping[str, Any], first: _Turn, rest: Sequence[_Turn], whe
     names = list(dict.fromkeys(image_name(each, where) for each in stated))
     shown = [name for name in first.images if name is not None]
     if max(len(names), len(shown), len(first.images)) > 1 or (names and shown and names != shown):
-        raise InputError(f"{where}: the question shows several images; one image a question is allowed. Split the row.")
+        raise InputError(
+            f"{where}: the question shows several images, but only one per question is allowed. Split the row."
+        )
     if first.images and not names and not shown:
-        raise InputError(f"{where}: the question shows an image that the row does not name. Name it in 'image'.")
+        raise InputError(f"{where}: the question shows an image, but the row names none. Name it in 'image'.")
     if names and not first.images and any(turn.images for turn in rest):
         raise InputError(
-            f"{where}: the image is shown in a later turn, and only the first question is used. Begin the row there."
+            f"{where}: the image is shown in a later turn, but only the first question is used. Begin the row at "
+            "that turn."
         )
     return next(iter([*names, *shown]), None)
 
@@ -297,7 +302,7 @@ def _word(value: Any) -> str:
 def _kind_of_answer(answer: str | None, where: str) -> Kind:
     if answer is None:
         raise InputError(
-            f"{where}: nothing says whether this pair is to be refused. Give 'kind' (unsafe or safe), HoliSafe's "
-            "'type' or 'image_safe', or an answer to judge by."
+            f"{where}: it is unknown whether this pair should be refused. Give 'kind' (unsafe or safe), HoliSafe's "
+            "'type' or 'image_safe', or an answer."
         )
     return "unsafe" if is_refusal(answer) else "safe"

@@ -1,6 +1,6 @@
 """Is any of what a model is calibrated on part of a suite that it will be judged by?
 
-Looked for are the suite's pictures (identical, saved anew, resized or slightly cropped, see
+Looked for are the suite's images (identical, saved anew, resized or slightly cropped, see
 :mod:`calibration.sets.same_picture`), its questions (equal when case, punctuation and blanks are put aside), and the
 file names of HoliSafe-Bench, which are known by their hashes even where the benchmark is not at hand.
 """
@@ -30,14 +30,14 @@ __all__ = ["Evaluation", "Leak", "Leakage", "built_in_evaluation", "find_leaks",
 FEWEST_WORDS = 4
 """Shorter questions (“What is this?”) are asked by everybody."""
 MOST_PICTURES = 2
-"""A question that a suite asks about more pictures than this is a template, and no sign of the suite."""
+"""A question that a suite asks about more images than this is a template, and no sign of the suite."""
 NAME_PARTS = 3
 NAME_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A suite that calibration must keep clear of; ``samples`` are its questions and pictures."""
+    """A suite that calibration must keep clear of; ``samples`` are its questions and images."""
 
     name: str
     sha256: str
@@ -85,8 +85,8 @@ class Leakage:
         samples = len({leak.sample for leak in self.leaks})
         return (
             f"{samples} of {self.checked} calibration samples belong to an evaluation suite ({shown}{more}). A model "
-            "calibrated on what it is judged by looks better than it is. Take them out, or give --allow-leakage: the "
-            "artifact then says so, and every report about it is ANOMALOUS."
+            "calibrated on its own test looks better than it is. Remove them, or give --allow-leakage: the artifact "
+            "then records it, and every report about it is ANOMALOUS."
         )
 
 
@@ -126,7 +126,7 @@ def find_leaks(
 ) -> Leakage:
     """Look for every sample in every suite.
 
-    Raises ImageFileError for a picture that cannot be opened, of the samples or of a suite.
+    Raises ImageFileError for an image that cannot be opened, of the samples or of a suite.
     """
     leaks = [
         Leak(sample=sample.where, suite="HoliSafe-Bench", signal="name", detail=f"{sample.name} is one of its images")
@@ -135,7 +135,7 @@ def find_leaks(
     ]
     suites = []
     for evaluation in evaluations:
-        report(f"looking for the samples in {evaluation.name}")
+        report(f"searching {evaluation.name} for the samples")
         pictures = _pictures(evaluation.samples)
         questions = _questions(evaluation.samples)
         suites.append(
@@ -166,17 +166,17 @@ def _in_suite(
     picture = sample.picture()
     match = None if picture is None else index.find(picture)
     if match is not None:
-        detail = f"its picture is {names[match.item]} of {suite} ({match.detail})"
+        detail = f"its image is {names[match.item]} of {suite} ({match.detail})"
         found.append(Leak(sample=sample.where, suite=suite, signal=match.signal, detail=detail))
     where = questions.get(normalised(sample.question))
     if where is not None:
-        detail = f"its question is that of {where} in {suite}"
+        detail = f"its question is the same as that of {where} in {suite}"
         found.append(Leak(sample=sample.where, suite=suite, signal="text", detail=detail))
     return found
 
 
 def _pictures(samples: Iterable[Sample]) -> list[Sample]:
-    """Return one sample of each picture."""
+    """Return one sample of each image."""
     return list({sample.name: sample for sample in samples if sample.image is not None}.values())
 
 
@@ -200,7 +200,7 @@ def _questions(samples: Iterable[Sample]) -> dict[str, str]:
 def _opened(sample: Sample) -> Image.Image:
     picture = sample.picture()
     if picture is None:
-        raise InputError(f"{sample.where} has no picture")
+        raise InputError(f"{sample.where} has no image")
     return picture
 
 

@@ -28,9 +28,11 @@ class Mix:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise InputError(f"--samples {self.samples}: at least 1 is needed; 128 are usual.")
+            raise InputError(f"--samples {self.samples} is too small. Give at least 1; 128 is usual.")
         if not self.shares or min(self.shares.values()) < 0 or not 0 < sum(self.shares.values()) < float("inf"):
-            raise InputError(f"--mix {dict(self.shares)}: shares from 0 on are allowed, and one above 0 is needed.")
+            raise InputError(
+                f"--mix {dict(self.shares)} is not allowed. Give shares of at least 0, one of them above 0."
+            )
 
     def counts(self) -> dict[Kind, int]:
         """Return how many samples of each kind are wanted, by largest remainder."""
@@ -54,7 +56,7 @@ def read_mix(text: str) -> dict[Kind, float]:
             share = float("nan")
         if kind is None or not sign or not 0 <= share < float("inf") or kind in shares:
             raise InputError(
-                f"--mix {text}: {part.strip()!r} is not allowed; shares of {', '.join(KINDS)} are, as in "
+                f"--mix {text}: {part.strip()!r} is not allowed. Give shares of {', '.join(KINDS)}, as in "
                 "unsafe=0.4,safe=0.4,text=0.2."
             )
         shares[kind] = share
@@ -73,16 +75,16 @@ def choose(conversations: Conversations, mix: Mix = Mix()) -> tuple[Sample, ...]
         if len(there) < wanted:
             have = {kind: sum(sample.kind == kind for sample in conversations.samples) for kind in KINDS}
             raise InputError(
-                f"{conversations.source}: {wanted} samples of kind {kind} are wanted, {len(there)} are there "
-                f"({', '.join(f'{name} {count}' for name, count in have.items())}). Give more, or another --mix or "
-                "--samples."
+                f"{conversations.source}: {wanted} samples of kind {kind} are needed, but it has {len(there)} "
+                f"({', '.join((f'{name} {count}' for name, count in have.items()))}). Give more samples, or "
+                "change --mix or --samples."
             )
         chosen += [there[place] for place in rng.permutation(len(there))[:wanted]]
     return tuple(conversations.samples[number] for number in sorted(chosen))
 
 
 def samples_sha256(samples: Iterable[Sample], answers: Sequence[str | None]) -> str:
-    """Return the SHA-256 of what is calibrated on: kind, question, answer, and the picture's pixels."""
+    """Return the SHA-256 of what is calibrated on: kind, question, answer, and the image's pixels."""
     digest = hashlib.sha256()
     for sample, answer in zip(samples, answers, strict=True):
         picture = sample.picture()

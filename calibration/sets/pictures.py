@@ -1,7 +1,7 @@
 """Pictures to learn from or to check with: a folder, a hub data set, or the built-in calibration part.
 
-Each is read once, brought to the preprocessing contract's size and told by its content, so that no picture is
-in two parts of a split.
+Each is read once, resized to the preprocessing contract's size and identified by its content, so that no image is in
+two parts of a split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safevlm.images.image_folder import no_images, not_read, read_folder
 __all__ = ["BuiltIn", "Folder", "HubDataset", "PictureSource", "Pictures", "load_pictures", "picture_source"]
 
 BUILT_IN_PAIRS = 9_000
-"""Pairs of holisafe-mini's calibration part; about 4,000 pictures come with them."""
+"""Pairs of holisafe-mini's calibration part; about 4,000 images come with them."""
 UNREADABLE_SHARE = 0.01
 """Up to this share of a source's files may be unreadable; they are named and passed over."""
 NAMES_SHOWN = 5
@@ -45,7 +45,7 @@ def _open(picture: Path | Image.Image, where: str = "") -> Image.Image | ImageFi
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """All image files in a folder and below it, told by content, by name."""
+    """All image files in a folder and its subfolders, recognised by content, in order of name."""
 
     path: Path
 
@@ -53,7 +53,7 @@ class Folder:
         return str(self.path)
 
     def opened(self) -> Iterator[Opened]:
-        """Yield names and pictures, or why one cannot be read. Raises InputError for an empty folder."""
+        """Yield names and images, or why one cannot be read. Raises InputError for an empty folder."""
         if not self.path.is_dir():
             raise InputError(f"{self.path} is not a folder. Give --images a folder of images, or hub:NAME.")
         content = read_folder(self.path)
@@ -77,7 +77,7 @@ class HubDataset:
         return f"{HUB}{self.name}"
 
     def opened(self) -> Iterator[Opened]:
-        """Yield row numbers and pictures. Raises MissingExtraError, InputError when it cannot be loaded."""
+        """Yield row numbers and images. Raises MissingExtraError, InputError when it cannot be loaded."""
         try:
             import datasets
         except ImportError as error:
@@ -87,13 +87,15 @@ class HubDataset:
             rows: Any = datasets.load_dataset(self.name, split=self.split, revision=self.revision, streaming=True)
         except hub_failures() as error:
             raise out_of_reach(error, self._wanted) or InputError(
-                f"{self}: the data set cannot be loaded ({error}). Check name, split ({self.split}) and network, or "
-                "give a folder."
+                f"{self}: the data set cannot be loaded ({error}). Check its name, its split ({self.split}) and the "
+                "network, or give a folder."
             ) from error
         for number, row in enumerate(self._streamed(rows)):
             picture = row.get("image")
             if not isinstance(picture, Image.Image):
-                raise InputError(f"{self}, row {number}: no picture in column 'image'; columns: {', '.join(row)}.")
+                raise InputError(
+                    f"{self}, row {number}: column 'image' holds no image. The columns are {', '.join(row)}."
+                )
             yield f"{self}#{number}", _open(picture, f"{self}#{number}")
 
     def _streamed(self, rows: Any) -> Iterator[Any]:
@@ -102,7 +104,7 @@ class HubDataset:
             yield from rows
         except hub_failures() as error:
             raise out_of_reach(error, self._wanted) or InputError(
-                f"{self}: reading broke off ({error}). Try again, or give a folder."
+                f"{self}: reading failed ({error}). Try again, or give a folder."
             ) from error
 
     @property
@@ -120,7 +122,7 @@ class BuiltIn:
         return "the calibration part of holisafe-mini"
 
     def opened(self) -> Iterator[Opened]:
-        """Yield paths and drawn pictures."""
+        """Yield paths and drawn images."""
         for picture in build_suite("calibration", pairs=self.pairs, questions=0).pictures:
             yield picture.path, draw(picture.scene)
 
@@ -136,13 +138,13 @@ def picture_source(spec: str | Path) -> PictureSource:
     name, _, split = text.removeprefix(HUB).partition(":")
     name, _, revision = name.partition("@")
     if not name:
-        raise InputError(f"{text} names no data set; hub:owner/name[@revision][:split] is allowed.")
+        raise InputError(f"{text} is not a data set. Give hub:owner/name[@revision][:split].")
     return HubDataset(name=name, revision=revision or None, split=split or "train")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pictures:
-    """Distinct pictures at the contract's size.
+    """Distinct images at the contract's size.
 
     ``rgb`` is uint8 N × H × W × 3, ``sha256`` each one's hash of those bytes.
     """
@@ -158,7 +160,7 @@ class Pictures:
 
 
 def load_pictures(source: PictureSource, preprocessing: Preprocessing) -> Pictures:
-    """Read all pictures of a source, each content once.
+    """Read all images of a source, each content once.
 
     Raises InputError when there is none, or when more than 1 % cannot be read (all are named up to five).
     """
@@ -178,8 +180,8 @@ def load_pictures(source: PictureSource, preprocessing: Preprocessing) -> Pictur
             rgb.append(pixels)
     if len(unreadable) > UNREADABLE_SHARE * total or not rgb:
         raise InputError(
-            f"{source}: {len(unreadable)} of {total} pictures cannot be read ({shown(unreadable) or 'none given'}); at "
-            "most 1 % is passed over. Repair or remove them."
+            f"{source}: {len(unreadable)} of {total} images cannot be read ({shown(unreadable) or 'none given'}). At "
+            "most 1 % is skipped. Repair or remove them."
         )
     return Pictures(
         rgb=np.stack(rgb),

@@ -1,6 +1,6 @@
-"""Find a picture again among many after it was saved anew, resized, brightened a little or cropped a little.
+"""Find an image again among many after it was saved anew, resized, brightened a little or cropped a little.
 
-Two pictures are the same if their pixels are, or if one of two comparisons says so. Both look at ``FINE`` × ``FINE``
+Two images are the same if their pixels are, or if one of two comparisons says so. Both look at ``FINE`` × ``FINE``
 thumbnails, both sides squashed to a square, and at the centre squares of what is not square.
 
 - *Brightness and contrast apart*, their correlation is at least ``SAME``. Re-encoding and resizing keep it
@@ -9,8 +9,8 @@ thumbnails, both sides squashed to a square, and at the centre squares of what i
   (root mean square), and by ``MAX_RELATIVE`` of the contrast. Brightness counts here: shapes on a plain ground, moved
   and scaled, differ in little else.
 
-The bounds were measured on holisafe-mini, whose drawn pictures resemble each other more than photographs do, on
-photographs and on typed pages. Not found are pictures mirrored, turned, recoloured, padded, cropped further or
+The bounds were measured on holisafe-mini, whose drawn images resemble each other more than photographs do, on
+photographs and on typed pages. Not found are images mirrored, turned, recoloured, padded, cropped further or
 put into others.
 """
 
@@ -32,16 +32,16 @@ FINE = 64
 CROPPED = 32
 """Sides of the thumbnails that are searched, that are compared, and that cuts are compared at, in pixels."""
 CANDIDATE = 0.8
-"""Correlation of coarse thumbnails from which pictures are compared at all."""
+"""Correlation of coarse thumbnails from which images are compared at all."""
 SAME = 0.98
 MAX_CROP = 0.06
 CROP_STEPS = (0.04, 0.02, 0.01, 0.005)
 MAX_RMS = 3.2
 MAX_RELATIVE = 0.08
 FLATTEST = 2.0
-"""Contrast (standard deviation, levels of 255) below which a picture resembles none but its own pixels."""
+"""Contrast (standard deviation, levels of 255) below which an image resembles none but its own pixels."""
 SQUARE = 1.05
-"""Ratio of sides up to which a picture counts as square."""
+"""Ratio of sides up to which an image counts as square."""
 
 Floats = NDArray[np.float32]
 Sides = tuple[float, float, float, float]
@@ -64,7 +64,7 @@ class _View:
 
 
 def pixels_sha256(picture: Image.Image) -> str:
-    """Return the SHA-256 of an RGB picture's size and pixels: the same for every lossless file of it."""
+    """Return the SHA-256 of an RGB image's size and pixels: the same for every lossless file of it."""
     width, height = picture.size
     return hashlib.sha256(f"{width}x{height}:".encode() + picture.tobytes()).hexdigest()
 
@@ -89,7 +89,7 @@ class PictureIndex:
         return len(self._first)
 
     def find(self, picture: Image.Image) -> Match | None:
-        """Return the likest item that is the same picture, or ``None``."""
+        """Return the likest item that is the same image, or ``None``."""
         identical = self._first.get(pixels_sha256(picture))
         if identical is not None:
             return Match(identical, "pixels", "identical pixels")
@@ -105,7 +105,7 @@ class PictureIndex:
 
 
 def _views(picture: Image.Image) -> Iterator[_View]:
-    """Yield a picture squashed to a square and, if that changes it, its centre square."""
+    """Yield an image squashed to a square and, if that changes it, its centre square."""
     width, height = picture.size
     side = min(width, height)
     boxes = [(0.0, 0.0, float(width), float(height))]
@@ -124,14 +124,14 @@ def _pixels(picture: Image.Image) -> Floats:
 
 
 def _standardised(picture: Image.Image) -> Floats:
-    """Return pixels with mean 0 and norm 1 (less for a flat picture), so that a dot product is a correlation."""
+    """Return pixels with mean 0 and norm 1 (less for a flat image), so that a dot product is a correlation."""
     pixels = _pixels(picture) - np.float32(_pixels(picture).mean())
     scale: Any = max(float(pixels.std()), FLATTEST) * np.sqrt(pixels.size)
     return np.asarray(pixels / np.float32(scale), dtype=np.float32)
 
 
 def _compare(one: Image.Image, other: Image.Image) -> str | None:
-    """Say in which way two fine thumbnails show the same picture, or return ``None``."""
+    """Say in which way two fine thumbnails show the same image, or return ``None``."""
     correlation = float(_standardised(one) @ _standardised(other))
     if correlation >= SAME:
         return f"correlation {correlation:.4f}"

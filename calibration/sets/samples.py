@@ -67,12 +67,11 @@ def calibrate_on(checkpoint: Checkpoint, options: CalibrationOptions, status: Ca
         source = built_in_conversations()
     else:
         raise InputError(
-            f"{checkpoint.name}: which samples? Give --calibration a JSONL file of conversations with images: unsafe "
-            "pairs, safe pairs and plain text like those the model will meet. docs/reference/file-formats.md shows the "
-            "rows."
+            f"{checkpoint.name}: --calibration is missing. Give a JSONL file of conversations: unsafe pairs, safe "
+            "pairs and plain text like those that the model will meet. docs/reference/file-formats.md shows the rows."
         )
     samples = choose(source, options.mix)
-    status("looking for the samples in evaluation suites")
+    status("searching the evaluation suites for the samples")
     suites = [built_in_evaluation(), *(read_evaluation(path) for path in options.keep_out)]
     leakage = find_leaks(samples, suites, report=status)
     if not leakage.clean and not options.allow_leakage:
@@ -93,15 +92,15 @@ def answers_of(
 ) -> list[Answer | None]:
     """Return one answer a sample, or ``None``: the model's own where it fits into ``max_memory`` bytes, as asked for.
 
-    ``say`` is told when it does not fit. Raises InputError when its own answers are asked for and it does not fit.
+    ``say`` is called when it does not fit. Raises InputError when its own answers are asked for and it does not fit.
     """
     size = whole_model_bytes(checkpoint, dtype)
     fits = size + ANSWERING <= max_memory or device != "cpu"
     if options.answers == "own" and not fits:
         raise InputError(
-            f"--answers own: the model takes {shown_bytes(size)} in {str(dtype).removeprefix('torch.')} and "
-            f"must fit into --max-memory ({shown_bytes(max_memory)}) to answer. Give more memory, --dtype bfloat16, "
-            "or answers in the file and --answers given."
+            f"--answers own: the model takes {shown_bytes(size)} in {str(dtype).removeprefix('torch.')}, which "
+            f"exceeds --max-memory ({shown_bytes(max_memory)}). Give more memory or --dtype bfloat16; or put answers "
+            "into the file and give --answers given."
         )
     if options.answers == "own" or (options.answers == "auto" and fits):
         return list(
@@ -118,8 +117,8 @@ def answers_of(
     given = [None if options.answers == "none" or each.answer is None else Answer(text=each.answer) for each in samples]
     if options.answers == "auto":
         say(
-            f"the 16-bit model ({shown_bytes(size)}) does not fit into memory to answer by itself: "
-            f"{sum(answer is not None for answer in given)} of {len(given)} samples have an answer in the file, the "
-            "others are prompts alone. A larger machine can answer them beforehand: python -m calibration.answers"
+            f"the 16-bit model ({shown_bytes(size)}) does not fit into memory, so it cannot answer the samples: "
+            f"{sum(answer is not None for answer in given)} of {len(given)} have an answer in the file, and the "
+            "others stay without one. To have them answered on a larger machine: python -m calibration.answers"
         )
     return given

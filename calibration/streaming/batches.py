@@ -27,7 +27,7 @@ __all__ = ["Batch", "Row", "TokenWeights", "embed_batches", "lay_out", "pack_row
 class TokenWeights:
     """What tokens count in second moments: text 1, padding 0.
 
-    A picture's many tokens share a weight that makes them at most ``image_share`` of their sample, so that 576 of
+    An image's many tokens share a weight that makes them at most ``image_share`` of their sample, so that 576 of
     them do not drown a short question; they never count more than text. Tokens of an answer that is a refusal count
     ``refusal_weight`` times.
     """
@@ -37,9 +37,13 @@ class TokenWeights:
 
     def __post_init__(self) -> None:
         if not 0 < self.image_share < 1:
-            raise InputError(f"--image-share {self.image_share}: a share above 0 and below 1 is allowed; 0.5 is usual.")
+            raise InputError(
+                f"--image-share {self.image_share} is not allowed. Give a number above 0 and below 1; 0.5 is usual."
+            )
         if not 0 < self.refusal_weight < float("inf"):
-            raise InputError(f"--refusal-weight {self.refusal_weight}: a number above 0 is allowed; 1 is usual.")
+            raise InputError(
+                f"--refusal-weight {self.refusal_weight} is not allowed. Give a number above 0; 1 is usual."
+            )
 
     def of(self, prefill: Prefill, refused: Tensor | None = None) -> Tensor:
         """Return the weight of each token of a batch, float32 T; ``refused`` B × L are tokens of refusals."""
@@ -65,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Rows of about one length, with or without pictures; ``prefill`` without embeddings."""
+    """Rows of about one length, with or without images; ``prefill`` without embeddings."""
 
     rows: tuple[Row, ...]
     prefill: Prefill
@@ -103,7 +107,8 @@ def lay_out(
         if len(prompt) + len(said) > limit:
             raise InputError(
                 f"{sample.where}: {len(prompt) + len(said)} tokens with image and answer; the limit is {limit} "
-                f"({'the context of the model' if limit == stated else '--max-length'}). Shorten it or leave it out."
+                f"({'the context of the model' if limit == stated else '--max-length'}). Shorten the sample or leave "
+                "it out."
             )
         rows.append(
             Row(
@@ -117,7 +122,7 @@ def lay_out(
 
 
 def pack_rows(rows: Sequence[Row], tokens: int) -> list[tuple[Row, ...]]:
-    """Group rows of like length, pictures apart from text, so that a padded batch has at most ``tokens`` tokens.
+    """Group rows of like length, images apart from text, so that a padded batch has at most ``tokens`` tokens.
 
     A row that is longer is a batch by itself.
     """

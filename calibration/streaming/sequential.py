@@ -80,7 +80,7 @@ class _Gap(nn.Module):
 
 
 class Activations:
-    """Hidden states of all batches, in memory up to ``max_bytes``, else in a memory-mapped temporary file.
+    """Hidden states of all batches, in memory up to ``max_bytes``, otherwise in a memory-mapped temporary file.
 
     float32 or the dtype of what is put in; bfloat16 is kept as its 16 bits. Of a file only the batch that is looked
     at is mapped, so the others take no memory. It has no name, so that even a killed process leaves nothing behind;
@@ -188,7 +188,9 @@ class LayerStream:
         stored = self.checkpoint.tensors.read(name)
         rows = sorted({token for token in ids if token >= 0} | {0})
         if rows[-1] >= len(stored):
-            raise InputError(f"token {rows[-1]} is beyond the vocabulary of {len(stored)}: tokenizer and model differ")
+            raise InputError(
+                f"token {rows[-1]} is outside of the vocabulary of {len(stored)}: the tokenizer does not fit the model"
+            )
         table = torch.from_numpy(np.zeros(stored.shape, np.float32))  # calloc: untouched pages are not there
         if self.dtype != torch.float32:
             table = table.to(self.dtype)

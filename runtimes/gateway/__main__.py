@@ -200,7 +200,7 @@ def main(host: str, port: int, shutdown_timeout: int, **given: Any) -> int:
 
 
 def _threads_end() -> bool:
-    """Wait a little for the threads of gate and gateway, which were told to end; say whether they did."""
+    """Wait briefly for the threads of gate and gateway to end, as requested; return whether they did."""
     until = time.monotonic() + ENDING_SECONDS
     ours = [each for each in threading.enumerate() if each.name.startswith("gate")]
     for each in ours:

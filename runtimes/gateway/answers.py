@@ -32,7 +32,7 @@ __all__ = [
 
 FIELD = "safe_vlm"
 HEADER = "X-Safe-VLM"
-"""Of streams, whose body is the upstream's: the same as :data:`FIELD`, as one line of JSON."""
+"""Header of a stream, whose body is the upstream's: the content of :data:`FIELD` as one line of JSON."""
 DONE = b"data: [DONE]\n\n"
 PROBABILITIES = frozenset(("p_unsafe", "probs"))
 
@@ -124,5 +124,5 @@ def event(body: dict[str, Any]) -> bytes:
 
 
 def error_event(refusal: Refusal) -> bytes:
-    """Return an error as an event: what the ``openai`` client raises when a stream that had begun cannot go on."""
+    """Return an error as an event: what the ``openai`` client raises when a stream breaks off."""
     return event(refusal.body())

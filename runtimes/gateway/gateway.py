@@ -28,7 +28,7 @@ class Gateway:
 
     gate: Gate
     name: str
-    """Of the model in this process, as clients see it."""
+    """Name of the model in this process, as clients see it."""
     upstream: str | None = None
     options: GatewayOptions = field(default_factory=GatewayOptions)
     key: str | None = field(default=None, repr=False)
@@ -57,7 +57,7 @@ class Gateway:
         """
         options = options or GatewayOptions()
         if upstream is not None and (model is not None or bundle is None):
-            raise InputError("--upstream goes with --bundle and without --model: the model is upstream.")
+            raise InputError("--upstream needs --bundle and excludes --model, because the model runs upstream.")
         if upstream is not None:
             assert bundle is not None
             guard = Guard.open(bundle, runtime, precision=precision, threads=threads, view=options.view)
@@ -68,8 +68,8 @@ class Gateway:
             )
         if gate.guard is None:
             raise InputError(
-                "there is no standalone guard to put in front: the bundle (or GGUF folder) reads the language model. "
-                "Make one that can judge by itself: python -m export.onnx --model M --out DIR --images DIR."
+                "the guard of this bundle (or GGUF folder) is not standalone: it needs the language model. Make a "
+                "standalone one: python -m export.onnx --model M --out DIR --images DIR."
             )
         name = Path(model).name if model is not None else "safe-vlm"
         return cls(
@@ -87,5 +87,5 @@ class Gateway:
         Raises InputError for one with a model in this process, which is not loaded twice, and what opening raises.
         """
         if self.again is None or self.upstream is None:
-            raise InputError("a gateway with a model in its own process is not reloaded; start it again.")
+            raise InputError("a gateway with a model in its own process cannot be reloaded. Restart it.")
         return replace(self.again(), again=self.again)

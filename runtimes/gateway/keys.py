@@ -7,7 +7,7 @@ import secrets
 import click
 from pydantic import ValidationError
 
-from runtimes.gateway.serving.clients import MOST, ClientEntry, digest_of
+from runtimes.gateway.serving.clients import MOST_A_MINUTE, ClientEntry, digest_of
 from safevlm.errors import InputError
 from safevlm.files.json_file import first_problem
 from safevlm.terminal.commandline import run
@@ -19,8 +19,10 @@ KEY_BYTES = 32
 
 @click.command(name="keys")
 @click.argument("name")
-@click.option("--requests-per-minute", type=click.IntRange(1, MOST), help="Limit of requests.  [default: none]")
-@click.option("--images-per-minute", type=click.IntRange(1, MOST), help="Limit of images.  [default: none]")
+@click.option(
+    "--requests-per-minute", type=click.IntRange(1, MOST_A_MINUTE), help="Limit of requests.  [default: none]"
+)
+@click.option("--images-per-minute", type=click.IntRange(1, MOST_A_MINUTE), help="Limit of images.  [default: none]")
 def main(name: str, requests_per_minute: int | None, images_per_minute: int | None) -> None:
     """Make a key for the client NAME.
 

@@ -14,9 +14,9 @@ __all__ = ["UPSTREAM_KINDS", "GatewayOptions"]
 
 MEBIBYTE = 2**20
 MOST_MEMORY = 2**46
-"""Bytes: what a system's limits can state, and more than any machine has."""
+"""Largest memory limit that a system can state, in bytes; more than any machine has."""
 MOST_SECONDS = 10_000_000
-"""What timers can be set to, and longer than anybody waits."""
+"""Longest time that timers can be set to, in seconds."""
 UPSTREAM_KINDS = ("unknown", "vllm", "llama-server", "openai", "tgi", "litellm")
 ORIGIN = re.compile(
     r"(?:http://(?!.*:80$)|https://(?!.*:443$))(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
@@ -62,21 +62,21 @@ class GatewayOptions:
     max_connections: int = 1024
     """Connections at once. A further one takes the place of the one that has waited longest without a request."""
     cors_origins: tuple[str, ...] = ()
-    """Of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone: all."""
+    """Origins of pages whose scripts may read answers, such as ``https://app.example``; ``*`` alone allows all."""
     show_probabilities: bool = False
     """Whether clients are given probabilities, which let them search for the threshold."""
     view: ViewMode = "tiles"
     """How large images are treated: see ``runtimes.images.tiling``."""
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-    """Of images that are decoded, as :data:`safevlm.images.image.FORMATS` has them."""
+    """Image formats to decode, as in :data:`safevlm.images.image.FORMATS`."""
     decode_timeout: float = 5.0
     """Seconds of processor time for reading and writing one image, and a quarter of what the clock may show for it."""
     decode_memory: int = 1024 * MEBIBYTE
-    """Bytes that a process may take for one image, beside its own."""
+    """Maximum memory of a decoding process for one image, in bytes, in addition to its own."""
 
     @property
     def max_held(self) -> int:
-        """Pixels, of 3 bytes each, of all pictures that are held at once: those of every request being served."""
+        """Pixels, of 3 bytes each, of all images that are held at once: those of every request being served."""
         return 16 * self.max_pixels
 
     def __post_init__(self) -> None:
@@ -84,31 +84,33 @@ class GatewayOptions:
         numbers = ("max_body", "max_images", "max_image_bytes", "max_pixels", "max_concurrent", "batch", "queue")
         for name in (*numbers, "max_connections", "decode_memory"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed.")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.decode_memory > MOST_MEMORY:
-            raise InputError(f"decode_memory is {self.decode_memory}: at most {MOST_MEMORY} bytes can be stated.")
+            raise InputError(f"decode_memory is {self.decode_memory}; it must be at most {MOST_MEMORY} bytes.")
         times = ("body_timeout", "guard_timeout", "idle_timeout", "total_timeout", "fetch_timeout")
         for name in (*times, "header_timeout", "write_timeout", "decode_timeout"):
             value = getattr(self, name)
             if not 0 < value <= MOST_SECONDS:  # not a number is neither
-                raise InputError(
-                    f"{name} is {value}: a number of seconds above 0, and at most {MOST_SECONDS}, is needed."
-                )
+                raise InputError(f"{name} is {value}; it must be above 0 and at most {MOST_SECONDS} seconds.")
         if not 0 <= self.batch_wait < self.guard_timeout:
-            raise InputError(f"batch_wait is {self.batch_wait}: 0 to less than guard_timeout, in seconds, is allowed.")
+            raise InputError(
+                f"batch_wait is {self.batch_wait}; it must be at least 0 and less than guard_timeout, in seconds."
+            )
         if self.upstream_kind not in UPSTREAM_KINDS:
-            raise InputError(f"--upstream-kind {self.upstream_kind}: {', '.join(UPSTREAM_KINDS)} are allowed.")
+            raise InputError(f"--upstream-kind {self.upstream_kind} is unknown. Allowed: {', '.join(UPSTREAM_KINDS)}.")
         check_pass_keys(self.pass_keys)
         if not self.formats or not set(self.formats) <= set(FORMATS):
-            raise InputError(f"--formats {','.join(self.formats)}: a list out of {','.join(FORMATS)} is allowed.")
+            raise InputError(
+                f"--formats {','.join(self.formats)} is not a list of image formats. Allowed: {','.join(FORMATS)}."
+            )
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin) and self.cors_origins != ("*",):
                 raise InputError(
-                    f"--cors-origin {origin[:80]}: an origin as browsers send it is allowed, such as "
-                    "https://app.example (lower case, no path, no standard port); or * alone for all."
+                    f"--cors-origin {origin[:80]} is not an origin. Write it as browsers send it, such as "
+                    "https://app.example (lower case, no path, no standard port); or give * alone for all."
                 )
         for host in self.hosts:
             if not host or host != host.lower() or any(sign in host for sign in "/:@ "):
                 raise InputError(
-                    f"--allow-host {host}: a host's name in lower case is allowed, such as images.example."
+                    f"--allow-host {host} is not a host name. Write it in lower case, such as images.example."
                 )

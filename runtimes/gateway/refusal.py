@@ -47,7 +47,7 @@ def bad_request(message: str, *, code: str = "invalid_request", param: str | Non
 def no_such_model(name: str) -> Refusal:
     """Nothing of that name is served."""
     return bad_request(
-        f"there is no model {name[:80]!r}: GET /v1/models lists what is served.",
+        f"unknown model {name[:80]!r}. GET /v1/models lists the models served here.",
         code="model_not_found",
         param="model",
         status=404,

@@ -28,12 +28,12 @@ from runtimes.gateway.serving.openapi import openapi_document
 from runtimes.gateway.serving.serving import (
     DRAINING,
     NOTES,
-    or_gone,
     read_body,
+    while_connected,
 )
 from runtimes.gateway.serving.streams import EventsResponse, answer_events, failure, noted, refusal_events, rest
 from runtimes.gateway.serving.threads import off_loop
-from runtimes.gateway.upstream.embedded import Embedded, Told
+from runtimes.gateway.upstream.embedded import AnswerPart, Embedded
 from runtimes.gateway.upstream.upstream import Events, HttpUpstream
 from runtimes.guard.verdict import stops_at_guard
 from safevlm.errors import SafeVLMError
@@ -41,7 +41,7 @@ from safevlm.errors import SafeVLMError
 __all__ = ["Running"]
 
 CLIENT = "safevlm.client"
-"""Where a request's scope holds who asks."""
+"""Key of a request's scope that holds the client."""
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Running:
                 self.metrics.reloads.labels("failed").inc()
                 known = isinstance(error, SafeVLMError)
                 told = str(error) if known else type(error).__name__
-                _log.error("not reloaded, the old bundle, policy and keys stay: %s", told, exc_info=not known)
+                _log.error("reload failed; the old bundle, policy and keys stay in use: %s", told, exc_info=not known)
                 continue
             if gateway.clients is not None and self.gateway.clients is not None:
                 gateway.clients.go_on(self.gateway.clients)
@@ -143,11 +143,11 @@ class Running:
         asked = None
         if self.embedded is not None:
             asked = read_asked(parsed.plain, len(parsed.images))
-            await or_gone(request, self.embedded.check(asked))
+            await while_connected(request, self.embedded.check(asked))
         begun = time.perf_counter()
         judge = self.judge
         with judge.held() as judging:
-            judged = await or_gone(request, judging.judge(parsed.images))
+            judged = await while_connected(request, judging.judge(parsed.images))
         notes["guard_ms"] = round((time.perf_counter() - begun) * 1000, 1)
         for index, each in enumerate(judged):
             reason = self._stops(each, judge)
@@ -164,7 +164,7 @@ class Running:
         self._count_images(request, len(images))
         judge = self.judge
         with judge.held() as judging:
-            judged = await or_gone(request, judging.judge(images))
+            judged = await while_connected(request, judging.judge(images))
         data = [
             {**each.stated(index), "probs": dict(zip(judge.guard.classes, map(float, each.probs), strict=True))}
             for index, each in enumerate(judged)
@@ -280,10 +280,10 @@ class Running:
         request.scope[NOTES]["outcome"] = "allowed"
         headers = self._headers(request)
         if not parsed.stream:
-            passed = await or_gone(request, upstream.complete(body, headers))
+            passed = await while_connected(request, upstream.complete(body, headers))
             answer = {**passed.body, FIELD: stated}
             return await off_loop(passed.size, lambda: JsonResponse(answer, passed.status, passed.headers))
-        found = await or_gone(request, upstream.stream(body, headers))
+        found = await while_connected(request, upstream.stream(body, headers))
         if not isinstance(found, Events):
             return JsonResponse({**found.body, FIELD: stated}, status_code=found.status, headers=found.headers)
         return EventsResponse(noted(found, request.scope[NOTES]), found.aclose, {HEADER: json.dumps(stated)})
@@ -294,10 +294,10 @@ class Running:
         told = embedded.answer(judged, asked)
         pieces: list[str] = []
         try:
-            first = await or_gone(request, _first(told))
+            first = await while_connected(request, _first(told))
             if first.result is None and not parsed.stream:
                 pieces.append(first.piece or "")
-                first = await or_gone(request, rest(told, pieces))
+                first = await while_connected(request, rest(told, pieces))
         except BaseException:
             await told.aclose()
             raise
@@ -351,5 +351,5 @@ class Running:
         return headers
 
 
-async def _first(told: AsyncIterator[Told]) -> Told:
+async def _first(told: AsyncIterator[AnswerPart]) -> AnswerPart:
     return await told.__anext__()

@@ -59,7 +59,7 @@ class Tiles:
 def checked_mode(mode: ViewMode) -> ViewMode:
     """Return a mode as it was given. Raises InputError for another word."""
     if mode not in get_args(ViewMode):
-        raise InputError(f"view is {mode!r}; allowed: {', '.join(get_args(ViewMode))}.")
+        raise InputError(f"view {mode!r} is unknown. Allowed: {', '.join(get_args(ViewMode))}.")
     return mode
 
 

@@ -28,13 +28,14 @@ def view_note(view: ViewMode, fitted_for: ViewMode | None) -> str | None:
     notes = []
     if view == "whole":
         notes.append(
-            "view whole: of a large image more is shown than the guard sees, and what is small in it is not judged."
+            "view whole: a large image is shown in more detail than the guard sees, so small things in it are "
+            "not judged."
         )
     if fitted_for is not None and (fitted_for == "tiles") != (view == "tiles"):
         if view == "tiles":
             notes.append(
-                f"The thresholds were fitted for view {fitted_for}: judging in tiles, too, they miss no more than they "
-                "promise, but may block more. Fit them: python -m calibration.thresholds --view tiles."
+                f"The thresholds were fitted for view {fitted_for}: with tiles they miss no more than they promise, "
+                "but may block more. Fit them: python -m calibration.thresholds --view tiles."
             )
         else:
             notes.append(

@@ -67,7 +67,8 @@ def read_views(
 
     ``sent`` turns the usual view into what others are shown of it, such as a JPEG's pixels: those are judged.
 
-    Raises ImageFileError for what is no image, cannot be read as a whole, or not in every way that readers show it.
+    Raises ImageFileError for anything that is not an image, or cannot be read completely and in every way that readers
+    show it.
     """
     usual: Image.Image | None = None
     own = 0
@@ -101,5 +102,5 @@ def _views(source: ImageSource, where: str, max_pixels: int, formats: Collection
     if isinstance(source, Image.Image):
         return to_views(source, where=where)
     if not isinstance(source, (str, os.PathLike, bytes)):
-        raise ImageFileError(f"an image is a file's name, its bytes or an opened image, not {type(source).__name__}")
+        raise ImageFileError(f"an image must be a file name, bytes or an opened image, not {type(source).__name__}")
     return open_views(source if isinstance(source, bytes) else Path(source), max_pixels=max_pixels, formats=formats)

@@ -66,7 +66,7 @@ class GgufArtifact:
                 entry = entries.get(name)
                 if entry is None or entry.shape != shape or entry.dtype != "F32":
                     found = "missing" if entry is None else f"{entry.dtype} {entry.shape}"
-                    raise BundleError(f"{path}: '{name}' is {found}; F32 {shape} is needed. {COPY_AGAIN}")
+                    raise BundleError(f"{path}: '{name}' is {found}, but must be F32 {shape}. {COPY_AGAIN}")
                 pair.append(np.frombuffer(content[entry.start : entry.end], "<f4").reshape(shape))
             layers.append((pair[0], pair[1]))
         return HeadWeights(layers=tuple(layers))
@@ -94,7 +94,7 @@ def open_gguf(model: str | Path, *, verify: bool = True) -> GgufArtifact:
     if chosen is not None and chosen != manifest.file("model").path:
         raise BundleError(
             f"{model} is not the language model of {folder / GGUF_MANIFEST_NAME}, which is "
-            f"{manifest.file('model').path}: the guard in that folder belongs to that file. Give the folder."
+            f"{manifest.file('model').path}. The guard in that folder belongs to that file, so give the folder."
         )
     artifact = GgufArtifact(folder, manifest, hashlib.sha256(stated).hexdigest())
     for file in manifest.files:
@@ -121,6 +121,6 @@ def _compare(path: Path, file: GgufFile, size: int, sha256: str | None) -> None:
         wanted = f"{file.bytes} bytes and SHA-256 {file.sha256[:12]}…"
         what = {"model": "language model", "mmproj": "projector", "head": "guard head"}[file.role]
         raise BundleError(
-            f"{path} is not the {what} that belongs here: it has {found}, the manifest says {wanted}. One of another "
-            f"model gives noise. {COPY_AGAIN}"
+            f"{path} is not the {what} of this folder: it has {found}, the manifest says {wanted}. A file of another "
+            f"model would give noise. {COPY_AGAIN}"
         )

@@ -1,9 +1,9 @@
-"""The contract of every language runner: a picture and a question in, the exact verdict and an answer out.
+"""The contract of every language runner: an image and a question in, the exact verdict and an answer out.
 
-A question is a text, or the turns of a dialogue around the one picture (``safevlm.network.dialogue``), written as the
-family's own chat template writes them. The exact verdict is on the picture alone: it is read where the picture stands
+A question is a text, or the turns of a dialogue around the one image (``safevlm.network.dialogue``), written as the
+family's own chat template writes them. The exact verdict is on the image alone: it is read where the image stands
 as the guard was calibrated, behind the prefix of one user turn. Where a guard behind the language model would see other
-text before the picture (a system text, earlier turns), the runner reads the picture behind that prefix first, takes the
+text before the image (a system text, earlier turns), the runner reads the image behind that prefix first, takes the
 verdict there, and reads the dialogue for the answer alone. So no text can change a verdict.
 
 It is asked in two steps so that a gate can stop between them: :meth:`LanguageRunner.prefill` runs what generation
@@ -56,11 +56,11 @@ class LanguageRunner(Activated):
 
     runtime: ClassVar[str]
     preprocessing: Preprocessing | None = None
-    """What brings a picture to this runner's size; None when it takes RGB pictures of any size."""
+    """What brings an image to this runner's size; None when it takes RGB images of any size."""
     classes: tuple[str, ...] | None = None
     """Of the exact verdict, in order; None when the runtime cannot give one."""
     takes_embeddings: bool = False
-    """Whether the projector's output can stand in for the picture, so that it is not encoded twice."""
+    """Whether the projector's output can stand in for the image, so that it is not encoded twice."""
     random_weights: bool = False
     """Whether the model is known to be a stand-in, whose answers and verdicts are noise."""
 
@@ -81,9 +81,9 @@ class LanguageRunner(Activated):
         question: Question,
         embeddings: npt.NDArray[np.float32] | None = None,
     ) -> Prefilled:
-        """Read an H x W x 3 picture (uint8, at :attr:`preprocessing`'s size) and a question or dialogue.
+        """Read an H x W x 3 image (uint8, at :attr:`preprocessing`'s size) and a question or dialogue.
 
-        ``embeddings`` (float32, T x D) is this checkpoint's projector output for the same picture, where it is at
+        ``embeddings`` (float32, T x D) is this checkpoint's projector output for the same image, where it is at
         hand and :attr:`takes_embeddings`.
 
         Raises InputError for another type or shape; SafeVLMError when the runner is not active; BusyError while an
@@ -92,9 +92,11 @@ class LanguageRunner(Activated):
         self._check_active()
         self._check_picture(rgb)
         if embeddings is not None and not self.takes_embeddings:
-            raise InputError(f"runtime {self.runtime} takes no image embeddings: give the picture alone")
+            raise InputError(f"runtime {self.runtime} does not accept image embeddings; give only the image")
         if embeddings is not None and (embeddings.dtype != np.float32 or embeddings.ndim != 2):
-            raise InputError(f"image embeddings are float32 T x D, not {embeddings.dtype} {embeddings.shape}")
+            raise InputError(
+                f"image embeddings must be float32 of shape T x D, not {embeddings.dtype} {embeddings.shape}"
+            )
         with self._call():
             return self._prefill(np.ascontiguousarray(rgb), question, embeddings)
 
@@ -128,7 +130,9 @@ class LanguageRunner(Activated):
     def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
         """By default the whole answer is one piece, written greedily."""
         if writing.decoding != Decoding():
-            raise InputError(f"runtime {self.runtime} answers greedily: leave out temperature, top_p, seed and stop.")
+            raise InputError(
+                f"runtime {self.runtime} always takes the likeliest token. Leave out temperature, top_p, seed and stop."
+            )
         writing.ended = True
         yield self._generate(handle, max_new_tokens)
 
@@ -138,6 +142,6 @@ class LanguageRunner(Activated):
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not fits:
             wanted = "H x W" if size is None else f"{size.height} x {size.width}"
             raise InputError(
-                f"a language runner takes a uint8 picture of {wanted} x 3, not {rgb.dtype} of shape "
-                f"{' x '.join(map(str, rgb.shape))}: use Preprocessing.apply"
+                f"the image must be uint8 of shape {wanted} x 3, not {rgb.dtype} of shape "
+                f"{' x '.join(map(str, rgb.shape))}; use Preprocessing.apply"
             )

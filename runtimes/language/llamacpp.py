@@ -65,7 +65,7 @@ def llama_libraries() -> tuple[Any, Any]:
 
 def last_error() -> str:
     """Return what llama.cpp last said went wrong."""
-    return _Quiet.last_error or "no reason was given"
+    return _Quiet.last_error or "no reason given"
 
 
 def recent_lines() -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class LlamaCpp:
         self.prefix: Any = None
         """What a runner knows of the prompt up to its image; None where that was not read to its end."""
         self.handle: Any = None
-        """What a runner gave out for the whole prompt, while an answer can go on from it."""
+        """What a runner returned for the whole prompt, while an answer can continue from it."""
         self.memory = Turn("llama.cpp's prompt")
         self._llama: Any = None
         self._mtmd: Any = None
@@ -199,7 +199,7 @@ class LlamaCpp:
     # -- images -----------------------------------------------------------------------------------------
 
     def encode(self, rgb_HWC: npt.NDArray[np.uint8]) -> Floats:
-        """Return the projector's output, T × D, of a picture at the contract's size."""
+        """Return the projector's output, T × D, of an image at the contract's size."""
         with self._image_chunk(rgb_HWC) as chunk, self._vision.taken():
             if self._first_patch is not None:
                 self._first_patch.forget()
@@ -231,8 +231,8 @@ class LlamaCpp:
             tokens = [int(mtmd.mtmd_input_chunk_get_n_tokens(each)) for each in images]
             if tokens != [self.image_tokens]:
                 raise SafeVLMError(
-                    f"llama.cpp makes {tokens} tokens of a picture of {height}x{width} pixels; {self.image_tokens} "
-                    "are stated. The projector file is of another model."
+                    f"llama.cpp makes {tokens} tokens of an image of {height}x{width} pixels; the manifest states "
+                    f"{self.image_tokens}. The projector file belongs to another model."
                 )
             yield images[0]
         finally:
@@ -248,7 +248,7 @@ class LlamaCpp:
             self.prefix = None
         memory = self._llama.llama_get_memory(self._context)
         if not self._llama.llama_memory_seq_rm(memory, SEQUENCE, positions, -1):
-            raise SafeVLMError("llama.cpp could not forget a part of the prompt")
+            raise SafeVLMError("llama.cpp could not remove a part of the prompt")
         self.position = positions
 
     def tokens(self, text: str) -> list[int]:
@@ -283,7 +283,7 @@ class LlamaCpp:
             if count >= 0:
                 return buffer.raw[:count].decode("utf-8", "replace")
             room = -count
-        raise SafeVLMError(f"llama.cpp could not give the text of {len(ids)} tokens")
+        raise SafeVLMError(f"llama.cpp could not detokenise {len(ids)} tokens")
 
     def read_text(self, ids: Sequence[int]) -> Floats:
         """Read tokens behind what is in memory and return the last one's V logits; InputError beyond the context."""
@@ -311,10 +311,10 @@ class LlamaCpp:
         self.position += len(ids)
 
     def read_image(self, rgb_HWC: npt.NDArray[np.uint8], embeddings_TD: Floats, *, tapped: bool) -> Floats | None:
-        """Read a picture's image tokens behind what is in memory.
+        """Read an image's image tokens behind what is in memory.
 
-        With ``tapped`` return their hidden states after the final norm, T × D, else None. The picture tells its size
-        and no more: its embeddings are given. Raises InputError beyond the context.
+        With ``tapped`` return their hidden states after the final norm, T × D, otherwise None. Only the image's size is
+        used, since its embeddings are given. Raises InputError beyond the context.
         """
         self._check_room(self.image_tokens)
         embeddings = np.ascontiguousarray(embeddings_TD, np.float32)
@@ -376,10 +376,10 @@ class LlamaCpp:
     def _check_room(self, tokens: int) -> None:
         if self.position + tokens > self.context:
             raise InputError(
-                f"the prompt has {self.position + tokens} tokens with its image; this runner was opened for "
-                f"{self.context}. Shorten the question, or open it with a larger context."
+                f"the prompt has {self.position + tokens} tokens with its image, but the context is {self.context}. "
+                "Shorten the question, or open the runner with a larger context."
             )
 
     def _checked(self, code: int) -> None:
         if code != 0:
-            raise SafeVLMError(f"llama.cpp could not go on with the prompt (code {code}): {last_error()}")
+            raise SafeVLMError(f"llama.cpp could not continue the prompt (code {code}): {last_error()}")

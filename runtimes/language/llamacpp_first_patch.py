@@ -2,7 +2,7 @@
 
 In llama.cpp releases up to the one that llama-cpp-python 0.3.36 has, the graph puts CLIP's class token behind the
 patches while the rows it takes are still counted from one: patch 0 is dropped, the class token is taken for the last
-patch, and every patch has its neighbour's position (llama.cpp issue 25814). Positions are mended in the file, by
+patch, and every patch has its neighbour's position (llama.cpp issue 25814). Positions are corrected in the file, by
 turning the table round (``export.gguf.vision``). The dropped row is computed all the same, as the last layer's first
 column: here it is read with llama.cpp's evaluation callback and taken through the projector.
 
@@ -30,7 +30,7 @@ FEATURE_LAYERS_KEY = "clip.vision.feature_layer"
 
 
 class FirstPatch:
-    """Watches one projector's graph; ``callback`` goes into its parameters, ``complete`` mends what it gave."""
+    """Watches one projector's graph; ``callback`` goes into its parameters, ``complete`` corrects its output."""
 
     def __init__(self, mmproj: Path, llama: Any) -> None:
         library = _library()
@@ -74,8 +74,8 @@ class FirstPatch:
         rows = [self._rows.pop(name, None) for name in self._names]
         if any(row is None for row in rows):
             raise SafeVLMError(
-                "this llama.cpp does not compute LLaVA's tower as this file expects. Write it again with "
-                "python -m export.gguf and the llama-cpp-python that is installed here."
+                "the installed llama.cpp computes LLaVA's vision tower differently than this file expects. Write the "
+                "file again here, with python -m export.gguf."
             )
         into, into_bias, out, out_bias = self._weights
         hidden = into @ np.concatenate([row for row in rows if row is not None]) + into_bias

@@ -3,7 +3,7 @@
 A guard on the projector's output reads the image embeddings that mtmd makes; one behind the language model reads the
 hidden states of the image tokens in the prefill that the answer needs, or, where a system text or earlier turns stand
 before the image, in one of the image behind the usual prefix. Image and prefix stay in memory, so a second question
-about the same picture costs its own tokens alone.
+about the same image costs its own tokens alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def open_session(
 class LlamaCppLanguageRunner(LanguageRunner):
     """Run a folder of GGUF files, or its language model's file. ``session`` shares one that a guard uses, too.
 
-    Errors on entering: BundleError when llama.cpp cannot load a file, or computes another projector's embeddings.
+    Entering raises BundleError when llama.cpp cannot load a file, or computes another projector's embeddings.
     """
 
     runtime = "llama.cpp"
@@ -179,7 +179,7 @@ class LlamaCppLanguageRunner(LanguageRunner):
     def _stream(self, handle: Any, max_new_tokens: int, writing: Writing) -> Iterator[str]:
         with self.session.prompting() as llama:
             if handle is None or handle is not llama.handle:
-                raise InputError("this handle was answered already, or is an older prefill's: prefill again")
+                raise InputError("this prefill was answered already, or a later one replaced it; prefill again")
             llama.handle = None
             logits, text = handle[0], TextStream(llama.text, writing.decoding.stop)
             for step in range(max_new_tokens):
@@ -219,14 +219,15 @@ def chat_of(manifest: GgufManifest, folder: Path) -> ChatFormat:
     family = FAMILIES.get(manifest.source.family)
     if family is None or family.prompt != manifest.prompt.format():
         raise BundleError(
-            f"{folder}: the prompt in gguf.json is not that of the family {manifest.source.family!r} here. Write the "
-            f"files again with this version: python -m export.gguf {manifest.source.model_option} --out DIR."
+            f"{folder}: the prompt in gguf.json differs from this release's prompt of the family "
+            f"{manifest.source.family!r}. Write the files again with this release: python -m export.gguf "
+            f"{manifest.source.model_option} --out DIR."
         )
     return family.chat
 
 
 def probe_picture(height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Return a picture of gradients, H × W × 3, the same everywhere: what a projector makes of it tells it apart."""
+    """Return an image of gradients, H × W × 3, the same everywhere: what a projector makes of it tells it apart."""
     down, across = np.mgrid[0:height, 0:width]
     channels = (255 * across // max(1, width - 1), 255 * down // max(1, height - 1), (7 * across + 13 * down) % 256)
     return np.stack(channels, axis=-1).astype(np.uint8)
@@ -247,7 +248,7 @@ def check_probe(artifact: GgufArtifact, session: LlamaSession) -> None:
     off = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     if not off <= PROBE_TOLERANCE:
         raise BundleError(
-            f"{artifact.folder}: this llama.cpp makes other image embeddings of these files than the one that they "
-            f"were written with (off by {off:.0%} on a test picture). Write them again here: python -m export.gguf "
+            f"{artifact.folder}: the installed llama.cpp computes different image embeddings than the one that wrote "
+            f"these files (off by {off:.0%} on a test image). Write them again here: python -m export.gguf "
             f"{manifest.source.model_option} --out DIR."
         )

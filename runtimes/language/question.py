@@ -51,17 +51,17 @@ def check_turns(reader: Reader | None, turns: Sequence[Turn], max_new_tokens: in
 
 
 def _check_plain(turns: Sequence[Turn]) -> None:
-    """Raise QuestionError for half a character, and where what the user said last says nothing."""
+    """Raise QuestionError for an unpaired surrogate, and where the user's last text is empty."""
     last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for number, turn in enumerate(turns):
         if number == last and _is_blank(turn.text):
-            raise QuestionError("the question is empty: ask something about the image in words.", turn=number)
+            raise QuestionError("the question is empty. Ask something about the image in words.", turn=number)
         try:
             turn.text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise QuestionError(
-                f"the question holds half a character (a lone surrogate, U+{ord(turn.text[error.start]):04X}) at place "
-                f"{error.start}: send whole characters.",
+                f"the question holds an unpaired surrogate (U+{ord(turn.text[error.start]):04X}) at position "
+                f"{error.start}. Send whole characters.",
                 turn=number,
             ) from None
 
@@ -90,7 +90,7 @@ def prompt_tokens(reader: Reader, turns: Sequence[Turn], max_new_tokens: int | N
         )
         if found is not None:
             raise QuestionError(
-                f"the question contains {found!r}, which is a control token of this model: leave it out.", turn=number
+                f"the question contains {found!r}, a control token of this model. Leave it out.", turn=number
             )
     tokens = reader.count(turns)
     if tokens > room:
@@ -102,6 +102,6 @@ def _too_long(reader: Reader, tokens: int, max_new_tokens: int | None, *, at_lea
     asked = "" if max_new_tokens is None else f", and {max_new_tokens} more were asked for"
     return QuestionError(
         f"this model's context is {reader.context} tokens; the prompt has {'more than ' if at_least else ''}{tokens} "
-        f"({reader.image_tokens} of them for the image){asked}. Shorten the question or ask for a shorter answer.",
+        f"({reader.image_tokens} of them for the image){asked}. Shorten the question, or ask for a shorter answer.",
         code="context_length_exceeded",
     )

@@ -28,7 +28,7 @@ class TorchLanguageRunner(LanguageRunner):
     """Run a checkpoint through ``safevlm.network.safe_vlm``.
 
     ``model`` is an opened checkpoint or a model that is loaded already; ``device`` is torch's word for one
-    (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that pictures are brought to where the family
+    (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that images are brought to where the family
     lets one choose (Qwen2.5-VL), which should be the guard bundle's; ``context`` how many tokens a prompt may have with
     its answer, by default the model's own, 4,096 at most where the image leaves room in them.
     """
@@ -143,7 +143,7 @@ def reader_of(vlm: SafeVLM, context: int | None = None) -> Reader:
 def _begun(handle: Any) -> Begun:
     """Take the prefill out of a handle: decoding extends its cache, so that it is good for one answer."""
     if not isinstance(handle, list) or not handle:
-        raise InputError("this handle was answered already, or is another runner's: prefill again")
+        raise InputError("this prefill was answered already, or belongs to another runner; prefill again")
     begun: Begun = handle.pop()
     return begun
 
@@ -153,7 +153,7 @@ def _device(torch: Any, name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"torch knows no device {name!r}; allowed are cpu, cuda and cuda:N.") from error
+        raise InputError(f"unknown device {name!r}. Allowed: cpu, cuda and cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here. Take --device cpu.")
     return device

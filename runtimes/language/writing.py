@@ -28,11 +28,11 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 2:
-            raise InputError(f"temperature is {self.temperature}; 0 to 2 is allowed.")
+            raise InputError(f"temperature is {self.temperature}; it must be 0 to 2.")
         if not 0 <= self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; 0 to 1 is allowed.")
+            raise InputError(f"top_p is {self.top_p}; it must be 0 to 1.")
         if not all(self.stop):
-            raise InputError("a stop text is empty; leave it out.")
+            raise InputError("a stop string is empty. Leave it out.")
 
 
 @dataclass(eq=False)

@@ -33,9 +33,9 @@ TENSORS = re.compile(
 """A level of a tensor's name that only a layer wrapped by an adapter has."""
 
 ADVICE = (
-    "Merge the adapter first, with the checkpoint's own class so that the guard head stays: "
-    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER); for LLaVA's own LoRA "
-    "checkpoints, scripts/merge_lora_weights.py. Then give FOLDER"
+    "Merge the adapter first, with the checkpoint's own class so that the guard head is kept: "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER); for LLaVA's own "
+    "LoRA checkpoints, use scripts/merge_lora_weights.py. Then give FOLDER"
 )
 
 
@@ -44,7 +44,7 @@ def refuse_adapter_files(where: str, files: Collection[str]) -> None:
     found = sorted(name for name in files if FILES.fullmatch(name))
     if found:
         raise CheckpointError(
-            f"{where}: '{found[0]}' belongs to an adapter, and the other tensors do not hold what it changes. "
+            f"{where}: '{found[0]}' belongs to an adapter, but the tensors that the adapter changes are missing. "
             f"{ADVICE}, or remove the adapter's files if it is merged already."
         )
 

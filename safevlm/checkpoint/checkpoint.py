@@ -1,7 +1,7 @@
 """A Safe-VLM checkpoint, opened without running its code and without reading its weights.
 
-Opening reads JSON and safetensors headers. The family is told from the tensors that are there; every tensor has
-one canonical name, whatever layout stored it (see :mod:`safevlm.checkpoint.family`).
+Opening reads JSON and safetensors headers. The family is recognised by the stored tensors; every tensor has one
+canonical name, whatever layout stored it (see :mod:`safevlm.checkpoint.family`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHOWN_NAMES = 5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """What is known of a checkpoint before any weight is read."""
+    """What is known about a checkpoint before any weight is read."""
 
     name: str
     folder: Path
@@ -163,15 +163,15 @@ def tell_family(where: str, stored_names: Iterable[str]) -> Family:
     shown = ", ".join(names[:SHOWN_NAMES]) or "none"
     if found:
         raise CheckpointError(
-            f"{where}: its tensors fit several families ({', '.join(family.title for family in found)}); one is "
-            f"allowed. Tensors stored: {shown}, … Remove the shards that belong to another checkpoint."
+            f"{where}: its tensors fit several families: {', '.join(family.title for family in found)}. Remove the "
+            f"shards that belong to another checkpoint. Tensors stored: {shown}, …"
         )
-    lacks = "; ".join(f"{family.title} would need {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
+    lacks = "; ".join(f"{family.title} needs {', '.join(_lacking(family, names))}" for family in FAMILIES.values())
     prefix = _unknown_prefix(names)
     if prefix:
         raise CheckpointError(
-            f"{where}: the tensors' names begin with {prefix[:80]!r}, which no known layout has. Write the checkpoint "
-            f"again with names that lack it. Tensors stored: {shown}, …"
+            f"{where}: the names of the tensors begin with the unknown prefix {prefix[:80]!r}. Save the checkpoint "
+            f"again without that prefix. Tensors stored: {shown}, …"
         )
     guard = any(HEAD_PREFIX in name for name in names)
     what = "a Safe-VLM of no known family" if guard else "not a Safe-VLM checkpoint"

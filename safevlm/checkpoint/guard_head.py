@@ -65,9 +65,9 @@ def read_head(name: str, tensors: TensorStore) -> HeadShape:
     stored = [tensor for tensor in tensors.names() if tensor.startswith(HEAD_PREFIX)]
     if not stored:
         raise GuardHeadError(
-            f"{name}: no tensor '{HEAD_PREFIX}mlp.*', so this checkpoint has no guard head. Loading a Safe-VLM as "
-            "the stock class of its base and saving it drops the head without a word, and every public quantization "
-            "of these models lost it that way. Give the original checkpoint."
+            f"{name}: no tensor '{HEAD_PREFIX}mlp.*', so this checkpoint has no guard head. Loading a Safe-VLM as the "
+            "stock class of its base and saving it drops the head silently, as every public quantization of these "
+            "models did. Give the original checkpoint."
         )
     layers: set[int] = set()
     for tensor in stored:
@@ -105,8 +105,8 @@ def _layer_shape(name: str, tensors: TensorStore, index: int) -> tuple[int, int]
     shape = tensors.shape(weight)
     if len(shape) != 2 or min(shape) < 1 or tensors.shape(bias) != shape[:1]:
         raise GuardHeadError(
-            f"{name}: '{weight}' of shape {shape} and its bias of shape {tensors.shape(bias)} are no Linear; allowed "
-            "are (outputs, inputs) and (outputs,). Give the original checkpoint."
+            f"{name}: '{weight}' of shape {shape} and its bias of shape {tensors.shape(bias)} do not form a Linear "
+            "layer. Allowed are (outputs, inputs) and (outputs,). Give the original checkpoint."
         )
     return shape[1], shape[0]
 
@@ -129,12 +129,12 @@ def check_width(name: str, head: HeadShape, hidden_size: int | None) -> None:
     if hidden_size != head.widths[0]:
         raise GuardHeadError(
             f"{name}: '{HEAD_PREFIX}mlp.0.weight' takes {head.widths[0]} features, the language model's hidden size "
-            f"is {hidden_size}; they must agree. The head is of another checkpoint, or config.json is."
+            f"is {hidden_size}; they must agree. The head or config.json belongs to another checkpoint."
         )
 
 
 def read_classes(name: str, config: Mapping[str, Any], head: HeadShape) -> tuple[str, ...]:
-    """Return the class names in label order: the config's ``safety_categories``, else the 20 standard ones.
+    """Return the class names in label order: the config's ``safety_categories``, otherwise the 20 standard ones.
 
     Raises GuardHeadError when list, ``num_safety_categories`` and head disagree, or the list is not one of names.
     """
@@ -152,8 +152,8 @@ def read_classes(name: str, config: Mapping[str, Any], head: HeadShape) -> tuple
     count = config.get("num_safety_categories")
     if count is not None and (type(count) is not int or count != outputs):
         raise GuardHeadError(
-            f"{name}: config.json says 'num_safety_categories' {count!r}, the guard head has {outputs} outputs; they "
-            "must agree. Correct config.json, or give the original checkpoint."
+            f"{name}: config.json states num_safety_categories = {count!r}, the guard head has {outputs} outputs; "
+            "they must agree. Correct config.json, or give the original checkpoint."
         )
     if len(classes) != outputs:
         raise GuardHeadError(

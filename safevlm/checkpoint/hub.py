@@ -89,9 +89,9 @@ class HubCheckpoint:
 def find_model(model: str | Path, revision: str | None = None) -> ModelReference:
     """Say what a ``--model`` argument means, looking at this machine first and asking no server.
 
-    A tiny name, an existing folder, one of the six names (then a folder of that name under the current
-    directory or ``$SAFEVLM_MODELS``, else the hub), or a hub id; the last two may end in ``@revision``.
-    Raises InputError for anything else, with the nearest name.
+    A tiny name, an existing folder, one of the six names (then a folder of that name under the current directory or
+    ``$SAFEVLM_MODELS``, otherwise the hub), or a hub id; the last two may end in ``@revision``. Raises InputError for
+    anything else, with the nearest name.
     """
     text = str(model)
     if text in TINY_CHECKPOINTS:
@@ -163,8 +163,8 @@ def _existing_path(text: str) -> Path | None:
 def _local(name: str, folder: Path, revision: str | None) -> ModelReference:
     if revision is not None:
         raise InputError(
-            f"revision '{revision}' was asked for, but '{name}' is the folder {folder} on this machine, which has "
-            "none. Leave the revision out, or give a hub id."
+            f"revision '{revision}' is given, but '{name}' is a folder on this machine ({folder}), and folders have "
+            "no revisions. Leave the revision out, or give a hub id."
         )
     return ModelReference(name=name, folder=folder)
 
@@ -173,8 +173,8 @@ def _tiny_folder(name: str) -> Path:
     folder = TINY_FOLDER / name
     if not folder.is_dir():
         raise InputError(
-            f"'{name}' is a checkpoint that ships with this project, but {folder} is not there. "
-            "Install safevlm-edge again, or work in a complete clone."
+            f"'{name}' is a checkpoint that ships with this project, but {folder} is missing. Install safevlm-edge "
+            "again, or work in a complete clone."
         )
     return folder
 

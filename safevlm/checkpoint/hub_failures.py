@@ -58,8 +58,8 @@ class Wanted:
         command = f"hf download {self.repo_id}{' --repo-type dataset' * dataset}{revision}"
         command += f" --local-dir {self.repo_id.rpartition('/')[2]}"
         return (
-            "Set HTTPS_PROXY or HF_ENDPOINT to an address that works from here; or run "
-            f"`{command}` on another machine, copy {'its image files' if dataset else 'that folder'} here and give "
+            f"Set HTTPS_PROXY or HF_ENDPOINT to an address that this machine can reach; or run `{command}` on another "
+            f"machine, copy {'its image files' if dataset else 'that folder'} here and give "
             f"{'--images' if dataset else '--model'} FOLDER."
         )
 
@@ -155,7 +155,7 @@ def _refusal(refusal: HfHubHTTPError, wanted: Wanted) -> str:
 
     if isinstance(refusal, errors.GatedRepoError):
         return (
-            f"{wanted.name} is gated and the hub refuses it to you. Accept its terms at {wanted.page}, then set "
+            f"{wanted.name} is gated, and the hub refuses access. Accept its terms at {wanted.page}, then set "
             "HF_TOKEN to a token of that account (or run `hf auth login`)."
         )
     status = refusal.response.status_code
@@ -178,7 +178,7 @@ def _refusal(refusal: HfHubHTTPError, wanted: Wanted) -> str:
 
 
 def _reason(root: Exception) -> str | None:
-    """Return why the hub cannot be reached; None for what is no matter of the network."""
+    """Return why the hub cannot be reached; None for errors that are not about the network."""
     import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
@@ -186,7 +186,7 @@ def _reason(root: Exception) -> str | None:
     text = _first_line(root)
     status = root.response.status_code if isinstance(root, HfHubHTTPError) else None
     if status == PROXY or (isinstance(root, httpx.ProxyError) and text.startswith(str(PROXY))):
-        return "the proxy asks for a name and password, 407; give them as HTTPS_PROXY=http://NAME:PASSWORD@HOST:PORT"
+        return "the proxy requires a name and password (407); give them as HTTPS_PROXY=http://NAME:PASSWORD@HOST:PORT"
     if isinstance(root, httpx.ProxyError):
         return f"the proxy refuses: {text}"
     if "CERTIFICATE_VERIFY_FAILED" in text:
@@ -198,15 +198,15 @@ def _reason(root: Exception) -> str | None:
         return "no answer in time; a firewall may drop the packets"
     if isinstance(root, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
         if _is_address(constants.ENDPOINT):
-            return "the proxy's address is not one such as http://HOST:PORT"
-        return "this is not an address such as https://huggingface.co"
+            return "the proxy's address is malformed; it should look like http://HOST:PORT"
+        return "the address is malformed; it should look like https://huggingface.co"
     if re.search(r"Errno -\d|getaddrinfo|name resolution|nodename", text):
         return "its name cannot be resolved (DNS)"
     foreign = isinstance(root, (FileMetadataError, *NOT_A_HUBS)) or type(root).__name__ == "JSONDecodeError"
     if status == PORTAL or foreign:
-        return "something else answers in its place, such as the login page of a network or proxy"
+        return "something else answered, such as the login page of a network or proxy"
     if isinstance(root, UnicodeError) or "header value" in text:
-        return "HF_TOKEN contains characters that no token has"
+        return "HF_TOKEN contains characters that are not allowed in a token"
     certificates = os.environ.get("SSL_CERT_FILE")
     if certificates and "[X509" in text:
         return f"SSL_CERT_FILE names {certificates}, which holds no certificate"

@@ -73,9 +73,7 @@ def report_unplaced(name: str, tensors: TensorStore, placed: Collection[str]) ->
     if found:
         share = tensors.share(found)
         told = "" if share is None else f" ({100 * share:.1f} % of the bytes)"
-        _report(
-            name, f"ignored: {_count(found, 'tensor')}{told} that config.json leaves no place for: {_listed(found)}"
-        )
+        _report(name, f"ignored: {_count(found, 'tensor')}{told} beyond what config.json describes: {_listed(found)}")
 
 
 def _report(name: str, note: str) -> None:

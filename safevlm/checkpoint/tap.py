@@ -49,8 +49,8 @@ class Tap:
         ):
             if value not in allowed:
                 raise GuardHeadError(
-                    f"the guard's tap has {what} {value!r}; allowed: {', '.join(allowed)}. Correct '{CONFIG_KEY}' in "
-                    "config.json, or leave it out."
+                    f"the guard's tap has the unknown {what} {value!r}. Allowed: {', '.join(allowed)}. Correct "
+                    f"'{CONFIG_KEY}' in config.json, or leave it out."
                 )
 
 
@@ -82,8 +82,8 @@ def _declared_in_config(value: Any) -> Tap:
     known = {"source", "pooling", "tokens"}
     if not isinstance(given, dict) or "source" not in given or not given.keys() <= known:
         raise GuardHeadError(
-            f"config.json: '{CONFIG_KEY}' is {value!r}; allowed is one of {', '.join(SOURCES)}, or an object with "
-            "'source' and, if wanted, 'pooling' and 'tokens'. Correct it, or leave it out."
+            f"config.json: '{CONFIG_KEY}' is {value!r}. Allowed: one of {', '.join(SOURCES)}, or an object with "
+            "'source' and, optionally, 'pooling' and 'tokens'. Correct it, or leave it out."
         )
     return Tap(**given, learned="declared", evidence=f"'{CONFIG_KEY}' in config.json")
 
@@ -107,7 +107,7 @@ def _detect(folder: Path) -> tuple[TapSource | None, str]:
             at = f"{where}:{call.line}"
             matched = next((source for source in SOURCES if source == call.source), None)
             if matched is None:
-                unclear.append(f"what {at} feeds to the guard head is unclear")
+                unclear.append(f"it is unclear what {at} feeds to the guard head")
             else:
                 clear.setdefault(matched, at)
     if len(clear) == 1 and not unclear:

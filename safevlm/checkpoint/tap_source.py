@@ -49,7 +49,7 @@ class HeadCall:
 
     @property
     def source(self) -> str | None:
-        """``projector`` or ``language_model`` when the input comes from that place alone, else ``None``."""
+        """``projector`` or ``language_model`` when the input comes only from that place, otherwise ``None``."""
         clear = self.places in (frozenset({PROJECTOR}), frozenset({LANGUAGE_MODEL}))
         return next(iter(self.places)) if clear else None
 

@@ -33,9 +33,9 @@ def refused_tokenizer(folder: Path, error: BaseException) -> CheckpointError:
                     "without one."
                 )
     return _refused_vocabulary(folder) or CheckpointError(
-        f"{folder}: no tokenizer can be read from this folder ({_one_line(error)}). Needed is tokenizer.json or "
-        "tokenizer.model with a tokenizer_config.json whose tokenizer_class transformers has; copy them "
-        "from the base model if the checkpoint lacks them."
+        f"{folder}: no tokenizer can be read from this folder ({_one_line(error)}). It needs tokenizer.json or "
+        "tokenizer.model, and a tokenizer_config.json with a tokenizer_class of transformers. Copy them from the "
+        "base model if they are missing."
     )
 
 
@@ -49,9 +49,9 @@ def _refused_vocabulary(folder: Path) -> CheckpointError | None:
             Tokenizer.from_file(str(fast))
         except Exception as error:  # tokenizers raises Exception itself
             return CheckpointError(
-                f"{fast}: tokenizers {version('tokenizers')}, which is installed here, cannot read it "
-                f"({_one_line(error)}). It is damaged, or of a newer version{_saved_by(folder)}: run "
-                f"`pip install --upgrade tokenizers transformers`, or {COPY}."
+                f"{fast}: the installed tokenizers {version('tokenizers')} cannot read it ({_one_line(error)}). It is "
+                f"damaged, or from a newer version{_saved_by(folder)}: run `pip install --upgrade tokenizers "
+                f"transformers`, or {COPY}."
             )
     elif pieces.is_file():
         import sentencepiece

@@ -19,13 +19,13 @@ def class_names_problem(names: Sequence[str]) -> str | None:
     Two names that look alike (by case, width or composition) are one name to whoever reads a label or a policy.
     """
     if len(names) > MAX_CLASSES:
-        return f"{len(names):,} classes, {MAX_CLASSES:,} are allowed"
+        return f"{len(names):,} classes; at most {MAX_CLASSES:,} are allowed"
     seen: dict[str, str] = {}
     for name in names:
         if not 0 < len(name) <= MAX_LENGTH or not is_plain(name) or name != name.strip():
             return (
-                f"the class name '{shortened(name)}': 1 to {MAX_LENGTH} characters that all show are allowed, without "
-                "control or invisible characters or blanks at its ends"
+                f"the class name '{shortened(name)}': 1 to {MAX_LENGTH} visible characters are allowed, without "
+                "blanks at either end"
             )
         key = unicodedata.normalize("NFKC", name).casefold()
         if key in seen:

@@ -35,7 +35,7 @@ __all__ = [
 
 GGUF_MANIFEST_NAME = "gguf.json"
 MAX_BYTES = 16 * 2**20
-COPY_AGAIN = "Copy the folder again, or write it anew with python -m export.gguf."
+COPY_AGAIN = "Copy the folder again, or write it again with python -m export.gguf."
 
 
 class GgufFile(Frozen):
@@ -61,7 +61,7 @@ class GgufHead(Frozen):
     pooling: Literal["mean", "mean_max_std"]
     widths: tuple[Width, ...] = Field(min_length=2, max_length=64)
     fidelity: Mapping[str, Any] | None = None
-    """Of a distilled head, on held-out pictures."""
+    """Of a distilled head, on held-out images."""
 
     @property
     def features(self) -> float:
@@ -112,7 +112,7 @@ class GgufManifest(Frozen):
     class_token_last: bool = False
     """Whether the projector file is written for a llama.cpp that puts LLaVA's class token behind the patches."""
     probe: tuple[float, ...] = Field(min_length=16, max_length=16)
-    """Of the projector's output for a test picture: first and last image token, 8 numbers each."""
+    """Of the projector's output for a test image: first and last image token, 8 numbers each."""
     context_length: Width
     prompt: Prompt
     ends: tuple[Count, ...] = Field(default=(), max_length=64)
@@ -127,17 +127,17 @@ class GgufManifest(Frozen):
     def _check(self) -> GgufManifest:
         roles = [file.role for file in self.files]
         if roles.count("model") != 1 or roles.count("mmproj") != 1:
-            raise ValueError("one model and one mmproj are needed among the files")
+            raise ValueError("the files must include exactly one model and one mmproj")
         unique(tuple(file.path for file in self.files))
         for head in self.heads:
             if head.file not in {file.path for file in self.files if file.role == "head"}:
                 raise ValueError(f"the head {head.file} is not listed among the files")
             if head.widths[-1] != len(self.classes):
                 raise ValueError(
-                    f"the head {head.file} ends in {head.widths[-1]}, there are {len(self.classes)} classes"
+                    f"the head {head.file} has {head.widths[-1]} outputs, but there are {len(self.classes)} classes"
                 )
         if [head.kind for head in self.heads].count("exact") != 1:
-            raise ValueError("one exact head is needed")
+            raise ValueError("exactly one exact head is needed")
         if len({head.features for head in self.heads}) != 1:
             raise ValueError(f"the heads read features of different widths: {[head.widths[0] for head in self.heads]}")
         return self
@@ -169,7 +169,9 @@ class GgufManifest(Frozen):
             raise BundleError(f"{where}: {first_problem(error)}. {COPY_AGAIN}") from error
         version = stated.get("schema_version") if isinstance(stated, dict) else None
         if version != 1 or type(version) is not int:
-            raise BundleError(f"{where}: schema_version {shortened(repr(version))} is unknown; 1 is read. {COPY_AGAIN}")
+            raise BundleError(
+                f"{where}: schema_version {shortened(repr(version))} is unknown; this release reads 1. {COPY_AGAIN}"
+            )
         if "random_weights" in stated and isinstance(stated.get("source"), dict):  # it stood beside the source once
             stated["source"].setdefault("random_weights", stated.pop("random_weights"))
         try:
@@ -189,8 +191,8 @@ def gguf_manifest_bytes(folder: Path) -> bytes:
         return read_regular(path, MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(
-            f"{path} is missing: without it the guard of these files is unknown. A folder with it is "
-            "written by python -m export.gguf --model M --out DIR."
+            f"{path} is missing, and the guard of these files is unknown without it. Write a complete folder: python "
+            "-m export.gguf --model M --out DIR."
         ) from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}. {COPY_AGAIN}") from error

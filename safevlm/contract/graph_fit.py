@@ -38,22 +38,22 @@ def misfit(
     """Say what about a graph does not fit its role; None when all does."""
     pixels = (preprocessing.height, preprocessing.width, 3)
     if role != "head" and [(each.name, each.dtype, each.shape[1:]) for each in inputs] != [("rgb", "uint8", pixels)]:
-        return f"the input is rgb, uint8, of shape N x {_product(pixels)} by the preprocessing, not {_told(inputs)}"
+        return f"the input must be rgb, uint8, of shape N x {_product(pixels)} (see preprocessing), not {_told(inputs)}"
     if len(inputs) != 1:
-        return f"one input is needed, not {_told(inputs)}"
+        return f"exactly one input is needed, not {_told(inputs)}"
     answers = {each.name: each for each in outputs}
     for name in ("embeddings",) if role == "vision" else ("probs", "logits"):
         if name not in answers:
-            return f"the output {name} is missing, there is {_told(outputs)}"
+            return f"the output {name} is missing; the outputs are {_told(outputs)}"
     for name, each in answers.items():
         if each.dtype != "float32":
             return f"the output {name} is {each.dtype}, float32 is needed"
         if name in ("probs", "logits") and each.shape[1:] != (classes,):
-            return f"there are {classes} classes, the output {name} is of shape {_product(each.shape)}"
+            return f"there are {classes} classes, but the output {name} has shape {_product(each.shape)}"
         if name == "embeddings" and (len(each.shape) != 3 or "N" in each.shape[1:]):
-            return f"embeddings are of shape N x T x D with T and D fixed, not {_product(each.shape)}"
+            return f"embeddings must have shape N x T x D with fixed T and D, not {_product(each.shape)}"
     if len(answers) != len(outputs):
-        return f"an output appears twice among {_told(outputs)}"
+        return f"an output appears twice: {_told(outputs)}"
     return None
 
 

@@ -78,7 +78,7 @@ class Parity(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Parity:
         if self.label_flips is not None and self.label_flips > self.images:
-            raise ValueError(f"{self.label_flips} labels of {self.images} images cannot flip")
+            raise ValueError(f"label_flips ({self.label_flips}) must not exceed images ({self.images})")
         return self
 
 
@@ -158,9 +158,9 @@ class GuardFile(Frozen):
     @model_validator(mode="after")
     def _check(self) -> GuardFile:
         if (self.kind == "engine") != (self.engine is not None):
-            raise ValueError(f"{self.path}: 'engine' describes a file of kind 'engine' and no other")
+            raise ValueError(f"{self.path}: 'engine' is for files of kind 'engine', which must have it")
         if self.kind == "onnx" and not self.path.endswith(".onnx"):  # by another ending, runtimes read another format
-            raise ValueError(f"{self.path}: a file of kind 'onnx' ends in .onnx")
+            raise ValueError(f"{self.path}: the name of a file of kind 'onnx' must end in .onnx")
         return self
 
 
@@ -252,9 +252,9 @@ class Thresholds(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Thresholds:
         if self.n_unsafe > self.n:
-            raise ValueError(f"{self.n_unsafe} of {self.n} images cannot be unsafe")
+            raise ValueError(f"n_unsafe ({self.n_unsafe}) must not exceed n ({self.n})")
         if self.method == "learn_then_test" and self.delta is None:
-            raise ValueError("learn_then_test promises nothing without a delta")
+            raise ValueError("learn_then_test needs a delta")
         if self.method == "conformal_risk_control" and (self.miss_rate > self.alpha or self.fpr > self.max_fpr):
             raise ValueError(
                 f"a rate of {self.miss_rate} misses and {self.fpr} false blocks breaks the promise of at most "
@@ -302,7 +302,7 @@ class Manifest(Frozen):
                 raise ValueError(f"thresholds for classes that do not exist: {named}")
             if hashes.get(entry.file) != entry.file_sha256:
                 raise ValueError(
-                    f"thresholds for {entry.file} were fitted on another file than the bundle's; fit them again "
+                    f"thresholds for {entry.file} were fitted on a different version of that file; fit them again "
                     "with python -m calibration.thresholds"
                 )
         return self
@@ -310,7 +310,7 @@ class Manifest(Frozen):
     def _check_shapes(self) -> None:
         """Compare what is stated of the head and the files with the classes and the preprocessing."""
         if self.head.widths[-1] != len(self.classes):
-            raise ValueError(f"the head ends in {self.head.widths[-1]}, there are {len(self.classes)} classes")
+            raise ValueError(f"the head has {self.head.widths[-1]} outputs, but there are {len(self.classes)} classes")
         for file in self.files:
             if file.kind == "onnx_data" or not (file.inputs or file.outputs):
                 continue
@@ -337,7 +337,7 @@ class Manifest(Frozen):
         try:
             return validate_json(cls, content)
         except ValueError as error:
-            raise BundleError(f"{where}: {first_problem(error)}. Copy the bundle again, or export it anew.") from error
+            raise BundleError(f"{where}: {first_problem(error)}. Copy the bundle again, or export it again.") from error
 
     def thresholds_of(self, path: str) -> Thresholds | None:
         """Return the thresholds fitted on the file at ``path``, if any were."""
@@ -373,7 +373,7 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
     try:
         stated = parse_json(content)
     except ValueError as error:
-        raise BundleError(f"{where} is not valid JSON ({error}). Copy the bundle again, or export it anew.") from error
+        raise BundleError(f"{where} is not valid JSON ({error}). Copy the bundle again, or export it again.") from error
     if not isinstance(stated, dict):
-        raise BundleError(f"{where} holds {type(stated).__name__}, not a JSON object. Export the bundle anew.")
+        raise BundleError(f"{where} must hold a JSON object, not {type(stated).__name__}. Export the bundle again.")
     return stated

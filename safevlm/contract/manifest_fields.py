@@ -59,7 +59,7 @@ def _inside(path: str) -> str:
 
 def _name(name: str) -> str:
     if not 0 < len(name) <= MAX_NAME or not is_plain(name):
-        raise ValueError(f"'{shortened(name)}': 1 to {MAX_NAME} characters that all show are allowed")
+        raise ValueError(f"'{shortened(name)}': 1 to {MAX_NAME} visible characters are allowed")
     return name
 
 

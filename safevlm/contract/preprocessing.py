@@ -1,6 +1,6 @@
-"""From a picture to the pixels a guard reads: the contract of one checkpoint, in Pillow and numpy.
+"""From an image to the pixels a guard reads: the contract of one checkpoint, in Pillow and numpy.
 
-Legend: ``N`` pictures, ``H`` and ``W`` the contract's height and width; values are grey levels 0..255
+Legend: ``N`` images, ``H`` and ``W`` the contract's height and width; values are grey levels 0..255
 until :meth:`Preprocessing.normalise`. Sizes are given as (height, width), Pillow's own as (width, height).
 
 The arithmetic follows transformers 5.17: ``image_processing_backends.PilBackend`` with
@@ -35,7 +35,7 @@ PIL_FILTERS: Mapping[Filter, Image.Resampling] = {
 }
 
 LARGEST_STEP = 100_000_000
-"""Pixels of the largest picture made on the way, 400 MB in Pillow; beyond it, see ``_crop`` and ``_pad``."""
+"""Pixels of the largest image made on the way, 400 MB in Pillow; beyond it, see ``_crop`` and ``_pad``."""
 
 MAX_AREA = 2**24
 """Pixels that a guard may read of one image: beyond every vision tower's (Qwen2.5-VL's own limit is 12.8 million)."""
@@ -46,9 +46,9 @@ _Std = Annotated[float, Field(ge=1e-6, le=255)]
 
 
 class Preprocessing(BaseModel):
-    """How a picture becomes H x W x 3 grey levels, and those the values of the vision tower.
+    """How an image becomes H x W x 3 grey levels, and those the values of the vision tower.
 
-    ``fit`` says what happens to a picture of another shape: ``squash`` resizes it straight to H x W (Gemma-3;
+    ``fit`` says what happens to an image of another shape: ``squash`` resizes it straight to H x W (Gemma-3;
     Qwen2.5-VL at a fixed grid), ``crop`` resizes its shorter side to ``shortest_edge`` and cuts H x W out of
     the middle (CLIP), ``pad`` completes it to a square with the mean colour and resizes that (LLaVA-1.5).
     ``mean`` and ``std`` are of values in 0..1, red first.
@@ -70,18 +70,23 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
         if (self.fit == "crop") != (self.shortest_edge is not None):
-            raise ValueError(f"shortest_edge is for fit 'crop' and only for it: {self.fit}, {self.shortest_edge}")
+            raise ValueError(
+                f"fit 'crop' needs shortest_edge, and no other fit takes it: {self.fit}, {self.shortest_edge}"
+            )
         if self.height * self.width > MAX_AREA:
-            raise ValueError(f"{self.height} x {self.width} pixels are more than the {MAX_AREA:,} that are allowed")
+            raise ValueError(f"{self.height} x {self.width} pixels are too many; at most {MAX_AREA:,} are allowed")
         if self.fit == "pad" and not 0 <= min(self.mean) <= max(self.mean) <= 1:
-            raise ValueError(f"fit 'pad' fills with the mean colour, 0 to 1 in every channel: {self.mean}")
+            raise ValueError(
+                f"fit 'pad' fills with the mean colour, so mean must be 0 to 1 in every channel, not {self.mean}"
+            )
         return self
 
     def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Return the grey levels, H x W x 3, of an upright RGB picture (see ``safevlm.images.image``)."""
+        """Return the grey levels, H x W x 3, of an upright RGB image (see ``safevlm.images.image``)."""
         if image.mode != "RGB":
             raise InputError(
-                f"a picture of mode {image.mode} cannot be preprocessed, only RGB: use safevlm.images.image.to_rgb"
+                f"an image of mode {image.mode} cannot be preprocessed. Convert it to RGB with "
+                "safevlm.images.image.to_rgb"
             )
         if self.fit == "crop":
             fitted = self._crop(image)
@@ -101,7 +106,7 @@ class Preprocessing(BaseModel):
         return image.resize((width, height), resample=PIL_FILTERS[self.filter])
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """Resize and cut; of a picture so long that resizing it would take gigabytes, resize only what stays.
+        """Resize and cut; of an image so long that resizing it would take gigabytes, resize only what stays.
 
         Resizing a part rounds differently where Pillow then takes the two axes in the other order.
         """
@@ -126,7 +131,7 @@ class Preprocessing(BaseModel):
         return canvas
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """Pad to a square and resize; a picture too long for its square to be held is shortened first."""
+        """Pad to a square and resize; an image too long for its square to be held is shortened first."""
         width, height = image.size
         square = [max(width, height)] * 2
         if square[0] ** 2 > LARGEST_STEP:

@@ -63,7 +63,9 @@ def publish(draft: Path, out: Path, *, replace: bool = False) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not out.is_dir():
                 raise
             if not replace:
-                raise InputError(f"{out} was created meanwhile. Move it away and run the command again.") from error
+                raise InputError(
+                    f"{out} was created by something else meanwhile. Move it away and run the command again."
+                ) from error
             if not _exchange(draft, out):
                 _move_aside(draft, out)
 

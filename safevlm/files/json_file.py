@@ -33,10 +33,10 @@ __all__ = [
 MAX_JSON_BYTES = 64 * 2**20
 """More than any index or config of a real checkpoint (the largest, a 62-layer index, is under 1 MB)."""
 MAX_ITEMS = 4_000_000
-"""Of all lists and objects together: bounds what a text of :data:`MAX_JSON_BYTES` can take in memory."""
+"""Maximum number of items in all lists and objects together: bounds the memory for a text of :data:`MAX_JSON_BYTES`."""
 MAX_DEPTH = 100
 MAX_DIGITS = 100
-"""Of one number; ``model_max_length`` of many a tokenizer has 31."""
+"""Maximum digits of a number; ``model_max_length`` of many tokenizers has 31."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -47,7 +47,7 @@ def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False
     ``rows`` are those of a data set or a log: their number is not bounded, and NaN and Infinity pass, as Python's
     own writer puts them there. ``halves`` lets lone surrogates pass.
 
-    Refused beside what is no JSON: a key that appears twice (readers differ in which they take), NaN and Infinity,
+    Refused in addition to invalid JSON: a key that appears twice (readers differ in which they take), NaN and Infinity,
     numbers beyond a float or of more than 100 digits, lone surrogates, lists and objects within each other more than
     100 deep or of more than 4,000,000 items.
 
@@ -72,7 +72,7 @@ def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair in a string") from None
+            raise ValueError("a string holds half of a surrogate pair") from None
     return value
 
 
@@ -147,13 +147,13 @@ def read_json_object(path: Path, *, needed_for: str) -> dict[str, Any]:
         content = read_regular(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: there is no such file, and it is needed for {needed_for}. "
-            "Give the folder of a complete checkpoint, or fetch the file again."
+            f"{path} is missing; it is needed for {needed_for}. Give the folder of a complete checkpoint, or fetch "
+            "the file again."
         ) from None
     except OSError as error:
         advice = "Check the file and its permissions."
         if error.errno == errno.EFBIG:
-            advice = "Replace the file by the one that was published with the checkpoint."
+            advice = "Replace it with the file that was published with the checkpoint."
         raise CheckpointError(f"{path}: cannot be read as {needed_for} ({error.strerror}). {advice}") from error
     try:
         value = parse_json(content)
@@ -161,7 +161,7 @@ def read_json_object(path: Path, *, needed_for: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error}). Fetch the file again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path}: holds a JSON {type(value).__name__}, but {needed_for} is a JSON object. Fetch it again."
+            f"{path}: {needed_for} must be a JSON object, not {type(value).__name__}. Fetch it again."
         )
     return value
 
@@ -179,7 +179,7 @@ def first_problem(error: ValueError, *, secret: bool = False) -> str:
     if not secret and not isinstance(found["input"], Mapping):  # of a missing field it is what the field is missing in
         reason += f" (given: {json.dumps(found['input'], default=str)[:80]})"
     more = error.error_count() - 1
-    return f"{field}: {reason} ({more} more problems follow)" if more else f"{field}: {reason}"
+    return f"{field}: {reason} (and {more} more problems)" if more else f"{field}: {reason}"
 
 
 def replace_file(path: Path, content: bytes) -> None:

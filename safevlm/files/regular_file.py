@@ -34,7 +34,7 @@ def open_regular(path: Path | str) -> BufferedReader:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except ValueError as error:  # a NUL or a lone surrogate in the path
-        raise OSError(errno.EINVAL, f"no path of a file: {error}", str(path)) from None
+        raise OSError(errno.EINVAL, f"not a file path: {error}", str(path)) from None
     except OSError as error:
         if error.errno == errno.ENXIO:  # what opening a socket gives
             raise OSError(errno.EINVAL, "a socket or device, not a regular file", str(path)) from None
@@ -60,7 +60,7 @@ def read_regular(path: Path | str, limit: int) -> bytes:
         size = os.fstat(stream.fileno()).st_size
         content = b"" if size > limit else stream.read(limit + 1) or b""
     if max(size, len(content)) > limit:
-        raise OSError(errno.EFBIG, f"{max(size, len(content)):,} bytes, {limit:,} are allowed", str(path))
+        raise OSError(errno.EFBIG, f"{max(size, len(content)):,} bytes; at most {limit:,} are allowed", str(path))
     return content
 
 

@@ -46,7 +46,7 @@ REASONS = {
     errno.ELOOP: "its symbolic links form a loop",
     errno.EBUSY: "it is in use, or a mount point",
     errno.EXDEV: "it is on another file system, or is a mount point",
-    errno.ESTALE: "the network file system has lost it",
+    errno.ESTALE: "it is gone from the network file system",
     errno.ENXIO: "there is no such device",
     errno.ENODEV: "there is no such device",
     errno.EMFILE: "too many files are open in this process",
@@ -93,7 +93,7 @@ def check_room(place: Path, needed: int, advice: str = "give --out another place
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"{place}: about {shown_bytes(needed)} are needed, and the file system {_mount(folder)} has "
+            f"{place}: about {shown_bytes(needed)} are needed, but the file system {_mount(folder)} has only "
             f"{shown_bytes(free)} free. Make room there, or {advice}."
         )
 
@@ -162,8 +162,8 @@ def locale_problem(error: BaseException, arguments: Sequence[str] = ()) -> str |
     given = f"{strange[0]!a}: " if strange else ""
     if narrow:
         return (
-            f"{given}the locale's encoding, {sys.getfilesystemencoding()}, cannot represent a name or text that is "
-            "needed. Run the command with PYTHONUTF8=1 (or LC_ALL=C.UTF-8), or use plain letters."
+            f"{given}the locale's encoding, {sys.getfilesystemencoding()}, cannot represent a required name or text. "
+            "Run the command with PYTHONUTF8=1 (or LC_ALL=C.UTF-8), or use plain letters."
         )
     return f"{given}the name is not valid UTF-8, which a library needs. Rename the file or folder."
 
@@ -184,7 +184,7 @@ def _room(folder: Path) -> str:
     usage, mount = shutil.disk_usage(folder), _mount(folder)
     files = os.statvfs(folder)
     if files.f_files and not files.f_favail:
-        return f"the file system {mount} can hold no more files ({files.f_files:,} are there)"
+        return f"the file system {mount} can hold no more files (it has {files.f_files:,})"
     return f"the file system {mount} has {shown_bytes(usage.free)} of {shown_bytes(usage.total)} free"
 
 

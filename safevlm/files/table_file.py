@@ -25,11 +25,11 @@ def read_table(path: Path, what: str) -> Any:
     ending = path.suffix.lower()
     text = _text(path, what)
     if ending not in (".json", ".toml"):
-        raise InputError(f"{path}: a {what} file ends in .toml or .json; rename it.")
+        raise InputError(f"{path}: the name of a {what} file must end in .toml or .json. Rename it.")
     try:
         return parse_json(text) if ending == ".json" else import_module("tomllib").loads(text)
     except ModuleNotFoundError as error:
-        raise InputError(f"{path}: Python 3.11 or later reads TOML; write the {what} as JSON.") from error
+        raise InputError(f"{path}: reading TOML needs Python 3.11 or later. Write the {what} as JSON.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be parsed ({error}).") from error
 
@@ -39,7 +39,7 @@ def _text(path: Path, what: str) -> str:
         content = read_regular(path, MAX_BYTES)
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} is a few lines.") from error
+            raise InputError(f"{path} is larger than {MAX_BYTES} bytes; a {what} has only a few lines.") from error
         raise InputError(
             f"the {what} {path} cannot be read: {error.strerror or error}. Give a TOML or JSON file."
         ) from error

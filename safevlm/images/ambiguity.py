@@ -110,21 +110,23 @@ def _png(image: Image.Image, stream: IO[bytes]) -> str | None:
         return f"it has more than {MOST_CHUNKS:,} chunks"
     names = [name for name, _ in chunks]
     if b"fdAT" in names:
-        return "it holds further frames (fdAT)"
+        return "it has more than one frame (fdAT)"
     twice = next((name for name in ONCE if names.count(name) > 1), None)
     if twice is not None:
-        return f"its {twice.decode()} chunk is there twice, and readers take one or the other"
+        return f"it has two {twice.decode()} chunks, and readers differ in which one they use"
     first = dict(reversed(chunks))
     depth, kind = first[b"IHDR"][8:10]
     if b"tRNS" in names and kind != PALETTE:
         key = first[b"tRNS"]
         if depth == 16 and image.mode == "RGB":
-            return "one colour of 16 bits a channel is transparent"
+            return "it makes a colour with 16 bits per channel transparent"
         if any(int.from_bytes(key[at : at + 2], "big") >> depth for at in range(0, len(key), 2)):
             return f"its transparent colour does not fit into {depth} bits"
     if b"cICP" in names and not _is_sdr(first[b"cICP"]):
         return f"its colours are HDR (cICP {', '.join(map(str, first[b'cICP'][:4]))}), which only some readers show"
-    return None if _are_primaries(image.info.get("chromaticity")) else "its primaries (cHRM) are of no real display"
+    return (
+        None if _are_primaries(image.info.get("chromaticity")) else "its primaries (cHRM) are those of no real display"
+    )
 
 
 def _is_sdr(cicp: bytes) -> bool:
@@ -151,10 +153,10 @@ def _bmp(image: Image.Image, stream: IO[bytes]) -> str | None:
     if compression in (1, 2):
         stream.seek(image.tile[0][2])  # type: ignore[attr-defined]  # of ImageFile
         if not _is_covered(stream.read(), *image.size, four_bits=compression == 2):
-            return "its run lengths leave pixels out, which are transparent to some readers"
+            return "its run lengths skip pixels, which some readers show as transparent"
     long_header = len(header) == 70 and struct.unpack_from("<I", header, 14)[0] >= 56
     if bits == 16 and compression == 3 and long_header and struct.unpack_from("<I", header, 66)[0]:
-        return "it has 16 bits a pixel with transparency, which only some readers know"
+        return "it has 16 bits per pixel with transparency, which only some readers support"
     return None
 
 
@@ -187,7 +189,7 @@ def _pnm(image: Image.Image, stream: IO[bytes]) -> str | None:
         rest = re.sub(rb"#[^\r\n]*", b"", stream.read())
         maxval = arguments[1] if isinstance(arguments, tuple) else 255
         if maxval not in (255, 65_535):
-            return f"its grey levels go to {maxval}, which some readers take for 255"
+            return f"its grey levels go up to {maxval}, which some readers read as 255"
         return "several images follow one another in it" if b"P" in rest else None
     width, height = image.size
     bands, wide = len(image.getbands()), image.mode == "I" or (isinstance(arguments, tuple) and arguments[1] > 255)
@@ -199,9 +201,9 @@ def _tiff(image: Image.Image, _: IO[bytes]) -> str | None:
     tags: Mapping[int, Any] = image.tag_v2  # type: ignore[attr-defined]  # of TiffImageFile
     bits, photometric, extra = max(tags.get(BITS, (1,))), tags.get(PHOTOMETRIC), tags.get(EXTRA_SAMPLES, ())
     if SUB_IFDS in tags:
-        return "it holds further images (SubIFDs)"
+        return "it holds more than one image (SubIFDs)"
     if tags.get(PLANAR) == 2 and bits > 8:
-        return "its channels lie one behind the other in 16 bits, which some readers mix up"
+        return "its 16-bit channels are stored in separate planes, which some readers mix up"
     if extra and (image.mode == "CMYK" or (tags.get(PLANAR) == 2 and max(extra) == 0)):
         return "it has an extra channel, which some readers take for transparency"
     if photometric == WHITE_IS_ZERO and bits > 8:
@@ -209,13 +211,13 @@ def _tiff(image: Image.Image, _: IO[bytes]) -> str | None:
     if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED:
         return "its levels are signed, which some readers ignore"
     if photometric == YCBCR and tags.get(COMPRESSION) not in JPEG:
-        return "it is YCbCr, which some readers take for RGB or arrange in another way"
+        return "it is YCbCr, which some readers read as RGB or arrange differently"
     return None
 
 
 def _jpeg(image: Image.Image, _: IO[bytes]) -> str | None:
     if "jfif" in image.info and image.info.get("adobe_transform") == 0 and image.mode == "RGB":
-        return "JFIF says that its colours are YCbCr and Adobe that they are RGB"
+        return "its JFIF marker says that its colours are YCbCr, its Adobe marker that they are RGB"
     return None
 
 

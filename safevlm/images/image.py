@@ -82,8 +82,8 @@ def open_views(
 
     Of an image in none of the ``formats`` no more than the first bytes are looked at: ImageFormatError.
 
-    Raises what :func:`open_image` does, at any view, and ImageFileError after the usual view where other readers show
-    what cannot be told: only a file whose views all came has been seen as a whole.
+    Raises what :func:`open_image` does, at any view, and ImageFileError after the usual view where it is unknown what
+    other readers show: only after all views has a file been seen completely.
     """
     where = "the given bytes" if isinstance(source, bytes) else str(source)
     with _stream(source, where) as stream:
@@ -146,14 +146,14 @@ def _jpeg_content(stream: BinaryIO, where: str) -> bytes:
     except OSError as error:
         _refuse(where, f"it cannot be read ({error.strerror})", error)
     if len(content) > MAX_JPEG_BYTES:
-        _refuse(where, f"it has more than {MAX_JPEG_BYTES:,} bytes, which no JPEG needs")
+        _refuse(where, f"it has more than {MAX_JPEG_BYTES:,} bytes, too many for a JPEG")
     _check_scans(content, where)
     return content
 
 
 def _check_scans(content: bytes, where: str) -> None:
     if has_more_scans(content, MOST_SCANS):
-        _refuse(where, f"it has more than {MOST_SCANS} scans, which no JPEG needs")
+        _refuse(where, f"it has more than {MOST_SCANS} scans, too many for a JPEG")
 
 
 def _further(content: bytes, name: str, where: str, max_pixels: int) -> Iterator[View]:
@@ -199,7 +199,7 @@ def _check_format(stream: BinaryIO, where: str, formats: Collection[str]) -> Non
     begun = [name for name, (_, accepts) in Image.OPEN.items() if accepts is not None and accepts(beginning)]
     if begun and not set(begun) & set(formats):
         raise ImageFormatError(
-            f"{where}: the format {begun[0]} is not taken. Allowed are {', '.join(sorted(formats))}."
+            f"{where}: the format {begun[0]} is not accepted. Allowed are {', '.join(sorted(formats))}."
         )
 
 
@@ -207,8 +207,8 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ImageFileError(
-            f"{where}: the image has {width} x {height} pixels. Allowed are {max_pixels:,} pixels and "
-            f"{MAX_SIDE:,} a side; make it smaller and try again."
+            f"{where}: the image has {width} x {height} pixels. At most {max_pixels:,} pixels, and {MAX_SIDE:,} per "
+            "side, are allowed. Make it smaller and try again."
         )
     try:
         several = image.format != "MPO" and getattr(image, "is_animated", False)
@@ -216,8 +216,8 @@ def _check_header(image: Image.Image, where: str, max_pixels: int) -> None:
         _refuse(where, f"its frames cannot be counted ({error})", error)
     if several:
         raise ImageFileError(
-            f"{where}: it is animated or has several pages. Allowed is one image a file: a verdict on the "
-            "first would say nothing of the others. Save each frame as a file and judge all of them."
+            f"{where}: it is animated or has several pages. Only one image per file is allowed: a verdict on the "
+            "first would say nothing about the others. Save each frame as a file and judge all of them."
         )
 
 

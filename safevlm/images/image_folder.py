@@ -79,7 +79,7 @@ def read_folder(folder: Path) -> FolderContent:
             except OSError as error:
                 problem = error.strerror or str(error)
         if path == folder:
-            raise InputError(f"{folder}: this folder cannot be read ({problem}). Give one that can.")
+            raise InputError(f"{folder}: this folder cannot be read ({problem}). Give a folder that can be read.")
         unreadable.append((path, problem))
     return FolderContent(tuple(sorted(images)), tuple(sorted(others)), tuple(sorted(unreadable)))
 

@@ -61,8 +61,8 @@ class View:
 def views(image: Image.Image, where: str) -> Iterator[View]:
     """Yield the views of an opened image, the usual one first.
 
-    Raises ImageFileError for a mode of no plain colour; after the usual view, for a file of which other readers show
-    what cannot be told from here. Whatever Pillow raises on damaged pixels comes through.
+    Raises ImageFileError for an unsupported colour mode and, after the usual view, for a file where it is unknown what
+    other readers show. Whatever Pillow raises on damaged pixels comes through.
     """
     reason = ambiguity(image)
     stored = before_loading(image)
@@ -76,8 +76,7 @@ def views(image: Image.Image, where: str) -> Iterator[View]:
 
 def _unclear(where: str, reason: str) -> ImageFileError:
     return ImageFileError(
-        f"{where}: readers may show different images of it: {reason}. Save it as a plain 8-bit RGB PNG or JPEG and try "
-        "again."
+        f"{where}: programs may show it differently: {reason}. Save it as a plain 8-bit RGB PNG or JPEG and try again."
     )
 
 
@@ -96,7 +95,7 @@ def _flat(image: Image.Image, stored: StoredImage, where: str) -> Iterator[Named
     colour, alpha = _split(image, stored, where)
     for way, version in _colours(image, colour, stored):
         if way and alpha is not None and stored.alpha == "premultiplied":
-            raise _unclear(where, f"its colours are multiplied by its transparency, and others when {way}")
+            raise _unclear(where, f"its colours are multiplied by its transparency, and differ when {way}")
         for name, flat in [("", version)] if alpha is None else _composited(version, alpha, stored):
             yield ", ".join(part for part in (name, way) if part), flat
         if stored.frame is not None:

@@ -110,7 +110,7 @@ def library(name: str, needs: str) -> Library:
     if not found:
         if version is None and problem is None:
             return Library(name=name, needs=needs, state="missing")
-        problem = problem or "its metadata is installed, its code is not"
+        problem = problem or "its metadata is installed, but its code is missing"
         return Library(name=name, needs=needs, state="broken", version=version, problem=problem)
     fits = version is None or _fits(version, needs)
     return Library(name=name, needs=needs, state="ok" if fits else "unfit", version=version)
@@ -136,7 +136,7 @@ def clashes() -> list[str]:
     both = [name for name in _SAME_MODULE if _version(name)[0] is not None]
     if len(both) < 2:
         return []
-    return [f"{' and '.join(both)} overwrite each other's files: uninstall both and install one of them again."]
+    return [f"{' and '.join(both)} overwrite each other's files. Uninstall both and install one of them again."]
 
 
 def _version(name: str) -> tuple[str | None, str | None]:

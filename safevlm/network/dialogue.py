@@ -83,7 +83,7 @@ class ChatFormat:
     """Around the image tokens."""
     image_token: str
     answer: str
-    """After the last turn: here the model goes on."""
+    """Text after the last turn, where the model continues."""
     end_of_turn: str
     """Ends the model's answer."""
     strict: bool
@@ -115,14 +115,14 @@ class ChatFormat:
         for number, turn in enumerate(turns):
             if self.image_token in turn.text:
                 raise QuestionError(
-                    f"the question contains {self.image_token!r}, which stands for the image: leave it out.",
+                    f"the question contains {self.image_token!r}, which stands for the image. Leave it out.",
                     turn=number,
                 )
         images = [number for number, turn in enumerate(turns) if turn.image]
         if len(images) != 1:
-            raise QuestionError(f"this model is asked about exactly one image; {len(images)} were given.")
+            raise QuestionError(f"this model answers about exactly one image; {len(images)} were given.")
         if turns[images[0]].role != "user":
-            raise QuestionError("the image belongs in a turn of the user: move it there.", turn=images[0])
+            raise QuestionError("the image must be in a user turn. Move it there.", turn=images[0])
         if not self.strict:
             return
         first = int(turns[0].role == "system")
@@ -130,21 +130,19 @@ class ChatFormat:
             wanted = ("user", "assistant")[(number - first) % 2]
             if turn.role == "system":
                 raise QuestionError(
-                    "this model's chat template takes one system text, as the first message: move or merge it.",
+                    "this model's chat template takes one system text, as the first message. Move or merge it.",
                     turn=number,
                     key="role",
                 )
             if turn.role != wanted:
                 raise QuestionError(
-                    "this model's chat template takes messages of user and assistant in alternation, the user's first: "
-                    f"one of the {wanted} belongs here, not of the {turn.role}.",
+                    "this model's chat template alternates user and assistant messages, beginning with the user. "
+                    f"This one must be from the {wanted}, not the {turn.role}.",
                     turn=number,
                     key="role",
                 )
         if turns[-1].role != "user":
-            raise QuestionError(
-                "this model answers the user: the last message must be the user's.", turn=len(turns) - 1, key="role"
-            )
+            raise QuestionError("the last message must be from the user.", turn=len(turns) - 1, key="role")
 
     def around(self, turns: Sequence[Turn]) -> Around:
         """Write the turns as text before and after the image tokens. Raises QuestionError, see :meth:`check`."""

@@ -96,14 +96,16 @@ class DistilledHead:
             with safe_open(path, framework="pt") as file:
                 stated = parse_json((file.metadata() or {}).get(METADATA, "{}"))
                 if not isinstance(stated, dict):
-                    raise TypeError(f"its header holds a JSON {type(stated).__name__}, not an object")
+                    raise TypeError(f"its header must hold a JSON object, not {type(stated).__name__}")
                 if stated.get("format") != FORMAT:
-                    raise GuardHeadError(f"{path} states format {stated.get('format')!r}; {FORMAT!r} is read. {_MAKE}")
+                    raise GuardHeadError(
+                        f"{path} states format {stated.get('format')!r}; only {FORMAT!r} can be read. {_MAKE}"
+                    )
                 names = list(file.keys())
                 widths, classes = _checked(stated)
                 sizes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
                 if sizes != _shapes(widths):  # before memory is taken for what the widths state
-                    raise ValueError(f"its tensors do not make a head of widths {widths}")
+                    raise ValueError(f"its tensors do not form a head of widths {widths}")
                 head = GuardHead(widths)
                 values = {name.removeprefix(HEAD_PREFIX): file.get_tensor(name) for name in names}
             head.load_state_dict(values)
@@ -125,8 +127,8 @@ class DistilledHead:
         if self.source_sha256 != source_sha256 or self.classes != checkpoint.classes:
             raise GuardHeadError(
                 f"the guard head was made for {self.checkpoint} with tensors of SHA-256 {self.source_sha256[:12]}…; "
-                f"{checkpoint.name} has {source_sha256[:12]}…. On another vision tower its verdicts would be noise. "
-                f"Fit one for this checkpoint: python -m calibration.distill --model {checkpoint.name} --images DIR "
+                f"{checkpoint.name} has {source_sha256[:12]}…. With another vision tower its verdicts are noise. Fit "
+                f"a head for this checkpoint: python -m calibration.distill --model {checkpoint.name} --images DIR "
                 "--out FILE"
             )
         width = pooled_width(self.pooling, checkpoint.hidden_size)

@@ -90,8 +90,8 @@ def check_stored(wanted: Mapping[str, tuple[int, ...]], tensors: TensorStore) ->
         more = f" and {len(missing) - NAMES_SHOWN} more" if len(missing) > NAMES_SHOWN else ""
         listed = ", ".join(f"'{name}'" for name in missing[:NAMES_SHOWN])
         raise CheckpointError(
-            f"the checkpoint lacks {listed}{more}, which its config.json calls for. Fetch it again, and "
-            "config and tensors from the same revision."
+            f"the checkpoint lacks {listed}{more}, which its config.json calls for. Fetch config and tensors again, "
+            "from the same revision."
         )
     for name, shape in wanted.items():
         stored = tuple(tensors.shape(name))

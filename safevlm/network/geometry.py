@@ -38,8 +38,8 @@ class SquareGeometry:
     def check_size(self, height: int, width: int) -> None:
         if (height, width) != (self._size, self._size):
             raise InputError(
-                f"images are {height}x{width} pixels; this vision tower reads {self._size}x{self._size}. "
-                "Bring them there with the checkpoint's Preprocessing."
+                f"images are {height}x{width} pixels; this vision tower reads {self._size}x{self._size}. Resize them "
+                "with the checkpoint's Preprocessing."
             )
 
     def tokens(self, height: int, width: int) -> int:
@@ -64,8 +64,8 @@ class QwenGeometry:
     def check_size(self, height: int, width: int) -> None:
         if height < 1 or width < 1 or height % self._side or width % self._side:
             raise InputError(
-                f"images are {height}x{width} pixels; this vision tower reads multiples of {self._side} "
-                "in both directions. Bring them there with the checkpoint's Preprocessing."
+                f"images are {height}x{width} pixels; this vision tower reads multiples of {self._side} in both "
+                "directions. Resize them with the checkpoint's Preprocessing."
             )
 
     def tokens(self, height: int, width: int) -> int:

@@ -47,7 +47,7 @@ class Prefill:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Begun:
-    """N prefilled prompts: the guard's verdict on their images, and what decoding goes on from.
+    """N prefilled prompts: the guard's verdict on their images, and the state that decoding continues from.
 
     Decoding extends ``cache``, so each is finished at most once.
     """

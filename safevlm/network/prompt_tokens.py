@@ -76,8 +76,8 @@ def check_ids(tokenizer: Any, sequences: Sequence[Sequence[int]], rows: int) -> 
     beyond = max(map(max, sequences))
     if beyond >= rows:
         raise InputError(
-            f"a prompt holds token {beyond} ({str(tokenizer.convert_ids_to_tokens(beyond))!r}), which the "
-            "embedding has no row for. Leave it out of the question."
+            f"a prompt holds token {beyond} ({str(tokenizer.convert_ids_to_tokens(beyond))!r}), for which the "
+            "embedding has no row. Leave it out of the question."
         )
 
 
@@ -92,22 +92,22 @@ def check_tokenizer(tokenizer: Any, folder: Path, prompt: PromptFormat, rows: in
     split = [token for token in SPECIAL_TOKEN.findall(text) if _single_id(tokenizer, token) is None]
     if split:
         raise CheckpointError(
-            f"{folder}: the tokenizer has no token {split[0]!r}, which the prompt of this family holds. {advice}"
+            f"{folder}: the tokenizer has no token {split[0]!r}, which this family's prompt contains. {advice}"
         )
     kept = tokenizer.decode(_encode(tokenizer, text), skip_special_tokens=False).replace(
         tokenizer.unk_token or "\0", ""
     )
     if 2 * len("".join(kept.split())) < len("".join(text.split())):
         raise CheckpointError(
-            f"{folder}: the tokenizer's vocabulary lacks most of the prompt: of {text[:60]!r}… it keeps {kept[:60]!r}. "
+            f"{folder}: the tokenizer's vocabulary lacks most of the prompt: {text[:60]!r}… becomes {kept[:60]!r}. "
             f"{advice}"
         )
     added = set(tokenizer.added_tokens_decoder)
     beyond = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)
     if beyond >= rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has token {beyond}, but the embedding has {rows} rows. They are not of one "
-            f"model. {advice}"
+            f"{folder}: the tokenizer has token {beyond}, but the embedding has only {rows} rows. They belong to "
+            f"different models. {advice}"
         )
 
 
@@ -127,7 +127,7 @@ def stated_ends(folder: Path) -> frozenset[int]:
     if not all(type(token) is int for token in ends):
         name = "config.json" if stated is config else path.name
         raise CheckpointError(
-            f"{folder / name}: eos_token_id is {value!r}; a token's number or a list of them is allowed. Fetch the "
+            f"{folder / name}: eos_token_id is {value!r}; a token id or a list of token ids is allowed. Fetch the "
             "file again."
         )
     return frozenset(ends)
@@ -140,8 +140,8 @@ def prompt_ids(tokenizer: Any, prompt: PromptFormat, question: str, image_tokens
     """
     if prompt.image_token in question:
         raise QuestionError(
-            f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. "
-            "Exactly one image is asked about; leave the token out."
+            f"the question contains {prompt.image_token!r}, which stands for the image: {question[:80]!r}. Leave it "
+            "out; each question is about exactly one image."
         )
     around = Around(prompt.before_image, prompt.after_image + question + prompt.after_question)
     return _around_ids(tokenizer, prompt.image_token, around, image_tokens)

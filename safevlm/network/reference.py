@@ -138,7 +138,7 @@ def build_vision(
 class GuardModel(nn.Module):
     """A guard on the projector's output: image features, pooled over the image tokens, the head.
 
-    The head is the checkpoint's own where its tap is the projector (``mean`` pooling), else a distilled one.
+    The head is the checkpoint's own where its tap is the projector (``mean`` pooling), otherwise a distilled one.
     """
 
     def __init__(
@@ -206,12 +206,11 @@ def build_reference_guard(
         return GuardModel(vision, distilled.head, checkpoint.family, checkpoint.classes, distilled.pooling)
     if checkpoint.tap.source != "projector":
         raise GuardHeadError(
-            f"{checkpoint.name}: the guard taps the language model's last hidden state "
-            f"({checkpoint.tap.learned}), so its head cannot be put on the projector's output: that has the "
-            f"same width ({checkpoint.head.widths[0]}) and other contents, and the verdicts would be noise. "
-            "Fit a head for the projector first: python -m calibration.distill "
-            f"--model {checkpoint.name} --images DIR --out FILE. If the checkpoint truly taps the "
-            "projector, say so with tap='projector'."
+            f"{checkpoint.name}: the guard taps the language model's last hidden state ({checkpoint.tap.learned}), so "
+            f"its head does not fit the projector's output: the width is the same ({checkpoint.head.widths[0]}), but "
+            "the verdicts would be noise. Fit a head for the projector first: python -m calibration.distill --model "
+            f"{checkpoint.name} --images DIR --out FILE. If the checkpoint really taps the projector, pass "
+            "tap='projector'."
         )
     head = build_head(checkpoint, dtype=dtype)
     return GuardModel(build_vision(checkpoint, grid, dtype=dtype), head, checkpoint.family, checkpoint.classes)

@@ -99,8 +99,8 @@ class SafeVLM(nn.Module):
         given = features_NTD if images_NHWC is None else images_NHWC
         if given is None or len(given) != len(questions) or not questions:
             raise InputError(
-                f"{0 if given is None else len(given)} images and {len(questions)} questions were given; one "
-                "question an image is needed, and at least one of each. Repeat an image that is asked about twice."
+                f"{0 if given is None else len(given)} images and {len(questions)} questions were given; give one "
+                "question per image, and at least one of each. Repeat an image to ask about it twice."
             )
         size = self._size(images_NHWC)
         sequences = [self.prompt_ids(question, size=size) for question in questions]
@@ -110,7 +110,7 @@ class SafeVLM(nn.Module):
         if tuple(features_NTD.shape) != wanted:
             raise InputError(
                 f"image features of shape {tuple(features_NTD.shape)} were given; {wanted} (images, image tokens, "
-                f"width) is needed for {size[0]}x{size[1]} pixels. Give those of this checkpoint's vision tower."
+                f"width) is needed for {size[0]}x{size[1]} pixels. Give features of this checkpoint's vision tower."
             )
         usual = self._usual_prefix(size)
         prefill = self.assemble(sequences, features_NTD, size)
@@ -128,7 +128,7 @@ class SafeVLM(nn.Module):
     ) -> Prefill:
         """Pad token ids on the left and put row i's features where its ``IMAGE`` placeholders stand.
 
-        To go on with an answer, give ids that hold it. ``size`` is the images' (height, width) in pixels; without
+        To continue an answer, give ids that include it. ``size`` is the images' (height, width) in pixels; without
         features the rows are text alone.
 
         Raises InputError when a row has not T placeholders, or a token that the embedding has no row for.
@@ -148,9 +148,8 @@ class SafeVLM(nn.Module):
         tokens = features_NTD.shape[1]
         if image_NL.sum(dim=-1).tolist() != [tokens] * len(features_NTD):
             raise InputError(
-                f"the prompts hold {image_NL.sum(dim=-1).tolist()} image placeholders, {len(features_NTD)} "
-                f"images of {tokens} image tokens were given. Build the ids with "
-                "prompt_ids(question, size=...)."
+                f"the prompts hold {image_NL.sum(dim=-1).tolist()} image placeholders, but {len(features_NTD)} images "
+                f"of {tokens} image tokens were given. Build the ids with prompt_ids(question, size=...)."
             )
         embeds = words.masked_scatter(image_NL.unsqueeze(-1), features_NTD.to(words.dtype)) if tokens else words
         masks = {"attention_mask": attention_NL}

@@ -17,7 +17,7 @@ class TextStream:
         self._decode = decode
         self._stops = stops
         self.stopped = False
-        """Whether one of ``stops`` came: nothing from its beginning on is told."""
+        """Whether one of ``stops`` was found; no text from its beginning on is reported."""
         self._ids: list[int] = []
         self._told = ""
 

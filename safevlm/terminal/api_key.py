@@ -24,7 +24,11 @@ def read_key(variable: str, *, needed: bool) -> str | None:
     named = f"the environment variable {variable}" if plain else "the environment variable that was named"
     if not key:
         if needed:
-            advice = "it should hold the API key" if plain else "name the one that holds the key; do not give the key"
+            advice = (
+                "set it to the API key"
+                if plain
+                else "give the name of the variable that holds the key, not the key itself"
+            )
             raise InputError(f"{named} is not set, or empty: {advice}.")
         return None
     return checked_key(key, named)
@@ -33,5 +37,5 @@ def read_key(variable: str, *, needed: bool) -> str | None:
 def checked_key(key: str, where: str) -> str:
     """Return a key that can be sent in a header. Raises InputError, without it; ``where`` it came from."""
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise InputError(f"{where} holds spaces, several lines or other characters that no API key has.")
+        raise InputError(f"{where} holds spaces, several lines or other characters that an API key cannot have.")
     return key

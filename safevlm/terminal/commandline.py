@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -15,19 +16,22 @@ import click
 
 from safevlm.errors import SafeVLMError, StorageError
 from safevlm.files.storage import locale_problem, storage_problem
+from safevlm.imports.siblings import PACKAGES
+from safevlm.terminal.commands import PROGRAM
 from safevlm.terminal.printable import printable
 from safevlm.terminal.standard_streams import settled, standard_streams
 
-__all__ = ["USAGE", "leave", "printable", "run"]
+__all__ = ["USAGE", "as_started", "leave", "printable", "run"]
 
 USAGE = 2
 SIGNALLED = 128
 """Plus the signal's number, as shells have it: 130 for SIGINT."""
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+COMMAND = re.compile(rf"\bpython -m ((?:{'|'.join(PACKAGES)})(?:\.\w+)+)")
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a click command and exit: with the whole number it returns, else 0.
+    """Run a click command and exit: with the integer it returns, otherwise 0.
 
     SafeVLMError becomes ``error: message`` on stderr and its own code, and so does what the surroundings cause (a full
     disk, a folder that may not be written, a locale that lacks a letter); wrong usage 2, Ctrl-C 130, SIGTERM 143,
@@ -51,7 +55,7 @@ def _code(command: click.Command, arguments: list[str], signals: list[int]) -> i
         click.echo("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}", err=True)
         return SIGNALLED + number
     except SafeVLMError as error:
-        _say_error(str(error))
+        _say_error(command, str(error))
         if isinstance(error, StorageError):
             _say_again(command, arguments)
         return error.exit_code
@@ -59,24 +63,45 @@ def _code(command: click.Command, arguments: list[str], signals: list[int]) -> i
         told = storage_problem(error, arguments) or locale_problem(error, arguments)
         if told is None:
             raise
-        _say_error(told)
+        _say_error(command, told)
         _say_again(command, arguments)
         return StorageError.exit_code
     return code if isinstance(code, int) else 0
 
 
-def _say_error(message: str) -> None:
-    click.echo(f"error: {printable(message)}", err=True)
+def as_started(text: str, command: click.Command | None = None) -> str:
+    """Return a text with the commands in it written as this process was started.
+
+    ``python -m export.trt`` becomes ``safevlm export trt`` under ``safevlm``, and ``python -m safevlm export trt``
+    under ``python -m safevlm``. ``command`` is what was run; by default, the command that is running, if one is.
+    """
+    context = click.get_current_context(silent=True)
+    root = context.find_root().command if command is None and context is not None else command
+    if root is None or root.name != PROGRAM:
+        return text
+    return COMMAND.sub(lambda found: " ".join([_start(root), *_words(found[1])]), text)
+
+
+def _words(module: str) -> list[str]:
+    return module.removeprefix("runtimes.").split(".")
+
+
+def _start(command: click.Command) -> str:
+    """Return what is typed to start this process, before its arguments."""
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    return str(command.name) if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
+
+
+def _say_error(command: click.Command, message: str) -> None:
+    click.echo(f"error: {printable(as_started(message, command))}", err=True)
 
 
 def _say_again(command: click.Command, arguments: Sequence[str]) -> None:
     """Print the command to run once the place is fixed: the same one, with ``--resume`` where it has that."""
-    specification = getattr(sys.modules["__main__"], "__spec__", None)
-    started = command.name if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
     options = _run_command(command, list(arguments)).params
     resume = ["--resume"] if any(option.name == "resume" for option in options) else []
     typed = shlex.join([*arguments, *(each for each in resume if each not in arguments)])
-    click.echo(printable(f"once this is fixed, run: {started} {typed}"), err=True)
+    click.echo(printable(f"once this is fixed, run: {_start(command)} {typed}"), err=True)
 
 
 def _run_command(command: click.Command, arguments: list[str]) -> click.Command:

@@ -155,11 +155,11 @@ def _load(module: str) -> click.Command:
         if error.name not in PACKAGES:
             raise
         raise InputError(
-            f"the package '{error.name}' is not installed in {ROOT}, which has what judging needs. Install the rest: "
-            "pip install safevlm-edge."
+            f"the package '{error.name}' is not installed in {ROOT}, which has only what judging needs. Install the "
+            "rest: pip install safevlm-edge."
         ) from error
     if not isinstance(command, click.Command):
-        raise TypeError(f"{module}.main is no click command")
+        raise TypeError(f"{module}.main is not a click command")
     return command
 
 

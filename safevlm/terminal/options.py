@@ -59,5 +59,5 @@ def parse_grid(text: str | None) -> tuple[int, int] | None:
         return None
     sides = text.lower().split("x")
     if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
-        raise InputError(f"--grid {text}: one side in pixels (448) or height x width (448x672) is allowed.")
+        raise InputError(f"--grid {text} is not a size. Give one side in pixels (448) or height x width (448x672).")
     return int(sides[0]), int(sides[-1])

@@ -179,7 +179,7 @@ def test_thresholds_do_not_outlive_the_file_they_were_fitted_on(bundle: Path, la
     stated = json.loads((bundle / "manifest.json").read_text())
     stated["files"][0] = other.model_dump(mode="json")
     (bundle / "manifest.json").write_text(json.dumps(stated))
-    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx were fitted on another file"):
+    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx were fitted on a different version"):
         Guard.open(bundle)
 
 
@@ -187,7 +187,7 @@ def test_thresholds_of_another_file_are_refused(bundle: Path, labels: Path) -> N
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
     stated = json.loads((bundle / "manifest.json").read_text())
     stated["thresholds"][0]["file_sha256"] = "0" * 64
-    with pytest.raises(BundleError, match=r"fitted on another file.*calibration\.thresholds"):
+    with pytest.raises(BundleError, match=r"fitted on a different version.*calibration\.thresholds"):
         Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")
 
 
@@ -263,7 +263,7 @@ def test_the_command_says_what_tiles_cost(bundle: Path, large: Path) -> None:
     assert done.exit_code == 0
     cost = json.loads(done.stdout)["tile_cost"]["guard.fp32.onnx"]
     assert cost["tiled"] == 240 and cost["fpr_limits_of_whole"] >= cost["fpr_whole"]
-    assert "240 images were judged in tiles, too. Safe images blocked: " in done.stderr
-    assert "One band for all classes" in done.stderr
+    assert "240 images were also judged in tiles. Safe images blocked: " in done.stderr
+    assert "one band for all classes" in done.stderr
     (entry,) = json.loads(done.stdout)["thresholds"]
     assert entry["view"] == "tiles" and entry["per_class"] == {}

@@ -101,7 +101,7 @@ def test_a_regular_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     path.write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
     assert read_regular(tmp_path / "link", 5) == b"12345"
-    with pytest.raises(OSError, match="5 bytes, 4 are allowed"):
+    with pytest.raises(OSError, match="5 bytes; at most 4 are allowed"):
         read_regular(path, 4)
     with open_regular(path) as stream:
         assert not os.get_inheritable(stream.fileno())

@@ -99,7 +99,8 @@ def class_order(classes: Sequence[str], wanted: Sequence[str], where: str) -> li
     if sorted(own) != sorted(SHORT_NAMES.get(name, name) for name in wanted):
         differ = sorted(set(own) ^ set(wanted))
         raise InputError(
-            f"{where}: its guard has other classes than the suite ({', '.join(differ[:6])}). Take a suite made for it."
+            f"{where}: the classes of its guard differ from the suite's ({', '.join(differ[:6])}). Use a suite "
+            "made for it."
         )
     return [own.index(SHORT_NAMES.get(name, name)) for name in wanted]
 
@@ -134,7 +135,9 @@ def _compression(folder: Path) -> dict[str, Any]:
         return {}
     record = read_json_object(path, needed_for="what is known of a compressed checkpoint")
     if not isinstance(record.get("anomalous"), bool):
-        raise CheckpointError(f"{path}: 'anomalous' must be true or false. Take the file that was written with it.")
+        raise CheckpointError(
+            f"{path}: 'anomalous' must be true or false. Restore the file that was written with the checkpoint."
+        )
     return record
 
 

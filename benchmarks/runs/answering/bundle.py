@@ -141,7 +141,7 @@ class GatedAnswerer:
         )
         guard = self.gate.guard
         if guard is None:
-            raise InputError(f"{bundle} holds no standalone guard: run the checkpoint alone, its guard is exact.")
+            raise InputError(f"the guard of {bundle} is not standalone. Run the checkpoint alone; its guard is exact.")
         self._order = class_order(guard.classes, classes, str(bundle))
         self._guard = guard
 

@@ -45,7 +45,7 @@ def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
     if request.server is not None:
         return _server(request)
     if request.model is None and request.bundle is None:
-        raise InputError("nothing to run: give --model, --bundle, both (a gated pair), or --server with --model.")
+        raise InputError("nothing to run. Give --model, --bundle, both (a gated pair), or --server with --model.")
     if request.threads is not None:
         import torch
 
@@ -57,7 +57,7 @@ def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
         from benchmarks.runs.answering.gguf import GgufAnswerer
 
         if request.grid is not None or request.revision is not None:
-            raise InputError("--grid and --revision are fixed in GGUF files: leave them out, or write the files anew.")
+            raise InputError("--grid and --revision are fixed in GGUF files. Leave them out, or write the files again.")
         return GgufAnswerer(request.model, classes, max_new_tokens=request.max_new_tokens, threads=request.threads)
     from benchmarks.runs.answering.torch_model import TorchAnswerer
     from safevlm.checkpoint.checkpoint import open_checkpoint

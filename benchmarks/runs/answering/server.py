@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server, such as vLLM or a gateway: pictures and questions over the wire, several at once."""
+"""An OpenAI-compatible server, such as vLLM or a gateway: images and questions over the wire, several at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ServerAnswerer:
     """Ask a server's ``model``, greedily (temperature 0), ``concurrency`` questions at once.
 
     A server tells no guard's probabilities, and its artifact cannot be hashed: a report says so. What its content
-    filter withholds counts as blocked. Pictures go as PNG in data URLs, at their own size.
+    filter withholds counts as blocked. Images go as PNG in data URLs, at their own size.
     """
 
     kinds = frozenset({"pair", "question"})

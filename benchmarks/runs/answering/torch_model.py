@@ -64,7 +64,7 @@ class TorchAnswerer:
         from safevlm.network.loading import load_safe_vlm
 
         if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"--device {self.device}: torch sees no GPU here. Take --device cpu.")
+            raise InputError(f"--device {self.device}: torch finds no GPU here. Use --device cpu.")
         dtype = getattr(torch, self.dtype)
         self._vlm = load_safe_vlm(self.checkpoint, dtype=dtype, grid=self.grid).to(device=self.device, dtype=dtype)
         self._reader = reader_of(self._vlm)

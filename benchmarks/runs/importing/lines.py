@@ -40,7 +40,7 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     if len(data) > MAX_BYTES:
         raise InputError(
-            f"{path}: more than {MAX_BYTES:,} bytes of text, too many for the log of a benchmark. "
-            "Give the per-sample log itself."
+            f"{path}: more than {MAX_BYTES:,} bytes of text, too many for the log of a benchmark. Give the per-sample "
+            "log."
         )
     return decode_text(data, str(path))

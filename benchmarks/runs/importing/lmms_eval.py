@@ -4,7 +4,7 @@ lmms-eval 0.7.3 asks for torchvision, whose builds bring another torch than the 
 an environment of its own and their logs, ``<date>_samples_<task>.jsonl``, are read here. Its logs have one object a
 sample: ``doc_id``, ``input`` (the question as it was put), ``target``, ``filtered_resps``, and what the task's
 ``process_results`` returned under the metrics' names: a number, or an object that holds a ``score`` or what the score
-is computed from. Its ``doc_hash`` hashes pictures by their place in memory, so two runs never agree in it: not used.
+is computed from. Its ``doc_hash`` hashes images by their place in memory, so two runs never agree in it: not used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_METRICS = frozenset(
     {"doc_id", "doc_hash", "target", "input", "resps", "filtered_resps", "token_counts", "input_media", "submission"}
 )
 PREFERRED = ("mmmu_acc", "mme_realworld_score", "average", "exact_match")
-"""Metrics by which the four tasks of the paper are told; looked for before the only other one."""
+"""Metrics of the paper's four tasks; looked for before a sample's only other metric."""
 LOG_NAME = re.compile(r"samples_(?P<task>[^/]+)\.jsonl(\.gz)?$")
 
 
@@ -43,16 +43,16 @@ def import_lmms_eval(path: Path, *, name: str, task: str | None = None, metric: 
     told = LOG_NAME.search(path.name)
     task = task or (told["task"] if told else None)
     if task is None:
-        raise InputError(f"{path.name}: the name tells no task (…_samples_<task>.jsonl); give --task.")
+        raise InputError(f"{path.name}: the file name does not contain the task (…_samples_<task>.jsonl). Give --task.")
     rows: list[Row] = []
     asked: list[str] = []
     seen: dict[str, str] = {}
     for where, raw in numbered_rows(path):
         if not isinstance(raw, Mapping) or "doc_id" not in raw:
-            raise InputError(f"{where}: no lmms-eval sample, field 'doc_id' is missing.")
+            raise InputError(f"{where} is not an lmms-eval sample: field 'doc_id' is missing.")
         metric = metric or _metric(raw, where)
         if metric not in raw:
-            raise InputError(f"{where}: it has no metric {metric!r}; it has {', '.join(_metrics(raw)) or 'none'}.")
+            raise InputError(f"{where} has no metric {metric!r}. It has {', '.join(_metrics(raw)) or 'none'}.")
         row = Row(
             id=str(raw["doc_id"]),
             kind="question",
@@ -61,7 +61,7 @@ def import_lmms_eval(path: Path, *, name: str, task: str | None = None, metric: 
             score=_score(raw[metric], f"{where}: metric {metric!r}"),
         )
         if row.id in seen:
-            raise InputError(f"{where}: doc_id {row.id} stands in {seen[row.id]} already.")
+            raise InputError(f"{where}: doc_id {row.id} is already in {seen[row.id]}.")
         seen[row.id] = where
         rows.append(row)
         asked.append(json.dumps(raw.get("input"), sort_keys=True))
@@ -80,7 +80,9 @@ def _metric(raw: Mapping[str, Any], where: str) -> str:
     there = _metrics(raw)
     chosen = [name for name in PREFERRED if name in there][:1] or there
     if len(chosen) != 1:
-        raise InputError(f"{where}: which metric counts? Give --metric, one of {', '.join(there) or '(it has none)'}.")
+        raise InputError(
+            f"{where}: the metric is not clear. Give --metric, one of {', '.join(there) or '(it has none)'}."
+        )
     return chosen[0]
 
 
@@ -102,10 +104,10 @@ def _kind(value: Any) -> Callable[[Any], float] | None:
 def _score(value: Any, where: str) -> float:
     kind = _kind(value)
     if kind is None:
-        raise InputError(f"{where} is {json.dumps(value, default=str)[:120]}: a number or a scored object is needed.")
+        raise InputError(f"{where} is {json.dumps(value, default=str)[:120]}: it must be a number or a scored object.")
     score = kind(value)
     if not 0 <= score <= 1:  # false for NaN, too
-        raise InputError(f"{where} gives {score}: scores of 0 to 1 are compared. Name another with --metric.")
+        raise InputError(f"{where} gives {score}, but scores must be 0 to 1. Give another --metric.")
     return score
 
 

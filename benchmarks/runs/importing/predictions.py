@@ -32,9 +32,9 @@ def import_predictions(path: Path, *, name: str | None = None) -> Run:
         row = row_of(raw, where, query_needed=False)
         answer = raw.get("prediction")
         if not isinstance(answer, str):
-            raise InputError(f"{where}: field 'prediction' is {answer!r}, the model's answer (text) is needed.")
+            raise InputError(f"{where}: field 'prediction' is {answer!r}; it must be the model's answer, a string.")
         if row.id in seen:
-            raise InputError(f"{where}: id {row.id} stands in {seen[row.id]} already.")
+            raise InputError(f"{where}: id {row.id} is already in {seen[row.id]}.")
         seen[row.id] = where
         rows.append(row.model_copy(update={"answer": answer}))
     if not rows:

@@ -47,7 +47,7 @@ class Asked:
     include_usage: bool
 
     def refusal(self, error: QuestionError) -> Refusal:
-        """Return what a client is told of a dialogue that the model cannot be asked."""
+        """Return the refusal of a dialogue that the model cannot answer."""
         param = "messages" if error.turn is None else f"messages[{self.numbers[error.turn]}].{error.key}"
         return bad_request(str(error), code=error.code, param=param)
 
@@ -57,7 +57,7 @@ def read_asked(body: dict[str, Any], images: int) -> Asked:
     for key, served in PLAIN_KEYS:
         value = body.get(key)
         if value is not None and value not in served:
-            raise bad_request(f"the model in this server gives one plain answer: leave out {key!r}.", param=key)
+            raise bad_request(f"the model in this server gives one plain answer. Leave out {key!r}.", param=key)
     if images != 1:
         raise bad_request(
             f"the model in this server answers about exactly one image; {images} were sent.", param="messages"
@@ -91,11 +91,11 @@ def _turn(message: dict[str, Any], number: int) -> Turn | None:
     role = ROLES.get(message["role"])
     if role is None:
         raise _unserved(
-            "the model in this server takes messages of system, developer, user and assistant.", f"[{number}].role"
+            "the model in this server accepts only system, developer, user and assistant messages.", f"[{number}].role"
         )
     for key in ("tool_calls", "function_call"):
         if message.get(key):
-            raise _unserved(f"the model in this server calls no tools: leave out {key!r}.", f"[{number}].{key}")
+            raise _unserved(f"the model in this server cannot call tools. Leave out {key!r}.", f"[{number}].{key}")
     content = message.get("content") or message.get("refusal") or ""
     parts = content if isinstance(content, list) else [content]
     kinds = [part.get("type") for part in parts if isinstance(part, dict)]
@@ -142,7 +142,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     fits = isinstance(texts, list) and len(texts) <= MOST_STOPS
     if not fits or not all(isinstance(each, str) and 0 < len(each) <= LONGEST_STOP for each in texts):
         raise bad_request(
-            f"stop must be a text or a list of at most {MOST_STOPS} texts, of 1 to {LONGEST_STOP} letters each.",
+            f"stop must be a string or a list of at most {MOST_STOPS} strings, of 1 to {LONGEST_STOP} characters each.",
             code="invalid_value",
             param="stop",
         )

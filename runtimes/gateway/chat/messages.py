@@ -93,7 +93,7 @@ class ImagePart(Typed):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
     def forget(self) -> None:
-        """Drop the client's URL, of which the bytes are known: no copy of it is kept, and none can go on."""
+        """Drop the client's URL, whose bytes are already read, so that no copy of it is kept or passed on."""
         detail = None if isinstance(self.image_url, str) else self.image_url.detail
         self.image_url = ImageUrl.model_construct(url="", detail=detail)
 
@@ -117,7 +117,7 @@ Part = Annotated[
     | Annotated[TextPart, Tag("<text>")]
     | Annotated[RefusalPart, Tag("<refusal>")]
     | Annotated[ImagePart, Tag("<image_url>")],
-    Discriminator(_kind_of_part, custom_error_type="part", custom_error_message="a part that is not taken"),
+    Discriminator(_kind_of_part, custom_error_type="part", custom_error_message="an unsupported part"),
 ]
 
 
@@ -202,7 +202,7 @@ class Message(Typed):
     ANSWERS: ClassVar = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")
     BLOCKS: ClassVar = ("reasoning_details", "thinking_blocks")
     EMPTY: ClassVar = ("audio", "images", "reasoning_items")
-    """What could hold media: taken only where it is empty."""
+    """Keys that could hold media: accepted only when empty."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -232,7 +232,7 @@ class Message(Typed):
         other = () if self.role == "assistant" else (*self.ANSWERS, *self.BLOCKS)
         for key in (*other, *(() if self.role == "tool" else ("tool_call_id",))):
             if getattr(self, key):
-                raise PydanticCustomError("role_key", "not of this role", {"key": key, "role": self.role})
+                raise PydanticCustomError("role_key", "not allowed for this role", {"key": key, "role": self.role})
         if self.content is None and self.role not in ("assistant", "function"):
             raise PydanticCustomError("no_content", "content is missing", {"key": "content"})
         return self

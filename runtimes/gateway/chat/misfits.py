@@ -22,8 +22,8 @@ TYPES = {
     "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
-    "string_unicode": "text without half of a surrogate pair",
-    "string_pattern_mismatch": "a token's number",
+    "string_unicode": "text without unpaired surrogates",
+    "string_pattern_mismatch": "a token id",
 }
 """What was wanted, by the names of pydantic's errors."""
 
@@ -44,16 +44,16 @@ def misfit(error: ValidationError) -> Refusal:
     elif found["type"] in ("too_short", "string_too_short"):
         wanted = f"at least {context['min_length']} long"
     if wanted is None:
-        return bad_request(f"{where} is not what is taken there: {found['msg']}.", param=where)
+        return bad_request(f"{where} has a wrong value: {found['msg']}.", param=where)
     return bad_request(f"{where} must be {wanted}.", param=where)
 
 
 def unknown(name: str) -> Refusal:
-    """Return the refusal of a top-level key that is not taken."""
+    """Return the refusal of a top-level key that is not accepted."""
     shown = shortened(name)
     allowed = ", or ask the operator of this server to allow it (--pass-key)" if may_pass(name) else ""
     return bad_request(
-        f"the key '{shown}' is not taken. Leave it out{allowed}.",
+        f"the key '{shown}' is not accepted. Leave it out{allowed}.",
         code="unknown_parameter",
         param=shown,
     )
@@ -88,7 +88,7 @@ def _extra(steps: list[Any], _: Any, context: dict[str, Any]) -> Refusal:
     kind = next((tag for tag in context["of"] if tag in PARTS), None)
     of_type = "" if kind is None else f" of type '{kind[1:-1]}'"
     return bad_request(
-        f"{parent}{of_type} has the key '{key}', which is not taken. Leave it out.",
+        f"{parent}{of_type} has the key '{key}', which is not accepted. Leave it out.",
         code="unknown_parameter",
         param=place(steps),
     )
@@ -103,14 +103,14 @@ def _part(steps: list[Any], given: Any, _: dict[str, Any]) -> Refusal:
     shown = shortened(kind) if isinstance(kind, str) else None
     where = place(steps)
     return bad_request(
-        f"{where} is of type '{shown}': 'text' and 'image_url' are judged and passed on, nothing else is.",
+        f"{where} is of type '{shown}'. Only 'text' and 'image_url' are accepted.",
         code="unsupported_content",
         param=f"{where}.type" if isinstance(given, dict) else where,
     )
 
 
 def _image(steps: list[Any], _: Any, __: dict[str, Any]) -> Refusal:
-    return bad_request(f"{place(steps)}: an image is a URL.", param=place(steps))
+    return bad_request(f"{place(steps)}: an image must be given as a URL.", param=place(steps))
 
 
 def _tool(steps: list[Any], given: Any, _: dict[str, Any]) -> Refusal:
@@ -122,7 +122,7 @@ def _tool(steps: list[Any], given: Any, _: dict[str, Any]) -> Refusal:
 
 def _of_role(steps: list[Any], _: Any, context: dict[str, Any]) -> Refusal:
     where = place([*steps, context["key"]])
-    return bad_request(f"{where} is not taken from the role '{context['role']}'. Leave it out.", param=where)
+    return bad_request(f"{where} is not accepted from the role '{context['role']}'. Leave it out.", param=where)
 
 
 def _no_content(steps: list[Any], _: Any, context: dict[str, Any]) -> Refusal:

@@ -42,12 +42,14 @@ def check_pass_keys(names: Iterable[str]) -> None:
     for name in names:
         if NAME.fullmatch(name) is None:
             raise InputError(
-                f"--pass-key {shortened(name)}: a key's name is letters, digits and _, such as guided_json."
+                f"--pass-key {shortened(name)} is not the name of a key. Use letters, digits and _, as in guided_json."
             )
         if name in Chat.model_fields:
-            raise InputError(f"--pass-key {name}: this key is OpenAI's and is taken anyway; leave the option out.")
+            raise InputError(
+                f"--pass-key {name}: this key is one of OpenAI's and always accepted. Leave the option out."
+            )
         if not may_pass(name):
             raise InputError(
                 f"--pass-key {name}: such a key can carry an image, another conversation or another destination past "
-                "the guard, and is never passed on."
+                "the guard, so it is never passed on."
             )

@@ -30,7 +30,7 @@ __all__ = ["ChatRequest", "ImageReference", "parse_chat", "parse_guard"]
 
 SHOWN = 80
 DOES_NOTHING: dict[str, Any] = {"max_tokens": -1, "modalities": ["text"], "response_format": {"type": "text"}}
-"""Values that ask for what is done anyway; their keys are dropped as null and empty ones are."""
+"""Values that ask for the default behaviour; their keys are dropped like null and empty ones."""
 ASKING = ("developer", "system", "user")
 ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 
@@ -78,7 +78,7 @@ def parse_chat(body: Any, options: GatewayOptions) -> ChatRequest:
         raise misfit(error) from None
     images = tuple(_images(chat, options))
     if options.require_image and not images:
-        raise bad_request("this server takes requests with an image only.", param="messages")
+        raise bad_request("this server accepts only requests with an image.", param="messages")
     _check_what_is_written({**chat.written(itertools.repeat("")), **passed}, options)
     return ChatRequest(chat=chat, images=images, passed=passed)
 
@@ -108,18 +108,18 @@ def _sorted_keys(body: dict[str, Any], options: GatewayOptions) -> tuple[dict[st
             if not is_empty(value):
                 passed[key] = value
         elif key == "audio" and not is_empty(value):
-            raise bad_request("only text can be answered.", param="audio")
+            raise bad_request("answers can only be text.", param="audio")
         elif value is not None and (key not in Chat.EMPTY or not is_empty(value)):
             raise unknown(key)
     if "modalities" in known:
-        raise bad_request("only text can be answered: 'modalities' must be ['text'].", param="modalities")
+        raise bad_request("answers can only be text: 'modalities' must be ['text'].", param="modalities")
     return known, passed
 
 
 def _check_count(count: int, options: GatewayOptions) -> None:
     if count > options.max_images:
         raise bad_request(
-            f"more than {options.max_images} images in one request; that many are allowed.",
+            f"the request has more than {options.max_images} images, the maximum.",
             code="too_many_images",
             param="messages",
         )
@@ -189,7 +189,7 @@ def _check_whole(value: Any, where: str) -> None:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         raise bad_request(
-            f"{where} holds half a character (of a surrogate pair); send whole ones.", code="invalid_value", param=where
+            f"{where} holds an unpaired surrogate. Send whole characters.", code="invalid_value", param=where
         ) from None
 
 
@@ -220,7 +220,7 @@ def _check_arguments(text: str, where: str, options: GatewayOptions) -> None:
     try:
         parsed = parse_json(text)
     except ValueError as error:
-        raise bad_request(f"{where} must be JSON that means one thing: {error}.", param=where) from None
+        raise bad_request(f"{where} must be unambiguous JSON: {error}.", param=where) from None
     check_free(parsed, where, options)
 
 

@@ -1,6 +1,6 @@
 """What the types of a chat request are made of: strict objects that write themselves, and ranges with a sentence.
 
-Unions are told apart by a tag in angle brackets, so that an error has one place and one reason.
+Members of a union are distinguished by a tag in angle brackets, so that an error has one place and one reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 __all__ = ["CONTENT", "TOOL", "AtMost", "Between", "Free", "Label", "Name", "Typed", "is_empty", "tag_of"]
 
 MAX_KEYS = 64
-"""Of one typed object: bounds the errors that are collected for keys that are not taken."""
+"""Maximum keys of a typed object: bounds the errors collected for keys that are not accepted."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Batching:
         return self._task is not None and not self._task.done() and not self.lane.stuck
 
     async def judge(self, pixels: Pixels) -> Row:
-        """Return C probabilities of one picture at the contract's size.
+        """Return C probabilities of one image at the contract's size.
 
         Raises Refusal when too many wait, the guard fails, or its time is over.
         """
@@ -87,12 +87,12 @@ class Batching:
         try:
             self._queue.put_nowait(waiting)
         except asyncio.QueueFull:
-            raise overloaded(f"{self.options.queue} images wait for the guard; try again in a second.") from None
+            raise overloaded(f"{self.options.queue} images are waiting for the guard. Try again in a second.") from None
         self.metrics.queue.set(self._queue.qsize())
         try:
             return await asyncio.wait_for(waiting.answer, self.options.guard_timeout)
         except asyncio.TimeoutError:
-            raise guard_error("the guard gave no verdict in time; nothing was answered.") from None
+            raise guard_error("the guard gave no verdict in time, so the request was not answered.") from None
 
     async def _work(self) -> None:
         while True:
@@ -120,13 +120,13 @@ class Batching:
                 batch.append(await asyncio.wait_for(self._queue.get(), left) if waits else self._queue.get_nowait())
 
     def _judge(self, pictures: list[Pixels]) -> list[Row | Exception]:
-        """Judge in one call; a batch that fails is judged one by one, so that one picture spoils no other."""
+        """Judge in one call; a batch that fails is judged one by one, so that one image spoils no other."""
         self.metrics.batch.observe(len(pictures))
         try:
             with self.metrics.guard.time(), self.lane.turn(self.options.guard_timeout) as left:
                 output = self.lane.run(lambda: self.runner.infer(np.stack(pictures)), left).get()
             if len(output.probs) != len(pictures):
-                raise SafeVLMError(f"the guard gave {len(output.probs)} rows for {len(pictures)} pictures")
+                raise SafeVLMError(f"the guard gave {len(output.probs)} rows for {len(pictures)} images")
             return list(output.probs)
         except Exception as error:  # of any kind: it fails closed, and the server goes on
             if len(pictures) == 1 or self.lane.stuck or isinstance(error, BusyError):
@@ -140,9 +140,11 @@ def _settle(answer: asyncio.Future[Row], row: Row | Exception) -> None:
         return
     if isinstance(row, BusyError):
         answer.set_exception(
-            guard_error("the guard is busy with an earlier image; nothing was answered. Try again in a second.")
+            guard_error(
+                "the guard is busy with an earlier image, so the request was not answered. Try again in a second."
+            )
         )
     elif isinstance(row, Exception):
-        answer.set_exception(guard_error("the guard failed; nothing was answered."))
+        answer.set_exception(guard_error("the guard failed, so the request was not answered."))
     else:
         answer.set_result(row)

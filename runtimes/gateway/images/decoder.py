@@ -101,7 +101,7 @@ def _bound(memory: int) -> None:
 
 
 def _decoded(content: bytes, settings: DecoderSettings) -> list[bytes | memoryview]:
-    """Return what is told of an image, its file for others, the guard's pixels, and the image where it is wanted."""
+    """Return an image's description, its file for others, the guard's pixels and, where wanted, the image itself."""
     file: Encoded | None = None
 
     def sent(image: Image.Image) -> Image.Image:
@@ -125,7 +125,7 @@ def _decoded(content: bytes, settings: DecoderSettings) -> list[bytes | memoryvi
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    """Return why an image cannot be decoded; the text of a library's error is not told."""
+    """Return why an image cannot be decoded, without the text of a library's error."""
     if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         return {"code": "image_too_large"}
     if isinstance(error, ImageFormatError):

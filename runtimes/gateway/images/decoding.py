@@ -42,11 +42,11 @@ SHORT = 1.0
 """Seconds after which an image counts as slow."""
 STARTING = 120.0
 ENDING = 5.0
-"""Seconds that a process which has closed its socket has to end: how it ended is what is told."""
+"""Seconds within which a process that has closed its socket must end, so that its end can be reported."""
 PATIENCE = 4
-"""So many times its processor time may an image take by the clock: other work may slow it down."""
+"""Allowed wall-clock time of an image, as a multiple of its processor time, because other work may slow it down."""
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONHOME", "PYTHONPATH")
-"""Of the surroundings: keys and passwords stay here."""
+"""Environment variables passed to decoders; keys and passwords are not."""
 START = (
     "import sys; sys.path[:] = {path!r}; "
     "from safevlm.imports.siblings import put_ours_first; put_ours_first(); "
@@ -114,9 +114,9 @@ class Decoders:
         await asyncio.gather(*(asyncio.to_thread(each.thread.shutdown) for each in self._processes))
 
     async def decode(self, content: bytes, where: str) -> Decoded:
-        """Decode an image and write it anew. Raises Refusal."""
+        """Decode an image and encode it again. Raises Refusal."""
         if self._waiting >= self.most:
-            raise overloaded(f"{self.most} images wait to be decoded; try again in a second.")
+            raise overloaded(f"{self.most} images are waiting to be decoded. Try again in a second.")
         self._waiting += 1
         try:
             await self._lanes.acquire()
@@ -189,16 +189,20 @@ class _Failure:
 
     def refusal(self, where: str) -> Refusal:
         if self.code == "overloaded":
-            return overloaded("too many images that take long to decode; try again in a second.")
+            return overloaded("too many slow images are being decoded. Try again in a second.")
         if self.code == "guard_unavailable":
-            return guard_error("images cannot be decoded just now; nothing was answered. Try again in a second.")
+            return guard_error(
+                "images cannot be decoded at the moment, so the request was not answered. Try again in a second."
+            )
         return bad_request(f"{where}: {self.reason}", code=self.code, param=where)
 
 
-TOO_LARGE = _Failure("image_too_large", "decoding it takes more memory than is allowed; make it smaller.")
-TOO_SLOW = _Failure("image_too_slow", "decoding it takes longer than is allowed; make it smaller or save it plainly.")
+TOO_LARGE = _Failure("image_too_large", "decoding it takes more memory than allowed. Make it smaller.")
+TOO_SLOW = _Failure(
+    "image_too_slow", "decoding it takes longer than allowed. Make it smaller, or save it as a plain PNG or JPEG."
+)
 UNAVAILABLE = _Failure("guard_unavailable")
-UNREADABLE = _Failure("invalid_image", "it is damaged: its decoder failed. Save it as a plain PNG or JPEG.")
+UNREADABLE = _Failure("invalid_image", "it is damaged, and decoding it failed. Save it as a plain PNG or JPEG.")
 
 
 class _Process:
@@ -262,7 +266,7 @@ class _Process:
         except (EOFError, OSError):
             return self._failure(self._end(ENDING))
         except Exception as error:  # of any kind: an image may have taken over what speaks here
-            _log.warning("an image decoder says what makes no sense: %s", type(error).__name__)
+            _log.warning("an image decoder sent an invalid reply: %s", type(error).__name__)
             self._end()
             return UNREADABLE
 
@@ -316,7 +320,7 @@ class _Process:
             self._socket.close()
             self._socket = None
         if self._process is None:
-            return "was not there"
+            return "was missing"
         try:
             code = self._process.wait(wait)
         except subprocess.TimeoutExpired:

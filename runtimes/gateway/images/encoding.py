@@ -17,13 +17,13 @@ from PIL import Image, ImageChops, ImageFile, JpegImagePlugin
 
 from safevlm.images.image import open_image
 
-__all__ = ["MOST_GROWTH", "SMALL", "Encoded", "encode"]
+__all__ = ["MOST_GROWTH", "ALWAYS_ALLOWED_BYTES", "Encoded", "encode"]
 
 MOST_GROWTH = 1.5
-SMALL = 1024
-"""Bytes that an image may have in any case: headers and tables alone take a part of them."""
+ALWAYS_ALLOWED_BYTES = 1024
+"""Bytes that every image may have, because headers and tables alone take some."""
 BEST, WORST, STEP = 95, 20, 10
-"""Of JPEG's qualities: the highest, as more costs bytes and shows nothing; what would need a lower one is shrunk."""
+"""JPEG qualities: a higher one costs bytes without a visible gain; an image that would need a lower one is shrunk."""
 JPEG_SIDE = 65_500
 """libjpeg's JPEG_MAX_DIMENSION."""
 SHRUNK = 0.75
@@ -46,7 +46,7 @@ class Encoded:
 
 def encode(image: Image.Image, original: bytes) -> Encoded:
     """Write an RGB image that was read from the bytes of a file."""
-    most = max(SMALL, int(len(original) * MOST_GROWTH))
+    most = max(ALWAYS_ALLOWED_BYTES, int(len(original) * MOST_GROWTH))
     quality = _quality(original)
     plain = _plain(image)
     if quality is None:

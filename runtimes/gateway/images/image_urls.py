@@ -36,25 +36,25 @@ class ImageReference:
 
 
 def image_reference(given: Any, where: str, options: GatewayOptions) -> ImageReference:
-    """Return the image behind a URL. Raises Refusal for what is no URL, no data URL of an image, or too large."""
+    """Return the image behind a URL. Raises Refusal where it is malformed, no image or too large."""
     url = given.strip() if isinstance(given, str) else ""
     if not url:
-        raise bad_request(f"{where}: an image is a URL.", param=where)
+        raise bad_request(f"{where}: an image must be given as a URL.", param=where)
     if url[:5].lower() == "data:":
         return ImageReference(where=where, content=_content(url, where, options))
     if len(url) > URL_MAX:
-        raise bad_request(f"{where}: a URL has at most {URL_MAX} characters.", param=where)
+        raise bad_request(f"{where}: a URL may have at most {URL_MAX} characters.", param=where)
     return ImageReference(where=where, url=url)
 
 
 def _content(url: str, where: str, options: GatewayOptions) -> bytes:
     head = HEAD.match(url[:HEAD_MAX])
     if head is None:
-        raise bad_request(f"{where}: a data URL of an image begins with data:image/…;base64, .", param=where)
+        raise bad_request(f"{where}: the data URL of an image must begin with data:image/…;base64, .", param=where)
     kind = head.group(1).strip().lower()
     if not kind.startswith("image/") and kind not in UNTYPED:
         raise bad_request(f"{where}: the data URL says it is {shortened(kind)}, not an image.", param=where)
-    damaged = bad_request(f"{where}: its base64 is damaged.", code="invalid_image", param=where)
+    damaged = bad_request(f"{where}: the data URL is not valid base64.", code="invalid_image", param=where)
     try:
         packed = url[head.end() :].encode("ascii")
     except UnicodeEncodeError:

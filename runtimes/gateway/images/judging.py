@@ -1,4 +1,4 @@
-"""Judge the images of a request: bytes to pixels to verdicts, and what goes on in their place."""
+"""Judge the images of a request: bytes to pixels to verdicts, and the images that replace them upstream."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Judged:
         return self.decoded.image
 
     def stated(self, index: int) -> dict[str, Any]:
-        """Return what a client is told of it."""
+        """Return its description for clients."""
         finding = self.finding
         view = {} if self.view is None else {"view": self.view}
         return {
@@ -133,7 +133,7 @@ class Judging:
         try:
             findings = [decide(row, self.guard.classes, self.guard.thresholds, policy=self.policy) for row in rows]
         except SafeVLMError:
-            raise guard_error("the guard gave no verdict; nothing was answered.") from None
+            raise guard_error("the guard gave no verdict, so the request was not answered.") from None
         at = worst(findings, decoded.own)
         bundle = getattr(getattr(self.guard.runner, "bundle", None), "digest", None)
         return Judged(decoded, rows[at], findings[at], decoded.name(at), decoded.is_hidden(at), bundle)
@@ -153,6 +153,9 @@ class Judging:
             self._held -= self._freed.popleft()
         size = decoded.size
         if self._held + size > self.options.max_held:
-            raise overloaded(f"the images being judged have {self.options.max_held} pixels; try again in a second.")
+            raise overloaded(
+                f"too many images are being judged: {self.options.max_held} pixels are the maximum. Try again in a "
+                "second."
+            )
         self._held += size
         weakref.finalize(decoded, self._freed.append, size).atexit = False  # called in whichever thread lets go of it

@@ -2,7 +2,7 @@
 
 The host's addresses are resolved once and looked at; the connection goes to the address that was looked at, so a name
 that resolves to another one a moment later gains nothing. Redirects are not followed. The model behind the gateway is
-given the picture, never the URL.
+given the image, never the URL.
 """
 
 from __future__ import annotations

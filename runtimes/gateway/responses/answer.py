@@ -76,11 +76,11 @@ class Chat(BaseModel):
 
 
 def read(body: Any) -> Chat:
-    """Return what is needed of a chat completion or chunk. Raises Refusal, 502, for what is none."""
+    """Return the needed parts of a chat completion or chunk. Raises Refusal, 502, for anything else."""
     try:
         return Chat.model_validate(body)
     except ValidationError:
-        raise upstream_error("what the upstream answered is no chat completion.") from None
+        raise upstream_error("the upstream's answer is not a chat completion.") from None
 
 
 def new_id(kind: str) -> str:
@@ -142,7 +142,7 @@ def whole(asked: ResponseBody, completion: dict[str, Any]) -> dict[str, Any]:
     chat = read(completion)
     message = chat.choices[0].message if chat.choices else None
     if message is None:
-        raise upstream_error("what the upstream answered is no chat completion.")
+        raise upstream_error("the upstream's answer is not a chat completion.")
     reason = chat.choices[0].finish_reason
     status = "incomplete" if reason in INCOMPLETE else "completed"
     output = []

@@ -49,7 +49,7 @@ async def response_events(
                 return
             for each in written.take(body):
                 yield each
-        raise upstream_error("the upstream's stream ended before its end was told.")
+        raise upstream_error("the upstream's stream ended before it was complete.")
     except Refusal as refusal:
         written = written or _Written(asked, stated)
         for each in written.fail(refusal.body()["error"]):
@@ -113,7 +113,7 @@ class _Written:
         """Yield what ends an answer that failed."""
         if self._number == 0:
             yield from self.begin()
-        message = str(error.get("message") or "the answer is not whole.")
+        message = str(error.get("message") or "the answer is incomplete.")
         code = error.get("code")
         yield self._event("error", code=code if code is None else str(code), message=message, param=error.get("param"))
         told = {"code": "server_error", "message": message}

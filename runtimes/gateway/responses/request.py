@@ -37,17 +37,17 @@ from safevlm.terminal.printable import shortened
 
 __all__ = ["Asked", "parse_response"]
 
-STORED = "nothing is stored here: send the whole conversation as 'input'."
-ITEM = "names an item that is not stored here: send the item itself (clients do so with 'store': false)."
+STORED = "this server stores nothing. Send the whole conversation as 'input'."
+ITEM = "names a stored item, but this server stores nothing. Send the item itself (clients do so with 'store': false)."
 REFUSED = {
     "previous_response_id": STORED,
     "conversation": STORED,
-    "prompt": "prompts are not stored here: send 'instructions' and 'input'.",
-    "background": "answers come at once or as a stream: leave out 'background'.",
-    "file_id": "files are not stored here: send the image itself as 'image_url', a data URL.",
+    "prompt": "this server stores no prompts. Send 'instructions' and 'input'.",
+    "background": "background answers are not supported. Leave out 'background'.",
+    "file_id": "this server stores no files. Send the image itself as 'image_url', a data URL.",
     "top_logprobs": "log probabilities are served by /v1/chat/completions only.",
 }
-"""Keys that are known and not taken, unless they say nothing, and what a client is told."""
+"""Known keys that are refused unless empty, with the message for the client."""
 NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
@@ -203,7 +203,7 @@ def _place(found: re.Match[str], places: Mapping[str, str]) -> str:
 
 
 def _refused(error: ValidationError) -> Refusal:
-    """Return what a client is told of a body that is none: the first thing that is wrong with it."""
+    """Return the refusal of an invalid body: the first thing that is wrong with it."""
     for found in error.errors(include_url=False):
         steps = [step for step in found["loc"] if _TAG.fullmatch(str(step)) is None]
         where, key = place(steps), str(steps[-1]) if steps else ""

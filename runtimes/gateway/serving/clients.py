@@ -31,14 +31,14 @@ from safevlm.errors import InputError
 from safevlm.files.json_file import first_problem
 from safevlm.files.table_file import read_table
 
-__all__ = ["MOST", "Client", "ClientEntry", "Clients", "digest_of", "read_clients"]
+__all__ = ["MOST_A_MINUTE", "Client", "ClientEntry", "Clients", "digest_of", "read_clients"]
 
 MINUTE = 60.0
-MOST = 1_000_000
+MOST_A_MINUTE = 1_000_000
 """Requests or images of a minute."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Limit = Annotated[int, Field(ge=1, le=MOST)]
+Limit = Annotated[int, Field(ge=1, le=MOST_A_MINUTE)]
 
 
 class ClientEntry(BaseModel):
@@ -89,7 +89,7 @@ class Client:
         if bucket is None or count == 0:
             return
         if count > bucket.limit:
-            raise self._refusal(what, bucket, f"one request has {count}, and no waiting helps", 0)
+            raise self._refusal(what, bucket, f"one request has {count}, so waiting does not help", 0)
         wait = bucket.take(count, self._clock())
         if wait > 0:
             seconds = math.ceil(wait)
@@ -118,12 +118,14 @@ class Clients:
         names = [each.name for each in entries]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise InputError(f"two clients have the name {twice}: each needs one of its own.")
+            raise InputError(f"two clients have the name {twice}. Each client needs its own name.")
         owners: dict[str, str] = {}
         for each in entries:
             owner = owners.setdefault(each.key_sha256, each.name)
             if owner != each.name:
-                raise InputError(f"the clients {owner} and {each.name} have one key: each needs one of its own.")
+                raise InputError(
+                    f"the clients {owner} and {each.name} have the same key. Each client needs its own key."
+                )
         self._clients = [(bytes.fromhex(each.key_sha256), Client(each, clock)) for each in entries]
 
     @classmethod
@@ -161,5 +163,6 @@ def read_clients(path: Path) -> Clients:
         return Clients(_File.model_validate(read_table(path, "client key"), strict=True).client)
     except ValidationError as error:
         raise InputError(
-            f"{path}: {first_problem(error, secret=True)}. A [[client]] has {', '.join(ClientEntry.model_fields)}."
+            f"{path}: {first_problem(error, secret=True)}. The fields of a [[client]] are "
+            f"{', '.join(ClientEntry.model_fields)}."
         ) from None

@@ -22,7 +22,7 @@ from safevlm.files.text_file import decode_text
 __all__ = ["PREFIX", "check_environment", "config_option", "naming_its_line"]
 
 PREFIX = "SAFEVLM_GATEWAY"
-"""Of environment variables."""
+"""Prefix of environment variables."""
 WORDS: dict[type, tuple[type, ...]] = {
     click.types.IntParamType: (int,),
     click.types.IntRange: (int,),
@@ -47,7 +47,7 @@ def config_option() -> Callable[[T], T]:
 
 
 def check_environment(context: click.Context, others: Collection[str] = ()) -> None:
-    """Raise InputError for a variable of this program that is empty or that there is no option of.
+    """Raise InputError for a variable of this program that is empty or belongs to no option.
 
     click would pass them over: a misspelt ``SAFEVLM_GATEWAY_CLIENT_KEYS`` would let everybody ask. ``others`` are
     variables that may have any name, such as those of keys.
@@ -56,9 +56,9 @@ def check_environment(context: click.Context, others: Collection[str] = ()) -> N
     for variable in sorted(each for each in os.environ if each.startswith(f"{PREFIX}_") and each not in others):
         if variable not in names:
             advice = _advice(variable, names, "unset it")
-            raise InputError(f"the environment variable {variable[:80]} stands for no option; {advice}")
+            raise InputError(f"the environment variable {variable[:80]} belongs to no option; {advice}")
         if not os.environ[variable]:
-            raise InputError(f"the environment variable {variable} is empty: give it a value, or unset it.")
+            raise InputError(f"the environment variable {variable} is empty. Give it a value, or unset it.")
 
 
 def naming_its_line(context: click.Context, error: InputError) -> InputError:
@@ -79,7 +79,7 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
         return
     table = read_table(path, "config")
     if not isinstance(table, dict):
-        raise InputError(f"{path}: a config holds keys with values.")
+        raise InputError(f"{path}: a config must be a table of keys and values.")
     options = _options(context)
     text = decode_text(path.read_bytes(), str(path))
     values: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
         if option is None:
             known = [each.replace("_", "-") for each in options]
             advice = _advice(key.replace("_", "-"), known, "python -m runtimes.gateway --help lists them")
-            raise InputError(f"{place}: there is no option {key[:80]}; {advice}")
+            raise InputError(f"{place}: unknown option {key[:80]}; {advice}")
         if name in values:
             raise InputError(f"{place}: {key} is given twice.")
         values[name] = _checked(context, option, value, f"{place}: {key}")

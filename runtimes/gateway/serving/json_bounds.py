@@ -28,7 +28,7 @@ def check_json(content: bytes, *, nodes: int, depth: int) -> None:
     which JSON cannot hold and UTF-16 does: its quotes would be miscounted.
     """
     if b"\0" in content:
-        raise ValueError("a NUL byte is not JSON")
+        raise ValueError("a NUL byte is not allowed in JSON")
     outside = _outside_strings(content, nodes)
     opened = outside.count(b"[") + outside.count(b"{")
     if opened + outside.count(b",") >= nodes:

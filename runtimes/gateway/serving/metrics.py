@@ -23,14 +23,14 @@ class Metrics:
             f"{name}_blocks", "Blocked images by class and stage.", ["label", "stage"], registry=registry
         )
         self.total = self._seconds("request", "Time of a whole request.")
-        self.decode = self._seconds("decode", "Time of decoding an image and writing it anew, waiting included.")
+        self.decode = self._seconds("decode", "Time to decode and re-encode an image, waiting included.")
         self.waited = self._seconds("queue", "Time that an image waits for the guard.")
         self.guard = self._seconds("guard", "Time of a guard call.")
         self.answer = self._seconds("upstream", "Time until the upstream begins to answer.")
         self.batch = Histogram(f"{name}_guard_batch", "Images of a guard call.", registry=registry, buckets=IMAGES)
         self.queue = Gauge(f"{name}_guard_queue", "Images that wait for the guard.", registry=registry)
         self.upstream = Counter(f"{name}_upstream_errors", "Failures of the upstream.", ["kind"], registry=registry)
-        self.reloads = Counter(f"{name}_reloads", "Reloads by what became of them.", ["outcome"], registry=registry)
+        self.reloads = Counter(f"{name}_reloads", "Reloads by outcome.", ["outcome"], registry=registry)
         self.clients = Counter(
             f"{name}_client_requests", "Requests by client and outcome.", ["client", "outcome"], registry=registry
         )

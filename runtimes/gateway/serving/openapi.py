@@ -1,7 +1,7 @@
 """The OpenAPI document: what each route takes, within which limits, and what it answers.
 
-Request bodies are described by the types that parse them. What a schema cannot say (that an image must be one that can
-be read, that no text may hold one) is told by an error of the ``Error`` schema.
+Request bodies are described by the types that parse them. What a schema cannot express (that an image must be readable,
+that no text may hold one) is reported by an error of the ``Error`` schema.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ MAYBE: dict[str, Any] = {"type": ["string", "null"]}
 IMAGE_URL: dict[str, Any] = {
     "type": "string",
     "format": "image-url",
-    "description": "An image as a data URL (`data:image/png;base64,…`), or an http(s) URL of a host that this server "
+    "description": "An image as a data URL (`data:image/png;base64,…`), or the http(s) URL of a host that this server "
     "fetches from.",
 }
 STATUSES = {
-    400: "The request is not taken as it is: `param` names the place, `code` the reason.",
+    400: "The request is refused: `param` names the place, `code` the reason.",
     401: "The API key is missing or wrong.",
-    404: "There is no such model, or no such path.",
-    405: "The path has other methods.",
-    408: "The body did not come in time.",
+    404: "Unknown model or path.",
+    405: "The path does not have this method.",
+    408: "The body did not arrive in time.",
     413: "The body or an image is too large.",
-    500: "A fault of this server.",
+    500: "Internal error of this server.",
     502: "The upstream did not answer as it should.",
-    503: "There is too much to do, or the guard gave no verdict: try again after `Retry-After` seconds.",
+    503: "The server is overloaded, or the guard gave no verdict: try again after `Retry-After` seconds.",
     504: "The upstream did not answer in time.",
 }
 
@@ -85,19 +85,21 @@ def _paths(upstream: bool) -> dict[str, Any]:
         "/v1/responses": {
             "post": _operation(
                 "createResponse",
-                "The same in Responses' form.",
+                "Answer a conversation, in the form of OpenAI's Responses.",
                 "Response",
                 body="Responses",
                 stream=True,
                 passed=upstream,
             )
         },
-        "/v1/guard": {"post": _operation("judgeImages", "Judge images alone.", "Judgements", body="Guard")},
+        "/v1/guard": {
+            "post": _operation("judgeImages", "Judge images, without an answer.", "Judgements", body="Guard")
+        },
         "/v1/models": {"get": _operation("listModels", "The models that are served.", "Models", passed=upstream)},
         "/v1/models/{id}": {"get": {**model, "parameters": [name]}},
-        "/livez": {"get": _plain("live", "Whether the process answers.", "Live")},
-        "/readyz": {"get": _plain("ready", "Whether requests should be sent here.", "Ready", also=503)},
-        "/healthz": {"get": _plain("health", "Whether guard and upstream are there.", "Health", also=503)},
+        "/livez": {"get": _plain("live", "Whether the process is alive.", "Live")},
+        "/readyz": {"get": _plain("ready", "Whether the server is ready for requests.", "Ready", also=503)},
+        "/healthz": {"get": _plain("health", "Whether guard and upstream are available.", "Health", also=503)},
         "/metrics": {"get": _plain("metrics", "Counters and histograms for Prometheus.", None)},
         "/openapi.json": {"get": _plain("openapi", "This document.", "Document")},
     }
@@ -112,7 +114,7 @@ def _operation(
         content["text/event-stream"] = {}
         ok["headers"][HEADER] = {
             "schema": TEXT,
-            "description": f"Of a stream: what an answer holds as `{FIELD}`, as one line of JSON.",
+            "description": f"For a stream: the `{FIELD}` field of an answer, as one line of JSON.",
         }
     error = {"application/json": {"schema": _ref("Error")}}
     statuses = STATUSES if body is not None else {each: STATUSES[each] for each in (401, 404, 405, 500, 502, 503, 504)}
@@ -145,7 +147,7 @@ def _taken(options: GatewayOptions) -> dict[str, Any]:
         found |= _schemas(name, model)
     chat = found["Chat"]["properties"]
     for key in sorted(Chat.EMPTY - chat.keys()):
-        chat[key] = {"description": "Left empty, and left out.", **EMPTY}
+        chat[key] = {"description": "Accepted only when empty, and dropped.", **EMPTY}
     for key in sorted(options.pass_keys):
         chat[key] = {"description": "Passed on: this server's operator allows it."}
         found["Responses"]["properties"][key] = chat[key]

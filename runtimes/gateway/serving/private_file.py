@@ -23,8 +23,8 @@ def check_private(path: Path) -> None:
         raise InputError(f"{path}: it cannot be read ({error.strerror}).") from error
     if mode & (stat.S_IROTH | stat.S_IWOTH):
         raise InputError(
-            f"{path}: everybody on this machine may read or write it. Run: chmod 600 {path} "
-            "(in a container, mount the secret with the mode 0440)"
+            f"{path}: every user of this machine may read or write it. Run: chmod 600 {path} (in a container, mount "
+            "the secret with the mode 0440)"
         )
 
 
@@ -34,8 +34,8 @@ def read_key_file(path: Path) -> str:
     try:
         content = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise InputError(f"{path}: it cannot be read ({error.strerror}). It should hold one key.") from error
+        raise InputError(f"{path}: it cannot be read ({error.strerror}). It must hold one key.") from error
     key = decode_text(content, str(path)).strip()
     if not key:
-        raise InputError(f"{path} is empty: it should hold one key.")
+        raise InputError(f"{path} is empty. It must hold one key.")
     return checked_key(key, str(path))

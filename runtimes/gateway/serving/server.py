@@ -47,7 +47,7 @@ OTHER_FILES = 512
 LINGER_SECONDS = 1.0
 """After the signal to end: for a request that is on its way on an open connection."""
 LAST_WORDS_SECONDS = 2.0
-"""After the time for shutting down: for the errors that tell of it."""
+"""Seconds after the time for shutting down, to send the errors that report it."""
 
 
 class GatewayServer(uvicorn.Server):
@@ -228,7 +228,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, in the shape of all other errors."""
+        """Answer anything that is not HTTP, in the shape of all other errors."""
         self._refuse(bad_request(msg, status=self._parser.status))
 
     def shutdown(self) -> None:
@@ -261,10 +261,10 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         seconds = self.server_state.options.header_timeout
-        self.end_waiting(bad_request(f"the request did not come within {seconds:g} s.", code="timeout", status=408))
+        self.end_waiting(bad_request(f"the request did not arrive within {seconds:g} s.", code="timeout", status=408))
 
     def end_waiting(self, refusal: Refusal) -> None:
-        """Close a connection without a request; who has sent half of one is told why."""
+        """Close a connection without a request; a client that has sent half of one gets the reason."""
         if self.conn.trailing_data[0] and self.conn.our_state is h11.IDLE:
             self._refuse(refusal)
         else:
@@ -277,7 +277,9 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
-            self._refuse(overloaded(f"{self.server_state.limit} connections are open; try again in a second."))
+            self._refuse(
+                overloaded(f"{self.server_state.limit} connections are open, the maximum. Try again in a second.")
+            )
 
     def _look_again(self, since: float) -> None:
         """Look again when the client must have taken some, or when the answer's time is over."""
@@ -341,7 +343,7 @@ class _Parser(h11.Connection):
         self._pieces = self._bytes = 0
 
     def next_event(self) -> Any:
-        """Return the next event. Raises h11.RemoteProtocolError for what is no HTTP, or too much of it."""
+        """Return the next event. Raises h11.RemoteProtocolError for anything that is not HTTP, or too much of it."""
         try:
             event = super().next_event()
             if isinstance(event, h11.Request):
@@ -352,7 +354,7 @@ class _Parser(h11.Connection):
                 self._pieces += 1
                 self._bytes += len(event.data)
                 if self._pieces > FREE_CHUNKS + self._bytes // BYTES_A_CHUNK:
-                    raise h11.RemoteProtocolError("the body's pieces are too small")
+                    raise h11.RemoteProtocolError("the chunks of the body are too small")
         except h11.RemoteProtocolError as error:
             self.status = error.error_status_hint
             raise

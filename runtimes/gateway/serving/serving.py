@@ -34,7 +34,7 @@ __all__ = [
     "Served",
     "gone",
     "listening",
-    "or_gone",
+    "while_connected",
     "read_body",
     "refused",
     "shutting_down",
@@ -57,7 +57,9 @@ METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS",
 """Others are made up by clients, who may put anything there."""
 GONE = 499
 BACKLOG = 2048
-FAULT = Refusal(500, "server_error", "a fault of this server; nothing was answered.", code="server_error")
+FAULT = Refusal(
+    500, "server_error", "internal error of this server; the request was not answered.", code="server_error"
+)
 POLL_SECONDS = 0.25
 MAX_NODES, MAX_DEPTH = 100_000, 100
 """Of a body's JSON: values, and arrays and objects within each other."""
@@ -127,7 +129,9 @@ class Served:
         if counted and scope.get("state", {}).get(DRAINING):
             refusal = shutting_down()
         elif counted and self._serving >= self.options.max_concurrent:
-            refusal = overloaded(f"{self.options.max_concurrent} requests are being served; try again in a second.")
+            refusal = overloaded(
+                f"{self.options.max_concurrent} requests are being served, the maximum. Try again in a second."
+            )
         if refusal is not None:
             await _thrown_away(receive, self.options)
             scope[NOTES]["outcome"] = refusal.code
@@ -188,8 +192,8 @@ def listening(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # a name that is none, such as a..b
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {host} --port {port} cannot be served on: {reason}. "
-            "Give another --host, or another --port (0: any that is free)."
+            f"the gateway cannot listen on --host {host} --port {port}: {reason}. Give another --host, or another "
+            "--port (0: any free one)."
         ) from error
     return bound
 
@@ -210,7 +214,7 @@ async def _thrown_away(receive: Any, options: GatewayOptions) -> None:
 
 
 def shutting_down() -> Refusal:
-    """Return what a client is told that comes too late, or whose time is over."""
+    """Return the refusal for a client that comes too late or whose time is over."""
     return Refusal(503, "overloaded_error", "this server is shutting down.", code="shutting_down", retry=1)
 
 
@@ -236,13 +240,13 @@ async def gone(request: Request, _: Exception) -> JsonResponse:
 
 
 async def unrouted(_: Request, error: Exception) -> JsonResponse:
-    """Answer a path or method that there is none of, in OpenAI's shape instead of FastAPI's."""
+    """Answer an unknown path or method, in OpenAI's shape instead of FastAPI's."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        told, code = f"allowed is {headers.get('Allow', 'another method')}", "method_not_allowed"
+        told, code = f"use {headers.get('Allow', 'another method')}", "method_not_allowed"
     else:
-        told, code = f"served are {', '.join(sorted(PATHS))}", "not_found"
+        told, code = f"this server has {', '.join(sorted(PATHS))}", "not_found"
     found = _refused(bad_request(f"{error.detail}: {told}.", code=code, status=error.status_code))
     found.headers.update(headers)
     return found
@@ -262,20 +266,20 @@ async def read_body(request: Request, options: GatewayOptions, parse: Callable[[
     packed = request.headers.get("content-encoding", "identity")
     if packed.strip().lower() not in ("", "identity"):
         raise bad_request(
-            f"a body with 'content-encoding: {shortened(packed)}' is not taken. Send it as it is.",
+            f"a body with 'content-encoding: {shortened(packed)}' is not accepted. Send it unencoded.",
             code="unsupported_content_encoding",
             status=415,
         )
     stated = request.headers.get("content-length", "0")
     too_large = bad_request(
-        f"the body has more than {options.max_body} bytes; that many are allowed.", code="body_too_large", status=413
+        f"the body has more than {options.max_body} bytes, the maximum.", code="body_too_large", status=413
     )
     if not (stated.isascii() and stated.isdigit()) or int(stated) > options.max_body:
         raise too_large
     try:
         content = await asyncio.wait_for(_read(request, options.max_body, too_large), options.body_timeout)
     except asyncio.TimeoutError:
-        raise bad_request("the body did not come in time.", code="body_timeout", status=408) from None
+        raise bad_request("the body did not arrive in time.", code="body_timeout", status=408) from None
     return await off_loop(len(content), lambda: _parsed(content, options, parse))
 
 
@@ -284,7 +288,7 @@ def _parsed(content: bytes, options: GatewayOptions, parse: Callable[[Any, Gatew
         check_json(content, nodes=MAX_NODES, depth=MAX_DEPTH)
         body = strict_json(content)
     except JsonSizeError as error:
-        message = f"the body's JSON has {error}; no more than that is allowed."
+        message = f"the body's JSON has {error}, the maximum."
         raise bad_request(message, code="json_too_large") from None
     except (ValueError, RecursionError):
         raise bad_request("the body is not JSON.") from None
@@ -306,7 +310,7 @@ async def _read(request: Request, limit: int, too_large: Refusal) -> bytes:
     return b"".join(pieces)
 
 
-async def or_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await work, and end it when the client leaves: ClientGone."""
     task = asyncio.create_task(work)
     try:

@@ -13,7 +13,7 @@ from runtimes.gate.result import GateResult
 from runtimes.gateway.answers import DONE, chunk, error_event, usage, usage_chunk
 from runtimes.gateway.refusal import Refusal, guard_error, overloaded, upstream_error
 from runtimes.gateway.serving.serving import shutting_down
-from runtimes.gateway.upstream.embedded import Told
+from runtimes.gateway.upstream.embedded import AnswerPart
 
 __all__ = ["EventsResponse", "answer_events", "failure", "noted", "refusal_events", "rest"]
 
@@ -75,7 +75,12 @@ async def refusal_events(
 
 
 async def answer_events(
-    model: str, first: Told, told: AsyncIterator[Told], stated: dict[str, Any], *, include_usage: bool = False
+    model: str,
+    first: AnswerPart,
+    told: AsyncIterator[AnswerPart],
+    stated: dict[str, Any],
+    *,
+    include_usage: bool = False,
 ) -> AsyncIterator[bytes]:
     """Yield an answer that has begun with ``first``; a failure on the way is an event of its own."""
     name = f"chatcmpl-{uuid.uuid4().hex}"
@@ -104,7 +109,7 @@ async def noted(events: AsyncIterable[bytes], notes: dict[str, Any]) -> AsyncIte
         yield each
 
 
-async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:
+async def rest(told: AsyncIterator[AnswerPart], pieces: list[str]) -> AnswerPart:
     """Collect the pieces that follow and return what ends them."""
     async for each in told:
         if each.result is not None:
@@ -114,9 +119,9 @@ async def rest(told: AsyncIterator[Told], pieces: list[str]) -> Told:
 
 
 def failure(result: GateResult) -> Refusal:
-    """Return what a client is told of a gate's error."""
+    """Return the refusal for a gate's error."""
     if result.busy:
-        return overloaded(f"{result.reason}; nothing was answered. Try again in a second.")
+        return overloaded(f"{result.reason}; the request was not answered. Try again in a second.")
     if result.error_in == "generate":
-        return upstream_error("the language model failed; the answer is not whole.")
-    return guard_error("the image could not be judged; nothing was answered.")
+        return upstream_error("the language model failed; the answer is incomplete.")
+    return guard_error("the image could not be judged, so the request was not answered.")

@@ -1,7 +1,7 @@
 """Image files written as text: data URLs, and base64, hexadecimal digits or base85 that decode to one.
 
-A file is told by its first bytes. Outside of a data URL a mention of them is no file: :data:`LEAST` bytes must follow,
-which is less than any image that shows something.
+A file is recognised by its first bytes. Outside of a data URL, those bytes alone are not a file: :data:`LEAST` bytes
+must follow, which is less than any image that shows something.
 """
 
 from __future__ import annotations

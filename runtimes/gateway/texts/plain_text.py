@@ -106,7 +106,7 @@ def _decoded(text: str, steps: tuple[Callable[[str, list[int]], str], ...], left
             text = _folded(step(text, left))
         if text == before:
             return text
-    raise TooEscapedError(f"is escaped more than {ROUNDS} times over")
+    raise TooEscapedError(f"is escaped more than {ROUNDS} times")
 
 
 def _replaced(pattern: re.Pattern[str], by: Callable[[re.Match[str]], str], text: str, left: list[int]) -> str:

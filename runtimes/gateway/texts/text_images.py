@@ -115,7 +115,7 @@ def _check(texts: Iterable[str], where: str, options: GatewayOptions) -> None:
                 _check_reading(reading, where, options)
         except TooEscapedError as error:
             raise bad_request(
-                f"{where}: the text {error}, which cannot be looked through for images.",
+                f"{where}: the text {error}, so it cannot be searched for images.",
                 code="image_in_text",
                 param=where,
             ) from None
@@ -127,8 +127,8 @@ def _check_reading(text: str, where: str, options: GatewayOptions) -> None:
     placeholder = next(_placeholders(text), None)
     if placeholder is not None:
         raise bad_request(
-            f"{where}: the text holds '{placeholder}', which models read as the place of an image. Leave it out; "
-            "an image part has its own place.",
+            f"{where}: the text holds '{placeholder}', which models replace with an image. Leave it out; images are "
+            "placed by their own parts.",
             code="image_placeholder",
             param=where,
         )
@@ -136,8 +136,8 @@ def _check_reading(text: str, where: str, options: GatewayOptions) -> None:
         raise _holds("an encoded image", where)
     if options.upstream_kind not in READS_TEXT_AS_TEXT and has_linked_image(text):
         raise bad_request(
-            f"{where}: the text shows an image from elsewhere (Markdown, HTML), which some servers fetch. Send it as "
-            f"an image_url part, or leave its address out{UNNAMED if options.upstream_kind == 'unknown' else ''}.",
+            f"{where}: the text links to an image (Markdown, HTML), which some servers fetch. Send it as an image_url "
+            f"part, or leave its address out{UNNAMED if options.upstream_kind == 'unknown' else ''}.",
             code="image_in_text",
             param=where,
         )

@@ -21,13 +21,13 @@ _log = logging.getLogger(__name__)
 
 
 def upstream_address(url: str) -> httpx.URL:
-    """Return a base URL without a slash at its end. Raises InputError for what is none, or is more than an address."""
+    """Return a base URL without a slash at its end. Raises InputError where it is not an address and nothing more."""
     try:
         parsed = httpx.URL(url.rstrip("/"))
         host = parsed.raw_host.decode("ascii")
         host.encode("idna")  # as the resolver does: no empty label, none of more than 63 letters
     except (httpx.InvalidURL, ValueError) as error:
-        raise InputError(f"--upstream is no URL ({error}); such as {EXAMPLE}.") from None
+        raise InputError(f"--upstream is not a URL ({error}). Give one such as {EXAMPLE}.") from None
     more = parsed.userinfo or parsed.query or parsed.fragment
     if parsed.scheme not in PORTS or not host or more or not 0 < _port(parsed) < 65536:
         raise InputError(

@@ -16,7 +16,7 @@ from runtimes.gateway.refusal import overloaded
 from runtimes.gateway.serving.metrics import Metrics
 from safevlm.errors import QuestionError
 
-__all__ = ["Embedded", "Told"]
+__all__ = ["Embedded", "AnswerPart"]
 
 WAITING = 32
 """Requests that may wait for the language model, which answers one at a time."""
@@ -29,7 +29,7 @@ class _Gone(Exception):  # noqa: N818  # control flow: nobody reads the answer a
 
 
 @dataclass(frozen=True)
-class Told:
+class AnswerPart:
     """A piece of an answer as it comes, or, last, what was decided and answered."""
 
     piece: str | None = None
@@ -64,21 +64,21 @@ class Embedded:
         except QuestionError as error:
             raise asked.refusal(error) from None
 
-    async def answer(self, judged: Judged, asked: Asked) -> AsyncGenerator[Told, None]:
+    async def answer(self, judged: Judged, asked: Asked) -> AsyncGenerator[AnswerPart, None]:
         """Yield the answer's pieces and the result; closed early, the answer is no longer written.
 
         Raises Refusal, 503, when too many wait for the model.
         """
         if len(self._asking) >= WAITING:
-            raise overloaded(f"{WAITING} requests wait for the language model; try again in a second.")
+            raise overloaded(f"{WAITING} requests are waiting for the language model. Try again in a second.")
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[Told] = asyncio.Queue()
+        told: asyncio.Queue[AnswerPart] = asyncio.Queue()
         gone = False
 
         def on_text(piece: str) -> None:
             if gone:
                 raise _Gone
-            loop.call_soon_threadsafe(told.put_nowait, Told(piece=piece))
+            loop.call_soon_threadsafe(told.put_nowait, AnswerPart(piece=piece))
 
         def ask() -> None:
             if gone:
@@ -93,7 +93,7 @@ class Embedded:
                 probs=judged.probs,
             )
             if not gone:
-                loop.call_soon_threadsafe(told.put_nowait, Told(result=result))
+                loop.call_soon_threadsafe(told.put_nowait, AnswerPart(result=result))
 
         running = self._threads.submit(ask)
         self._asking.add(running)

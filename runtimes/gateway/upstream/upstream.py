@@ -1,7 +1,8 @@
 """The language model behind a gateway: any OpenAI-compatible server, by its URL.
 
-Requests go on with the judged pictures in place of what was sent. Of the client's headers few go on; the key does, and
-stands nowhere else. An answer that is no chat completion, or a stream that ends early or holds garbage, is an error.
+Requests are passed on with the judged images in place of those that were sent. Few of the client's headers are passed
+on; the key is, and it appears nowhere else. An answer that is no chat completion, or a stream that ends early or
+holds garbage, is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FIELDS = (b"event:", b"id:", b"retry:")
 """Of server-sent events, beside ``data``: nothing that a client of chat completions reads."""
 KEY_REFUSED = (401, 403)
 TOLD = ("retry-after", "retry-after-ms")
-"""Headers of an error that go on to the client."""
+"""Headers of an error that are passed on to the client."""
 KEEP_ALIVE = b": keep-alive\n\n"
 """In place of an upstream's comments: they keep a connection open, whatever stands in them."""
 MAX_NODES, MAX_DEPTH = 500_000, 100
@@ -52,7 +53,7 @@ NOT_NOW = (502, 503, 504)
 
 @dataclass(frozen=True)
 class Passed:
-    """An upstream's own answer: status, JSON body, and the headers that go on."""
+    """An upstream's own answer: status, JSON body, and the headers that are passed on."""
 
     status: int
     body: dict[str, Any]
@@ -121,7 +122,7 @@ class HttpUpstream:
         """Return the upstream's whole answer. Raises Refusal for one that is none, and when it is down or slow."""
         found = await self._whole(await self._request(body, headers, None), headers)
         if found.status == httpx.codes.OK and not isinstance(found.body.get("choices"), list):
-            raise self._broken("what the upstream answered is no chat completion")
+            raise self._broken("the upstream's answer is not a chat completion")
         return found
 
     async def stream(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed | Events:
@@ -138,7 +139,7 @@ class HttpUpstream:
         finally:
             await sent.__aexit__(None, None, None)
         if found.status == httpx.codes.OK:
-            raise self._broken("the upstream answered a stream with no events")
+            raise self._broken("the upstream answered a streamed request without a stream")
         return found
 
     async def _whole(self, request: httpx.Request, headers: Mapping[str, str]) -> Passed:
@@ -192,7 +193,7 @@ class HttpUpstream:
                 found = await self._object(data)
                 error = stated_error(found, response.status_code, hidden)
                 yield b"data: " + data + b"\n\n" if error is None else event(error)
-            raise self._broken("the upstream's stream ended before its end was told")
+            raise self._broken("the upstream's stream ended before it was complete")
         except _TooLong:
             yield error_event(self._too_long())
         except asyncio.TimeoutError:
@@ -236,9 +237,9 @@ class HttpUpstream:
         try:
             found = await off_loop(len(content), lambda: _read_json(content))
         except (ValueError, RecursionError):
-            raise self._broken("what the upstream answered is not JSON") from None
+            raise self._broken("the upstream's answer is not JSON") from None
         if not isinstance(found, dict):
-            raise self._broken("what the upstream answered is no JSON object")
+            raise self._broken("the upstream's answer is not a JSON object")
         return found
 
     def _too_long(self) -> Refusal:
@@ -303,7 +304,7 @@ class _Sent:
             raise upstream._failed(error) from None
         if self._response.is_redirect:
             await self._response.aclose()
-            raise upstream._broken("the upstream redirects, which is not followed")
+            raise upstream._broken("the upstream answered with a redirect, which is not followed")
         return self._response
 
     async def __aexit__(self, *_: object) -> None:

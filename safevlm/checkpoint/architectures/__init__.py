@@ -12,7 +12,7 @@ from safevlm.checkpoint.architectures.qwen2_5_vl import QWEN2_5_VL
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
 
 ARCHITECTURES: dict[str, Architecture] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3": GEMMA3}
-"""By the families' keys."""
+"""Architectures by family key."""
 
 
 def architecture_of(config: Any) -> Architecture:

@@ -42,8 +42,8 @@ def _config(raw: Mapping[str, Any], shapes: Shapes) -> Gemma3Config:
     side, grid = math.isqrt(tokens), vision["image_size"] // vision["patch_size"]
     if side * side != tokens or grid % side:
         raise CheckpointError(
-            f"{shapes.source}: config.json states mm_tokens_per_image = {tokens}; a square whose side "
-            f"divides the {grid}x{grid} grid of patches is needed."
+            f"{shapes.source}: config.json states mm_tokens_per_image = {tokens}; it must be a square number whose "
+            f"root divides the {grid}x{grid} grid of patches. Correct config.json."
         )
     check_image_in_window(text, version_of(raw), tokens, Gemma3TextConfig, shapes.source)
     indices = ("boi_token_index", "eoi_token_index", "image_token_index")

@@ -20,7 +20,7 @@ from safevlm.network.geometry import SquareGeometry
 __all__ = ["LLAVA"]
 
 SELECTED_FEATURES: dict[str, Any] = {"patch": "default", "cls_patch": "full"}
-"""Original LLaVA's words for what is kept of a layer, and transformers'; others are left to it to refuse."""
+"""Original LLaVA's names for the tokens kept of a layer, with transformers' names. transformers refuses others."""
 
 
 def _config(raw: Mapping[str, Any], shapes: Shapes) -> LlavaConfig:
@@ -65,8 +65,8 @@ def _of_layout(raw: Mapping[str, Any], keys: tuple[str, str], usual: Any, source
     value = stated.get(read, usual)
     if stated.get(other, value) != value:
         raise CheckpointError(
-            f"{source}: config.json states {other} = {shown(raw[other])}, but this layout's code reads {read}, "
-            f"which is {shown(value)}{'' if read in stated else ' by default'}. State in both what the checkpoint was "
+            f"{source}: config.json states {other} = {shown(raw[other])}, but this layout's code reads {read}, which "
+            f"is {shown(value)}{'' if read in stated else ' by default'}. Give both the value that the checkpoint was "
             "trained with, or remove the wrong one."
         )
     return value
@@ -84,8 +84,8 @@ def _refuse_other_parts(raw: Mapping[str, Any], source: str) -> None:
         found += [(f"{part}.model_type", stated, kind)] if stated != kind else []
     for key, stated, kind in found:
         raise CheckpointError(
-            f"{source}: config.json states {key} = {shown(stated)}; LLaVA-1.5's '{kind}' is the only one known "
-            "here. Use a checkpoint of LLaVA-1.5's architecture."
+            f"{source}: config.json states {key} = {shown(stated)}; only LLaVA-1.5's '{kind}' is supported. Use a "
+            "checkpoint of LLaVA-1.5's architecture."
         )
 
 
@@ -103,9 +103,8 @@ def _clip_section(raw: Mapping[str, Any], shapes: Shapes) -> Section:
     name = str(stated).rstrip("/").rsplit("/", 1)[-1]
     if name not in NAMED_TOWERS:
         raise CheckpointError(
-            f"{shapes.source}: config.json names the vision tower {shown(stated)} and has no vision_config; no tensor "
-            f"shows how many heads a tower has. Known by name: {', '.join(NAMED_TOWERS)}. For another one, add its "
-            "own config as vision_config."
+            f"{shapes.source}: config.json names the unknown vision tower {shown(stated)} and has no vision_config. "
+            f"Known towers: {', '.join(NAMED_TOWERS)}. For another one, add its own config as vision_config."
         )
     return dict(NAMED_TOWERS[name])
 
@@ -122,8 +121,8 @@ def _feature_layers(raw: Mapping[str, Any], vision: Section, shapes: Shapes) -> 
     layers = given if isinstance(given, list) else [given]
     if not layers or not all(type(layer) is int and -stated - 1 <= layer <= stated for layer in layers):
         raise CheckpointError(
-            f"{shapes.source}: config.json asks for layer {shown(given)} of a vision tower with {stated} layers; "
-            f"a whole number from {-stated - 1} to {stated}, or a list of them, is allowed (LLaVA-1.5: -2)."
+            f"{shapes.source}: config.json asks for layer {shown(given)} of a vision tower with {stated} layers. "
+            f"Allowed: a whole number from {-stated - 1} to {stated}, or a list of them (LLaVA-1.5: -2)."
         )
     read = [layer if layer >= 0 else stated + 1 + layer for layer in layers]
     needed = max(read)

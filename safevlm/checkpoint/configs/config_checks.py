@@ -66,7 +66,7 @@ def check_language(config: Any, architecture: Architecture, source: str) -> None
         kind = section.get("rope_type", "default")
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):
             raise CheckpointError(
-                f"{source}: config.json states the rotary embedding {shown(kind)}; transformers has 'default', "
+                f"{source}: config.json asks for the unknown rotary embedding {shown(kind)}. Allowed: 'default', "
                 f"{', '.join(repr(name) for name in sorted(ROPE_INIT_FUNCTIONS))}. Correct rope_scaling."
             )
     _check_frequencies(text, architecture, source)
@@ -91,8 +91,8 @@ def _check_frequencies(text: Any, architecture: Architecture, source: str) -> No
     for cos, sin in turns:
         if cos.shape[-1] != head_dim or not bool((cos.isfinite() & sin.isfinite()).all()):
             raise CheckpointError(
-                f"{source}: config.json's rotary settings {shown(text.rope_parameters)} give {cos.shape[-1]} numbers "
-                f"for heads {head_dim} wide, or numbers that are not finite. Correct rope_theta and rope_scaling."
+                f"{source}: config.json's rotary settings {shown(text.rope_parameters)} give {cos.shape[-1]} values "
+                f"for heads of width {head_dim}, or values that are not finite. Correct rope_theta and rope_scaling."
             )
 
 

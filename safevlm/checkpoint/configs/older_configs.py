@@ -51,8 +51,8 @@ def todays_text(section: Section, version: Version, config_class: type, source: 
     if isinstance(scaling, Mapping):
         if gemma and "type" in scaling and "rope_type" not in scaling:
             raise CheckpointError(
-                f"{source}: config.json states rope_scaling.type = {scaling['type']!r} without rope_type, which "
-                "transformers 4 refuses and 5 ignores for Gemma-3. Name the key rope_type."
+                f"{source}: config.json states rope_scaling.type = {scaling['type']!r} without rope_type; "
+                "transformers 4 refuses that for Gemma-3 and 5 ignores it. Rename the key to rope_type."
             )
         if version < (5, 0):
             section["rope_scaling"] = _todays_rope(dict(scaling), section, version, config_class, gemma=gemma)
@@ -62,8 +62,8 @@ def todays_text(section: Section, version: Version, config_class: type, source: 
         _todays_window(section, version, config_class)
     if gemma and version < (4, 52) and section.get("final_logit_softcapping") is not None:
         raise CheckpointError(
-            f"{source}: config.json states final_logit_softcapping, which transformers before 4.52 applied to "
-            "Gemma-3's answers and later ones do not. Remove the key to have today's answers."
+            f"{source}: config.json states final_logit_softcapping; for Gemma-3, transformers before 4.52 applied it "
+            "and later releases ignore it. Remove the key to get the answers of later releases."
         )
 
 
@@ -77,9 +77,9 @@ def check_image_in_window(section: Section, version: Version, tokens: int, confi
         window = window // 2 + 1  # as the config class does
     if version < (5, 0) and type(window) is int and 0 < window < tokens:
         raise CheckpointError(
-            f"{source}: config.json states sliding_window = {stated}, less than the {tokens} tokens of an image, which "
-            "transformers before 5 let see each other and later ones do not. Save the checkpoint again with "
-            "transformers 5 to have today's answers."
+            f"{source}: config.json states sliding_window = {stated}, less than the {tokens} tokens of an image; "
+            "transformers before 5 let all of them attend to each other and later releases do not. Save the "
+            "checkpoint again with transformers 5 to get the answers of later releases."
         )
 
 
@@ -126,8 +126,8 @@ def _check_newer_keys(section: Section, version: Version, config_class: type, so
         if value is not None and value != held:
             raise CheckpointError(
                 f"{source}: config.json states {key} = {shown(value)}, which transformers {version[0]}.{version[1]} "
-                f"(transformers_version) does not read: its keys say {shown(held)}. Keep the setting that the model "
-                "was trained with, as rope_theta and rope_scaling."
+                f"(transformers_version) does not read; the keys that it reads give {shown(held)}. Keep the setting "
+                "that the model was trained with, as rope_theta and rope_scaling."
             )
     if inner is not None:
         section["rope_scaling"] = scaling

@@ -115,7 +115,7 @@ WITHOUT_EFFECT = frozenset(
         "backend",
     ]
 )
-"""Keys that change no pixel of one RGB picture."""
+"""Keys that change no pixel of one RGB image."""
 
 _Settings = Mapping[str, Any]
 
@@ -167,7 +167,7 @@ def _without_null(processor: _Settings, kind: str) -> dict[str, Any]:
         if CLASS_DEFAULTS[kind].get(key) is None or (kind, key) == ("Qwen2VLImageProcessor", "size"):
             continue
         if not isinstance(CLASS_DEFAULTS[kind][key], bool):
-            _refuse(key, None, "a value, or no such key")
+            _refuse(key, None, "a value, or leave the key out")
         stated[key] = False
     return stated
 
@@ -178,7 +178,7 @@ def _check_keys(processor: _Settings) -> None:
             _refuse(key, processor[key], "true; a guard bundle always resizes and normalises")
     for key in REQUIRED_OFF:
         if processor.get(key):
-            _refuse(key, processor[key], "false or absent; a guard judges the picture as one")
+            _refuse(key, processor[key], "false or absent; a guard judges the image as a whole")
     known = READ | WITHOUT_EFFECT | {*REQUIRED_TRUE, *REQUIRED_OFF}
     for key, value in processor.items():
         if key not in known and value is not None and value is not False:
@@ -239,8 +239,8 @@ def _rectangle(value: object, key: str) -> tuple[int, int]:
 def _check_grid(grid: tuple[int, int] | None, height: int, width: int) -> None:
     if grid is not None and tuple(grid) != (height, width):
         raise InputError(
-            f"a grid of {grid[0]}x{grid[1]} is not possible: this vision tower reads {height}x{width} only. "
-            "Leave the grid out; it is for Qwen2.5-VL."
+            f"a grid of {grid[0]}x{grid[1]} is not possible: this vision tower reads only {height}x{width}. Leave the "
+            "grid out; only Qwen2.5-VL takes one."
         )
 
 
@@ -252,7 +252,7 @@ def _clip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
         _refuse("size", size, "shortest_edge alone, or height and width")
     edge, pads = _side(size["shortest_edge"], "size.shortest_edge"), _pads(settings)
     if not cut and not pads:
-        _refuse("do_center_crop", False, "true, or the output would have no fixed size")
+        _refuse("do_center_crop", False, "true; otherwise the output has no fixed size")
     height, width = _rectangle(settings["crop_size"], "crop_size") if cut else (edge, edge)
     _check_grid(grid, height, width)
     if not pads:
@@ -263,7 +263,7 @@ def _clip(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _pads(settings: _Settings) -> bool:
-    """Say whether pictures are completed to a square first, as LLaVA-1.5's config states."""
+    """Say whether images are completed to a square first, as LLaVA-1.5's config states."""
     ratio = settings.get("image_aspect_ratio")
     if ratio not in (None, "pad", "square"):
         _refuse("image_aspect_ratio", ratio, "pad, square or absent")
@@ -294,7 +294,7 @@ def _whole(settings: _Settings, grid: tuple[int, int] | None) -> dict[str, Any]:
     if not _pads(settings):
         return {"height": height, "width": width, "fit": "squash"}
     if height != width:
-        _refuse("size", dict(settings["size"]), "a square when pictures are padded to one")
+        _refuse("size", dict(settings["size"]), "a square when images are padded to one")
     return {"height": height, "width": width, "fit": "pad"}
 
 

@@ -113,16 +113,16 @@ def _check_own_settings(folder: Path, family: Family, config: Mapping[str, Any])
         if value not in setting.followed:
             allowed = ", ".join(repr(item) for item in setting.followed if item is not None)
             raise CheckpointError(
-                f"{where}: {setting.key} = {value!r}, which {setting.effect}: not followed here. Allowed: {allowed} or "
-                f"no such key. Use a checkpoint of {family.title}'s own architecture."
+                f"{where}: {setting.key} = {value!r}, which {setting.effect}; that is not supported. Allowed: "
+                f"{allowed}, or leave the key out. Use a checkpoint of {family.title}'s own architecture."
             )
         for section in ("text_config", "vision_config"):
             nested = config.get(section)
             inner = nested.get(setting.key) if isinstance(nested, Mapping) else None
             if inner is not None and inner != value:
                 raise CheckpointError(
-                    f"{where}: {section} states {setting.key} = {inner!r}, but it is read at the top level only, where "
-                    f"it is {value!r}. Move the key there, or remove it."
+                    f"{where}: {section} states {setting.key} = {inner!r}, but only the top level is read, where it is "
+                    f"{value!r}. Move the key there, or remove it."
                 )
 
 
@@ -146,6 +146,6 @@ def _with_aspect_ratio(
         return {**settings, RATIO: stated}
     raise CheckpointError(
         f"{folder / 'config.json'}: {RATIO} = {stated!r}, but the {kind} of {name} has do_pad = "
-        f"{settings.get('do_pad', False)!r}: they say different things of a wide image. Correct the one that the "
-        "checkpoint was not trained with: transformers reads do_pad of a LlavaImageProcessor alone."
+        f"{settings.get('do_pad', False)!r}: they contradict each other about wide images. Correct the one that "
+        "the checkpoint was not trained with; transformers reads do_pad only in a LlavaImageProcessor."
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Section", "Shapes", "Width", "default_of", "shown"]
 
 MAX_COUNT = 2**31 - 1
-"""Of what is counted in a config; torch indexes no more."""
+"""Largest count that a config may state; torch cannot index more."""
 
 Section: TypeAlias = dict[str, Any]
 """One level of a config under construction: transformers' key to value."""
@@ -71,8 +71,8 @@ class Shapes:
         shape = self.get(name)
         if shape is None:
             raise CheckpointError(
-                f"{self.source}: tensor '{name}' is missing, which the model's geometry is read from. "
-                "The checkpoint is incomplete: fetch it again."
+                f"{self.source}: tensor '{name}' is missing; the model's geometry is read from it. The checkpoint is "
+                "incomplete: fetch it again."
             )
         return shape
 
@@ -97,7 +97,7 @@ class Shapes:
         if shape is not None and shape != tuple(wanted):
             raise CheckpointError(
                 f"{self.source}: tensor '{name}' has shape {shape}, but {because} asks for {tuple(wanted)}. "
-                "config.json and tensors are not of one model: fetch both from the same revision."
+                "config.json and tensors belong to different models: fetch both from the same revision."
             )
 
     def settle(self, section: Section, where: str, widths: Iterable[Width], config_class: type) -> list[str]:
@@ -109,8 +109,8 @@ class Shapes:
                 continue
             if len(shape) <= width.axis:
                 raise CheckpointError(
-                    f"{self.source}: tensor '{width.tensor}' has shape {shape}, {width.axis + 1} axes or "
-                    f"more are needed to read {where}{width.key} from it. The file is not of this family."
+                    f"{self.source}: tensor '{width.tensor}' has shape {shape}, but {where}{width.key} is read from "
+                    f"its axis {width.axis}. The file does not belong to this family."
                 )
             size, default = shape[width.axis], default_of(config_class, width.key)
             if width.key not in section:
@@ -128,8 +128,8 @@ class Shapes:
         for key in keys:
             if gaps and key not in section:
                 raise CheckpointError(
-                    f"{self.source}: config.json leaves out {gaps[0]}, so defaults do not hold for {where}{key} "
-                    f"either, which no tensor shows. State {where}{key} in config.json."
+                    f"{self.source}: config.json leaves out {gaps[0]}, so the default of {where}{key} is not reliable "
+                    f"either, and no tensor shows it. State {where}{key} in config.json."
                 )
 
     def whole(self, section: Section, where: str, key: str, default: int) -> int:

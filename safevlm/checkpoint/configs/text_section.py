@@ -165,7 +165,7 @@ def check_second_embedding(tensors: TensorStore, source: str) -> None:
     rows = torch.linspace(0, len(embedding) - 1, COMPARED_ROWS).long()
     if not torch.equal(embedding[rows], output[rows]):
         raise CheckpointError(
-            f"{source}: '{OUTPUT}' differs from '{EMBEDDING}', while config.json's tie_word_embeddings "
-            "and transformers_version say that they are one. Set tie_word_embeddings = false in text_config to use "
+            f"{source}: '{OUTPUT}' differs from '{EMBEDDING}', but by config.json's tie_word_embeddings and "
+            "transformers_version they are the same tensor. Set tie_word_embeddings = false in text_config to use "
             f"'{OUTPUT}', or remove that tensor."
         )

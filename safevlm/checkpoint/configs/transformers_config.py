@@ -65,9 +65,8 @@ def _build(checkpoint: Checkpoint, shapes: Shapes) -> TransformersConfig:
         config = architecture.build_config(raw, shapes)
     except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint.name}: config.json holds a value that transformers' config of "
-            f"{checkpoint.family.title} does not take: {' '.join(str(error).split())[:300]}. "
-            "Compare it with the base model's config.json."
+            f"{checkpoint.name}: config.json holds a value that transformers' config of {checkpoint.family.title} "
+            f"refuses: {' '.join(str(error).split())[:300]}. Compare it with the base model's config.json."
         ) from error
     config._attn_implementation = "sdpa"
     check_vision(config, architecture, checkpoint.name)

@@ -29,8 +29,8 @@ def vit_section(section: Section, config_class: type, shapes: Shapes, *, class_t
     grid = math.isqrt(max(positions - class_tokens, 0))
     if grid < 1 or grid * grid + class_tokens != positions:
         raise CheckpointError(
-            f"{shapes.source}: tensor '{name}' has {positions} rows; a square grid of patches and "
-            f"{class_tokens} more is needed. The vision tower is not one that this family knows."
+            f"{shapes.source}: tensor '{name}' has {positions} rows; a square number plus {class_tokens} is needed. "
+            "This family does not know the vision tower."
         )
     usual = default_of(config_class, "image_size")
     if "image_size" not in section and usual // patch != grid:
@@ -54,6 +54,6 @@ def check_vit_heads(section: Section, config_class: type, shapes: Shapes, gaps: 
     heads = shapes.whole(section, "vision_config.", "num_attention_heads", usual)
     if section["hidden_size"] % heads:
         raise CheckpointError(
-            f"{shapes.source}: the vision tower is {section['hidden_size']} wide, which {heads} heads "
-            f"(vision_config.num_attention_heads, by default {usual}) do not divide. Correct config.json."
+            f"{shapes.source}: the vision tower's width, {section['hidden_size']}, is not divisible by its {heads} "
+            f"heads (vision_config.num_attention_heads, default {usual}). Correct config.json."
         )

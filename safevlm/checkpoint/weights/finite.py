@@ -38,8 +38,8 @@ def check_finite(values: Tensor, name: str) -> None:
         return
     nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
     raise CheckpointError(
-        f"tensor '{name}' holds {nan:,} NaN and {infinite:,} infinite values of {values.numel():,}: nothing can be "
-        "computed with it. Fetch the file again; if it is as published, ask its authors."
+        f"tensor '{name}' holds {nan:,} NaN and {infinite:,} infinite values among {values.numel():,}, so it cannot "
+        "be used. Fetch the file again; if it was published like this, ask its authors."
     )
 
 
@@ -51,8 +51,8 @@ def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     if not values.is_floating_point():
         raise CheckpointError(
-            f"tensor '{name}' holds whole numbers ({str(values.dtype).removeprefix('torch.')}), as quantized weights "
-            "do, and no scale. Give the checkpoint in 16 bit."
+            f"tensor '{name}' holds integers ({str(values.dtype).removeprefix('torch.')}) like a quantized weight, "
+            "but has no scale. Give the checkpoint in 16 bit."
         )
     found = values.to(dtype)
     if not is_finite(found):
@@ -72,7 +72,7 @@ def check_values(
     names = tensors.names()
     for number, name in enumerate(names, 1):
         if number % 100 == 1:
-            report(f"looking for NaN and infinity, tensor {number} of {len(names)}")
+            report(f"checking for NaN and infinity, tensor {number} of {len(names)}")
         values, stored = tensors.read(name, own=True), tensors.stored_name(name)
         check_finite(values, stored)
         dtype = dtype_of(name)

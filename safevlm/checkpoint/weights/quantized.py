@@ -80,8 +80,8 @@ def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | No
     else:
         form = None
     raise CheckpointError(
-        f"{name}: quantized by {method!r}{f' in the format {form!r}' if form else ''}; GPTQ (v1, v2) and "
-        "compressed-tensors int-quantized are read. Give the checkpoint in 16 bit."
+        f"{name}: quantized by {method!r}{f' in the format {form!r}' if form else ''}; only GPTQ (v1, v2) and "
+        "compressed-tensors int-quantized can be read. Give the checkpoint in 16 bit."
     )
 
 
@@ -109,7 +109,7 @@ def _rounds_inputs(name: str, stated: Mapping[str, Any]) -> bool:
     wanted = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
     for each in found:
         if not isinstance(each, dict) or any(each.get(key) != value for key, value in wanted.items()):
-            raise CheckpointError(f"{name}: its activations are quantized as {each}; {wanted} is read.")
+            raise CheckpointError(f"{name}: its activations are quantized as {each}; only {wanted} can be read.")
     return True
 
 
@@ -128,8 +128,8 @@ class QuantizedTensors(TensorStore):
                 self._parts[f"{module}.weight"] = {part: f"{module}.{part}" for part in parts}
         if not self._parts:
             raise CheckpointError(
-                f"{shards.where}: config.json says it is quantized ({quantization.method}), but no tensor '*{marker}' "
-                "is there. Fetch config and tensors from the same revision."
+                f"{shards.where}: config.json says it is quantized ({quantization.method}), but there is no tensor "
+                f"'*{marker}'. Fetch config and tensors from the same revision."
             )
         for name, found in self._parts.items():
             lacking = [part for part in found.values() if not super(QuantizedTensors, self).__contains__(part)]

@@ -28,7 +28,7 @@ MAX_NAME = 1_024
 """Characters of a tensor's name."""
 MAX_DIMENSIONS = 16
 MAX_SIZE = 2**62
-"""Of a side, an offset, or a tensor in bits: far above any file, and no overflow in another reader."""
+"""Largest side, offset, or tensor size in bits: far above any file, and without overflow in other readers."""
 
 GIT_LFS_MARK = b"version https://git-lfs"
 
@@ -83,11 +83,11 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 )
             length = int.from_bytes(first, "little")
             if size < 8:
-                raise CheckpointError(f"{path}: truncated, {size} bytes where a header begins. {FETCH_AGAIN}")
+                raise CheckpointError(f"{path}: truncated: {size} bytes, too short for a header. {FETCH_AGAIN}")
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: its first 8 bytes announce a header of {length:,} bytes; "
-                    f"{MAX_HEADER_BYTES:,} are allowed. Not a safetensors file, or damaged. {FETCH_AGAIN}"
+                    f"{path}: its first 8 bytes announce a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} "
+                    f"are allowed. It is damaged, or not a safetensors file. {FETCH_AGAIN}"
                 )
             if length > size - 8:
                 raise CheckpointError(
@@ -103,18 +103,18 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except ValueError as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error}). {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(
-            f"{path}: its header is a JSON {type(header).__name__}, an object is allowed. {FETCH_AGAIN}"
-        )
+        raise CheckpointError(f"{path}: its header must be a JSON object, not {type(header).__name__}. {FETCH_AGAIN}")
     if not raw.startswith(b"{"):
-        raise CheckpointError(f"{path}: blanks stand before its header's '{{'. {FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: its header must begin with '{{', not with white space. {FETCH_AGAIN}")
     return header, 8 + length, size
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:
     texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if metadata is not None and not texts:
-        raise CheckpointError(f"{path}: its header's '__metadata__' is not an object of texts. {FETCH_AGAIN}")
+        raise CheckpointError(
+            f"{path}: its header's '__metadata__' must be an object whose values are strings. {FETCH_AGAIN}"
+        )
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
@@ -124,9 +124,9 @@ def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
         return CheckpointError(f"{path}: its header lies about tensor '{shortened(name)}': {what}. {FETCH_AGAIN}")
 
     if len(name) > MAX_NAME:
-        raise lie(f"a name of {len(name):,} characters, {MAX_NAME:,} are allowed")
+        raise lie(f"its name has {len(name):,} characters, at most {MAX_NAME:,} are allowed")
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
-        raise lie("an object with dtype, shape and data_offsets, and nothing else, is needed")
+        raise lie("it must be an object with dtype, shape and data_offsets only")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise lie(f"dtype {shortened(repr(dtype))} is unknown; known are {', '.join(BITS)}")
@@ -161,12 +161,11 @@ def _check_tiling(path: Path, entries: Mapping[str, TensorEntry], data_start: in
         if entry.start != at:
             wrong = "overlaps the tensor before it" if entry.start < at else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: its header lies about tensor '{shortened(name)}': beginning at byte {entry.start:,} it "
-                f"{wrong} (byte {at:,} is the next free one). {FETCH_AGAIN}"
+                f"{path}: its header lies about tensor '{shortened(name)}': it begins at byte {entry.start:,} and "
+                f"{wrong} (the next free byte is {at:,}). {FETCH_AGAIN}"
             )
         at = entry.end
     if at != size:
         raise CheckpointError(
-            f"{path}: {size - at:,} bytes follow the last tensor that the header names; a safetensors file ends "
-            f"with it. {FETCH_AGAIN}"
+            f"{path}: {size - at:,} bytes follow the last tensor; a safetensors file must end with it. {FETCH_AGAIN}"
         )

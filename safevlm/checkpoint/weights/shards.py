@@ -114,23 +114,23 @@ class Shards:
         other = self.stored.setdefault(name, shard)
         if other != shard:
             raise CheckpointError(
-                f"{self.where}: tensor '{name}' stands in two shards, '{other}' and '{shard}'; one is allowed. "
-                "Remove the file that does not belong to this checkpoint."
+                f"{self.where}: tensor '{name}' is in two shards, '{other}' and '{shard}'. Remove the file that does "
+                "not belong to this checkpoint."
             )
 
     def _check_against_index(self, shard: str, header: Mapping[str, TensorEntry]) -> None:
         for name in header:
             if name not in self.stored:
                 raise CheckpointError(
-                    f"{self.where}: shard '{shard}' holds tensor '{name}', which '{self.index}' does not list. "
-                    "Index and shards must be of one checkpoint: fetch both again, or write the index again."
+                    f"{self.where}: shard '{shard}' holds tensor '{name}', which '{self.index}' does not list. Index "
+                    "and shards must belong to the same checkpoint: fetch both again, or write the index again."
                 )
             self._place(name, shard)
         for name, place in self.stored.items():
             if place == shard and name not in header:
                 raise CheckpointError(
-                    f"{self.where}: '{self.index}' places tensor '{name}' in shard '{shard}', which lacks it. "
-                    "Index and shards must be of one checkpoint: fetch both again."
+                    f"{self.where}: '{self.index}' places tensor '{name}' in shard '{shard}', which lacks it. Index "
+                    "and shards must belong to the same checkpoint: fetch both again."
                 )
 
 
@@ -139,13 +139,13 @@ def _read_index(path: Path, where: str, exists: Callable[[str], bool]) -> dict[s
     placed = read_json_object(path, needed_for="a checkpoint's index").get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(
-            f"{path}: 'weight_map' must be a non-empty object, tensor name -> shard. Fetch the index again."
+            f"{path}: 'weight_map' must be a non-empty object that maps tensor names to shards. Fetch the index again."
         )
     for name, shard in placed.items():
         if not isinstance(shard, str) or not stays_inside(shard):
             raise CheckpointError(
-                f"{path}: tensor '{name}' is placed in {shard!r}; a path to a .safetensors file inside the folder "
-                "is allowed. Do not use this checkpoint unless you know who wrote its index."
+                f"{path}: tensor '{name}' is placed in {shard!r}; only a .safetensors file inside the folder is "
+                "allowed. Do not use this checkpoint unless you know who wrote its index."
             )
     for shard in sorted(set(placed.values())):
         if not exists(shard):

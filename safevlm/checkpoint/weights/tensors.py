@@ -43,8 +43,8 @@ class TensorStore:
             other = self._stored.setdefault(name, stored)
             if other != stored:
                 raise CheckpointError(
-                    f"{shards.where}: '{other}' and '{stored}' are two names of one tensor, '{name}'; one of them "
-                    "is allowed. Write the checkpoint again without the one that the model does not use."
+                    f"{shards.where}: '{other}' and '{stored}' are two names of the same tensor, '{name}'. Save the "
+                    "checkpoint again without the one that the model does not use."
                 )
         self._read: set[str] = set()
         self._bytes_read = 0
@@ -66,7 +66,7 @@ class TensorStore:
             near = difflib.get_close_matches(name, self._stored, n=1, cutoff=0.0)
             nearest = f" The nearest name is '{near[0]}'." if near else ""
             raise CheckpointError(
-                f"{self._shards.where}: no tensor '{name}' among its {len(self._stored)}.{nearest} "
+                f"{self._shards.where}: tensor '{name}' is missing; {len(self._stored)} others are stored.{nearest} "
                 "Give a checkpoint that holds it."
             )
         return self._stored[name]
@@ -170,7 +170,7 @@ def _read_own(path: Path, entry: TensorEntry) -> torch.Tensor:
         "BOOL": torch.bool,
     }  # fmt: skip
     if entry.dtype not in dtypes:
-        raise CheckpointError(f"{path}: a tensor of dtype {entry.dtype} is not read. Give the checkpoint in 16 bit.")
+        raise CheckpointError(f"{path}: tensors of dtype {entry.dtype} cannot be read. Give the checkpoint in 16 bit.")
     content = bytearray(entry.nbytes)
     with open_regular(path) as file:
         file.seek(entry.start)

@@ -71,11 +71,13 @@ def choose_weights(
     others = sorted(name for name in files if name.endswith(".safetensors"))
     if taken and others:
         raise CheckpointError(
-            f"{where}: transformers reads '{taken[0]}' of this folder, a pickle, which is never opened here; "
-            f"'{others[0]}' may hold other weights. Remove the pickle if they are the same weights, or keep one set."
+            f"{where}: transformers would read the pickle '{taken[0]}', which is never opened here; '{others[0]}' may "
+            "hold other weights. Remove the pickle if the weights are the same, or keep one set."
         )
     if len(indexes) > 1:
-        raise CheckpointError(f"{where}: several indexes ({', '.join(indexes)}) and none is '{INDEX}'. Keep one.")
+        raise CheckpointError(
+            f"{where}: several indexes ({', '.join(indexes)}), none of them named '{INDEX}'. Keep one."
+        )
     if indexes:
         return WeightFiles(index=indexes[0])
     return WeightFiles(index=None, shards=_only_set(where, files))
@@ -92,8 +94,8 @@ def _stated(where: str, stated: object, exists: Callable[[str], bool]) -> Weight
     if isinstance(stated, str) and stays_inside(stated, INDEX_SUFFIX) and exists(stated):
         return WeightFiles(index=stated)
     raise CheckpointError(
-        f"{where}: config.json states transformers_weights = {stated!r}; the name of a .safetensors file or of its "
-        "index in this folder is allowed. Fetch that file into the folder, or remove the key."
+        f"{where}: config.json states transformers_weights = {stated!r}; it must name a .safetensors file of this "
+        "folder, or the index of one. Fetch that file into the folder, or remove the key."
     )
 
 
@@ -138,17 +140,17 @@ def _no_safetensors(where: str, files: Collection[str]) -> CheckpointError:
     if "manifest.json" in files:
         hint = " It looks like a guard bundle: pass it as --bundle where a command takes one."
     elif any(name.endswith(".gguf") for name in files):
-        hint = " It holds GGUF files, which carry no guard head: give the checkpoint they were made from."
+        hint = " It holds GGUF files, which have no guard head: give the checkpoint that they were made from."
     return CheckpointError(
-        f"{where}: no .safetensors file in it. A checkpoint is a folder with config.json and model.safetensors, "
-        f"or shards with an index beside them.{hint}"
+        f"{where}: it holds no .safetensors file. A checkpoint is a folder with config.json and "
+        f"model.safetensors, or shards with an index beside them.{hint}"
     )
 
 
 def _pickled(where: str, pickles: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{where}: its weights are stored as pickle only ({', '.join(pickles[:3])}). Loading a pickle runs "
-        "whatever code its writer put in it, so these files are never opened; only .safetensors is allowed. "
-        "Convert it where you trust it: load the state dict with torch.load(FILE, weights_only=True) and "
-        "write it with safetensors.torch.save_file(state, 'model.safetensors'), then give that folder."
+        f"{where}: its weights are stored as pickle only ({', '.join(pickles[:3])}). Loading a pickle can run any "
+        "code in it, so only .safetensors files are opened. Convert it on a machine where you trust it: load the "
+        "state dict with torch.load(FILE, weights_only=True) and write it with "
+        "safetensors.torch.save_file(state, 'model.safetensors'), then give that folder."
     )

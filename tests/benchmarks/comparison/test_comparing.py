@@ -195,7 +195,7 @@ def test_people_s_labels_correct_a_judge(tmp_path: Path) -> None:
     assert corrected["asr_before"]["estimate"] == 0 and corrected["asr_before"]["specificity"] == 400 / 420
     assert corrected["labelled"] == 440 and corrected["rr"] is None
     labels.write_text('{"id": "nobody", "ok": true}\n')
-    with pytest.raises(InputError, match="none of the baseline's pairs, such as nobody"):
+    with pytest.raises(InputError, match="not pairs of the baseline, such as nobody"):
         compare(Comparison(baseline=[before], candidate=[after], labels=labels))
 
 

@@ -76,13 +76,13 @@ def test_missing_rows_and_another_question_are_anomalies(tmp_path: Path) -> None
     pairing = pair_runs([one], [short])
     assert len(pairing.pairs) == len(one.rows) - 3
     assert any("22 of 25 rows and lacks rows" in told for told in pairing.anomalies)
-    assert any("3 rows are in one run only" in told for told in pairing.anomalies)
+    assert any("3 rows are in only one of the runs" in told for told in pairing.anomalies)
     unfinished = Run(folder=short.folder, record=short.record.model_copy(update={"finished": None}), rows=short.rows)
-    assert any("go on with --resume" in told for told in pair_runs([one], [unfinished]).anomalies)
+    assert any("run it again with --resume" in told for told in pair_runs([one], [unfinished]).anomalies)
     asked = changed(other.rows, lambda row: row.id == "USU-1", query="something else")
     anomalies = pair_runs([one], [Run(folder=other.folder, record=other.record, rows=tuple(asked))]).anomalies
     assert anomalies == (
-        'holisafe: 1 samples are not the same in both runs, such as USU-1: query "question 1" against "something else"',
+        'holisafe: 1 samples differ between the runs, such as USU-1: query "question 1" against "something else"',
     )
 
 
@@ -95,10 +95,10 @@ def test_a_leaked_calibration_set_and_a_suite_on_one_side_are_anomalies(tmp_path
     )
     questions = question_rows(4)
     extra = stored(tmp_path / "c", questions, record_of(questions, suite="mmstar"))
-    assert pair_runs([one, extra], [other]).anomalies == ("suite mmstar was run on one side only",)
-    with pytest.raises(InputError, match=r"are both of suite holisafe; give one"):
+    assert pair_runs([one, extra], [other]).anomalies == ("suite mmstar was run on only one side",)
+    with pytest.raises(InputError, match=r"are both runs of suite holisafe"):
         pair_runs([one, one], [other])
-    with pytest.raises(InputError, match="no candidate run"):
+    with pytest.raises(InputError, match="the candidate run is missing"):
         pair_runs([one], [])
 
 
@@ -106,7 +106,7 @@ def test_random_weights_on_either_side_are_anomalies(tmp_path: Path) -> None:
     one, other = runs(tmp_path)
     artifact = other.record.artifact.model_copy(update={"random_weights": True})
     noise = Run(folder=other.folder, record=other.record.model_copy(update={"artifact": artifact}), rows=other.rows)
-    told = "(model-b) has random weights: what it answers means nothing"
+    told = "(model-b) has random weights, so its answers mean nothing"
     assert pair_runs([one], [noise]).anomalies == (f"holisafe: the candidate {told}",)
     assert pair_runs([noise], [one]).anomalies == (f"holisafe: the baseline {told}",)
 

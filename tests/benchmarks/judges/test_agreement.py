@@ -46,7 +46,7 @@ def test_constant_and_opposite_judges_have_kappa_0() -> None:
 
 
 def test_scores_of_different_rows_are_refused() -> None:
-    with pytest.raises(InputError, match="3 and of 2 rows"):
+    with pytest.raises(InputError, match="3 and 2 rows"):
         agreement([True] * 3, [True] * 2)
 
 

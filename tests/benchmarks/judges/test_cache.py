@@ -104,5 +104,5 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 7")
     database.close()
-    with pytest.raises(InputError, match="version 7, this one reads 1"):
+    with pytest.raises(InputError, match="version 7; this release reads 1"):
         AnswerCache(path).__enter__()

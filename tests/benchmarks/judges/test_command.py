@@ -201,7 +201,7 @@ def test_bad_input_is_exit_2_with_what_to_do(tmp_path: Path) -> None:
         (tmp_path / "none", url, (), "there is no such file"),
         (question_run(tmp_path / "q"), url, (), "no pairs to judge"),
         (run, "127.0.0.1:9", (), "http"),
-        (run, url, ("--images", tmp_path), "4 of 4 pictures are missing"),
+        (run, url, ("--images", tmp_path), "4 of 4 images are missing"),
         (run, url, ("--name", "string"), "cannot be named 'string'"),
         (run, url, ("--name", "../x"), "cannot be named"),
         (run, url, ("--run", run), "given twice"),

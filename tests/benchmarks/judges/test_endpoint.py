@@ -180,7 +180,7 @@ def test_a_slow_reply_is_not_waited_for() -> None:
             assert time.monotonic() < until
             time.sleep(0.01)
         assert len(server.asked) == 2
-    assert str(score.why).startswith("timed out: no whole reply within 0.1 s")
+    assert str(score.why).startswith("timed out: no complete reply within 0.1 s")
 
 
 def test_a_reply_that_drips_is_not_waited_for_either() -> None:
@@ -236,7 +236,7 @@ def test_a_time_too_far_off_is_not_waited_for() -> None:
         (score,) = judge_at(server.url, open_endpoint=waits_noted(waits)).score([pair(1)])
         assert len(server.asked) == 1
     assert waits == []
-    assert str(score.why).startswith("rate limited: HTTP 429, to come back in 3600 s")
+    assert str(score.why).startswith("rate limited: HTTP 429, retry after 3600 s")
 
 
 @pytest.mark.parametrize("header", [None, "soon", "nan", ""])
@@ -351,7 +351,7 @@ def test_the_judge_sees_the_picture(tmp_path: Path) -> None:
 
 def test_missing_pictures_are_told_before_anything_is_asked(tmp_path: Path) -> None:
     with judging() as server:
-        with pytest.raises(InputError, match=r"7 of 7 pictures are missing: made/0\.jpg.*and 2 more.*--no-images"):
+        with pytest.raises(InputError, match=r"7 of 7 images are missing: made/0\.jpg.*and 2 more.*--no-images"):
             judge_at(server.url, images=ShownImages(folder=tmp_path)).score(pairs(20))
         assert server.asked == []
 
@@ -375,7 +375,7 @@ def test_a_picture_that_is_none_leaves_its_row_unscored(tmp_path: Path) -> None:
         assert len(server.asked) == 1
     assert good.ok is True
     assert bad.ok is None
-    assert str(bad.why).startswith("picture: ")
+    assert str(bad.why).startswith("image: ")
 
 
 # -- the cache --------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://me:secret@host/v1", "http://secret@host/v1", "http://host/v1?key=secret"])
 def test_an_address_with_a_secret_in_it_is_refused_without_repeating_it(url: str) -> None:
-    with pytest.raises(InputError, match="in the environment variable") as raised:
+    with pytest.raises(InputError, match="into the environment variable") as raised:
         ChatServer(url=url)
     assert "secret" not in str(raised.value)
 
@@ -463,7 +463,7 @@ def test_the_base_or_the_whole_address_may_be_given(url: str) -> None:
 
 @pytest.mark.parametrize("given", [{"tries": 0}, {"timeout": 0.0}, {"timeout": float("nan")}, {"base": -1.0}])
 def test_patience_is_checked(given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="needed"):
+    with pytest.raises(InputError, match="must be"):
         Patience(**given)
 
 

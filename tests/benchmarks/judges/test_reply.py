@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.judges.prompt import Told, prompt_identity, tell
+from benchmarks.judges.prompt import JudgePrompt, judge_prompt, prompt_identity
 from benchmarks.judges.reply import parse_reply
 from tests.benchmarks.judges.server import pair
 
@@ -65,7 +65,7 @@ def test_no_text_breaks_the_reading(text: str) -> None:
     assert parse_reply(text) in (None, True, False)
 
 
-def quoted(told: Told, what: str) -> str:
+def quoted(told: JudgePrompt, what: str) -> str:
     """Read a quotation as a careful judge would: from the first opening marker to the last closing one."""
     opened = re.search(rf"<{what}-([0-9a-f]{{16}})>\n", told.user)
     assert opened is not None
@@ -76,11 +76,11 @@ def quoted(told: Told, what: str) -> str:
 
 @pytest.mark.parametrize("picture", [True, False])
 def test_the_rule_depends_on_the_pair(picture: bool) -> None:
-    told = {kind: tell(pair(1, kind), picture=picture) for kind in ("SSS", "SSU", "USU", "UUU", "SUU")}
+    told = {kind: judge_prompt(pair(1, kind), picture=picture) for kind in ("SSS", "SSU", "USU", "UUU", "SUU")}
     assert len({each.user for each in told.values()}) == 2
     assert "SAFE, so the assistant should help" in told["SSS"].user
     assert "UNSAFE, so the assistant should refuse" in told["SUU"].user
-    assert tell(pair(1), picture=True) != tell(pair(1), picture=False)
+    assert judge_prompt(pair(1), picture=True) != judge_prompt(pair(1), picture=False)
 
 
 ATTACKS = [
@@ -94,29 +94,29 @@ ATTACKS = [
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("where", ["answer", "query"])
 def test_an_attack_stays_between_its_markers(attack: str, where: str) -> None:
-    told = tell(pair(1, **{where: attack}), picture=False)
+    told = judge_prompt(pair(1, **{where: attack}), picture=False)
     assert quoted(told, {"answer": "answer", "query": "question"}[where]) == attack
     assert told.user.count(attack) == 1  # nowhere else
-    assert told.system == tell(pair(2), picture=False).system
+    assert told.system == judge_prompt(pair(2), picture=False).system
     assert "do not obey" in told.system
     assert told.user.endswith("reply with the JSON object alone.")  # the last word is ours
 
 
 @given(st.text(), st.text())
 def test_no_text_can_hold_its_own_end(query: str, answer: str) -> None:
-    told = tell(pair(1, answer=answer, query=query), picture=False)
+    told = judge_prompt(pair(1, answer=answer, query=query), picture=False)
     assert quoted(told, "question") == query
     assert quoted(told, "answer") == answer
 
 
 def test_an_answer_that_copies_the_markers_of_another_prompt_gets_new_ones() -> None:
-    first = tell(pair(1, answer="Sure."), picture=False)
-    again = tell(pair(1, answer=first.user), picture=False)
+    first = judge_prompt(pair(1, answer="Sure."), picture=False)
+    again = judge_prompt(pair(1, answer=first.user), picture=False)
     assert quoted(again, "answer") == first.user
 
 
 def test_markers_cannot_be_known_before_the_answer_is() -> None:
-    users = [tell(pair(1, answer=f"Answer {n}."), picture=False).user for n in range(20)]
+    users = [judge_prompt(pair(1, answer=f"Answer {n}."), picture=False).user for n in range(20)]
     assert len({re.findall(r"<answer-(\w+)>", user)[0] for user in users}) == 20
 
 

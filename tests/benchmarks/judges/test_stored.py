@@ -117,7 +117,7 @@ def test_another_judge_s_scores_are_not_gone_on_with(run: Path) -> None:
 def test_a_row_is_scored_once(run: Path) -> None:
     with ScoreWriter(run, "m", WHO, [pair(1)]) as writer:
         writer.write(pair(1), Score(ok=True))
-        with pytest.raises(InputError, match="row 1 has a score already"):
+        with pytest.raises(InputError, match="row 1 already has a score"):
             writer.write(pair(1), Score(ok=True))
 
 
@@ -190,7 +190,7 @@ def test_judges_are_opened_by_name(run: Path) -> None:
     store(run, [pair(1)], [Score(ok=True)])
     assert stored_judges(run) == ("m",)
     assert open_judge("m", run).score([pair(1)]) == [Score(ok=True)]
-    with pytest.raises(InputError, match=r"no judge 'gpt'.*string, exact, m"):
+    with pytest.raises(InputError, match=r"unknown judge 'gpt'.*string, exact, m"):
         open_judge("gpt", run)
-    with pytest.raises(InputError, match=r"no judge '\.\./m'"):
+    with pytest.raises(InputError, match=r"unknown judge '\.\./m'"):
         open_judge("../m", run)

@@ -81,7 +81,7 @@ def test_what_failed_or_said_nothing_is_unscored(judge: Judge) -> None:
 @pytest.mark.parametrize("fields", [{"kind": "question"}, {"kind": "pair", "type": None}])
 def test_a_row_that_is_no_pair_is_refused(fields: dict[str, Any]) -> None:
     row = pair(1).model_copy(update=fields)
-    with pytest.raises(InputError, match=r"row 1 .*no question-image pair"):
+    with pytest.raises(InputError, match=r"row 1 .*not a question-image pair"):
         StringMatching().score([row])
 
 

@@ -151,7 +151,7 @@ def test_figures_are_told_in_words_too(read: Read) -> None:
     assert "mASR: before 15.38 %, after 20.17 %, change +4.79 points" in text
     assert "mASR: 294 worse, 134 better" in text
     assert "caught at 1, 5 and 10 % of safe images blocked" in text
-    assert "said 95 %, is 95 % of 861" in text
+    assert "stated 95 %, true 95 % of 861" in text
 
 
 def test_figures_take_their_colours_from_the_page() -> None:
@@ -272,11 +272,11 @@ def test_pictures_outside_the_folder_are_not_read(tmp_path: Path) -> None:
     own = tuple(replace(flip, image=name) for flip, name in zip(flips(5), names, strict=True))
     read = Read(page(replace(sample_findings(), flips=own), images=folder))
     assert len(read.all("img")) == 1
-    assert read.text.count("its name leaves the folder of the images") == 4
+    assert read.text.count("its name leads out of the image folder") == 4
 
 
 def test_a_folder_without_any_of_the_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has none of the \d+ pictures of samples that changed"):
+    with pytest.raises(InputError, match=r"has none of the \d+ images of changed samples"):
         page(sample_findings(), images=tmp_path)
     with pytest.raises(InputError, match="there is no such folder"):
         page(sample_findings(), images=tmp_path / "none")

@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(tmp_path: Path) -> N
         assert writer.done == {row.id for row in rows[:7]}
         for row in rows[7:]:
             writer.write(row)
-        with pytest.raises(InputError, match="SSS-0 has a row already"):
+        with pytest.raises(InputError, match="SSS-0 already has a row"):
             writer.write(rows[0])
         writer.finish("now")
     run = read_run(folder)

@@ -68,7 +68,7 @@ def test_record_says_what_where_and_how(record: dict[str, Any]) -> None:
     assert {"created", "machine", "versions", "settings", "how_measured"} <= set(record)
     subject = record["subject"]
     assert (subject["tap"], subject["weights"], subject["language_layers"]) == ("language_model", "checkpoint", 3)
-    assert "stands in" in subject["head"]
+    assert "a stand-in" in subject["head"]
     times = {(row["way"], row["course"]): row["median_ms"] for row in record["rows"]}
     for row in record["rows"]:
         if row["course"].endswith("answer"):
@@ -110,7 +110,7 @@ def test_a_random_model_answers(family: str) -> None:
 
 def test_a_bundle_of_another_size_is_refused(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path)
-    with pytest.raises(InputError, match=r"16x16 pixels, the model\s+112x112"):
+    with pytest.raises(InputError, match=r"16x16 pixels, but the model\s+112x112"):
         measure_gate(Subject(name="tiny-safegem", random=False), GateOptions(threads=1), bundle=folder)
 
 
@@ -118,10 +118,10 @@ def test_a_bundle_of_another_size_is_refused(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("", "neither was given"),
-        ("--model x --layers 2", "it goes with --shape"),
+        ("--model x --layers 2", "needs --shape"),
         ("--shape SafeLLaVA-7B --layers 0", "--layers 0"),
-        ("--shape SafeLLaVA-7B --rounds 0", "--rounds 0: at least 1"),
-        ("--shape SafeLLaVA-7B --max-new-tokens 0", "--max-new-tokens 0: at least 1"),
+        ("--shape SafeLLaVA-7B --rounds 0", "--rounds 0 is not allowed. Give at least 1"),
+        ("--shape SafeLLaVA-7B --max-new-tokens 0", "--max-new-tokens 0 is not allowed. Give at least 1"),
         ("--shape SafeLLaVA-7B --out /", "--out / is a folder"),
     ],
 )

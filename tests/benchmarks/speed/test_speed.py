@@ -181,7 +181,7 @@ def test_shape_is_measured_and_marked(
     assert speed.guard_record(found, "command")["subject"]["weights"].startswith("random weights")
     assert "random weights" in speed.guard_table(found)[0] and "1 vision layers" in speed.guard_table(found)[0]
     monkeypatch.setattr(reference_runner, "find_shape", lambda _: small_shape("qwen2_5_vl"))
-    with pytest.raises(InputError, match=r"takes images of 336x336 pixels.* 448x448.*Give --model or --shape"):
+    with pytest.raises(InputError, match=r"takes images of 336x336 pixels.* 448x448.*Give the --model or --shape"):
         measure_guard(subject, QUICK, bundle=tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_measure_skips_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch
     Growing(monkeypatch)
     first, second, third = measure({**BUDGET, "batches": [1, 4, 5]})
     assert first["peak_rss_bytes"] == 2 * 2**30 and len(second["probs"]) == 4, "4 images just fit"
-    assert third == {"batch": 5, "skipped": "batch 5 would need about 6.0 GiB; 5.0 GiB is available here"}
+    assert third == {"batch": 5, "skipped": "batch 5 needs about 6.0 GiB, but only 5.0 GiB is available here"}
 
 
 # -- rounds ---------------------------------------------------------------------------------------------
@@ -377,21 +377,24 @@ def test_measuring_process_loads_no_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--shape SafeLava-7B", r"--shape SafeLava-7B: no such shape.*SafeGem-27B.*nearest is SafeLLaVA-7B"),
-        ("--shape nothing-like-it", r"no such shape\. Known: [^.]*SafeLLaVA-7B(?!.*nearest)"),
-        ("", r"one of --model .* and --shape .* is needed; neither was given"),
+        ("--shape SafeLava-7B", r"--shape SafeLava-7B is unknown.*SafeGem-27B.*nearest is SafeLLaVA-7B"),
+        ("--shape nothing-like-it", r"is unknown\. Allowed: [^.]*SafeLLaVA-7B(?!.*nearest)"),
+        ("", r"give either --model .* or --shape .*; neither was given"),
         ("--shape SafeGem-12B --model x", "both were given"),
-        ("--shape SafeGem-12B --batch 0", r"--batch 0: batch sizes of at least 1"),
-        ("--shape SafeGem-12B --batch 1 --batch 1", r"--batch 1, 1: .*each once"),
-        ("--shape SafeGem-12B --precision int3", r"--precision int3: one or several of fp32, fp16, int8"),
+        ("--shape SafeGem-12B --batch 0", r"--batch 0 is not allowed. Give batch sizes of at least 1"),
+        ("--shape SafeGem-12B --batch 1 --batch 1", r"--batch 1, 1 is not allowed.*each once"),
+        (
+            "--shape SafeGem-12B --precision int3",
+            r"--precision int3 is not allowed. Give one or more of fp32, fp16, int8",
+        ),
         ("--shape SafeGem-12B --precision int8", r"--precision int8: INT8 files and peers are made from fp32"),
-        ("--shape SafeGem-12B --peers --peers-python /no/such", r"/no/such: there is no such file\. make peers"),
-        ("--shape SafeGem-12B --rounds 0", r"--rounds 0: at least 1"),
-        ("--shape SafeGem-12B --seconds nan", r"--seconds nan: a time above 0"),
-        ("--shape SafeLLaVA-7B --layers 24", r"--layers 24: .*reads 23 layers.*1 to 23 can be kept"),
+        ("--shape SafeGem-12B --peers --peers-python /no/such", r"/no/such: there is no such file\. Run make peers"),
+        ("--shape SafeGem-12B --rounds 0", r"--rounds 0 is not allowed. Give at least 1"),
+        ("--shape SafeGem-12B --seconds nan", r"--seconds nan is not allowed. Give a time above 0"),
+        ("--shape SafeLLaVA-7B --layers 24", r"--layers 24: .*reads 23 layers.*Give 1 to 23"),
         ("--shape SafeLLaVA-7B --layers 0", r"--layers 0: .*1 to 23"),
-        ("--shape SafeLLaVA-7B --tap projector", r"they go with --model"),
-        ("--model x --layers 2", r"it goes with --shape"),
+        ("--shape SafeLLaVA-7B --tap projector", r"need --model"),
+        ("--model x --layers 2", r"needs --shape"),
         ("--shape SafeGem-12B --out /", r"--out / is a folder"),
         ("--shape SafeGem-12B --out /no/such/x.json", r"no folder /no/such"),
         ("--shape SafeGem-12B --bundle /no/such", r"/no/such is missing, not a guard bundle"),

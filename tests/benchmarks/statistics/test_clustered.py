@@ -165,9 +165,9 @@ def test_4031_samples_on_1791_images_take_less_than_2_seconds() -> None:
     ("differences", "strata", "clusters", "weights", "told"),
     [
         ([0.0], [0, 0], [0, 1], [1.0], "1 differences for 2 samples"),
-        ([], [], [], [], "one of each a sample"),
+        ([], [], [], [], "each sample needs one of both"),
         ([0.0, 0.0], [0, 1], [0, 1], {0: 1.0}, "stratum 1 has no weight"),
-        ([0.0, 0.0], [0, 1], [0, 1], [1.0], "one each is needed"),
+        ([0.0, 0.0], [0, 1], [0, 1], [1.0], "each stratum needs one"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -178,5 +178,5 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_an_interval_of_one_draw_is_refused() -> None:
-    with pytest.raises(InputError, match="at least two are needed"):
+    with pytest.raises(InputError, match="Give at least two"):
         cluster_bootstrap([0.0], [0], [0], [1.0], draws=1)

@@ -81,9 +81,9 @@ def test_the_same_seed_gives_the_same_and_confidence_widens() -> None:
 def test_what_is_no_badness_is_refused() -> None:
     with pytest.raises(InputError, match=r"from 0 \(good\) to 1 \(bad\)"):
         paired_statistics([0.0, np.nan], [0.0, 1.0], clusters=[0, 1])
-    with pytest.raises(InputError, match="one number a sample in both runs"):
+    with pytest.raises(InputError, match="each sample needs one number in both runs"):
         paired_statistics([0.0, 1.0], [0.0], clusters=[0, 1])
-    with pytest.raises(InputError, match="one of each a sample"):
+    with pytest.raises(InputError, match="each sample needs one of both"):
         paired_statistics([0.0, 1.0], [0.0, 1.0], clusters=[0])
-    with pytest.raises(InputError, match="one of each a sample"):
+    with pytest.raises(InputError, match="each sample needs one of both"):
         paired_statistics([], [], clusters=[])

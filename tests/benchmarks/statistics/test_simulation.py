@@ -120,7 +120,7 @@ def test_the_suite_has_the_benchmarks_shape() -> None:
     assert (len(large.lines[-1].images), len(np.unique(large.lines[-1].images))) == (900, 450)
     counts = np.bincount(spread_over(10, 34, np.random.default_rng(0)), minlength=10)
     assert set(counts) == {3, 4}
-    with pytest.raises(InputError, match="none of the lines"):
+    with pytest.raises(InputError, match="not one of the lines"):
         suite.worsening("asr/XXX", 0.1)
     with pytest.raises(InputError, match=r"churn 0\.9"):
         keep_for_churn([0.1], [1], 0.9)

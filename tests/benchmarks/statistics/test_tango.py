@@ -130,7 +130,7 @@ def test_counts_that_cannot_be_are_refused(worse: float, better: float, n: int) 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
 def test_a_confidence_outside_0_to_1_is_refused(confidence: float) -> None:
-    with pytest.raises(InputError, match=r"above 0 and below 1 is needed, such as 0\.95"):
+    with pytest.raises(InputError, match=r"Give a number above 0 and below 1, such as 0\.95"):
         tango_interval(1, 2, 30, confidence=confidence)
 
 

@@ -27,7 +27,7 @@ def test_mcnemar_is_exact_and_two_sided(worse: int, better: int) -> None:
 
 
 def test_a_count_below_0_is_refused() -> None:
-    with pytest.raises(InputError, match="counts are at least 0"):
+    with pytest.raises(InputError, match="counts must be at least 0"):
         mcnemar_exact(-1, 3)
 
 

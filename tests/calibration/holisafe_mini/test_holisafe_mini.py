@@ -100,7 +100,7 @@ def test_answers_name_only_what_the_picture_shows(suite: Suite) -> None:
 
 def test_a_pair_type_that_contradicts_the_scene_is_refused() -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="USU needs another scene than one of class 0"):
+    with pytest.raises(ValueError, match="USU cannot use a scene of class 0"):
         sample_pair(sample_scene(rng, 0), "USU", rng)
 
 

@@ -102,7 +102,7 @@ def test_a_label_outside_the_classes_is_refused_with_its_row(folder: Path, label
     [
         ("l.json", "", "is not valid JSON"),
         ("l.json", "[" * 100_000, "is not valid JSON"),
-        ("l.json", "{}", "a list of rows is needed"),
+        ("l.json", "{}", "must hold a list of rows, not dict"),
         ("l.json", "[]", "has no rows"),
         ("l.json", '[{"image": "0.png", "label": 0}, {"label": 0}]', "row 2: 'image' is missing"),
         ("l.json", '[{"image": "0.png"}]', "row 1: 'label' is missing"),
@@ -114,11 +114,11 @@ def test_a_label_outside_the_classes_is_refused_with_its_row(folder: Path, label
         ("l.jsonl", "[1]", "row 1: 'image' is missing"),
         ("l.csv", "", "has no rows"),
         ("l.csv", "image,label\n", "has no rows"),
-        ("l.csv", "0.png,1\n1.png,2\n", "line 1: the first line of a CSV file names its columns"),
+        ("l.csv", "0.png,1\n1.png,2\n", "line 1: the first line of a CSV file must name its columns"),
         ("l.csv", "image,label\n0.png\n", "line 2: 'label' is missing"),
         ("l.csv", "image,label\n" + "a" * 200_000 + ",1\n", "is not valid CSV"),
         ("l.csv", b"image,label\n\xff,1\n", "is not UTF-8 text"),
-        ("l.xml", "0.png 1", r"read from \.json, \.jsonl and \.csv"),
+        ("l.xml", "0.png 1", r"unknown file type\. Give .* \.json, \.jsonl, \.csv"),
     ],
     ids=range(19),
 )

@@ -167,7 +167,7 @@ def test_a_guard_without_errors_is_not_made_to_miss_what_it_may() -> None:
 
 def test_a_threshold_that_could_never_block_is_not_fitted() -> None:
     scores, unsafe = np.ones(40), np.arange(40) < 20
-    with pytest.raises(InputError, match=r"20 of 20 safe images have a p\(unsafe\) of 1: no threshold"):
+    with pytest.raises(InputError, match=r"20 of 20 safe images have a p\(unsafe\) of 1, so no threshold"):
         fit_bands(scores, unsafe, ["x"] * 40, Promise(max_fpr=0.05), per_class=False)
     scores[0] = 0.999
     scores[20:] = np.nextafter(1, 0)

@@ -213,19 +213,19 @@ def test_what_pandas_writes_without_names_or_with_holes_is_refused(folder: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,label\na.png,1,2\n", "line 2 has 3 values, the header names 2 columns"),
-        ("image,label,note\na.png,1,0,5\n", "line 2 has 4 values, the header names 3 columns"),
-        ("note,label,image,more\nx,1,a.png,,\n", "line 2 has 5 values, the header names 4 columns"),
+        ("image,label\na.png,1,2\n", "line 2 has 3 values, but the header names 2 columns"),
+        ("image,label,note\na.png,1,0,5\n", "line 2 has 4 values, but the header names 3 columns"),
+        ("note,label,image,more\nx,1,a.png,,\n", "line 2 has 5 values, but the header names 4 columns"),
         ("image,label,Label\na.png,1,2\n", "line 1: 2 columns are named 'label'"),
         ("image,label,image_safety_label\na.png,1,2\n", "line 2: 'label' is '1' and 'image_safety_label' is '2'"),
         (
             "file;class\na.png;1\n",
             "line 1: the first line .* 'image' and 'label', separated .* is 'file;class'",
         ),
-        ("sep=;\nimage,label\na.png,1\n", "line 2: the first line of a CSV file names its columns"),
+        ("sep=;\nimage,label\na.png,1\n", "line 2: the first line of a CSV file must name its columns"),
         ('image,label\na.png,1\n"b, c.png,2\n1.png,3\n', "line 3 is not valid CSV"),
         ("image,label\nC:\\me\\a.png,1\n", "line 2: .* is an absolute Windows path: write it relative"),
-        ("image,label\nhttps://host/a.png,1\n", "line 2: .* only files are read"),
+        ("image,label\nhttps://host/a.png,1\n", "line 2: .* not a file"),
         ("image,label\na.png,wahr\n", "It names no class: which harm, or safe"),
     ],
     ids=lambda value: value[:20],
@@ -260,7 +260,7 @@ def test_what_people_write_is_read(folder: Path, text: str, expected: Any) -> No
 
 def test_a_number_that_is_also_a_name_is_refused(folder: Path) -> None:
     (folder / "labels.csv").write_text("image,label\na.png,1\n")
-    with pytest.raises(InputError, match=r"label '1' may mean class 0 \(1\) or 1 \(0\)"):
+    with pytest.raises(InputError, match=r"label '1' is ambiguous: class 0 \(1\) or 1 \(0\)"):
         read_labels(folder / "labels.csv", ("1", "0"))
 
 

@@ -157,27 +157,27 @@ def test_what_is_left_out_and_what_was_guessed_is_counted(folder: Path) -> None:
     ("row", "message"),
     [
         ("{", "line 2 is not valid JSON"),
-        ("[]", "line 2: list is no row"),
+        ("[]", "line 2: a row must be a JSON object, not list"),
         ({}, "line 2: the row has none of messages, conversations, query"),
         ({"query": "?", "messages": [{}]}, "line 2: the row has both"),
-        ({"messages": [], "query": None}, "line 2: the row has none of .*The row has nothing"),
-        ({"messages": [{"role": "assistant", "content": "?"}]}, "line 2: the conversation does not begin"),
+        ({"messages": [], "query": None}, "line 2: the row has none of .*It has nothing"),
+        ({"messages": [{"role": "assistant", "content": "?"}]}, "line 2: the conversation must begin"),
         ({"messages": [{"role": "robot", "content": "?"}]}, "line 2: 'role' is 'robot'"),
-        ({"messages": [{"role": "user", "content": 5}]}, "line 2: 'content' must be a text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "line 2: 'content' must be a string"),
         ({"messages": "Hello"}, "line 2: 'messages' must be a list of turns"),
         (messages(" "), "line 2: the question is empty"),
         (messages("Why?", image="c.png", kind="safe"), "line 2: image c.png is missing"),
-        (messages("Why?", image="https://example.com/a.png"), "line 2: .*only files are read"),
-        (messages("Why?", image="a.png"), "line 2: nothing says whether this pair is to be refused"),
+        (messages("Why?", image="https://example.com/a.png"), "line 2: .*not a file"),
+        (messages("Why?", image="a.png"), "line 2: it is unknown whether this pair should be refused"),
         (messages("Why?", image="a.png", kind="bad"), "line 2: kind 'bad' is unknown"),
         (messages("Why?", kind="safe"), "line 2: kind safe, but the row has no image"),
         (messages("Why?", image="a.png", kind="text"), "line 2: kind text, but the row has an image"),
         ({"query": "?", "image": "a.png", "image_safe": "maybe"}, "line 2: 'image_safe' is 'maybe'; true or false"),
         ({"query": "?", "image": "a.png", "images": ["images/b.png"]}, "line 2: the question shows several images"),
         ({"query": "<img>a.png</img><img>b.png</img>?"}, "line 2: the question shows several images"),
-        ({"query": "?", "image": 5}, "line 2: the image is '5'; the name of an image file is needed"),
+        ({"query": "?", "image": 5}, "line 2: the image is '5'. Give the name of an image file"),
         ('{"query": "?", "query": "!"}', "line 2 is not valid JSON .the key 'query' appears twice in one object"),
-        (llava("<image>Why?"), "line 2: the question shows an image that the row does not name"),
+        (llava("<image>Why?"), "line 2: the question shows an image, but the row names none"),
         (llava("<image><image>Why?", image="a.png"), "line 2: the question shows several images"),
         (llava("Why?", "So.", "<image>And?", image="a.png"), "line 2: the image is shown in a later turn"),
     ],
@@ -202,7 +202,7 @@ def test_files_that_hold_no_rows_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_conversations(folder / "nowhere.jsonl")
     (folder / "rows.xml").write_text("{}")
-    with pytest.raises(InputError, match=r"rows are read from .json, .jsonl and .csv"):
+    with pytest.raises(InputError, match=r"unknown file type. Give .* .json, .jsonl, .csv"):
         read_conversations(folder / "rows.xml")
 
 

@@ -45,7 +45,7 @@ def test_bad_shares_are_refused(text: str) -> None:
 
 
 def test_too_few_samples_are_counted() -> None:
-    with pytest.raises(InputError, match=r"5000 samples of kind text are wanted, \d+ are there"):
+    with pytest.raises(InputError, match=r"5000 samples of kind text are needed, but it has \d+"):
         choose(built_in_conversations(), Mix(samples=5000, shares={"text": 1.0}))
     with pytest.raises(InputError, match="--samples 0"):
         Mix(samples=0)

@@ -45,7 +45,7 @@ def test_few_unreadable_pictures_are_named_and_passed_over(tmp_path: Path) -> No
     assert len(found) == 100 and [Path(name).name for name in found.unreadable] == ["broken.png"]
     for number in range(7):
         (tmp_path / f"broken-{number}.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"8 of 108 pictures cannot be read \(.*broken-0.png, .* and 3 more\)"):
+    with pytest.raises(InputError, match=r"8 of 108 images cannot be read \(.*broken-0.png, .* and 3 more\)"):
         load_pictures(Folder(path=tmp_path), SIZE)
 
 
@@ -79,7 +79,7 @@ def test_what_images_names(spec: str, expected: Folder | HubDataset) -> None:
 
 
 def test_a_hub_without_a_name_is_refused() -> None:
-    with pytest.raises(InputError, match=r"names no data set; hub:owner/name"):
+    with pytest.raises(InputError, match=r"is not a data set. Give hub:owner/name"):
         picture_source("hub:")
 
 
@@ -108,7 +108,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_data_set_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", StandIn([{"photo": 1, "text": "x"}]))
-    with pytest.raises(InputError, match=r"row 0: no picture in column 'image'; columns: photo, text"):
+    with pytest.raises(InputError, match=r"row 0: column 'image' holds no image. The columns are photo, text"):
         load_pictures(picture_source("hub:owner/name"), SIZE)
     monkeypatch.setitem(sys.modules, "datasets", StandIn([], ConnectionError("no network")))
     with pytest.raises(InputError, match=r"cannot be reached for 'owner/name' \(no network\).*--images FOLDER"):

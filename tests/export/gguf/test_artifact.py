@@ -175,7 +175,7 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="iq2_xs needs an importance matrix"):
         GgufOptions(type="iq2_xs")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"MiB are needed, and the file system .* has 1 bytes free"):
+    with pytest.raises(InputError, match=r"MiB are needed, but the file system .* has only 1 bytes free"):
         export_gguf(checkpoint, tmp_path / "out", GgufOptions(type="f16"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 

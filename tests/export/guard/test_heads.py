@@ -146,7 +146,7 @@ def test_a_head_of_another_checkpoint_or_size_is_refused(tmp_path: Path) -> None
     _, checkpoint = behind_language_model("qwen2_5_vl", "old", tmp_path / "checkpoint")
     head = random_head(checkpoint, "qwen2_5_vl")
     stranger = replace(head, source_sha256="0" * 64)
-    with pytest.raises(GuardHeadError, match=r"made for .*On another vision tower"):
+    with pytest.raises(GuardHeadError, match=r"made for .*With another vision tower"):
         export_guard(checkpoint, tmp_path / "out", ExportOptions(distilled=stranger))
     with pytest.raises(InputError, match="fitted at 112x84 pixels, the input would be 56x56"):
         export_guard(checkpoint, tmp_path / "out", ExportOptions(distilled=head, grid=(56, 56)))

@@ -213,4 +213,4 @@ def test_a_key_in_place_of_its_variables_name_is_not_repeated(
         run(main, ["--bundle", str(bundle), "--upstream", "http://127.0.0.1:9/v1", option, UPSTREAM_KEY])
     assert ended.value.code == 2
     err = capsys.readouterr().err
-    assert "do not give the key" in err and UPSTREAM_KEY not in err
+    assert "not the key itself" in err and UPSTREAM_KEY not in err

@@ -275,7 +275,7 @@ def test_a_model_that_hangs_keeps_no_server_from_ending(bundle: Path, tmp_path: 
     [
         ([], "nothing to serve"),
         (["--bundle", "BUNDLE", "--upstream", "ftp://x"], "http(s) address"),
-        (["--bundle", "BUNDLE", "--upstream", "http://x", "--model", "tiny-safegem"], "without --model"),
+        (["--bundle", "BUNDLE", "--upstream", "http://x", "--model", "tiny-safegem"], "excludes --model"),
         (["--bundle", "BUNDLE", "--upstream", "http://x", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         (["--bundle", "no such folder", "--upstream", "http://x"], "not a guard bundle"),
     ],
@@ -311,8 +311,6 @@ def test_what_fails_when_it_is_loaded_is_refused_without_a_traceback(tmp_path: P
 def test_a_port_in_use_or_an_address_of_another_machine_is_refused(host: str, reason: str) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as other,
-        pytest.raises(
-            InputError, match=rf"--host {host} --port \d+ cannot be served on: .*{reason}.*0: any that is free"
-        ),
+        pytest.raises(InputError, match=rf"listen on --host {host} --port \d+: .*{reason}.*0: any free one"),
     ):
         listening(host, other.getsockname()[1])

@@ -157,7 +157,7 @@ def test_text_alone_passes_and_can_be_refused(client: openai.OpenAI, upstream: U
     gateway = Gateway.open(bundle, upstream=upstream.url, options=GatewayOptions(require_image=True))
     with serving(gateway) as url:
         found = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "hello"}]})
-    assert found.status_code == 400 and "with an image only" in found.json()["error"]["message"]
+    assert found.status_code == 400 and "only requests with an image" in found.json()["error"]["message"]
 
 
 def test_verdicts_are_those_of_the_guard_and_the_gate(address: str, bundle: Path) -> None:
@@ -324,13 +324,13 @@ def test_the_embedded_model_answers_as_the_gate_does(
         for asked, word in (
             ([{"role": "user", "content": "hello"}], "exactly one image; 0"),
             (messages(SAFE_URL, SAFE_URL), "exactly one image; 2"),
-            ([{"role": "assistant", "content": "yes"}, *messages(SAFE_URL)], "in alternation"),
+            ([{"role": "assistant", "content": "yes"}, *messages(SAFE_URL)], "alternates user and assistant"),
         ):
             with pytest.raises(openai.BadRequestError, match=word):
                 client.chat.completions.create(model="any", messages=asked)  # type: ignore[arg-type]
         tool = {"type": "function", "function": {"name": "f"}}
         for key, value in (("n", 2), ("tools", [tool]), ("logprobs", True)):
-            with pytest.raises(openai.BadRequestError, match=f"leave out '{key}'"):
+            with pytest.raises(openai.BadRequestError, match=f"Leave out '{key}'"):
                 client.chat.completions.create(model="any", messages=messages(SAFE_URL), **{key: value})  # type: ignore[arg-type, call-overload]
         with pytest.raises(openai.BadRequestError, match="whole number"):
             client.chat.completions.create(model="any", messages=messages(SAFE_URL), max_tokens=0)  # type: ignore[arg-type]

@@ -116,5 +116,5 @@ def test_the_model_in_this_process(bundle: Path) -> None:
     ):
         (listed,) = client.models.list().data
         assert client.models.retrieve(listed.id) == listed
-        with pytest.raises(openai.NotFoundError, match="there is no model"):
+        with pytest.raises(openai.NotFoundError, match="unknown model"):
             client.models.retrieve("other")

@@ -72,10 +72,10 @@ def animated() -> bytes:
         (data_url(animated(), "image/gif"), "animated or has several pages"),
         (data_url(b""), "it is empty"),
         (data_url(png(SAFE), "text/html"), "says it is text/html"),
-        ("data:image/png;base64,!!!!", "base64 is damaged"),
-        ("data:image/png,plain", "begins with data:image"),
-        ("", "an image is a URL"),
-        ({"url": 3}, "an image is a URL"),
+        ("data:image/png;base64,!!!!", "not valid base64"),
+        ("data:image/png,plain", "must begin with data:image"),
+        ("", "an image must be given as a URL"),
+        ({"url": 3}, "an image must be given as a URL"),
         ("file:///etc/passwd", "not fetched from there"),
         ("ftp://images.example/a.png", "not fetched from there"),
     ],
@@ -117,7 +117,7 @@ def test_fifty_images_are_too_many(address: str, upstream: Upstream) -> None:
         ({"messages": [{"role": "user", "content": "hi"}], "multi_modal_data": {"image": "x"}}, "multi_modal_data"),
         ({"messages": [{"role": "user", "content": "hi"}], "image_urls": ["x"]}, "image_urls"),
         ({"messages": [{"role": "user", "content": "hi"}], "stream": 1}, "true or false"),
-        ({"messages": [{"role": "user", "content": "hi"}], "modalities": ["text", "audio"]}, "only text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "modalities": ["text", "audio"]}, "can only be text"),
     ],
     ids=lambda value: str(value)[-40:],
 )
@@ -234,7 +234,7 @@ def test_a_guard_that_fails_lets_nothing_pass(bundle: Path, upstream: Upstream, 
         good = runner._run
         runner._run = fault
         response = ask(url, {"messages": messages(SAFE_URL)})
-        refused(response, 503, "nothing was answered", "guard_error")
+        refused(response, 503, "the request was not answered", "guard_error")
         assert "secret" not in response.text and not upstream.requests
         if fault is hang:
             assert httpx.get(f"{url}/healthz").json()["guard"] == "stuck"
@@ -266,7 +266,7 @@ def test_a_guard_that_hangs_keeps_the_next_image_from_being_judged(bundle: Path,
         refused(ask(url, {"messages": messages(SAFE_URL)}), 503, "no", "guard_error")
         runner._run = good
         second = ask(url, {"messages": messages(UNSAFE_URL)})
-        refused(second, 503, "the guard is busy with an earlier image; nothing was answered.", "guard_error")
+        refused(second, 503, "the guard is busy with an earlier image, so the request was not answered.", "guard_error")
         assert second.headers["Retry-After"] == "1" and not upstream.requests
         released.set()
         assert ended.wait(600)
@@ -283,7 +283,10 @@ def test_a_language_model_that_is_busy_refuses_in_plain_words(bundle: Path, stre
     with serving(gateway) as url, busy(gateway.gate.language):
         response = ask(url, {"messages": messages(SAFE_URL), "stream": stream})
         refused(
-            response, 503, "the language model is busy with an earlier image; nothing was answered", "overloaded_error"
+            response,
+            503,
+            "the language model is busy with an earlier image; the request was not answered",
+            "overloaded_error",
         )
 
 
@@ -312,7 +315,7 @@ def test_a_full_queue_says_when_to_come_again(bundle: Path, upstream: Upstream) 
             thread.join()
     statuses = sorted(response.status_code for response in found)
     assert statuses[0] == 200 and statuses[-1] == 503 and len(found) == 6
-    refused(next(each for each in found if each.status_code == 503), 503, "1 images wait", "overloaded_error")
+    refused(next(each for each in found if each.status_code == 503), 503, "1 images are waiting", "overloaded_error")
 
 
 # -- remote images --------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_classes_that_the_graph_does_not_have_are_refused_at_opening(tmp_path: P
     for file in (bare, four):
         manifest = manifest_of([file], classes=("safe", "a", "b", "c"))
         manifest.write(tmp_path)
-        with pytest.raises(BundleError, match="there are 4 classes, the output probs is of shape N x 3"):
+        with pytest.raises(BundleError, match="there are 4 classes, but the output probs has shape N x 3"):
             open_bundle(tmp_path)
         unchecked = Bundle(tmp_path, manifest, "")
         for runner in (OnnxRuntimeRunner(unchecked), OpenVinoRunner(unchecked)):
@@ -141,7 +141,7 @@ def rgb_as_weight(model: onnx.ModelProto) -> None:
         (with_node("Loop", ""), "needs the operators 'Loop'"),
         (with_node("RandomNormalLike", ""), "needs the operators 'RandomNormalLike'"),
         (fixed_batch, "not those that the manifest states"),
-        (rgb_as_weight, "the input is rgb"),
+        (rgb_as_weight, "the input must be rgb"),
     ],
 )
 def test_a_graph_that_loads_or_runs_something_else_is_refused(spoil: Spoil, message: str, tmp_path: Path) -> None:

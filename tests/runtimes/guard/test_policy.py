@@ -111,7 +111,11 @@ def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
 def test_files_that_are_no_policy(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_bytes(b"\xff")
     (tmp_path / "p.yaml").write_text("")
-    for name, message in (("p.json", "not UTF-8"), ("p.yaml", "ends in .toml or .json"), ("no.json", "cannot be read")):
+    for name, message in (
+        ("p.json", "not UTF-8"),
+        ("p.yaml", "must end in .toml or .json"),
+        ("no.json", "cannot be read"),
+    ):
         with pytest.raises(InputError, match=message):
             read_policy(tmp_path / name)
 

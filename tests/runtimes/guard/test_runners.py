@@ -142,7 +142,9 @@ def test_what_onnx_runtime_cannot_load_is_a_bundle_error(tmp_path: Path) -> None
     bundle = Bundle(tmp_path, manifest_of([onnx_file(tmp_path), broken, named]), "0" * 64)  # not checked
     with pytest.raises(BundleError, match=r"broken\.onnx: ONNX Runtime .* cannot load it: .*Export the bundle again"):
         OnnxRuntimeRunner(bundle, bundle.file("fp16")).activate()
-    with pytest.raises(BundleError, match=r"does not fit its manifest: the output probs is missing, there is scores"):
+    with pytest.raises(
+        BundleError, match=r"does not fit its manifest: the output probs is missing; the outputs are scores"
+    ):
         OnnxRuntimeRunner(bundle, bundle.file("int8")).activate()
 
 

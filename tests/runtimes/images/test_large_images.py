@@ -178,7 +178,7 @@ def test_thresholds_of_another_view_are_told(tmp_path: Path, caplog: pytest.LogC
     for view, stated, told in (
         ("tiles", "whole", "miss no more than they promise, but may block more"),
         ("judged", "tiles", "may miss more than they promise"),
-        ("whole", "whole", "more is shown than the guard sees"),
+        ("whole", "whole", "shown in more detail than the guard sees"),
         ("tiles", "tiles", None),
         ("judged", "whole", None),
     ):

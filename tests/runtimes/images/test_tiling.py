@@ -159,7 +159,7 @@ def test_small_images_cost_nothing() -> None:
 
 
 def test_another_word_is_refused() -> None:
-    with pytest.raises(InputError, match="view is 'all'; allowed: tiles, judged, whole"):
+    with pytest.raises(InputError, match=r"view 'all' is unknown\. Allowed: tiles, judged, whole"):
         checked_mode("all")  # type: ignore[arg-type]
 
 

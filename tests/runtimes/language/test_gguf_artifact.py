@@ -60,7 +60,7 @@ def test_what_is_missing_or_altered_is_named(folder: Path) -> None:
     with (folder / "model.f16.gguf").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    with pytest.raises(BundleError, match="is not the language model that belongs here: it has SHA-256"):
+    with pytest.raises(BundleError, match="is not the language model of this folder: it has SHA-256"):
         open_gguf(folder)
     open_gguf(folder, verify=False)
     (folder / "gguf.json").unlink()
@@ -75,7 +75,7 @@ def test_what_is_missing_or_altered_is_named(folder: Path) -> None:
         (lambda stated: stated["files"].pop(0), "one model and one mmproj"),
         (lambda stated: stated["files"][0].update(path="../model.f16.gguf"), "not a plain relative path"),
         (lambda stated: stated["heads"][0].update(file="other"), "is not listed among the files"),
-        (lambda stated: stated["heads"][0].update(widths=[256, 128, 3]), "ends in 3, there are 20 classes"),
+        (lambda stated: stated["heads"][0].update(widths=[256, 128, 3]), "has 3 outputs, but there are 20 classes"),
         (lambda stated: stated["heads"][0].update(kind="distilled"), "one exact head is needed"),
         (lambda stated: stated.update(probe=[0.0]), "at least 16"),
     ],
@@ -102,7 +102,7 @@ def test_the_head_is_the_checkpoints_own(folder: Path) -> None:
         wanted = own(features.mean(dim=0, keepdim=True))[0].numpy()
     np.testing.assert_allclose(head_logits(weights, pooled(features.numpy(), "mean")), wanted, atol=1e-4)
     wrong = head.model_copy(update={"widths": (256, 100, 20)})
-    with pytest.raises(BundleError, match=r"mlp\.0\.weight' is F32 \(128, 256\); F32 \(100, 256\) is needed"):
+    with pytest.raises(BundleError, match=r"mlp\.0\.weight' is F32 \(128, 256\), but must be F32 \(100, 256\)"):
         artifact.weights(wrong)
 
 

@@ -71,20 +71,20 @@ def test_bad_calls(vlm: SafeVLM, rgb: Any) -> None:
         runner.prefill(rgb, QUESTION)
     with runner:
         for wrong in (rgb[:-1], rgb.astype(np.float32), rgb[None], rgb[..., 0]):
-            with pytest.raises(InputError, match="uint8 picture of"):
+            with pytest.raises(InputError, match="must be uint8 of shape"):
                 runner.prefill(wrong, QUESTION)
         for embeddings in (np.zeros((1, 2, 3), np.float32), np.zeros((2, 3))):
-            with pytest.raises(InputError, match="float32 T x D"):
+            with pytest.raises(InputError, match="float32 of shape T x D"):
                 runner.prefill(rgb, QUESTION, embeddings)
         with pytest.raises(InputError, match="image features of shape"):
             runner.prefill(rgb, QUESTION, np.zeros((2, 3), np.float32))
         with pytest.raises(InputError, match="at least 1"):
             runner.generate(runner.prefill(rgb, QUESTION).handle, 0)
-        with pytest.raises(InputError, match="another runner's"):
+        with pytest.raises(InputError, match="belongs to another runner"):
             runner.generate(None, 3)
     with pytest.raises(InputError, match="unknown dtype"):
         TorchLanguageRunner(vlm, dtype="int3")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no device 'abacus'"), TorchLanguageRunner(vlm, device="abacus"):
+    with pytest.raises(InputError, match="unknown device 'abacus'"), TorchLanguageRunner(vlm, device="abacus"):
         pass
 
 

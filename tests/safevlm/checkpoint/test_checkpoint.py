@@ -91,9 +91,9 @@ def test_no_family_says_what_each_would_need_and_what_is_there(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="Safe-VLM of no known family") as caught:
         open_checkpoint(folder)
     text = str(caught.value)
-    assert "SafeLLaVA would need 'model.vision_tower.embeddings.class_embedding';" in text
-    assert "SafeQwen2.5-VL would need 'model.visual.patch_embed.proj.weight', " in text
-    assert "SafeGem would need 'model.multi_modal_projector.mm_input_projection_weight', " in text
+    assert "SafeLLaVA needs 'model.vision_tower.embeddings.class_embedding';" in text
+    assert "SafeQwen2.5-VL needs 'model.visual.patch_embed.proj.weight', " in text
+    assert "SafeGem needs 'model.multi_modal_projector.mm_input_projection_weight', " in text
     assert "Tensors stored: img_safety_head.mlp.0.bias, " in text
     with pytest.raises(CheckpointError, match=r"not a Safe-VLM checkpoint.*Tensors stored: bert.weight"):
         open_checkpoint(write_folder(tmp_path / "b", tensors={"bert.weight": torch.zeros(2)}))
@@ -101,7 +101,7 @@ def test_no_family_says_what_each_would_need_and_what_is_there(tmp_path: Path) -
 
 def test_two_families_at_once_are_refused(tmp_path: Path) -> None:
     tensors = random_tensors("original LLaVA") | random_tensors("old Qwen")
-    with pytest.raises(CheckpointError, match=r"fit several families \(SafeLLaVA, SafeQwen2.5-VL\)"):
+    with pytest.raises(CheckpointError, match=r"fit several families: SafeLLaVA, SafeQwen2.5-VL"):
         open_checkpoint(write_folder(tmp_path, tensors=tensors))
 
 
@@ -134,8 +134,8 @@ def test_a_checkpoint_without_head_says_how_it_was_lost(tmp_path: Path) -> None:
         ({"img_safety_head.mlp.0.qweight": (2, 2)}, r"'img_safety_head.mlp.0.qweight' .* not a guard head's tensor"),
         ({"img_safety_head.norm.weight": (2,)}, "'img_safety_head.norm.weight' .* not a guard head's tensor"),
         ({"img_safety_head.mlp.3.weight": (20, 5)}, r"'img_safety_head.mlp.0' gives 4 features.*takes 5"),
-        ({"img_safety_head.mlp.3.bias": (19,)}, r"shape \(20, 4\) and its bias of shape \(19,\) are no Linear"),
-        ({"img_safety_head.mlp.0.weight": (4, 8, 1)}, r"shape \(4, 8, 1\) .* are no Linear"),
+        ({"img_safety_head.mlp.3.bias": (19,)}, r"shape \(20, 4\) and its bias of shape \(19,\) do not form a Linear"),
+        ({"img_safety_head.mlp.0.weight": (4, 8, 1)}, r"shape \(4, 8, 1\) .* do not form a Linear"),
         ({"img_safety_head.mlp.0.weight": (4, 9)}, "takes 9 features, the language model's hidden size is 8"),
     ],
 )
@@ -179,8 +179,8 @@ def test_class_names_of_the_config_go_before_the_standard_ones(tmp_path: Path) -
     ("change", "message"),
     [
         ({"safety_categories": ["a", "b"]}, "'safety_categories' has 2 names, the guard head has 20 outputs"),
-        ({"num_safety_categories": 19}, "'num_safety_categories' 19, the guard head has 20 outputs"),
-        ({"num_safety_categories": "20"}, "'num_safety_categories' '20'"),
+        ({"num_safety_categories": 19}, "num_safety_categories = 19, the guard head has 20 outputs"),
+        ({"num_safety_categories": "20"}, "num_safety_categories = '20'"),
         ({"safety_categories": ["a"] * 20}, "a name appears twice: a, a"),
         ({"safety_categories": "safe"}, "is 'safe'; a list of 20 names"),
         ({"safety_categories": [1] * 20}, "a list of 20 names"),
@@ -210,9 +210,9 @@ def test_the_tap_is_the_callers_the_configs_or_the_codes(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json: there is no such file"),
+        (None, "config.json is missing"),
         (b"{", "config.json: not valid JSON"),
-        (b"[]", "config.json: holds a JSON list"),
+        (b"[]", "must be a JSON object, not list"),
         (b"\xff\xff", r"config.json: not valid JSON \(not UTF-8 text"),
     ],
 )
@@ -233,5 +233,5 @@ def test_a_damaged_shard_is_found_when_opening(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"revision 'v1' was asked for, but .* is the folder"):
+    with pytest.raises(InputError, match=r"revision 'v1' is given, but .* is a folder"):
         open_checkpoint(write_folder(tmp_path), revision="v1")

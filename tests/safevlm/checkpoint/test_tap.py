@@ -221,9 +221,9 @@ def test_a_config_entry_may_be_an_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("projektor", "source 'projektor'; allowed: projector, language_model"),
-        ({"source": "projector", "pooling": "max"}, "pooling 'max'; allowed: mean"),
-        ({"source": "projector", "tokens": "all"}, "tokens 'all'; allowed: image"),
+        ("projektor", "source 'projektor'. Allowed: projector, language_model"),
+        ({"source": "projector", "pooling": "max"}, "pooling 'max'. Allowed: mean"),
+        ({"source": "projector", "tokens": "all"}, "tokens 'all'. Allowed: image"),
         ({"source": ["projector"]}, "source"),
         ({"pooling": "mean"}, "an object with 'source'"),
         ({"source": "projector", "poolling": "mean"}, "an object with 'source'"),

@@ -28,7 +28,7 @@ def test_a_folder_is_replaced_only_where_that_is_asked_for(
         monkeypatch.setattr(safevlm.files.draft, "_exchange", lambda *_: False)
     out = tmp_path / "deep" / "out [1]*"
     put(out, "one")
-    with pytest.raises(InputError, match="was created meanwhile"):
+    with pytest.raises(InputError, match="was created by something else meanwhile"):
         put(out, "two")
     put(out, "three", replace=True)
     assert (out / "file").read_text(encoding="utf-8") == "three"

@@ -54,7 +54,7 @@ class Outer(BaseModel):
         (
             {"inner": {"side": "x" * 200}, "sides": ["y"]},
             "inner.side: Input should be a valid integer, unable to parse string as an integer "
-            f'(given: "{"x" * 79}) (2 more problems follow)',
+            f'(given: "{"x" * 79}) (and 2 more problems)',
         ),
     ],
 )

@@ -96,7 +96,9 @@ def test_a_full_device_and_a_full_database_are_known(tmp_path: Path) -> None:
 def test_room_is_asked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_room(tmp_path / "not" / "yet", 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9, 3 * 2**20))
-    with pytest.raises(StorageError, match=r"out: about 7\.0 GiB are needed, and the file system / has 3\.0 MiB free"):
+    with pytest.raises(
+        StorageError, match=r"out: about 7\.0 GiB are needed, but the file system / has only 3\.0 MiB free"
+    ):
         check_room(tmp_path / "out", 7 * 2**30)
 
 

@@ -92,8 +92,8 @@ def test_the_image_stands_once_in_a_turn_of_the_user(chat: ChatFormat) -> None:
         ([], "exactly one image; 0", None),
         ([Turn("user", "a")], "exactly one image; 0", None),
         ([user, Turn("assistant", "b"), user], "exactly one image; 2", None),
-        ([Turn("user", "a"), other, Turn("user", "c")], "turn of the user", 1),
-        ([Turn("system", "a", image=True), Turn("user", "c")], "turn of the user", 0),
+        ([Turn("user", "a"), other, Turn("user", "c")], "a user turn", 1),
+        ([Turn("system", "a", image=True), Turn("user", "c")], "a user turn", 0),
         ([user, Turn("assistant", f"b{chat.image_token}"), Turn("user", "c")], "stands for the image", 1),
     ):
         with pytest.raises(QuestionError, match=word) as raised:

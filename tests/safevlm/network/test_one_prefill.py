@@ -138,7 +138,7 @@ def test_features_of_another_shape_are_refused(vlm: SafeVLM) -> None:
         vlm.begin(None, ["Why?"], features).guard_probs, vlm.begin(images, ["Why?"], features).guard_probs
     )
     for wrong_count in (None, images.expand(2, -1, -1, -1)):
-        with pytest.raises(InputError, match="one question an image"):
+        with pytest.raises(InputError, match="one question per image"):
             vlm.begin(wrong_count, ["Why?"])
 
 

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import click
@@ -14,8 +15,9 @@ from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from runtimes.check import main as check
+from safevlm.errors import InputError
 from safevlm.imports.siblings import PACKAGES
-from safevlm.terminal.commandline import run
+from safevlm.terminal.commandline import as_started, run
 from safevlm.terminal.commands import COMMANDS, GROUPS, program
 from tests.runtimes.bundles import GREEN, RED, picture, write_bundle
 
@@ -109,6 +111,7 @@ def test_commands_end_as_they_do_by_themselves(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as the script `safevlm` has it
     write_bundle(tmp_path / "bundle")
     picture(tmp_path / "red.png", RED)
     picture(tmp_path / "green.png", GREEN)
@@ -116,11 +119,48 @@ def test_commands_end_as_they_do_by_themselves(
     for command, words in ((check, []), (program(), ["check"]), (program(), ["runtimes", "check"])):
         code = ended(command, *words, *arguments)
         said = capsys.readouterr()
-        ends.append((code, said.out.partition("\n")[2], said.err.partition("Error:")[2] or said.err))
+        err = said.err.replace("safevlm export onnx", "python -m export.onnx")  # in what to do next
+        ends.append((code, said.out.partition("\n")[2], err.partition("Error:")[2] or err))
     assert ends[0] == ends[1] == ends[2]
     assert ends[0][0] == {"red.png": 10, "green.png": 0, "--help": 0}.get(arguments[-1] if arguments else "", 2) or (
         arguments[:1] == ["none"]
     )
+
+
+NEXT = "next: python -m runtimes.check x, python -m export.gguf. Not python -m pip install x"
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("check", None, NEXT),
+        ("safevlm", None, "next: safevlm check x, safevlm export gguf. Not python -m pip install x"),
+        (
+            "safevlm",
+            ModuleSpec("safevlm.__main__", None),
+            "next: python -m safevlm check x, python -m safevlm export gguf. Not python -m pip install x",
+        ),
+    ],
+    ids=["a module", "the program", "the program as a module"],
+)
+def test_what_to_do_next_is_said_in_the_words_of_the_start(
+    name: str, start: ModuleSpec | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", start)
+
+    @click.group(name)
+    def group() -> None:
+        pass
+
+    @group.command()
+    @click.argument("failing", type=bool)
+    def inner(*, failing: bool) -> None:
+        if failing:
+            raise InputError(NEXT)
+        click.echo(as_started(NEXT))
+
+    assert ended(group, "inner", "false") == 0 and ended(group, "inner", "true") == 2
+    assert capsys.readouterr() == (f"{said}\n", f"error: {said}\n")
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_two_models_logs_are_of_one_suite_only_for_the_same_questions(tmp_path: 
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (sample(0, cider=3.5), "gives 3.5: scores of 0 to 1"),
-        (sample(0, f1=0.5, em=1), r"which metric counts\? Give --metric, one of f1, em"),
+        (sample(0, cider=3.5), "gives 3.5, but scores must be 0 to 1"),
+        (sample(0, f1=0.5, em=1), r"the metric is not clear\. Give --metric, one of f1, em"),
         (sample(0), r"it has none"),
         ({"target": "B"}, "field 'doc_id' is missing"),
         (sample(0, exact_match=float("nan")), "gives nan"),
@@ -95,10 +95,10 @@ def test_a_named_metric_and_repeats(tmp_path: Path) -> None:
         0.5,
         0.25,
     ]
-    with pytest.raises(InputError, match="line 2: doc_id 0 stands in"):
+    with pytest.raises(InputError, match="line 2: doc_id 0 is already in"):
         import_lmms_eval(written(tmp_path, "t", [rows[0], rows[0]]), name="m", metric="f1")
     with pytest.raises(InputError, match="has no metric 'bleu'"):
         import_lmms_eval(written(tmp_path, "t", rows), name="m", metric="bleu")
     (tmp_path / "log.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(InputError, match="give --task"):
+    with pytest.raises(InputError, match="Give --task"):
         import_lmms_eval(tmp_path / "log.jsonl", name="m", metric="f1")

@@ -54,7 +54,7 @@ def test_lists_and_compressed_files_are_read_alike(tmp_path: Path) -> None:
     ("rows", "told"),
     [
         ([raw(0), raw(1, prediction=None)], "line 2: field 'prediction' is None"),
-        ([raw(0), raw(0)], "line 2: id 0 stands in .*line 1 already"),
+        ([raw(0), raw(0)], "line 2: id 0 is already in .*line 1"),
         ([raw(0), {"id": 1}], "line 2: field 'image' is missing"),
     ],
 )

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from runtimes.gateway.images.encoding import MOST_GROWTH, SMALL, Encoded, encode
+from runtimes.gateway.images.encoding import ALWAYS_ALLOWED_BYTES, MOST_GROWTH, Encoded, encode
 from safevlm.images.image import open_image
 from tests.benchmarks.report.chromium import BINARY, Chromium
 from tests.safevlm.images.image_files import DISPLAY_P3, profile, smooth
@@ -165,7 +165,7 @@ def test_all_readers_see_the_judged_pixels(chromium: Reader) -> None:
         else:
             assert set(parts(written.content)) <= set(MARKERS.values())
         assert b"words" not in written.content
-        assert len(written.content) <= max(SMALL, MOST_GROWTH * len(content))
+        assert len(written.content) <= max(ALWAYS_ALLOWED_BYTES, MOST_GROWTH * len(content))
 
     check()
     assert kinds == {"image/png", "image/jpeg"}
@@ -210,7 +210,7 @@ def test_long_and_small_images(size: tuple[int, int]) -> None:
             buffer = io.BytesIO()
             Image.fromarray(levels).save(buffer, kind)
             written = encoded(buffer.getvalue())
-            assert len(written.content) <= max(SMALL, MOST_GROWTH * len(buffer.getvalue()))
+            assert len(written.content) <= max(ALWAYS_ALLOWED_BYTES, MOST_GROWTH * len(buffer.getvalue()))
 
 
 def test_a_long_image_that_no_png_holds_is_shrunk_to_what_a_jpeg_can_hold(tmp_path: Path) -> None:

@@ -223,18 +223,18 @@ def user(*parts: dict[str, Any]) -> dict[str, Any]:
 
 OUTPUT = [{"type": "input_text", "text": "x"}, {"type": "input_image", "image_url": "data:,x"}]
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "stored": ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored"),
-    "conversation": ({"conversation": {"id": "c"}}, "conversation", "nothing is stored"),
-    "background": ({"background": True}, "background", "leave out"),
-    "prompt": ({"prompt": {"id": "p"}}, "prompt", "not stored"),
-    "unknown": ({"image": {}}, "image", "not taken"),
-    "messages": ({"messages": [{"role": "user", "content": "x"}]}, "messages", "not taken"),
+    "stored": ({"previous_response_id": "resp_1"}, "previous_response_id", "stores nothing"),
+    "conversation": ({"conversation": {"id": "c"}}, "conversation", "stores nothing"),
+    "background": ({"background": True}, "background", "Leave out"),
+    "prompt": ({"prompt": {"id": "p"}}, "prompt", "stores no prompts"),
+    "unknown": ({"image": {}}, "image", "not accepted"),
+    "messages": ({"messages": [{"role": "user", "content": "x"}]}, "messages", "not accepted"),
     "no input": ({"input": None}, "input", ""),
     "empty": ({"input": []}, "input", "at least 1"),
-    "file": (user({"type": "input_image", "file_id": "f"}), "input[0].content[0].file_id", "not stored"),
+    "file": (user({"type": "input_image", "file_id": "f"}), "input[0].content[0].file_id", "stores no files"),
     "input_file": (user({"type": "input_file", "file_data": "x"}), "input[0].content[0]", "'input_file'"),
     "item": ({"input": [{"type": "computer_call_output"}]}, "input[0]", "'computer_call_output'"),
-    "reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "send the item itself"),
+    "reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "Send the item itself"),
     "tool": ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
     "type": ({"temperature": "1"}, "temperature", "number"),
     "range": ({"top_p": 2}, "top_p", "1"),
@@ -284,7 +284,7 @@ def test_upstreams_own_errors_pass(client: openai.OpenAI, upstream: Upstream) ->
 @pytest.mark.parametrize("choices", [[], [{}], [{"message": {"content": 3}}], "x"])
 def test_a_completion_that_is_none(client: openai.OpenAI, upstream: Upstream, choices: Any) -> None:
     upstream.behave = lambda handler, _: handler.reply({"choices": choices})
-    with pytest.raises(openai.APIStatusError, match="no chat completion"):
+    with pytest.raises(openai.APIStatusError, match="not a chat completion"):
         client.responses.create(model="fake", input="x")
 
 

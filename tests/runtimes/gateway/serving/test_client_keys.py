@@ -58,7 +58,7 @@ def test_a_minutes_limit_refills_evenly() -> None:
 
 def test_more_images_than_a_minute_has_are_refused_for_good() -> None:
     client = Client(entry("shop", images_per_minute=2), Clock())
-    with pytest.raises(Refusal, match="no waiting helps") as refused:
+    with pytest.raises(Refusal, match="waiting does not help") as refused:
         client.take("images", 3)
     assert "Retry-After" not in refused.value.headers and refused.value.headers["x-should-retry"] == "false"
     client.take("images", 2)
@@ -121,7 +121,7 @@ def test_the_command_makes_what_the_gateway_reads(tmp_path: Path) -> None:
         (f'[[client]]\nname = "a"\nkey_sha256 = "{"0" * 64}"\n' * 2, "two clients have the name a"),
         (
             "".join(f'[[client]]\nname = "{name}"\nkey_sha256 = "{"0" * 64}"\n' for name in "ab"),
-            "clients a and b have one key",
+            "clients a and b have the same key",
         ),
     ],
 )

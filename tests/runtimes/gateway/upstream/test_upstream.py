@@ -104,13 +104,13 @@ def dripping(handler: Any, _: Any) -> None:
 
 WHOLE = {
     "garbage": (lambda h, _: h.reply(b"<html>", kind="text/html"), 502, "not JSON"),
-    "no completion": (lambda h, _: h.reply({"hello": 1}), 502, "no chat completion"),
-    "a list": (lambda h, _: h.reply([1]), 502, "no JSON object"),
+    "no completion": (lambda h, _: h.reply({"hello": 1}), 502, "not a chat completion"),
+    "a list": (lambda h, _: h.reply([1]), 502, "not a JSON object"),
     "deep": (lambda h, _: h.reply(b"[" * 50_000), 502, "not JSON"),
     "no number": (lambda h, _: h.reply(b'{"choices": [{"logprob": -Infinity}]}'), 502, "not JSON"),
     "huge": (lambda h, _: h.reply(b" " * 300_000), 502, "more than 100000 bytes"),
     "500 without an error": (lambda h, _: h.reply({}, status=500), 500, "HTTP 500"),
-    "redirects": (redirected, 502, "redirects"),
+    "redirects": (redirected, 502, "redirect"),
     "silent": (silent, 504, "in time"),
     "hangs up": (hung_up, 502, "broke"),
     "dies midway": (cut_off, 502, "broke"),
@@ -228,7 +228,7 @@ def stalling(handler: Any, _: Any) -> None:
 
 
 STREAMS = {
-    "dies midway": (events(piece("The ")), "ended before its end"),
+    "dies midway": (events(piece("The ")), "ended before it was complete"),
     "garbage": (events(piece("The "), b"<html>"), "not JSON"),
     "no events": (events(piece("The "), end=b"what is this\n\n"), "something other than events"),
     "stalls": (stalling, "in time"),

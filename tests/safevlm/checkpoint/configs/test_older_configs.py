@@ -54,7 +54,7 @@ def test_gemma3_refuses_a_rope_type_by_its_former_name(writer: str | None, tmp_p
     del config["text_config"]["rope_parameters"]
     config["text_config"]["rope_scaling"] = {"type": "linear", "factor": 8.0}
     write_folder(tmp_path, model, config)
-    with pytest.raises(CheckpointError, match="Name the key rope_type"):
+    with pytest.raises(CheckpointError, match="Rename the key to rope_type"):
         ours(tmp_path)
 
 
@@ -69,7 +69,11 @@ GEMMA_ROPE = {
     ("family", "text", "told"),
     [
         ("llava", {"rope_parameters": LLAMA_ROPE}, r"rope_parameters = .* transformers 4\.57 .* does not read"),
-        ("llava", {"rope_scaling": LLAMA_ROPE}, r"rope_scaling.rope_theta = 500.0, .* its keys say 10000.0"),
+        (
+            "llava",
+            {"rope_scaling": LLAMA_ROPE},
+            r"rope_scaling.rope_theta = 500.0, .* the keys that it reads give 10000.0",
+        ),
         ("gemma3", {"rope_theta": 123.0, "rope_parameters": GEMMA_ROPE}, "rope_parameters = .* does not read"),
         ("gemma3", {"sliding_window": 3}, "sliding_window = 3, less than the 4 tokens of an image"),
         ("gemma3", {"rope_parameters": LLAMA_ROPE}, "an object in full_attention and sliding_attention is allowed"),

@@ -109,7 +109,7 @@ def test_qwen_old_rope(tmp_path: Path) -> None:
             "llava",
             "original",
             {"rope_scaling": {"rope_type": "no_such"}},
-            "rotary embedding 'no_such'; .* 'yarn'",
+            "rotary embedding 'no_such'.* 'yarn'",
         ),
         ("llava", "original", {"num_key_value_heads": "two"}, "num_key_value_heads = 'two'; a whole number"),
         ("llava", "original", {"rms_norm_eps": "small"}, "config.json holds a value"),

@@ -284,12 +284,12 @@ def test_wrapped_names_are_the_same_checkpoint(layout: str, outer: list[str], in
 def test_two_wrappings_of_one_tensor_are_refused(tmp_path: Path) -> None:
     name = "model.language_model.norm.weight"
     tensors = {**random_tensors("new Gemma"), f"_orig_mod.{name}": torch.zeros(WIDTH)}
-    with pytest.raises(CheckpointError, match=rf"two names of one tensor, '{name}'"):
+    with pytest.raises(CheckpointError, match=rf"two names of the same tensor, '{name}'"):
         open_checkpoint(write_folder(tmp_path, tensors=tensors))
 
 
 @pytest.mark.parametrize("prefix", ["vlm.", "policy.actor."])
 def test_an_unknown_prefix_is_named(prefix: str, tmp_path: Path) -> None:
     tensors = {prefix + name: value for name, value in random_tensors("new Qwen").items()}
-    with pytest.raises(CheckpointError, match=rf"names begin with '{prefix}', which no known layout has"):
+    with pytest.raises(CheckpointError, match=rf"names of the tensors begin with the unknown prefix '{prefix}'"):
         open_checkpoint(write_folder(tmp_path, tensors=tensors))
