@@ -21,6 +21,7 @@ from safevlm.terminal.printable import one_line
 
 __all__ = [
     "HARDWARE_COMPATIBLE",
+    "NAMES",
     "PURPOSE",
     "VERSION_COMPATIBLE",
     "EngineModule",
