@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+from pydantic import model_validator
+
 from runtimes.guard.engines.library import EngineModule
 from safevlm.contract.manifest import Parity
 from safevlm.contract.manifest_fields import Batch, Frozen, Name, Sha256
@@ -53,18 +55,23 @@ class Proof(Frozen):
     compared: Compared
     parity: Parity
 
-    @property
-    def holds(self) -> bool:
-        """Whether the engine may judge: there is a figure of every answer, within what its precision may cause."""
-        parity, tolerance = self.parity, ENGINE_TOLERANCES.get(self.compared.precision)
-        needed = {
+    @model_validator(mode="after")
+    def _check(self) -> Proof:
+        parity = self.parity
+        figures = {
             "probs": (parity.max_abs_prob_delta, parity.label_flips),
             "embeddings": (parity.max_rel_embedding_delta,),
         }
-        stated = [needed[name] for name in needed if name in self.compared.outputs]
-        if tolerance is None or not stated or any(None in figures for figures in stated):
-            return False
-        return parity.images == self.compared.images and within(parity, tolerance)
+        stated = [figure for name in self.compared.outputs for figure in figures.get(name, ())]
+        if not stated or None in stated or parity.images != self.compared.images:
+            raise ValueError("a figure of what was compared is missing")
+        return self
+
+    @property
+    def holds(self) -> bool:
+        """Whether the engine may judge: its figures are within what its precision may cause."""
+        tolerance = ENGINE_TOLERANCES.get(self.compared.precision)
+        return tolerance is not None and within(self.parity, tolerance)
 
     @property
     def figures(self) -> str:

@@ -122,6 +122,7 @@ class FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         self.step("execute")
         self.batches.append(self.shape[0])
+        self.engine.runs += 1
         if self.idle:
             return True
         kind = np.dtype(self.engine.input_type)
@@ -156,6 +157,7 @@ class FakeEngine:
 
     def __init__(self, step: Step = at_once) -> None:
         self.step = step
+        self.runs = 0
         self.context = FakeContext(self)
 
     @property
