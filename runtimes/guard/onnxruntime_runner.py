@@ -105,15 +105,14 @@ class OnnxRuntimeRunner(FileRunner):
         return GuardOutput(probs=probs, logits=logits, embeddings=embeddings)
 
     def _run_file(self, inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]:
-        session = self._held(self.session)
-        (name,) = (each.name for each in session.get_inputs())
-        names = [each.name for each in session.get_outputs()]
-        return dict(zip(names, map(np.asarray, session.run(names, {name: inputs})), strict=True))
+        names = [each.name for each in self._held(self.session).get_outputs()]
+        return dict(zip(names, self._session_run(names, inputs), strict=True))
 
-    def _session_run(self, names: list[str], rgb: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+    def _session_run(self, names: list[str], inputs: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
         session = self._held(self.session)
-        pieces = [rgb] if not self.file.one_at_a_time else [rgb[i : i + 1] for i in range(len(rgb))]
-        runs = [session.run(names, {"rgb": piece}) for piece in pieces]
+        (given,) = session.get_inputs()
+        pieces = [inputs] if not self.file.one_at_a_time else [inputs[i : i + 1] for i in range(len(inputs))]
+        runs = [session.run(names, {given.name: piece}) for piece in pieces]
         return [np.concatenate([np.asarray(run[i]) for run in runs]) for i in range(len(names))]
 
 

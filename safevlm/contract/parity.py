@@ -20,9 +20,7 @@ __all__ = [
     "Tolerance",
     "check_embeddings",
     "check_parity",
-    "embedding_delta",
     "judge_of",
-    "probability_parity",
     "within",
 ]
 
@@ -71,21 +69,6 @@ def within(parity: Parity, tolerance: Tolerance) -> bool:
     )
 
 
-def probability_parity(reference_nC: Floats, found_nC: Floats, reference: str) -> Parity:
-    """Return how far two sets of probabilities for the same n images, all finite, are apart."""
-    return Parity(
-        images=len(reference_nC),
-        max_abs_prob_delta=float(np.abs(found_nC.astype(np.float64) - reference_nC).max()),
-        label_flips=int((found_nC.argmax(axis=1) != reference_nC.argmax(axis=1)).sum()),
-        reference=reference,
-    )
-
-
-def embedding_delta(reference_nTD: Floats, found_nTD: Floats) -> float:
-    """Return the largest difference of image embeddings, all finite, over the largest value of the reference."""
-    return float(np.abs(found_nTD.astype(np.float64) - reference_nTD).max() / np.abs(reference_nTD).max())
-
-
 def check_parity(
     reference_nC: Floats,
     found_nC: Floats,
@@ -105,7 +88,12 @@ def check_parity(
     if not np.isfinite(found_nC).all():
         wrong = int((~np.isfinite(found_nC)).sum())
         raise ParityError(f"{what}: {wrong} probabilities of {images} images are not finite. {advice}")
-    parity = probability_parity(reference_nC, found_nC, reference)
+    parity = Parity(
+        images=images,
+        max_abs_prob_delta=float(np.abs(found_nC.astype(np.float64) - reference_nC).max()),
+        label_flips=int((found_nC.argmax(axis=1) != reference_nC.argmax(axis=1)).sum()),
+        reference=reference,
+    )
     if not within(parity, tolerance):
         raise ParityError(
             f"{what} differs from {reference} on {images} images: max |Δp| {parity.max_abs_prob_delta:.2e} (at most "
@@ -121,7 +109,7 @@ def check_embeddings(reference_nTD: Floats, found_nTD: Floats, tolerance: Tolera
     """
     if not np.isfinite(found_nTD).all():
         raise ParityError(f"{what}: image embeddings are not finite. Please report this with the checkpoint's name.")
-    worst = embedding_delta(reference_nTD, found_nTD)
+    worst = float(np.abs(found_nTD.astype(np.float64) - reference_nTD).max() / np.abs(reference_nTD).max())
     if not worst <= tolerance.embedding:
         raise ParityError(
             f"{what}: image embeddings differ from the torch path by {worst:.2e} of their largest value (at most "

@@ -54,6 +54,7 @@ class LoadedEngine:
         self._cuda = library.cuda
         self._buffers: dict[str, DeviceBuffer] = {}
         self._stream: Any = None
+        self._config: Any = None
         self._cache: RuntimeCache | None = None
         self._engine = _deserialize(library, bundle, file)
         self._input, outputs = _checked(library, bundle, file, self._engine)
@@ -73,7 +74,7 @@ class LoadedEngine:
     def _create_context(self) -> Any:
         if self._library.module != "tensorrt_rtx":
             return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
+        self._config = config = self._engine.create_runtime_config()
         # By default kernels for a new batch size are compiled beside the calls and take over between two of them: an
         # image's answer would change by rounding while the process runs, away from what was verified.
         kinds = self._library.trt.DynamicShapesKernelSpecializationStrategy
@@ -101,7 +102,7 @@ class LoadedEngine:
         try:
             self.save_cache()
         finally:
-            self._context = self._engine = self._cache = None
+            self._context = self._cache = self._config = self._engine = None
             buffers, self._buffers = self._buffers, {}
             stream, self._stream = self._stream, None
             for buffer in buffers.values():
@@ -167,6 +168,8 @@ def _deserialize(library: Library, bundle: Bundle, file: GuardFile) -> Any:
         runtime.engine_host_code_allowed = True  # such an engine carries a small runtime; its hash was checked
     content = bundle.content(file)
     if library.module == "tensorrt_rtx":
+        if len(content) < runtime.engine_header_size:  # it would be read beyond its end
+            raise EngineRefusedError(f"{file.path}: {DIAGNOSTICS['MALFORMED_ENGINE']}", advice(bundle))
         _check_validity(library, bundle, file, *runtime.get_engine_validity(content))
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
@@ -194,7 +197,7 @@ def _checked(
     """Return an engine's input and outputs. Raises BundleError unless they are those of its role."""
     trt = library.trt
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {True: [], False: []}  # type: dict[bool, list[OnnxTensor]]
+    found: dict[bool, list[OnnxTensor]] = {True: [], False: []}
     for name in names:
         sides = tuple(None if int(side) < 0 else int(side) for side in engine.get_tensor_shape(name))
         kind = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name

@@ -53,9 +53,10 @@ class RuntimeCache:
         """Keep what was compiled since it was read."""
         if self._path is None:
             return
-        content = bytes(memoryview(self._cache.serialize()))
+        serialized = self._cache.serialize()
+        content = b"" if serialized is None else bytes(memoryview(serialized))
         digest = hashlib.sha256(content).digest()
-        if digest == self._known:
+        if not content or digest == self._known:
             return
         if len(content) > MAX_BYTES:
             _log.info("compiled kernels are not kept: %d bytes, %d are allowed", len(content), MAX_BYTES)

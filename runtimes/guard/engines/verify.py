@@ -19,7 +19,7 @@ from runtimes.guard.engines.proof import Compared, Proof, keep_proof, known_proo
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from safevlm.contract.graph_fit import Role
 from safevlm.contract.manifest import GuardFile, Parity
-from safevlm.contract.parity import ENGINE_TOLERANCES, embedding_delta, judge_of
+from safevlm.contract.parity import ENGINE_TOLERANCES, judge_of
 from safevlm.errors import EngineRefusedError, SafeVLMError
 from safevlm.images.drawn import drawn_images
 
@@ -127,6 +127,9 @@ def _parity(bundle: Bundle, sources: list[GuardFile], engine: LoadedEngine, subj
     right = _answers(bundle, judge, inputs)
     if missing := sorted(set(engine.outputs) - right.keys()):
         raise SafeVLMError(f"{judge.path} gives no {missing[0]}")
+    scale = float(np.abs(right.get("embeddings", np.ones(1))).max())
+    if scale == 0:
+        raise SafeVLMError(f"{judge.path} gives image embeddings that are all zero")
     delta, moved, flipped = 0.0, 0.0, set[int]()
     for rows in _batches(engine.least, engine.most, len(inputs)):
         found = engine.run(inputs[rows], engine.outputs)
@@ -134,13 +137,11 @@ def _parity(bundle: Bundle, sources: list[GuardFile], engine: LoadedEngine, subj
             if not np.isfinite(values).all():
                 raise SafeVLMError(f"a batch of {len(rows)} images gave {name} that are not finite numbers")
         if "probs" in found:
-            delta = max(delta, float(np.abs(found["probs"].astype(np.float64) - right["probs"][rows]).max()))
+            delta = max(delta, _distance(found["probs"], right["probs"][rows]))
             changed = found["probs"].argmax(axis=1) != right["probs"][rows].argmax(axis=1)
             flipped |= set(rows[changed].tolist())
         if "embeddings" in found:
-            moved = max(moved, embedding_delta(right["embeddings"][rows], found["embeddings"]))
-    if not np.isfinite([delta, moved]).all():
-        raise SafeVLMError("the answers cannot be compared: image embeddings are all zero")
+            moved = max(moved, _distance(found["embeddings"], right["embeddings"][rows]) / scale)
     return Parity(
         images=len(inputs),
         max_abs_prob_delta=min(delta, 1.0) if "probs" in engine.outputs else None,
@@ -148,6 +149,10 @@ def _parity(bundle: Bundle, sources: list[GuardFile], engine: LoadedEngine, subj
         max_rel_embedding_delta=moved if "embeddings" in engine.outputs else None,
         reference=f"ONNX Runtime on the CPU with {judge.path}",
     )
+
+
+def _distance(found: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
+    return float(np.abs(found.astype(np.float64) - right).max())
 
 
 def _answers(bundle: Bundle, file: GuardFile, inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]:

@@ -284,6 +284,7 @@ class FakeRuntime:
 
 class FakeRtxRuntime(FakeRuntime):
     validity: tuple[EngineValidity, int] = (EngineValidity.VALID, 0)
+    engine_header_size = 4
 
     def get_engine_validity(self, content: bytes) -> tuple[EngineValidity, int]:
         return self.validity

@@ -85,6 +85,12 @@ def test_several_reasons_are_told_and_what_is_unknown_refuses(
             TensorRTRunner(bundle, bundle.file(kind="engine")).activate()
 
 
+def test_a_file_shorter_than_a_header_is_not_shown_to_the_library(engine: FakeRtxEngine, tmp_path: Path) -> None:
+    bundle = open_bundle(write_bundle(tmp_path / "b", engine_file(tmp_path / "b", content=b"pla", **RTX)))
+    with pytest.raises(EngineRefusedError, match="the file is damaged, or no engine"):
+        TensorRTRunner(bundle, bundle.file(kind="engine")).activate()
+
+
 def test_an_engine_that_is_slower_here_runs_and_says_so(
     engine: FakeRtxEngine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
