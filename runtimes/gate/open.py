@@ -76,6 +76,8 @@ def open_gate(
     tower: Callable[[], str]
     if model is not None and is_gguf(model):
         language, tower = _gguf_language(model, threads=threads, context=context, gpu_layers=gpu_layers)
+        if not manifest.source.standalone and opened.files("engine"):
+            _log.warning("the engines in %s are passed over: llama.cpp runs its own vision path.", opened.folder)
     else:
         checkpoint = _checkpoint(opened, model, revision, tap)
         grid = checkpoint.family.fixed_grid(manifest.preprocessing.height, manifest.preprocessing.width)
