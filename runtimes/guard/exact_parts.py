@@ -7,6 +7,7 @@ the checkpoint's own layers do the same on torch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from safevlm.errors import InputError
 
 __all__ = ["ExactParts", "select_parts"]
 
-WITHOUT = {"vision": "the checkpoint's own vision tower", "head": "the checkpoint's own guard head"}
+WITHOUT = {"vision": "vision tower", "head": "guard head"}
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def select_parts(
         return ExactParts()
     chosen: dict[Role, str | None] = {"vision": precision, "head": None}
     if runtime == "auto":
-        return ExactParts(**{role: _engine_or_none(bundle, role, wanted) for role, wanted in chosen.items()})
+        return _engines_that_run(bundle, chosen)
     if runtime == "tensorrt":
         return ExactParts(**{role: _engine(bundle, role, wanted) for role, wanted in chosen.items()})
     if runtime == "onnxruntime":
@@ -83,15 +84,21 @@ def _engine(bundle: Bundle, role: Role, precision: str | None) -> FileRunner:
     return TensorRTRunner(bundle, usable_engine(bundle, precision, role))
 
 
-def _engine_or_none(bundle: Bundle, role: Role, precision: str | None) -> FileRunner | None:
-    if not any(precision in (None, file.precision) for file in bundle.files("engine", role)):
-        return None
-    try:
-        return _engine(bundle, role, precision)
-    except InputError as error:
-        reason = getattr(error, "reason", str(error).rstrip("."))
-        _log.warning("%s runs on torch: %s.", WITHOUT[role], reason)
-        return None
+def _engines_that_run(bundle: Bundle, chosen: Mapping[Role, str | None]) -> ExactParts:
+    """Return the engines there are for this device, and say in one line why others that the bundle has are not used."""
+    found: dict[str, FileRunner] = {}
+    reasons: dict[str, list[str]] = {}
+    for role, precision in chosen.items():
+        if not any(precision in (None, file.precision) for file in bundle.files("engine", role)):
+            continue
+        try:
+            found[role] = _engine(bundle, role, precision)
+        except InputError as error:
+            reasons.setdefault(getattr(error, "reason", str(error).rstrip(".")), []).append(WITHOUT[role])
+    if reasons:
+        told = "; ".join(f"{' and '.join(parts)} ({reason})" for reason, parts in reasons.items())
+        _log.warning("on torch run the checkpoint's own %s.", told)
+    return ExactParts(**found)
 
 
 def _onnx(bundle: Bundle, role: Role, precision: str | None, threads: int | None) -> FileRunner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_a_part_that_differs_is_left_to_the_checkpoint_with_one_line(
     with caplog.at_level(logging.WARNING), open_gate(folder, threads=1) as gate:
         parts = language(gate).parts
     assert (parts.vision is None, parts.head is None) == (role == "vision", role == "head")
-    (line,) = [line for line in caplog.messages if "runs on torch" in line]
+    (line,) = [line for line in caplog.messages if line.startswith("on torch run")]
     assert f"engines/{role}.fp32.plan: on Orin it differs" in line
     assert apart(verdicts(folder, images), exact) < 1e-4
     with pytest.raises(BundleError, match="it differs from ONNX Runtime"):
@@ -193,6 +194,15 @@ def test_parts_of_another_checkpoint_are_not_used(
     assert any("they are of another checkpoint" in line for line in caplog.messages)
     with pytest.raises(InputError, match=r"--runtime onnxruntime: the parts in .* another checkpoint answers"):
         open_gate(folder, runtime="onnxruntime")
+
+
+def test_one_line_says_why_no_engine_runs(
+    engines: tuple[Path, dict[str, PartEngine]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    assert not language(open_gate(engines[0])).parts.runners
+    (line,) = caplog.messages
+    assert line.startswith("on torch run the checkpoint's own vision tower and guard head (judging with TensorRT needs")
 
 
 def test_what_cannot_be_had_is_told(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
