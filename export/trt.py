@@ -24,13 +24,14 @@ from export.guard.heads import HeadRequest
 from export.guard.images import parity_images
 from export.guard.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
 from export.tensorrt.builder import EngineOptions, EnginePrecision, Report, builder_api
-from export.tensorrt.engine import Device, MakeRunner, add_engine, current_engine, judge_of, require_precisions
+from export.tensorrt.engine import Device, MakeRunner, add_engine, current_engine, require_precisions
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.cuda import current_gpu, free_memory, load_cuda
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.runner import GuardOutput
 from runtimes.guard.tensorrt_runner import TensorRTRunner, import_tensorrt
 from safevlm.contract.manifest import Manifest
+from safevlm.contract.parity import judge_of
 from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
 from safevlm.files.user_cache import user_cache
 from safevlm.terminal.commandline import printable, run

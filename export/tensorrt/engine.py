@@ -6,7 +6,7 @@ Shapes: n pictures, H × W pixels, C classes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,23 @@ from numpy.typing import NDArray
 
 from export.guard.bundle import write_manifest
 from export.guard.latency import latency_of
-from export.guard.parity import TOLERANCES, Tolerance, check_embeddings, check_parity
 from export.tensorrt.builder import EngineOptions, Report, build_engine, builder_api
 from runtimes.guard.bundle import Bundle, sha256_of
 from runtimes.guard.cuda import Gpu
 from runtimes.guard.runner import GuardOutput, GuardRunner
 from runtimes.guard.tensorrt_runner import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE
 from safevlm.contract.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
+from safevlm.contract.parity import ENGINE_TOLERANCES, check_embeddings, check_parity, judge_of
 from safevlm.errors import BundleError, EngineUnavailableError
 from safevlm.files.draft import draft_of
 from safevlm.files.storage import shown_bytes, storing
 from safevlm.machine import times_ms
 
-__all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "judge_of", "require_precisions"]
+__all__ = ["Device", "add_engine", "current_engine", "require_precisions"]
 
 Bytes = NDArray[np.uint8]
 MakeRunner = Callable[[Bundle, GuardFile], GuardRunner]
 
-ENGINE_TOLERANCES: Mapping[str, Tolerance] = {
-    # Another machine sums in another order; the export itself, on one machine, is held to 1e-5.
-    "fp32": Tolerance(probability=1e-4, labels_may_change=False, embedding=1e-3),
-    "fp16": TOLERANCES["fp16"],
-    # Compared with the INT8 file, which was judged when it was made: a last bit moves a value to the next step.
-    "int8": Tolerance(probability=5e-2, labels_may_change=True, embedding=5e-2),
-}
 ACTIVATION_BYTES = 32
 WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
 
@@ -96,11 +89,6 @@ def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_b
             f"the build needs {shown_bytes(needed)} of GPU memory or more at --max-batch {options.max_batch}, and "
             f"{shown_bytes(free_bytes)} are free. Close what else uses the GPU, or try a smaller --max-batch."
         )
-
-
-def judge_of(precision: str) -> str:
-    """Return the precision of the ONNX file that an engine is compared with."""
-    return precision if precision == "int8" else "fp32"
 
 
 def current_engine(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,15 @@ from safevlm.terminal.commandline import leave
 if TYPE_CHECKING:
     from runtimes.gate.gate import Gate
     from runtimes.guard.bundle import Bundle
+    from runtimes.guard.exact_parts import ExactParts
     from runtimes.images.tiling import ViewMode
     from runtimes.language.language import LanguageRunner
     from runtimes.language.torch_language import Dtype
+    from safevlm.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["ended", "open_gate", "open_told"]
+
+_log = logging.getLogger(__name__)
 
 
 def open_gate(
@@ -45,14 +51,17 @@ def open_gate(
 
     On torch pictures are brought to the bundle's size for both. Image embeddings are shared when the bundle gives
     them and was made from the very vision tower that the answers are, by hash. A bundle that is not standalone gates
-    by the exact verdict alone. Without a bundle, GGUF files (see ``export.gguf``) judge by themselves. ``context`` is
-    in tokens; ``gpu_layers`` is llama.cpp's; ``view`` is the standalone guard's, see ``runtimes.images.tiling``.
+    by the exact verdict alone, and its parts, vision path and head, run on ``runtime`` where the checkpoint is the one
+    that they were made of (see ``runtimes.guard.exact_parts``). Without a bundle, GGUF files (see ``export.gguf``)
+    judge by themselves. ``context`` is in tokens; ``gpu_layers`` is llama.cpp's; ``view`` is the standalone guard's,
+    see ``runtimes.images.tiling``.
     Raises InputError for neither; those of opening either.
     """
     from runtimes.gate.gate import Gate
     from runtimes.guard.bundle import Bundle, open_bundle
     from runtimes.guard.judge import Guard
     from runtimes.language.gguf_artifact import is_gguf
+    from runtimes.language.torch_language import TorchLanguageRunner
 
     if bundle is None:
         if model is None or not is_gguf(model):
@@ -63,12 +72,20 @@ def open_gate(
         return _gguf_alone(model, policy, timeout, threads=threads, context=context, gpu_layers=gpu_layers, view=view)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     manifest = opened.manifest
+    language: LanguageRunner
+    tower: Callable[[], str]
     if model is not None and is_gguf(model):
         language, tower = _gguf_language(model, threads=threads, context=context, gpu_layers=gpu_layers)
+        if not manifest.source.standalone and opened.files("engine"):
+            _log.warning("the engines in %s are passed over: llama.cpp runs its own vision path.", opened.folder)
     else:
-        language, tower = _torch_language(
-            opened, model, device=device, dtype=dtype, revision=revision, tap=tap, threads=threads, context=context
+        checkpoint = _checkpoint(opened, model, revision, tap)
+        grid = checkpoint.family.fixed_grid(manifest.preprocessing.height, manifest.preprocessing.width)
+        parts = _parts(opened, checkpoint, runtime, precision=precision, threads=threads)
+        language = TorchLanguageRunner(
+            checkpoint, device=device, dtype=dtype, grid=grid, threads=threads, context=context, parts=parts
         )
+        tower = partial(_tower, checkpoint)
     guard, shared = None, False
     if manifest.source.standalone:
         guard = Guard.open(opened, runtime, precision=precision, threads=threads, view=view)
@@ -77,28 +94,42 @@ def open_gate(
     return Gate(guard, language, policy, timeout, digest=opened.digest, share_embeddings=shared)
 
 
-def _torch_language(
-    bundle: Bundle,
-    model: str | None,
-    *,
-    device: str,
-    dtype: Dtype,
-    revision: str | None,
-    tap: TapSource | None,
-    threads: int | None,
-    context: int | None,
-) -> tuple[LanguageRunner, Callable[[], str]]:
-    """Return a checkpoint's runner and what hashes its vision tower and guard head."""
-    from runtimes.language.torch_language import TorchLanguageRunner
+def _checkpoint(bundle: Bundle, model: str | None, revision: str | None, tap: TapSource | None) -> Checkpoint:
+    """Open the checkpoint that answers, by default the one that the bundle was made from."""
     from safevlm.checkpoint.checkpoint import open_checkpoint
 
-    source, size = bundle.manifest.source, bundle.manifest.preprocessing
+    source = bundle.manifest.source
     if model is None:
         model, revision, tap = source.checkpoint, revision or source.revision, tap or bundle.manifest.tap.source
-    checkpoint = open_checkpoint(model, tap=tap, revision=revision)
-    grid = checkpoint.family.fixed_grid(size.height, size.width)
-    language = TorchLanguageRunner(checkpoint, device=device, dtype=dtype, grid=grid, threads=threads, context=context)
-    return language, lambda: checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
+    return open_checkpoint(model, tap=tap, revision=revision)
+
+
+def _tower(checkpoint: Checkpoint) -> str:
+    """Return the hash of a checkpoint's vision tower and guard head."""
+    return checkpoint.tensors.sha256([*checkpoint.vision_names(), *checkpoint.head_names()])
+
+
+def _parts(
+    bundle: Bundle, checkpoint: Checkpoint, runtime: str, *, precision: str | None, threads: int | None
+) -> ExactParts:
+    """Return what runs the bundle's parts; nothing where they are of another checkpoint, or of a standalone guard."""
+    from runtimes.guard.exact_parts import ExactParts, select_parts
+
+    source = bundle.manifest.source
+    if source.standalone:
+        return ExactParts()
+    parts = select_parts(bundle, runtime, precision=precision, threads=threads)
+    if not parts.runners:
+        return parts
+    if checkpoint.tap.source == bundle.manifest.tap.source and _tower(checkpoint) == source.sha256:
+        return parts
+    if runtime != "auto":
+        raise InputError(
+            f"--runtime {runtime}: the parts in {bundle.folder} are of {source.checkpoint}, and another checkpoint "
+            "answers. Leave --runtime out, or give the checkpoint that the bundle was exported from."
+        )
+    _log.warning("the engines in %s are passed over: they are of another checkpoint than the one here.", bundle.folder)
+    return ExactParts()
 
 
 def _gguf_language(

@@ -10,9 +10,11 @@ from runtimes.gate.gate import Gate
 from runtimes.gate.open import open_gate
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.serving.clients import Clients
-from runtimes.guard.bundle import Bundle
+from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.guard.policy import Policy
+from runtimes.language.exact_guard import ExactGuardRunner
+from runtimes.language.torch_language import TorchLanguageRunner
 from safevlm.errors import InputError
 
 __all__ = ["Gateway"]
@@ -53,7 +55,8 @@ class Gateway:
     ) -> Gateway:
         """Open a bundle, and a model (by default the bundle's own source) unless there is an ``upstream``.
 
-        Raises InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
+        A bundle of a guard's exact parts judges with the model in this process, by a prefill of each image. Raises
+        InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
         """
         options = options or GatewayOptions()
         if upstream is not None and (model is not None or bundle is None):
@@ -63,9 +66,12 @@ class Gateway:
             guard = Guard.open(bundle, runtime, precision=precision, threads=threads, view=options.view)
             gate = Gate(guard, None, policy)
         else:
+            opened = open_bundle(bundle) if isinstance(bundle, (str, Path)) else bundle
             gate = open_gate(
-                bundle, model, policy=policy, runtime=runtime, precision=precision, threads=threads, view=options.view
+                opened, model, policy=policy, runtime=runtime, precision=precision, threads=threads, view=options.view
             )
+            if gate.guard is None and opened is not None and isinstance(gate.language, TorchLanguageRunner):
+                gate = _judging_exactly(gate, opened, gate.language, options)
         if gate.guard is None:
             raise InputError(
                 "the guard of this bundle (or GGUF folder) is not standalone: it needs the language model. Make a "
@@ -89,3 +95,12 @@ class Gateway:
         if self.again is None or self.upstream is None:
             raise InputError("a gateway with a model in its own process cannot be reloaded. Restart it.")
         return replace(self.again(), again=self.again)
+
+
+def _judging_exactly(gate: Gate, bundle: Bundle, language: TorchLanguageRunner, options: GatewayOptions) -> Gate:
+    """Return a gate whose guard is the language model's exact verdict, by the limits that the policy has for that."""
+    manifest, policy = bundle.manifest, gate.policy
+    runner = ExactGuardRunner(language, manifest.preprocessing, manifest.classes)
+    guard = Guard(runner, manifest.classes, batch=options.batch, view=options.view)
+    limits = policy.model_copy(update={"guard": policy.exact})
+    return Gate(guard, language, limits, gate.timeout, digest=gate.digest, share_embeddings=False)

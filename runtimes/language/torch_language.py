@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.guard.activation import Turn
+from runtimes.guard.exact_parts import ExactParts
+from runtimes.guard.runner import GuardOutput
 from runtimes.language.language import LanguageRunner, Prefilled
 from runtimes.language.question import MOST_CONTEXT, Reader
 from runtimes.language.writing import Writing
@@ -16,8 +20,10 @@ from safevlm.network.dialogue import Question, as_turns
 from safevlm.network.text_stream import TextStream
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from safevlm.checkpoint.checkpoint import Checkpoint
-    from safevlm.network.safe_vlm import Begun, SafeVLM
+    from safevlm.network.safe_vlm import Begun, JudgeTokens, SafeVLM
 
 __all__ = ["Dtype", "TorchLanguageRunner", "reader_of"]
 
@@ -30,7 +36,8 @@ class TorchLanguageRunner(LanguageRunner):
     ``model`` is an opened checkpoint or a model that is loaded already; ``device`` is torch's word for one
     (``cpu``, ``cuda``, ``cuda:1``); ``grid`` the (height, width) that images are brought to where the family
     lets one choose (Qwen2.5-VL), which should be the guard bundle's; ``context`` how many tokens a prompt may have with
-    its answer, by default the model's own, 4,096 at most where the image leaves room in them.
+    its answer, by default the model's own, 4,096 at most where the image leaves room in them. ``parts`` run in place of
+    the model's own vision path and guard head: those of the bundle that was made of this very checkpoint.
     """
 
     runtime = "torch"
@@ -45,6 +52,7 @@ class TorchLanguageRunner(LanguageRunner):
         grid: tuple[int, int] | None = None,
         threads: int | None = None,
         context: int | None = None,
+        parts: ExactParts = ExactParts(),
     ) -> None:
         super().__init__()
         if dtype not in get_args(Dtype):
@@ -56,6 +64,8 @@ class TorchLanguageRunner(LanguageRunner):
         self.grid = grid
         self.threads = threads
         self.context = context
+        self.parts = parts
+        self._turn = Turn(type(self).__name__)
         self._questions: Reader | None = None
         self._vlm: SafeVLM | None = None
 
@@ -76,14 +86,63 @@ class TorchLanguageRunner(LanguageRunner):
         self.preprocessing = vlm.preprocessing
         self.classes = vlm.classes
         self._questions = reader_of(vlm, self.context)
+        self._turn = Turn(type(self).__name__)
+        self.parts.activate()
 
     def _deactivate(self) -> None:
         self._vlm = self._questions = None
+        self.parts.deactivate()
 
     def _reader(self) -> Reader:
         self._check_active()  # outside of a call: nothing of the model is run
         assert self._questions is not None
         return self._questions
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Hold the model for a call; calls of lanes wait for each other: who judges images, for an answer to end."""
+        self._check_active()
+        with self._turn.taken():
+            yield
+
+    def prefill(
+        self, rgb: npt.NDArray[np.uint8], question: Question, embeddings: npt.NDArray[np.float32] | None = None
+    ) -> Prefilled:
+        """See :meth:`LanguageRunner.prefill`."""
+        with self._taken():
+            return super().prefill(rgb, question, embeddings)
+
+    def generate(self, handle: Any, max_new_tokens: int) -> str:
+        """See :meth:`LanguageRunner.generate`."""
+        with self._taken():
+            return super().generate(handle, max_new_tokens)
+
+    def stream(self, handle: Any, max_new_tokens: int, writing: Writing | None = None) -> Generator[str, None, None]:
+        """See :meth:`LanguageRunner.stream`."""
+        with self._taken():
+            yield from super().stream(handle, max_new_tokens, writing)
+
+    def judge(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
+        """Return the exact guard's verdicts on N x H x W x 3 grey levels, a prefill each; nothing is kept of it."""
+        import torch
+
+        with self._taken(), self._call():
+            vlm, rows = self._held(self._vlm), []
+            for image in rgb:
+                features = self._features(image, None)
+                rows.append(vlm.guard(torch.from_numpy(image[None].copy()).to(self.device), features, self._head))
+            probs, logits = (torch.cat(each).float().cpu().numpy() for each in zip(*rows, strict=True))
+        return GuardOutput(probs=probs, logits=logits)
+
+    def _features(self, rgb: npt.NDArray[np.uint8], embeddings: npt.NDArray[np.float32] | None) -> Tensor | None:
+        """Return an image's features, 1 x T x D: those given, those of the vision part, or None without either."""
+        import torch
+
+        if embeddings is None and self.parts.vision is not None:
+            embeddings = self.parts.vision.run_file(rgb[None])["embeddings"][0]
+        if embeddings is None:
+            return None
+        return torch.from_numpy(embeddings[None].copy()).to(self.device, getattr(torch, self.dtype))
 
     def _prefill(
         self, rgb: npt.NDArray[np.uint8], question: Question, embeddings: npt.NDArray[np.float32] | None
@@ -92,11 +151,21 @@ class TorchLanguageRunner(LanguageRunner):
 
         vlm = self._held(self._vlm)
         images = torch.from_numpy(rgb[None].copy()).to(self.device)
-        features = None
-        if embeddings is not None:
-            features = torch.from_numpy(embeddings[None].copy()).to(self.device, getattr(torch, self.dtype))
-        begun = vlm.begin(images, [as_turns(question)], features)
+        begun = vlm.begin(images, [as_turns(question)], self._features(rgb, embeddings), head=self._head)
         return Prefilled(begun.guard_probs[0], [begun], begun.attention_mask.shape[-1])
+
+    @property
+    def _head(self) -> JudgeTokens | None:
+        """The part that judges hidden states, if there is one, for torch's tensors."""
+        head = self.parts.head
+        if head is None:
+            return None
+        import torch
+
+        def judge(hidden: Tensor) -> Tensor:
+            return torch.from_numpy(head.run_file(hidden.cpu().numpy())["logits"]).to(hidden.device)
+
+        return judge
 
     def _generate(self, handle: Any, max_new_tokens: int) -> str:
         return self._held(self._vlm).finish(_begun(handle), max_new_tokens)[0]

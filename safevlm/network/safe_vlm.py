@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ from safevlm.network.prefill import Answer, Begun, Prefill
 from safevlm.network.prompt_tokens import IMAGE, check_ids, dialogue_ids, stop_ids, text_ids
 from safevlm.network.reference import image_features
 
-__all__ = ["IMAGE", "Answer", "Begun", "Prefill", "SafeVLM"]
+__all__ = ["IMAGE", "Answer", "Begun", "JudgeTokens", "Prefill", "SafeVLM"]
+
+JudgeTokens: TypeAlias = "Callable[[Tensor], Tensor]"
+"""A guard head on image tokens: N × T × D, float32, to N × C logits."""
 
 
 class SafeVLM(nn.Module):
@@ -190,49 +193,63 @@ class SafeVLM(nn.Module):
         """Return the output layer's N × L × V logits of hidden states."""
         return cast(Tensor, cast(Any, self.model).lm_head(hidden_NLD))
 
-    def guard_logits(self, prefill: Prefill, hidden_NLD: Tensor) -> Tensor:
-        """Return the guard's N × C logits from a prefill and its last hidden state; gradients flow."""
-        if self.tap_source == "projector":
-            return self._head_of(prefill.features)
-        return self._head_of(hidden_NLD[prefill.image_mask].view(prefill.features.shape))
+    def guard_logits(self, prefill: Prefill, hidden_NLD: Tensor, head: JudgeTokens | None = None) -> Tensor:
+        """Return the guard's N × C logits from a prefill and its last hidden state; gradients flow.
 
-    def _head_of(self, tapped_NTD: Tensor) -> Tensor:
+        ``head`` stands in for the checkpoint's own (an engine made of it): N × T × D, float32, to logits.
+        """
+        if self.tap_source == "projector":
+            return self._head_of(prefill.features, head)
+        return self._head_of(hidden_NLD[prefill.image_mask].view(prefill.features.shape), head)
+
+    def _head_of(self, tapped_NTD: Tensor, head: JudgeTokens | None = None) -> Tensor:
+        if head is not None:
+            return head(tapped_NTD.float())
         return cast(Tensor, self.head(tapped_NTD.float().mean(dim=1)))
 
     @torch.inference_mode()
-    def guard(self, images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+    def guard(
+        self, images_NHWC: Tensor, features_NTD: Tensor | None = None, head: JudgeTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the exact guard's probabilities and logits, N × C, without a question.
 
         Image tokens see only what stands before them (Gemma-3: and each other), so a tap behind the language
-        model needs the prompt up to the image and no more.
+        model needs the prompt up to the image and no more. ``features_NTD`` and ``head`` are as in :meth:`begin`.
         """
-        logits = self._usual_logits(self.image_features(images_NHWC), (images_NHWC.shape[1], images_NHWC.shape[2]))
+        if features_NTD is None:
+            features_NTD = self.image_features(images_NHWC)
+        logits = self._usual_logits(features_NTD, (images_NHWC.shape[1], images_NHWC.shape[2]), head)
         return torch.softmax(logits, dim=-1), logits
 
-    def _usual_logits(self, features_NTD: Tensor, size: tuple[int, int]) -> Tensor:
+    def _usual_logits(self, features_NTD: Tensor, size: tuple[int, int], head: JudgeTokens | None = None) -> Tensor:
         """Return the guard's N × C logits from the image behind the prompt that the guard is calibrated on."""
         if self.tap_source == "projector":
-            return self._head_of(features_NTD)
+            return self._head_of(features_NTD, head)
         prefill = self.assemble([self._usual_prefix(size)] * len(features_NTD), features_NTD, size)
         hidden = self.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
-        return self.guard_logits(prefill, hidden)
+        return self.guard_logits(prefill, hidden, head)
 
     @torch.inference_mode()
     def begin(
-        self, images_NHWC: Tensor | None, questions: Sequence[Question], features_NTD: Tensor | None = None
+        self,
+        images_NHWC: Tensor | None,
+        questions: Sequence[Question],
+        features_NTD: Tensor | None = None,
+        *,
+        head: JudgeTokens | None = None,
     ) -> Begun:
         """Run the one prefill that decoding needs and read the guard from it; :meth:`finish` goes on.
 
-        Arguments and errors are those of :meth:`embed`. Of the last hidden state the image positions are read
-        and the last position is kept: no hidden states of other layers, no second pass. Where a system text or earlier
-        turns stand before an image, what a guard behind the language model reads depends on them: the verdict then
-        comes from a pass of its own over the image behind the usual prefix, the only one that the guard is calibrated
-        on, and nobody talks it round.
+        Arguments and errors are those of :meth:`embed`, ``head`` that of :meth:`guard_logits`. Of the last hidden state
+        the image positions are read and the last position is kept: no hidden states of other layers, no second pass.
+        Where a system text or earlier turns stand before an image, what a guard behind the language model reads depends
+        on them: the verdict then comes from a pass of its own over the image behind the usual prefix, the only one that
+        the guard is calibrated on, and nobody talks it round.
         """
         prefill = self.embed(images_NHWC, questions, features_NTD)
-        logits = None if prefill.usual else self._usual_logits(prefill.features, self._size(images_NHWC))
+        logits = None if prefill.usual else self._usual_logits(prefill.features, self._size(images_NHWC), head)
         hidden, begun = self._begin(prefill)
-        probs = torch.softmax(self.guard_logits(prefill, hidden) if logits is None else logits, dim=-1)
+        probs = torch.softmax(self.guard_logits(prefill, hidden, head) if logits is None else logits, dim=-1)
         return replace(begun, guard_probs=probs.cpu().numpy())
 
     def _size(self, images_NHWC: Tensor | None) -> tuple[int, int]:

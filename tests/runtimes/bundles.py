@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from safevlm.contract.graph_fit import Role
 from safevlm.contract.manifest import Band, EngineInfo, GuardFile, Head, Manifest, Source, Tap, TensorSpec, Thresholds
 from safevlm.contract.preprocessing import Preprocessing
 
@@ -87,7 +88,26 @@ def guard_file_for(folder: Path, classes: int, preprocessing: Preprocessing) -> 
     return onnx_file(folder, weights=np.zeros((3, classes), np.float32), size=size)
 
 
-def engine_file(folder: Path, **info: Any) -> GuardFile:
+RTX: dict[str, Any] = {
+    "module": "tensorrt_rtx",
+    "tensorrt_version": "1.7.1.116",
+    "gpu_name": None,
+    "compute_capability": None,
+    "targets": ("sm80", "sm87"),
+    "verified": False,
+    "parity_seed": 5,
+}
+"""Of an engine that TensorRT-RTX built ahead of time, for the stand-in's GPU among others."""
+
+
+def engine_file(
+    folder: Path,
+    *,
+    role: Role = "guard",
+    precision: str = "fp16",
+    content: bytes = b"plan",
+    **info: Any,
+) -> GuardFile:
     stated: dict[str, Any] = {
         "tensorrt_version": "10.3.0",
         "gpu_name": "Orin",
@@ -98,12 +118,86 @@ def engine_file(folder: Path, **info: Any) -> GuardFile:
     }
     return listed(
         folder,
-        "engines/guard.fp16.plan",
-        b"plan",
+        f"engines/{role}.{precision}.plan",
+        content,
         kind="engine",
-        precision="fp16",
+        role=role,
+        precision=precision,
         engine=EngineInfo(**(stated | info)),
     )
+
+
+TOKENS, WIDTH = 6, 2
+"""T x D of the parts of a guard behind the language model."""
+
+
+def part_files(folder: Path) -> tuple[GuardFile, GuardFile]:
+    """Write the exact parts of a guard: images to T x D tokens, hidden states of that shape to probabilities."""
+    constants = {
+        "axes": np.array([1, 2], np.int64),
+        "token_axis": np.array([1], np.int64),
+        "spread": np.linspace(-0.02, 0.02, 3 * TOKENS * WIDTH, dtype=np.float32).reshape(3, -1),
+        "shape": np.array([0, TOKENS, WIDTH], np.int64),
+        "weights": np.array([[3, -2, 1], [-1, 2, -3]], np.float32),
+    }
+    vision = [
+        helper.make_node("Cast", ["rgb"], ["levels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["levels", "axes"], ["colour"], keepdims=0),
+        helper.make_node("MatMul", ["colour", "spread"], ["flat"]),
+        helper.make_node("Reshape", ["flat", "shape"], ["embeddings"]),
+    ]
+    head = [
+        helper.make_node("ReduceMean", ["hidden", "token_axis"], ["pooled"], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "weights"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probs"], axis=-1),
+    ]
+    tokens = TensorSpec(name="embeddings", shape=("N", TOKENS, WIDTH), dtype="float32")
+    pixels = TensorSpec(name="rgb", shape=("N", SIZE, SIZE, 3), dtype="uint8")
+    answers = tuple(TensorSpec(name=name, shape=("N", 3), dtype="float32") for name in ("probs", "logits"))
+    hidden = tokens.model_copy(update={"name": "hidden"})
+    return (
+        _part(folder, "vision", vision, constants, pixels, (tokens,)),
+        _part(folder, "head", head, constants, hidden, answers),
+    )
+
+
+def _part(
+    folder: Path,
+    role: Role,
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, Any],
+    given: TensorSpec,
+    gives: tuple[TensorSpec, ...],
+) -> GuardFile:
+    used = {name for node in nodes for name in node.input}
+    kinds = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
+    graph = helper.make_graph(
+        nodes,
+        role,
+        [helper.make_tensor_value_info(given.name, kinds[given.dtype], list(given.shape))],
+        [helper.make_tensor_value_info(each.name, kinds[each.dtype], list(each.shape)) for each in gives],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return listed(
+        folder,
+        f"{role}.fp32.onnx",
+        model.SerializeToString(),
+        kind="onnx",
+        role=role,
+        precision="fp32",
+        inputs=(given,),
+        outputs=gives,
+    )
+
+
+def write_parts(folder: Path, *others: GuardFile, **changes: Any) -> Path:
+    """Write the bundle of a guard behind the language model, ``others`` beside its two ONNX files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Source(checkpoint="tiny-safellava", sha256="0" * 64, family="llava", standalone=False)
+    manifest = manifest_of([*part_files(folder), *others], **({"source": source} | changes))
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
 
 
 def manifest_of(files: Iterable[GuardFile], **changes: Any) -> Manifest:

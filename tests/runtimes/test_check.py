@@ -14,7 +14,7 @@ from PIL import Image
 
 from runtimes.check import exit_code, table
 from runtimes.guard.verdict import Judgement
-from tests.runtimes.bundles import GREEN, RED, picture, write_bundle
+from tests.runtimes.bundles import GREEN, RED, RTX, engine_file, picture, write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -52,6 +52,21 @@ def test_allowed_images_exit_0_with_an_aligned_table(bundle: Path, safe: Path) -
     assert [line.split() for line in lines] == [["allow", "0.0000", "safe", "1.0000", str(safe)]] * 2
     assert {line.index(str(safe)) for line in lines} == {header.index("file")}
     assert "\x1b" not in done.stdout
+
+
+def test_an_engine_that_does_not_run_here_costs_one_line_on_stderr(tmp_path: Path, safe: Path) -> None:
+    folder = tmp_path / "bundle"
+    bundle = write_bundle(folder, engine_file(folder, **(RTX | {"machine": "riscv64"})))
+    done = check(bundle, safe)
+    assert done.returncode == 0 and done.stdout.splitlines()[1].split()[0] == "allow"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ONNX Runtime judges: ")
+    refused = check(bundle, safe, "--runtime", "tensorrt")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
+    verified = check(bundle, "--verify")
+    assert verified.returncode == 2 and verified.stdout.startswith("passed over  engines/guard.fp16.plan: ")
+    assert check(write_bundle(tmp_path / "plain"), "--verify").returncode == 2
+    assert "--verify goes without IMAGE" in check(bundle, safe, "--verify").stderr
 
 
 def test_a_blocked_image_exits_10_and_json_has_the_stated_shape(bundle: Path, safe: Path, unsafe: Path) -> None:

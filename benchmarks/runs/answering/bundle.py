@@ -28,7 +28,7 @@ from runtimes.images.tiling import ViewMode
 from runtimes.language.language import LanguageRunner
 from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
 from runtimes.language.torch_language import TorchLanguageRunner
-from safevlm.errors import InputError, QuestionError
+from safevlm.errors import QuestionError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -108,7 +108,10 @@ class BundleAnswerer:
 
 
 class GatedAnswerer:
-    """Answer through the gate: the bundle's guard first, then the language model. What it blocks is refused."""
+    """Answer through the gate: the bundle's guard first, then the language model. What it blocks is refused.
+
+    A bundle of a guard's exact parts gates by the exact verdict, between prefill and answer.
+    """
 
     kinds = frozenset({"pair", "question"})
     batch = 1
@@ -139,11 +142,8 @@ class GatedAnswerer:
             revision=revision,
             view=view,
         )
-        guard = self.gate.guard
-        if guard is None:
-            raise InputError(f"the guard of {bundle} is not standalone. Run the checkpoint alone; its guard is exact.")
-        self._order = class_order(guard.classes, classes, str(bundle))
-        self._guard = guard
+        self._classes = self.bundle.manifest.classes
+        self._order = class_order(self._classes, classes, str(bundle))
 
     def __enter__(self) -> Self:
         self.gate.__enter__()
@@ -157,7 +157,8 @@ class GatedAnswerer:
     def describe(self) -> Description:
         """Return both parts; the language model's prompt, the guard's threshold."""
         bundle, answers = bundle_artifact(self.bundle), _described(self.gate.language)
-        model = answers.artifact
+        model, guard = answers.artifact, self.gate.guard
+        judges = _parts_run_on(self.gate.language) if guard is None else guard.runner.runtime
         return Description(
             artifact=model.model_copy(
                 update={
@@ -169,17 +170,17 @@ class GatedAnswerer:
                 }
             ),
             runtime=answers.runtime.model_copy(
-                update={"name": f"{self._guard.runner.runtime} + {answers.runtime.name}"}
+                update={"name": " + ".join(name for name in (judges, answers.runtime.name) if name)}
             ),
             prompt=answers.prompt,
             preprocessing=answers.preprocessing,
             decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
-            threshold=_threshold(self._guard),
-            view=self._guard.view,
+            threshold=None if guard is None else _threshold(guard),
+            view=None if guard is None else guard.view,
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
-        """Ask the gate about each row; probabilities are the standalone guard's."""
+        """Ask the gate about each row; probabilities are the standalone guard's, without one the exact verdict's."""
         return [self._one(row, picture) for row, picture in zip(rows, pictures, strict=True)]
 
     def _one(self, row: Row, picture: Image.Image) -> Row:
@@ -191,8 +192,9 @@ class GatedAnswerer:
             return failed(row, f"{result.error_in}: {result.error}")
         stage = result.stage if result.verdict == "block" else None
         probs = None
-        if result.probs is not None:
-            probs = np.array([result.probs[name] for name in self._guard.classes], np.float32)
+        stated = result.exact_probs if self.gate.guard is None else result.probs
+        if stated is not None:
+            probs = np.array([stated[name] for name in self._classes], np.float32)
         return answered(row, answer=result.answer, probs=probs, order=self._order, ms=result.ms["total"], blocked=stage)
 
 
@@ -218,6 +220,11 @@ def _described(language: LanguageRunner | None) -> Description:
         prompt=prompt_text(language.model.family.prompt),
         preprocessing=language.preprocessing.model_dump(mode="json"),
     )
+
+
+def _parts_run_on(language: LanguageRunner | None) -> str:
+    """Return what the parts of a guard behind the language model run on, empty where that is the model itself."""
+    return language.parts.runtimes if isinstance(language, TorchLanguageRunner) else ""
 
 
 def _threshold(guard: Guard) -> float | None:

@@ -292,6 +292,14 @@ def torch_language(place: Place) -> Subject:
     return Subject(runner=TorchLanguageRunner(checkpoint), images=drawn(size))
 
 
+def exact_guard(place: Place) -> Subject:
+    from runtimes.language.exact_guard import ExactGuardRunner
+
+    language: Any = torch_language(place).runner
+    size = read_processor(language.model.processor, family=language.model.family.key)
+    return Subject(runner=ExactGuardRunner(language, size, language.model.classes), images=drawn(size))
+
+
 LLAMA_STEPS = ("llama_decode", "llama_get_logits_ith", "llama_memory_seq_rm")
 MTMD_STEPS = ("mtmd_tokenize", "mtmd_encode_chunk", "mtmd_get_output_embd", "mtmd_helper_decode_image_chunk")
 
@@ -349,6 +357,7 @@ SUBJECTS: dict[str, tuple[Callable[[Place], Subject], tuple[str, ...]]] = {
     "ReferenceRunner": (reference, ("forward", "forwarded")),
     "FakeRunner": (fake, ("before", "after")),
     "TorchLanguageRunner": (torch_language, ("before language_forward", "after token_logits")),
+    "ExactGuardRunner": (exact_guard, ("before image_features", "after image_features")),
     "LlamaCppGuardRunner": (llamacpp_guard, ("before mtmd_encode_chunk", "after mtmd_encode_chunk")),
     "LlamaCppLanguageRunner": (
         llamacpp_language,

@@ -216,6 +216,6 @@ def test_every_runner_there_is_is_tested_here() -> None:
     found = {"Activated"}
     while more := {name for name, named in bases.items() if named & found} - found:
         found |= more
-    contracts = {"Activated", "GuardRunner", "LanguageRunner"}
+    contracts = {"Activated", "GuardRunner", "FileRunner", "LanguageRunner"}
     without_verdict = {"VisionTower"}  # of the benchmarks
     assert found - contracts - without_verdict == set(SUBJECTS), "a new runner needs a stand-in in hanging_runners.py"

@@ -28,12 +28,15 @@ from tests.runtimes.bundles import (
     CLASSES,
     PREPROCESSING,
     SIZE,
+    TOKENS,
     WEIGHTS,
+    WIDTH,
     guard_graph,
     listed,
     manifest_of,
     onnx_file,
     write_bundle,
+    write_parts,
 )
 
 RGB = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
@@ -332,3 +335,24 @@ def test_the_torch_runner_takes_real_checkpoints(family: str, tmp_path: Path) ->
     assert output.probs.shape == (2, len(checkpoint.classes))
     with TorchRunner(checkpoint, grid=grid) as runner:
         assert np.array_equal(runner.infer(rgb).probs, output.probs)
+
+
+def test_a_part_is_run_as_its_file_stands_and_takes_nothing_else(tmp_path: Path) -> None:
+    bundle = open_bundle(write_parts(tmp_path))
+    vision, head = (OnnxRuntimeRunner(bundle, bundle.files("onnx", role)[0], 1) for role in ("vision", "head"))
+    rgb = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    with vision, head:
+        hidden = vision.run_file(rgb)["embeddings"]
+        assert hidden.shape == (3, TOKENS, WIDTH)
+        assert np.allclose(head.run_file(hidden)["probs"].sum(axis=1), 1, atol=1e-5)
+        for wrong in (rgb[0], rgb[:0], rgb[:, 1:], rgb.astype(np.float32)):
+            with pytest.raises(InputError, match="a guard takes uint8"):
+                vision.run_file(wrong)
+        for wrong in (hidden[0], hidden[:0], hidden.astype(np.float64), hidden * np.nan, rgb):
+            with pytest.raises(InputError, match="a guard's head takes finite hidden states"):
+                head.run_file(wrong)
+        with pytest.raises(SafeVLMError, match="could not run the guard"):
+            head.run_file(hidden[:, :, :1])
+        with pytest.raises(SafeVLMError, match=r"returned embeddings .* not finite"):
+            vision._run_file = lambda inputs: {"embeddings": hidden * np.inf}  # type: ignore[method-assign]
+            vision.run_file(rgb)
