@@ -220,7 +220,7 @@ def network_tensors(trt: Any, network: Any) -> Tensors:
     """Return what TensorRT's network takes and gives; a side that it leaves open is ``"N"``."""
 
     def spec(tensor: Any) -> TensorSpec:
-        sides = tuple("N" if side < 0 else int(side) for side in tensor.shape)
+        sides: tuple[int | Literal["N"], ...] = tuple("N" if side < 0 else int(side) for side in tensor.shape)
         return TensorSpec(name=tensor.name, shape=sides, dtype=np.dtype(trt.nptype(tensor.dtype)).name)
 
     inputs = [spec(network.get_input(index)) for index in range(network.num_inputs)]

@@ -40,7 +40,16 @@ from safevlm.files.draft import draft_of
 from safevlm.files.storage import shown_bytes, storing
 from safevlm.machine import times_ms
 
-__all__ = ["Answers", "Device", "EnginePart", "add_engine", "current_engine", "parts_of", "require_precisions"]
+__all__ = [
+    "Answers",
+    "Device",
+    "EnginePart",
+    "add_engine",
+    "current_engine",
+    "parts_of",
+    "require_precisions",
+    "tensors_of",
+]
 
 Inputs = NDArray[Any]
 Answers = Mapping[str, NDArray[np.float32]]
@@ -111,7 +120,7 @@ def parts_of(bundle: Bundle, options: EngineOptions, device: Device) -> tuple[En
     Raises BundleError for a bundle without the ONNX files that these are built from and compared with.
     """
     if bundle.manifest.source.standalone:
-        parts = (EnginePart("guard", options),)
+        parts: tuple[EnginePart, ...] = (EnginePart("guard", options),)
     else:
         parts = (EnginePart("vision", options), EnginePart("head", replace(options, precision="fp32")))
     for part in parts:
@@ -194,11 +203,12 @@ def add_engine(
     source, info = part.source(bundle, device), _info(bundle, part, device)
     check_room(bundle, source, part.options, device.free_bytes)
     with draft_of(bundle.folder / "engine") as scratch, storing(bundle.folder, advice="copy the bundle elsewhere"):
-        plan, tensors = scratch / "guard.plan", _tensors(bundle, source)
+        path, plan = bundle.path(source), scratch / "guard.plan"
+        tensors = tensors_of(path, source)
         report(f"{title_of(device.trt)}: reading {source.path}")
         build_engine(
             device.trt,
-            bundle.path(source),
+            path,
             plan,
             tensors,
             part.options,
@@ -269,12 +279,12 @@ def _info(bundle: Bundle, part: EnginePart, device: Device) -> EngineInfo:
     )
 
 
-def _tensors(bundle: Bundle, source: GuardFile) -> Tensors:
-    """Return what a file takes and gives; a manifest need not state it of a guard."""
-    if source.inputs and source.outputs:
-        return Tensors(source.inputs, source.outputs)
-    facts = read_onnx(bundle.path(source))
-    return Tensors(specs(facts.inputs, source.path), specs(facts.outputs, source.path))
+def tensors_of(path: Path, file: GuardFile) -> Tensors:
+    """Return what the ONNX file at ``path`` takes and gives; a manifest need not state it of a guard."""
+    if file.inputs and file.outputs:
+        return Tensors(file.inputs, file.outputs)
+    facts = read_onnx(path)
+    return Tensors(specs(facts.inputs, str(path)), specs(facts.outputs, str(path)))
 
 
 def _entry(bundle: Bundle, plan: Path, part: EnginePart, info: EngineInfo, tensors: Tensors) -> GuardFile:
