@@ -46,6 +46,15 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
             purpose="build and run TensorRT engines",
             needs={"cuda-python": ">=12", "onnx": ">=1.19", "onnxruntime": ">=1.22", "tensorrt": ">=8.6"},
         ),
+        "rtx": Extra(
+            purpose="build TensorRT-RTX engines, without a GPU",
+            needs={
+                "onnx": ">=1.19",
+                "onnxruntime": ">=1.22",
+                "tensorrt-rtx-cu12-bindings": ">=1.7",
+                "tensorrt-rtx-cu12-libs": ">=1.7",
+            },
+        ),
         "torch": Extra(
             purpose="open checkpoints, export, quantize, calibrate",
             needs={
@@ -93,6 +102,8 @@ _MODULES = {
     "prometheus-client": "prometheus_client",
     "protobuf": "google.protobuf",
     "scikit-learn": "sklearn",
+    "tensorrt-rtx-cu12-bindings": "tensorrt_rtx_bindings",
+    "tensorrt-rtx-cu12-libs": "tensorrt_rtx_libs",
 }
 """What is imported, where it has another name than the distribution."""
 _SAME_MODULE = ("onnxruntime", "onnxruntime-gpu")
