@@ -16,8 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from export.rewrites.opset17 import FLOAT32, lower_to_opset17
+from export.rewrites.opset17 import lower_to_opset17
 from export.rewrites.standard_operators import to_standard
+from export.rewrites.wide_values import FLOAT32
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError, StorageError
 from safevlm.files.json_file import replace_file
 from safevlm.files.regular_file import read_regular

@@ -136,7 +136,9 @@ def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | Non
             return self._errors[index]
 
         def parse_from_file(self, file: str) -> bool:
-            model = onnx.load(file)
+            model = onnx.load(file, load_external_data=False)
+            beside = {entry.value for each in model.graph.initializer for entry in each.external_data[:1]}
+            assert all(Path(file).with_name(name).is_file() for name in beside), "weights are missing"
             self._network.opset = model.opset_import[0].version
             assert self._network.opset <= NEWEST_OPSET[major], "the real parser would misread it, without a word"
             calls.parsed = Path(file).name

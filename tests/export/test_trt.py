@@ -20,7 +20,9 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import export.trt as command
-from export.rewrites.opset17 import FLOAT32, lower_to_opset17
+from export.guard.bundle import data_beside
+from export.rewrites.opset17 import lower_to_opset17
+from export.rewrites.wide_values import FLOAT32
 from export.tensorrt.builder import BUILDER_APIS, EngineOptions, builder_api
 from export.tensorrt.engine import Device, current_engine
 from export.trt import EngineRequest, build_into, default_timing_cache, device_command, find_device
@@ -83,12 +85,12 @@ def write_guard(path: Path, *, beside: bool = False, approximate: str = "none") 
     onnx.save(model, path, save_as_external_data=beside, location=data if beside else None, size_threshold=64)
 
 
-def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16")) -> Bundle:
+def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16"), *, beside: bool = False) -> Bundle:
     folder.mkdir()
     files = []
     for precision in precisions:
         path = folder / f"guard.{precision}.onnx"
-        write_guard(path)
+        write_guard(path, beside=beside)
         files.append(
             GuardFile(
                 path=path.name,
@@ -102,6 +104,7 @@ def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16")) -
                 ),
             )
         )
+        files += data_beside(path, files[-1])
     manifest = Manifest(
         created="2026-01-01T00:00:00+00:00",
         tool_version="0",
@@ -300,17 +303,20 @@ def test_the_graph_in_opset_17_computes_the_same(tmp_path: Path, approximate: st
     assert model.opset_import[0].version == 17
     assert not {"Gelu"} & {node.op_type for node in model.graph.node}
     assert all(len(node.input) == 1 for node in model.graph.node if node.op_type == "ReduceMean")
-    for link in target.parent.glob("*.data"):  # ONNX Runtime reads no weights behind a link, TensorRT does
-        assert link.is_symlink()
-        weights = link.read_bytes()
-        link.unlink()
-        link.write_bytes(weights)
     assert beside == (target.parent / "guard.onnx.data").exists()
     rgb = np.random.default_rng(1).integers(0, 256, (5, 1, 1, 3), dtype=np.uint8).repeat(SIDE, 1).repeat(SIDE, 2)
     before, after = (onnxruntime.InferenceSession(str(path)).run(None, {"rgb": rgb}) for path in (source, target))
     assert np.ptp(before[0], axis=0).max() > 0.05  # or equality would say nothing
     for old, new in zip(before, after, strict=True):
         np.testing.assert_allclose(new, old, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_weights_beside_the_graph_reach_every_parser(tmp_path: Path, version: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle", beside=True)
+    before = content(bundle.folder)
+    build(bundle, make_tensorrt(version))
+    assert before.items() - content(bundle.folder).items() == {("manifest.json", before["manifest.json"])}
 
 
 def test_a_node_that_opset_17_has_not_is_refused(tmp_path: Path) -> None:
