@@ -155,7 +155,7 @@ def _split(node: NodeProto, _: _Constants) -> Iterator[NodeProto]:
 
 
 def _shape(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
-    """Slice what ``start`` and ``end`` ask for out of the whole shape; bytes, which have no shape there, become float32.
+    """Slice what is asked for out of the whole shape; bytes, which have no shape there, become float32 first.
 
     8.6 lets an input of uint8 be cast and nothing else; a tensor whose shape alone is read costs nothing.
     """

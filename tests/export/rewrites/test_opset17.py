@@ -1,4 +1,4 @@
-"""What TensorRT 8.6 and 9 are given: every family's graph in their operators, safe in float16 where it is not pinned."""
+"""What TensorRT 8.6 and 9 are given: each family in their operators, within float16 where it is not pinned."""
 
 from __future__ import annotations
 
