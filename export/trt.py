@@ -1,37 +1,51 @@
 """Add a TensorRT engine to a guard: ``python -m export.trt --model M`` or, on a device, ``--bundle DIR``.
 
-With ``--model`` everything ``export.onnx`` does comes first, in fp32 and fp16. An engine runs only with the
-TensorRT version and on the GPU it was built with, so it is built where it will run: ``--bundle`` needs neither
-torch nor transformers. Where no engine can be built the bundle is complete and the exit code 6.
+With ``--model`` everything ``export.onnx`` does comes first, in fp32 and fp16. TensorRT builds for the GPU it runs on.
+TensorRT-RTX needs none: it compiles for ``--targets``, and the device itself compares the engine with ONNX Runtime
+before it judges with it. ``--bundle`` needs neither torch nor transformers. Where no engine can be built the bundle is
+complete and the exit code 6.
 """
 
 from __future__ import annotations
 
+import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
-from export.guard.batches import batch_size
+from export.guard.batches import BATCH, batch_size
 from export.guard.heads import HeadRequest
 from export.guard.images import parity_images
 from export.guard.options import PARITY_IMAGES, checkpoint_options, model_options, print_manifest, source_options
-from export.tensorrt.builder import EngineOptions, EnginePrecision, Report, builder_api
-from export.tensorrt.engine import Device, MakeRunner, add_engine, current_engine, judge_of, require_precisions
+from export.tensorrt.builder import EngineOptions, EnginePrecision, Report
+from export.tensorrt.engine import (
+    Answers,
+    Device,
+    EnginePart,
+    MakeRunner,
+    add_engine,
+    current_engine,
+    parts_of,
+    require_precisions,
+)
+from export.tensorrt.messages import title_of
+from export.tensorrt.request import Builder, EngineRequest, find_device
+from export.tensorrt.targets import DEFAULT_TARGETS, parse_targets, shown_targets
 from runtimes.guard.bundle import Bundle, open_bundle
-from runtimes.guard.cuda import current_gpu, free_memory, load_cuda
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.guard.runner import GuardOutput
-from runtimes.guard.tensorrt_runner import TensorRTRunner, import_tensorrt
+from runtimes.guard.tensorrt_runner import TensorRTRunner
+from safevlm.contract.graph_fit import Role
 from safevlm.contract.manifest import Manifest
-from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError, PrecisionError
+from safevlm.contract.parity import judge_of
+from safevlm.errors import EngineUnavailableError, InputError, PrecisionError
 from safevlm.files.user_cache import user_cache
 from safevlm.terminal.commandline import printable, run
 from safevlm.terminal.options import parse_grid
@@ -40,47 +54,12 @@ if TYPE_CHECKING:
     from safevlm.checkpoint.checkpoint import Checkpoint
     from safevlm.checkpoint.family import TapSource
 
-__all__ = ["EngineRequest", "build_into", "default_timing_cache", "device_command", "find_device"]
+__all__ = ["build_into", "default_timing_cache", "device_command"]
 
-PURPOSE = "building a TensorRT engine"
+Comparison: TypeAlias = "tuple[NDArray[Any], Answers]"
+"""Inputs, and what ONNX Runtime answers."""
+COMMAND = "export.trt"
 STAGES = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineRequest:
-    """An engine to build: with what options, and how it is checked.
-
-    ``rebuild`` builds even what is there already; ``timing_cache`` is a file, by default one a TensorRT version
-    and GPU in the user's cache folder; ``images`` a folder of pictures for the parity check, else drawn ones.
-    """
-
-    options: EngineOptions = field(default_factory=EngineOptions)
-    rebuild: bool = False
-    timing_cache: Path | None = None
-    images: Path | None = None
-    parity_images: int = PARITY_IMAGES
-
-
-def find_device() -> Device:
-    """Return TensorRT and the GPU here; EngineUnavailableError names everything that is missing."""
-    missing, trt, gpu, free = [], None, None, None
-    try:
-        trt = import_tensorrt()
-        builder_api(str(trt.__version__))
-    except MissingExtraError:
-        missing.append("the package 'tensorrt' is not installed (pip install 'safevlm-edge[trt]'; JetPack brings it)")
-    except EngineUnavailableError as error:
-        missing.append(str(error).rstrip("."))
-    try:
-        cuda = load_cuda(PURPOSE)
-        gpu, free = current_gpu(cuda), free_memory(cuda)
-    except MissingExtraError:
-        missing.append("the package 'cuda-python' is not installed (pip install 'safevlm-edge[trt]')")
-    except InputError as error:
-        missing.append(f"there is no usable NVIDIA GPU ({_reason(error)})")
-    if missing or gpu is None:
-        raise EngineUnavailableError(f"no engine was built here: {'; '.join(missing)}.")
-    return Device(trt, gpu, free)
 
 
 def build_into(
@@ -91,72 +70,80 @@ def build_into(
     make_runner: MakeRunner = TensorRTRunner,
     report: Report = lambda _: None,
 ) -> tuple[Manifest, bool]:
-    """Give ``bundle`` an engine for ``device``; return its manifest and whether one was built.
+    """Give ``bundle`` its engines for ``device``; return its manifest and whether any was built.
 
     Raises BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
     and those of :func:`export.tensorrt.engine.add_engine`.
     """
-    options = request.options
-    source = builder_api(device.version).source_precision(options.precision)
-    require_precisions(bundle, {judge_of(options.precision), source})
-    if not request.rebuild and current_engine(bundle, options, device) is not None:
+    parts = parts_of(bundle, request.options, device)
+    old = [part for part in parts if request.rebuild or current_engine(bundle, part, device) is None]
+    if not old:
         return bundle.manifest, False
-    images = parity_images(bundle.manifest.preprocessing, request.parity_images, request.images)
-    report(f"running ONNX Runtime on {len(images)} pictures")
-    manifest = add_engine(
-        bundle,
-        options,
-        device,
-        images,
-        _reference(bundle, images, judge_of(options.precision)),
-        make_runner,
-        timing_cache=request.timing_cache or default_timing_cache(device),
-        report=report,
-    )
+    manifest, timing_cache = bundle.manifest, None
+    comparisons: dict[EnginePart, Comparison] = dict.fromkeys(old, (np.empty(0), {}))
+    if device.gpu is not None:
+        timing_cache = request.timing_cache or default_timing_cache(device)
+        images = parity_images(bundle.manifest.preprocessing, request.parity_images, request.images)
+        report(f"running ONNX Runtime on {len(images)} images")
+        comparisons = _comparisons(bundle, parts, images)
+    for part in old:
+        manifest = add_engine(
+            bundle, part, device, *comparisons[part], make_runner, timing_cache=timing_cache, report=report
+        )
     return manifest, True
 
 
 def default_timing_cache(device: Device) -> Path:
     """Return the file in the user's cache folder that belongs to this TensorRT and kind of GPU."""
+    assert device.gpu is not None
     capability = device.gpu.compute_capability.replace(".", "")
     return user_cache() / f"tensorrt-{device.version}-sm{capability}.timing"
 
 
 def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = False) -> str:
     """Return the command line that builds the requested engine on a device."""
-    plain, options = EngineOptions(), request.options
-    words: list[object] = ["python", "-m", "export.trt", "--bundle", bundle, "--precision", options.precision]
-    words += ["--max-batch", options.max_batch]
-    words += ["--opt-batch", options.opt_batch] if options.opt_batch != plain.opt_batch else []
-    words += ["--workspace-mib", options.workspace_mib] if options.workspace_mib is not None else []
-    words += ["--hardware-compatible"] if options.hardware_compatible else []
-    words += ["--version-compatible"] if options.version_compatible else []
-    words += ["--timing-cache", request.timing_cache] if request.timing_cache is not None else []
-    words += ["--rebuild"] if request.rebuild else []
+    words: list[object] = ["python", "-m", "export.trt", "--bundle", bundle, *_engine_options(request)]
     words += ["--images", request.images] if request.images is not None else []
     words += ["--parity-images", request.parity_images] if request.parity_images != PARITY_IMAGES else []
     words += ["--json"] if as_json else []
     return shlex.join(str(word) for word in words)
 
 
-def _reference(bundle: Bundle, images: NDArray[np.uint8], precision: str) -> GuardOutput:
-    """Return all that the file of a precision gives, on the CPU: a GPU might use TensorFloat-32."""
-    file, size = bundle.file(precision), batch_size(*images.shape[1:3])
-    with OnnxRuntimeRunner(bundle, file, providers=["CPUExecutionProvider"]) as runner:
-        shared = runner.gives_embeddings
-        parts = [runner.infer(images[start : start + size], embeddings=shared) for start in range(0, len(images), size)]
-    return GuardOutput(
-        probs=np.concatenate([part.probs for part in parts]),
-        logits=np.concatenate([part.logits for part in parts]),
-        embeddings=np.concatenate([part.embeddings for part in parts if part.embeddings is not None])
-        if shared
-        else None,
-    )
+def _engine_options(request: EngineRequest) -> list[object]:
+    """Return the options, other than by default, that ask for the same engine."""
+    plain, options = EngineOptions(), request.options
+    words: list[object] = ["--precision", options.precision] if options.precision != plain.precision else []
+    words += ["--max-batch", options.max_batch] if options.max_batch != plain.max_batch else []
+    words += ["--opt-batch", options.opt_batch] if options.opt_batch != plain.opt_batch else []
+    words += ["--workspace-mib", options.workspace_mib] if options.workspace_mib is not None else []
+    words += ["--hardware-compatible"] if options.hardware_compatible else []
+    words += ["--version-compatible"] if options.version_compatible else []
+    words += ["--timing-cache", request.timing_cache] if request.timing_cache is not None else []
+    words += ["--builder", request.builder] if request.builder != "auto" else []
+    words += ["--targets", ",".join(request.targets)] if request.targets is not None else []
+    words += ["--rebuild"] if request.rebuild else []
+    return words
 
 
-def _reason(error: InputError) -> str:
-    """Return what CUDA said, without the advice that follows it."""
-    return str(error.__cause__ or error).rstrip(".")
+def _comparisons(
+    bundle: Bundle, parts: Sequence[EnginePart], images: NDArray[np.uint8]
+) -> dict[EnginePart, Comparison]:
+    """Return what each engine is fed with to be compared, and what ONNX Runtime answers: a head reads embeddings."""
+    inputs: NDArray[Any] = images
+    found: dict[EnginePart, Comparison] = {}
+    for part in parts:
+        answers = _reference(bundle, part, inputs)
+        found[part] = inputs, answers
+        inputs = answers.get("embeddings", inputs)
+    return found
+
+
+def _reference(bundle: Bundle, part: EnginePart, inputs: NDArray[Any]) -> Answers:
+    """Return all that a part's file gives, on the CPU: a GPU might use TensorFloat-32."""
+    size = BATCH if part.role == "head" else batch_size(*inputs.shape[1:3])
+    with OnnxRuntimeRunner(bundle, part.judge(bundle), providers=["CPUExecutionProvider"]) as runner:
+        runs = [runner.run_file(inputs[start : start + size]) for start in range(0, len(inputs), size)]
+    return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
 
 
 # -- the command ----------------------------------------------------------------------------------------
@@ -171,6 +158,18 @@ def _reason(error: InputError) -> str:
     default=EngineOptions.precision,
     show_default=True,
     help="Precision of the engine; int8 needs the bundle's int8 file and TensorRT 10 or newer.",
+)
+@click.option(
+    "--builder",
+    type=click.Choice(get_args(Builder)),
+    default=EngineRequest.builder,
+    show_default=True,
+    help="TensorRT for the GPU here, or TensorRT-RTX for --targets; auto prefers the first.",
+)
+@click.option(
+    "--targets",
+    help="GPUs that TensorRT-RTX compiles for, by compute capability, separated by commas.  [default: "
+    f"{','.join(DEFAULT_TARGETS)}]",
 )
 @click.option("--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Maximum batch size.")
 @click.option(
@@ -193,6 +192,8 @@ def main(
     bundle: Path | None,
     out: Path | None,
     precision: EnginePrecision,
+    builder: Builder,
+    targets: str | None,
     max_batch: int,
     opt_batch: int,
     workspace_mib: int | None,
@@ -211,7 +212,8 @@ def main(
     parity_images: int,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine of a guard for the GPU here: of MODEL, or of the bundle in a folder.
+    """Build a TensorRT engine of a guard, of MODEL or of the bundle in a folder: for the GPU here, or with TensorRT-RTX
+    and no GPU for the GPUs in --targets.
 
     Exits with 6 where no engine can be built; the bundle is complete then, and the message gives the command
     for the device.
@@ -226,6 +228,8 @@ def main(
             hardware_compatible=hardware_compatible,
             version_compatible=version_compatible,
         ),
+        builder=builder,
+        targets=None if targets is None else parse_targets(targets),
         rebuild=rebuild,
         timing_cache=timing_cache,
         images=head.folder,
@@ -238,6 +242,7 @@ def main(
     elif model is not None:
         from safevlm.checkpoint.checkpoint import open_checkpoint
 
+        _check_targets(request)
         checkpoint = open_checkpoint(model, tap=tap, revision=revision)
         opened = _export(checkpoint, out, request, head, embeddings=embeddings)
     else:
@@ -277,33 +282,53 @@ def _export(
     return open_bundle(out, verify=False)
 
 
+def _check_targets(request: EngineRequest) -> None:
+    """Refuse targets before the export, which can take hours. Raises InputError."""
+    try:
+        find_device(request)
+    except EngineUnavailableError:  # told once the bundle is complete
+        return
+
+
 def _build_and_print(bundle: Bundle, request: EngineRequest, again: Sequence[object], *, as_json: bool) -> None:
     """Build, and print the manifest whether an engine could be built or not; ``again`` as print_manifest takes it."""
-    again = again or bundle.manifest.source.model_option.split()
-    if not bundle.manifest.source.standalone:
-        print_manifest(bundle.manifest, bundle.folder, again, as_json=as_json)
-        raise EngineUnavailableError(
-            f"no engine was built: the bundle in {bundle.folder} is complete, but holds the guard's exact parts, which "
-            "run around the language model; engines are built of guards that stand alone (--images DIR makes one)."
-        )
-    require_precisions(bundle, {"fp32"})
+    again = (*(again or bundle.manifest.source.model_option.split()), *_engine_options(request))
     try:
+        device = _device(bundle, request, as_json)
         with _progress() as report:
-            manifest, built = build_into(bundle, request, _device(bundle, request, as_json), report=report)
+            manifest, built = build_into(bundle, request, device, report=report)
     except EngineUnavailableError:
-        print_manifest(bundle.manifest, bundle.folder, again, as_json=as_json)
+        there = Manifest.read(bundle.folder)  # of two engines one may be there
+        print_manifest(there, bundle.folder, again, as_json=as_json, command=COMMAND)
         raise
-    print_manifest(manifest, bundle.folder, again, as_json=as_json)
+    notes = _engine_notes(replace(bundle, manifest=manifest), request.options, device)
+    print_manifest(manifest, bundle.folder, again, as_json=as_json, command=COMMAND, notes=notes)
     if not built:
         click.echo("the engine is up to date and was not built again; --rebuild builds it", err=True)
+
+
+def _engine_notes(bundle: Bundle, options: EngineOptions, device: Device) -> list[str]:
+    """Say which engines there are now, where they run, and whether they ever did."""
+    engines = [current_engine(bundle, part, device) for part in parts_of(bundle, options, device)]
+    paths = " and ".join(file.path for file in engines if file is not None)
+    title = "engine" if len(engines) == 1 else "engines"
+    here = f"{platform.system()} {platform.machine()}"
+    if device.gpu is not None:
+        return [f"{title}: {paths}", f"  for {device.gpu.name} with {title_of(device.trt)} on {here}"]
+    return [
+        f"{title}: {paths}",
+        f"  for {shown_targets(device.targets)} with {title_of(device.trt)} on {here}",
+        "  never run so far: a device compares it with ONNX Runtime before it first judges with it",
+    ]
 
 
 def _device(bundle: Bundle, request: EngineRequest, as_json: bool) -> Device:
     """Return the device, or say how to go on where there is none."""
     try:
-        return find_device()
+        return find_device(request)
     except EngineUnavailableError as error:
-        require_precisions(bundle, {judge_of(request.options.precision), request.options.precision})
+        role: Role = "guard" if bundle.manifest.source.standalone else "vision"
+        require_precisions(bundle, {judge_of(request.options.precision), request.options.precision}, role)
         raise EngineUnavailableError(
             f"{error} The bundle in {bundle.folder} is complete: copy it to the device and run there, with the "
             f"folder's name there,\n  {device_command(bundle.folder, request, as_json=as_json)}"

@@ -1,4 +1,4 @@
-"""``python -m runtimes.check BUNDLE IMAGE…``: judge image files with a guard bundle.
+"""``python -m runtimes.check BUNDLE IMAGE…``: judge image files with a guard bundle; ``--verify`` its engines.
 
 A folder stands for every file in it: images are judged, whatever their names, and what is not an image is named.
 Exit codes: 0 every file was judged and is allowed; 10 at least one is blocked, or unsure, which is not allowed either;
@@ -24,6 +24,7 @@ from safevlm.terminal.options import json_option, threads_option
 from safevlm.terminal.printable import one_line
 
 if TYPE_CHECKING:
+    from runtimes.guard.bundle import Bundle
     from runtimes.guard.judge import Guard
     from runtimes.guard.verdict import Judgement
     from runtimes.images.tiling import ViewMode
@@ -40,12 +41,17 @@ PROGRESS_FROM = 16
 
 @click.command(name="check")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="IMAGE...")
 @json_option("a list of objects")
 @runtime_option
 @precision_option
 @threads_option
 @view_option
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare the bundle's engines with its ONNX files on this GPU, anew, and print by how much they differ.",
+)
 @click.option("--allow-others", is_flag=True, help="Exit with 0 even if a folder holds files that are not images.")
 def main(
     bundle: Path,
@@ -55,19 +61,25 @@ def main(
     precision: str | None,
     threads: int | None,
     view: ViewMode,
+    verify: bool,
     allow_others: bool,
 ) -> int:
     """Judge each IMAGE with the guard in the folder BUNDLE; a folder stands for all files in it and below.
 
     Exits with 0 when every file was judged and is allowed, 10 when one is blocked or unsure, 2 when one was not judged
-    and none is blocked.
+    and none is blocked. With --verify no IMAGE is judged, and the code is 2 when an engine is refused or none
+    is for this device.
     """
     from runtimes.guard.bundle import open_bundle
     from runtimes.guard.judge import Guard
     from runtimes.guard.random_weights import warn_of_random_weights
 
+    if verify == bool(images):
+        raise click.UsageError("--verify goes without IMAGE." if verify else "Missing argument 'IMAGE...'.")
     found = _expand(images)
     opened = open_bundle(bundle)
+    if verify:
+        return _verify(opened, precision, as_json=as_json)
     warn_of_random_weights(opened)
     with Guard.open(opened, runtime, precision=precision, threads=threads, view=view) as guard:
         judgements = found.judge(guard)
@@ -85,6 +97,21 @@ def main(
     else:
         click.echo("\n".join(table(judgements, colour=sys.stdout.isatty())))
     return exit_code(judgements, others=0 if allow_others else len(found.others))
+
+
+def _verify(bundle: Bundle, precision: str | None, *, as_json: bool) -> int:
+    """Compare the engines of a bundle and print what was found."""
+    from runtimes.guard.engines.report import verify_engines
+
+    found = []
+    for each in verify_engines(bundle, precision):
+        found.append(each)
+        if not as_json:
+            click.echo(one_line(each.told))
+    if as_json:
+        click.echo(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
+    outcomes = {each.outcome for each in found}
+    return 0 if "verified" in outcomes and "refused" not in outcomes else UNREADABLE
 
 
 def exit_code(judgements: Iterable[Judgement], *, others: int = 0) -> int:

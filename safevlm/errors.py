@@ -11,6 +11,7 @@
     │   │   └── PrecisionError       the checkpoint's numbers leave the range of a precision
     │   ├── HubError                a checkpoint could not be fetched
     │   ├── BundleError             a guard bundle is altered, incomplete or unknown
+    │   │   └── EngineRefusedError     an engine is not for this device, or answers otherwise than its ONNX file
     │   ├── QuestionError            a question cannot be asked of a model
     │   ├── ImageFileError          an image file cannot be judged
     │   │   └── ImageFormatError     its format is not taken
@@ -34,6 +35,7 @@ __all__ = [
     "BundleError",
     "BusyError",
     "CheckpointError",
+    "EngineRefusedError",
     "EngineUnavailableError",
     "GuardHeadError",
     "HiddenPackageError",
@@ -101,6 +103,17 @@ class HubError(InputError):
 
 class BundleError(InputError):
     """A guard bundle is missing a file, was altered, leaves its folder or has an unknown schema."""
+
+
+class EngineRefusedError(BundleError):
+    """An engine of a bundle does not run here, or was not shown to answer as its ONNX file does.
+
+    ``reason`` says so of this engine alone, without the advice that ends the message.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}. {advice}")
+        self.reason = reason
 
 
 class ImageFileError(InputError):

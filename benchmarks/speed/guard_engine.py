@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from export.guard.bundle import write_manifest
-from export.tensorrt.builder import EngineOptions, EnginePrecision, build_engine, builder_api
-from export.tensorrt.engine import Device
-from export.trt import default_timing_cache, find_device
+from export.tensorrt.builder import EngineOptions, EnginePrecision, build_engine
+from export.tensorrt.engine import Device, tensors_of
+from export.tensorrt.request import EngineRequest, find_device
+from export.trt import default_timing_cache
 from runtimes.guard.bundle import sha256_of
 from safevlm.contract.manifest import EngineInfo, GuardFile, Manifest
 
@@ -25,11 +26,10 @@ def build(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
     Raises EngineUnavailableError where there is no TensorRT or GPU; SafeVLMError when TensorRT fails.
     """
-    folder, device = Path(request["folder"]), find_device()
-    api = builder_api(device.version)
+    folder, device = Path(request["folder"]), find_device(EngineRequest(builder="tensorrt"))
     exported = {file.precision for file in Manifest.read(folder).files if file.kind == "onnx"}
     for precision in sorted(request["precisions"], key="int8".__eq__):  # last: TensorRT 8.6 refuses it
-        if api.source_precision(precision) in exported:  # TensorRT 8.6 makes fp16 engines of the fp32 file
+        if device.api.source_precision(precision) in exported:  # TensorRT 8.6 makes fp16 engines of the fp32 file
             entry = _engine(folder, device, precision, request["max_batch"])
             manifest = Manifest.read(folder)
             write_manifest(folder, manifest.model_copy(update={"files": (*manifest.files, entry)}))
@@ -37,12 +37,13 @@ def build(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _engine(folder: Path, device: Device, precision: EnginePrecision, max_batch: int) -> GuardFile:
-    size = Manifest.read(folder).preprocessing
     options = EngineOptions(precision=precision, max_batch=max_batch, opt_batch=max_batch)
-    source = folder / f"guard.{builder_api(device.version).source_precision(precision)}.onnx"
-    plan = folder / f"guard.{precision}.plan"
+    wanted = device.api.source_precision(precision)
+    source = next(file for file in Manifest.read(folder).files if file.kind == "onnx" and file.precision == wanted)
+    path, plan = folder / source.path, folder / f"guard.{precision}.plan"
     cache = default_timing_cache(device)
-    build_engine(device.trt, source, plan, (size.height, size.width), options, timing_cache=cache)
+    build_engine(device.trt, path, plan, tensors_of(path, source), options, timing_cache=cache)
+    assert device.gpu is not None
     return GuardFile(
         path=plan.name,
         sha256=sha256_of(plan),

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from export.guard.graph import PRECISIONS, Precision
 from export.guard.left_out import LeftOut
-from export.guard.parity import TOLERANCES
 from export.guard.trunks import trunk_of
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.finite import is_finite, largest
+from safevlm.contract.parity import TOLERANCES
 from safevlm.errors import CheckpointError
 from safevlm.network.reference import MODEL_PREFIX, GuardModel, VisionPath
 

@@ -74,8 +74,16 @@ def model_options(*, required: bool) -> Callable[[Callable[..., None]], Callable
     return lambda function: model(out(function))
 
 
-def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as_json: bool) -> None:
-    """Say what was written; ``again`` are the options that open the same checkpoint in the same way."""
+def print_manifest(
+    manifest: Manifest,
+    out: Path,
+    again: Sequence[object],
+    *,
+    as_json: bool,
+    command: str = "export.onnx",
+    notes: Sequence[str] = (),
+) -> None:
+    """Say what was written by ``command``, and ``notes`` on it; ``again`` are its options for the same checkpoint."""
     if as_json:
         click.echo(json.dumps({"bundle": str(out), "manifest": manifest.model_dump(mode="json")}, indent=2))
         return
@@ -95,8 +103,10 @@ def print_manifest(manifest: Manifest, out: Path, again: Sequence[object], *, as
         if file.path == manifest.default_file and len(manifest.files) > 1:
             line += "  (default)"
         click.echo(printable(line))
+    for note in notes:
+        click.echo(printable(note))
     if not manifest.source.standalone:
-        click.echo(printable("\n".join(_split_note(again, out))))
+        click.echo(printable("\n".join(_split_note(command, again, out))))
         return
     if manifest.fidelity is not None and "test" in manifest.fidelity:  # a head made elsewhere may state other things
         click.echo(_fidelity(manifest.fidelity["test"]))
@@ -127,12 +137,12 @@ def source_options(
     return [word for option, value in given if value is not None for word in (option, value)]
 
 
-def _split_note(again: Sequence[object], out: Path) -> list[str]:
+def _split_note(command: str, again: Sequence[object], out: Path) -> list[str]:
     """Say what a bundle of exact parts can do, and what would make it a gate before the language model."""
     return [
         "standalone: false. The guard reads the language model's last hidden state, so these exact parts gate after",
         "the image prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
         "For the engine that gates before the language model runs, add one flag:",
-        f"  python -m export.onnx {shlex.join(map(str, (*again, '--out', out)))} --images DIR",
+        f"  python -m {command} {shlex.join(map(str, (*again, '--out', out)))} --images DIR",
         "with 2,000 pictures or more (no labels) of the kind the device will see, every sort of harm among them.",
     ]

@@ -21,10 +21,10 @@ from export.guard.batches import BATCH, batch_size
 from export.guard.bundle import data_beside
 from export.guard.graph import Graph, Precision
 from export.guard.latency import latency_of
-from export.guard.parity import TOLERANCES, check_embeddings, check_parity
 from export.rewrites.attention import add_attention_function, attention_translations
 from runtimes.guard.bundle import sha256_of
 from safevlm.contract.manifest import GuardFile, Latency, Parity, TensorSpec
+from safevlm.contract.parity import TOLERANCES, check_embeddings, check_parity
 from safevlm.machine import times_ms
 
 __all__ = ["Part", "batches", "describe_part", "write_onnx", "write_part"]

@@ -1,6 +1,7 @@
-"""Build a TensorRT engine from a guard's ONNX file, with TensorRT 8.6, 9, 10 or 11.
+"""Build a TensorRT engine from a guard's ONNX file, with TensorRT 8.6, 9, 10 or 11, or with TensorRT-RTX.
 
-What differs between the versions is the table :data:`BUILDER_APIS`. Sources: the Python bindings of each release
+What differs between the versions is the table :data:`BUILDER_APIS`; TensorRT-RTX counts its versions anew and is known
+by its module (:data:`RTX_API`). Sources: the Python bindings of each release
 (NVIDIA/TensorRT ``python/src/infer/pyCore.cpp`` and ``python/src/parsers/pyOnnx.cpp``, branches release/8.6,
 release/10.0, release/10.3, release/11.1) and https://docs.nvidia.com/deeplearning/tensorrt, "Migrating from
 TensorRT 10.x to 11.x". ``tensorrt`` has no types: its objects are ``Any`` here and nowhere else in ``export``.
@@ -8,41 +9,45 @@ TensorRT 10.x to 11.x". ``tensorrt`` has no types: its objects are ``Any`` here 
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from export.rewrites.opset17 import lower_to_opset17
 from export.rewrites.standard_operators import to_standard
 from export.rewrites.wide_values import FLOAT32
+from export.tensorrt.messages import build_failure, collecting_logger, module_of, parser_failure, title_of
+from export.tensorrt.targets import set_targets
+from runtimes.guard.engines.library import EngineModule
+from safevlm.contract.manifest import TensorSpec
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError, StorageError
 from safevlm.files.json_file import replace_file
 from safevlm.files.regular_file import read_regular
 from safevlm.files.storage import storing
-from safevlm.terminal.printable import one_line
 
 __all__ = [
     "BUILDER_APIS",
+    "RTX_API",
     "BuilderApi",
     "EngineOptions",
     "EnginePrecision",
+    "Graph",
+    "Tensors",
     "build_engine",
     "builder_api",
+    "network_tensors",
+    "read_graph",
 ]
 
 EnginePrecision = Literal["fp16", "fp32", "int8"]
 Report = Callable[[str], None]
-INPUT = "rgb"
 OLDEST = (8, 6)
 MIB = 2**20
 MAX_CACHE_BYTES = 2**30
-_MEMORY = re.compile(r"out ?of ?memory|insufficient (memory|workspace)|MemoryAllocation", re.IGNORECASE)
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +80,29 @@ class EngineOptions:
             raise InputError(f"--workspace-mib {self.workspace_mib}: at least 1 is allowed.")
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """Inputs and outputs of a graph, as a manifest states them."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuilderApi:
     """How a range of TensorRT versions is told what to build.
 
     A strongly typed network takes its precisions from the graph; a weakly typed one takes the float32 graph
     and the names in ``fp16_flags`` (of ``BuilderFlag``). ``network_flags`` are of
-    ``NetworkDefinitionCreationFlag``. ``lowered`` graphs are rewritten to opset 17 for the parser.
+    ``NetworkDefinitionCreationFlag``. ``lowered`` graphs are rewritten to opset 17 for the parser. A builder that works
+    ``ahead_of_time`` compiles for named targets and times no kernels.
     """
 
     since: tuple[int, int]
     network_flags: tuple[str, ...]
     fp16_flags: tuple[str, ...] = ()
     lowered: bool = False
+    ahead_of_time: bool = False
 
     @property
     def strongly_typed(self) -> bool:
@@ -118,8 +133,14 @@ BUILDER_APIS = (
 )
 
 
-def builder_api(version: str) -> BuilderApi:
-    """Return how TensorRT ``version`` is driven; EngineUnavailableError before 8.6."""
+RTX_API = BuilderApi(since=(1, 0), network_flags=(), ahead_of_time=True)
+"""TensorRT-RTX, of any version."""
+
+
+def builder_api(version: str, module: EngineModule = "tensorrt") -> BuilderApi:
+    """Return how a module of ``version`` is driven; EngineUnavailableError for TensorRT before 8.6."""
+    if module == "tensorrt_rtx":
+        return RTX_API
     numbers = re.match(r"(\d+)\.(\d+)", version)
     found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     if found < OLDEST:
@@ -129,24 +150,35 @@ def builder_api(version: str) -> BuilderApi:
     return [api for api in BUILDER_APIS if api.since <= found][-1]
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A network as the parser read it; the three are kept together, since the network's weights are the parser's."""
+
+    builder: Any
+    network: Any
+    parser: Any
+
+
 def build_engine(
     trt: Any,
     onnx_file: Path,
     plan: Path,
-    size: tuple[int, int],
+    tensors: Tensors,
     options: EngineOptions,
     *,
+    targets: Sequence[str] = (),
     timing_cache: Path | None = None,
     report: Report = lambda _: None,
 ) -> None:
-    """Build an engine for pictures of ``size`` (height, width) and write it to ``plan``.
+    """Build an engine of a file with these ``tensors`` and write it to ``plan``.
 
+    ``targets`` are compiled for where the builder works ahead of time; ``timing_cache`` is for those that do not.
     Rewritten graphs are left beside ``plan``: its folder should be a temporary one.
 
-    Raises EngineUnavailableError when this TensorRT cannot read the graph or memory does not suffice,
-    MissingExtraError, SafeVLMError for any other failure, with what TensorRT said.
+    Raises EngineUnavailableError when this TensorRT cannot read the graph, compile it for a target, or memory does not
+    suffice, MissingExtraError, SafeVLMError for any other failure, with what TensorRT said.
     """
-    api = builder_api(str(trt.__version__))
+    api = builder_api(str(trt.__version__), module_of(trt))
     standard = plan.with_name(f"standard.{onnx_file.name}")
     to_standard(onnx_file, standard)
     onnx_file = standard
@@ -154,32 +186,73 @@ def build_engine(
         lowered = plan.with_name(f"opset17.{onnx_file.name}")
         lower_to_opset17(onnx_file, lowered)
         onnx_file = lowered
-    log = _logger(trt)
+    log = collecting_logger(trt)
     log.errors.clear()
+    graph = read_graph(trt, onnx_file)
+    _compare(trt, network_tensors(trt, graph.network), tensors, onnx_file)
+    config = _configure(trt, graph, api, options, tensors.inputs)
+    if api.ahead_of_time:
+        set_targets(trt, config, targets)
+        report(f"{title_of(trt)}: compiling for {', '.join(targets)}")
+    else:
+        _load_timing_cache(config, timing_cache, report)
+        report("TensorRT: timing kernels")
+    serialized = graph.builder.build_serialized_network(graph.network, config)
+    if serialized is None:
+        raise build_failure(trt, log.errors, options.max_batch, targets)
+    plan.write_bytes(serialized)
+    if not api.ahead_of_time:
+        _save_timing_cache(config, timing_cache, report)
+
+
+def read_graph(trt: Any, onnx_file: Path) -> Graph:
+    """Let TensorRT's parser read a file of standard operators. Raises EngineUnavailableError for what it refuses."""
+    log = collecting_logger(trt)
+    api = builder_api(str(trt.__version__), module_of(trt))
     builder = trt.Builder(log)
     network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, api.network_flags))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_file)):
-        raise _parser_failure(trt, parser, onnx_file)
-    config = _configure(trt, builder, network, api, options, size)
-    _load_timing_cache(config, timing_cache, report)
-    report("TensorRT: timing kernels")
-    serialized = builder.build_serialized_network(network, config)
-    if serialized is None:
-        raise _build_failure(trt, log.errors, options)
-    plan.write_bytes(serialized)
-    _save_timing_cache(config, timing_cache, report)
+        raise parser_failure(trt, parser, onnx_file)
+    return Graph(builder, network, parser)
+
+
+def network_tensors(trt: Any, network: Any) -> Tensors:
+    """Return what TensorRT's network takes and gives; a side that it leaves open is ``"N"``."""
+
+    def spec(tensor: Any) -> TensorSpec:
+        sides: tuple[int | Literal["N"], ...] = tuple("N" if side < 0 else int(side) for side in tensor.shape)
+        return TensorSpec(name=tensor.name, shape=sides, dtype=np.dtype(trt.nptype(tensor.dtype)).name)
+
+    inputs = [spec(network.get_input(index)) for index in range(network.num_inputs)]
+    outputs = [spec(network.get_output(index)) for index in range(network.num_outputs)]
+    return Tensors(tuple(inputs), tuple(outputs))
+
+
+def _compare(trt: Any, found: Tensors, stated: Tensors, onnx_file: Path) -> None:
+    """Raise SafeVLMError unless a network has the tensors that the bundle states."""
+    if found != stated:
+        raise SafeVLMError(
+            f"{title_of(trt)} reads {onnx_file.name} as {_shown(found)}, and the bundle states {_shown(stated)}. "
+            "Please report this."
+        )
+
+
+def _shown(tensors: Tensors) -> str:
+    inputs, outputs = (
+        ", ".join(f"{each.name} {each.dtype} {' x '.join(map(str, each.shape))}" for each in side)
+        for side in (tensors.inputs, tensors.outputs)
+    )
+    return f"{inputs} to {outputs}"
 
 
 def _flags(kinds: Any, names: tuple[str, ...]) -> int:
     return sum(1 << int(getattr(kinds, name)) for name in names)
 
 
-def _configure(
-    trt: Any, builder: Any, network: Any, api: BuilderApi, options: EngineOptions, size: tuple[int, int]
-) -> Any:
+def _configure(trt: Any, graph: Graph, api: BuilderApi, options: EngineOptions, inputs: Sequence[TensorSpec]) -> Any:
     """Return the builder's configuration: precision, memory and the batch profile."""
-    config = builder.create_builder_config()
+    config = graph.builder.create_builder_config()
     # TensorFloat-32 is on unless cleared, and has float16's mantissa: float32 layers would not be float32.
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace_mib is not None:
@@ -192,13 +265,15 @@ def _configure(
         for name in api.fp16_flags:
             config.set_flag(getattr(trt.BuilderFlag, name))
         if not api.strongly_typed:
-            _keep_in_float32(trt, network)
-    profile = builder.create_optimization_profile()
-    shapes = [(batch, *size, 3) for batch in (1, options.opt_batch, options.max_batch)]
-    profile.set_shape(INPUT, *shapes)
+            _keep_in_float32(trt, graph.network)
+    profile = graph.builder.create_optimization_profile()
+    for each in inputs:
+        shapes = [(batch, *each.shape[1:]) for batch in (1, options.opt_batch, options.max_batch)]
+        profile.set_shape(each.name, *shapes)
     if config.add_optimization_profile(profile) < 0:
         raise SafeVLMError(
-            f"TensorRT {trt.__version__} refused the batch profile {shapes} of {INPUT!r}: please report this."
+            f"{title_of(trt)} refused the batch profile 1, {options.opt_batch}, {options.max_batch} of "
+            f"{', '.join(each.name for each in inputs)}: please report this."
         )
     return config
 
@@ -210,67 +285,6 @@ def _keep_in_float32(trt: Any, network: Any) -> None:
         if layer.name.startswith(FLOAT32) and layer.get_output(0).dtype == trt.float32:
             layer.precision = trt.float32
             layer.set_output_type(0, trt.float32)
-
-
-# -- what TensorRT says ---------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def _logger(trt: Any) -> Any:
-    """Return one logger a module: TensorRT keeps a pointer to the first that it is given."""
-
-    class CollectingLogger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
-        """Pass messages on to ``logging`` and keep the errors for the message of a failure."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                _log.info("TensorRT: %s", one_line(message))
-
-    return CollectingLogger()
-
-
-def _parser_failure(trt: Any, parser: Any, onnx_file: Path) -> EngineUnavailableError:
-    """Name every operator and node that the parser refused, and the way out."""
-    found = [_refusal(parser.get_error(index), onnx_file) for index in range(parser.num_errors)]
-    what = "; ".join(dict.fromkeys(found)) or "no reason was given; is the file a complete ONNX file?"
-    return EngineUnavailableError(
-        f"TensorRT {trt.__version__} cannot read {onnx_file.name}: {what}. Use TensorRT 10 or newer (JetPack 6.1 "
-        "and later have it), or judge with ONNX Runtime: python -m runtimes.check BUNDLE IMAGE --runtime onnxruntime"
-    )
-
-
-def _refusal(error: Any, onnx_file: Path) -> str:
-    """Return ``operator Gelu, node 'node_7': reason``; before TensorRT 10 an error has the node's index alone."""
-    if hasattr(error, "node_operator"):
-        operator, name = error.node_operator(), error.node_name()
-    else:
-        operator, name = _node(onnx_file, error.node())
-    where = f"operator {operator}, node {name!r}: " if operator else ""
-    return where + " ".join(str(error.desc()).split())
-
-
-def _node(onnx_file: Path, index: int) -> tuple[str, str]:
-    """Return operator and name of a graph's node by its index, empty where it has no such node."""
-    import onnx
-
-    nodes = onnx.load(str(onnx_file), load_external_data=False).graph.node
-    return (nodes[index].op_type, nodes[index].name) if 0 <= index < len(nodes) else ("", "")
-
-
-def _build_failure(trt: Any, errors: list[str], options: EngineOptions) -> SafeVLMError:
-    said = "; ".join(dict.fromkeys(" ".join(error.split()) for error in errors)) or "it gave no reason"
-    if any(_MEMORY.search(error) for error in errors):
-        return EngineUnavailableError(
-            f"the GPU has too little free memory for the builder at --max-batch {options.max_batch}. Close what "
-            f"else uses the GPU, or try a smaller --max-batch or --workspace-mib. TensorRT said: {said}"
-        )
-    return SafeVLMError(f"TensorRT {trt.__version__} built no engine: {said}. Please report this.")
 
 
 # -- timing cache ---------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """An engine in a guard bundle: whether it is there already, how it compares with ONNX Runtime, its entry.
 
-Shapes: n pictures, H × W pixels, C classes.
+A guard that stands alone is one engine; the exact parts of one behind the language model are two, of roles ``vision``
+and ``head``. Shapes: n images, H × W pixels, T image tokens, D width of the language model, C classes.
 """
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +18,135 @@ from numpy.typing import NDArray
 
 from export.guard.bundle import write_manifest
 from export.guard.latency import latency_of
-from export.guard.parity import TOLERANCES, Tolerance, check_embeddings, check_parity
-from export.tensorrt.builder import EngineOptions, Report, build_engine, builder_api
-from runtimes.guard.bundle import Bundle, sha256_of
+from export.tensorrt.builder import (
+    BuilderApi,
+    EngineOptions,
+    Report,
+    Tensors,
+    build_engine,
+    builder_api,
+)
+from export.tensorrt.messages import module_of, title_of
+from runtimes.guard.bundle import Bundle, sha256_of, specs
 from runtimes.guard.cuda import Gpu
-from runtimes.guard.runner import GuardOutput, GuardRunner
-from runtimes.guard.tensorrt_runner import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE
-from safevlm.contract.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity, TensorSpec
+from runtimes.guard.engines.library import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE, EngineModule
+from runtimes.guard.onnx_file import read_onnx
+from runtimes.guard.runner import FileRunner
+from safevlm.contract.graph_fit import Role
+from safevlm.contract.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity
+from safevlm.contract.parity import ENGINE_TOLERANCES, check_embeddings, check_parity, judge_of
 from safevlm.errors import BundleError, EngineUnavailableError
 from safevlm.files.draft import draft_of
 from safevlm.files.storage import shown_bytes, storing
 from safevlm.machine import times_ms
 
-__all__ = ["ENGINE_TOLERANCES", "Device", "add_engine", "current_engine", "judge_of", "require_precisions"]
+__all__ = [
+    "Answers",
+    "Device",
+    "EnginePart",
+    "add_engine",
+    "current_engine",
+    "parts_of",
+    "require_precisions",
+    "tensors_of",
+]
 
-Bytes = NDArray[np.uint8]
-MakeRunner = Callable[[Bundle, GuardFile], GuardRunner]
+Inputs = NDArray[Any]
+Answers = Mapping[str, NDArray[np.float32]]
+"""All outputs of a file by name."""
+MakeRunner = Callable[[Bundle, GuardFile], FileRunner]
 
-ENGINE_TOLERANCES: Mapping[str, Tolerance] = {
-    # Another machine sums in another order; the export itself, on one machine, is held to 1e-5.
-    "fp32": Tolerance(probability=1e-4, labels_may_change=False, embedding=1e-3),
-    "fp16": TOLERANCES["fp16"],
-    # Compared with the INT8 file, which was judged when it was made: a last bit moves a value to the next step.
-    "int8": Tolerance(probability=5e-2, labels_may_change=True, embedding=5e-2),
-}
+PARITY_SEED = 0
+"""Draws the images that a reader compares an engine on that was built ahead of time."""
 ACTIVATION_BYTES = 32
 WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
 
 
 @dataclass(frozen=True)
 class Device:
-    """What an engine is built for: the ``tensorrt`` module and the GPU, as they are here.
+    """What engines are built with and for: a TensorRT module, and the GPU here or the targets to compile for.
 
     ``free_bytes`` of the GPU's memory are free; None where that is not known.
     """
 
     trt: Any
-    gpu: Gpu
+    gpu: Gpu | None = None
     free_bytes: int | None = None
+    targets: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> EngineModule:
+        """Which TensorRT it is."""
+        return module_of(self.trt)
 
     @property
     def version(self) -> str:
         """TensorRT's version."""
         return str(self.trt.__version__)
 
+    @property
+    def api(self) -> BuilderApi:
+        """How its builder is driven. Raises EngineUnavailableError for a TensorRT that is too old."""
+        return builder_api(self.version, self.module)
 
-def require_precisions(bundle: Bundle, precisions: set[str]) -> None:
-    """Raise BundleError, with the command that helps, unless the bundle has ONNX files of these precisions."""
-    there = {file.precision for file in bundle.files("onnx")}
+
+@dataclass(frozen=True)
+class EnginePart:
+    """One engine of a bundle: of which of its files, and with what options."""
+
+    role: Role
+    options: EngineOptions
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return f"{self.options.precision} engine" + (f" of the {self.role}" if self.role != "guard" else "")
+
+    def source(self, bundle: Bundle, device: Device) -> GuardFile:
+        """Return the ONNX file that it is built from."""
+        return self._file(bundle, device.api.source_precision(self.options.precision))
+
+    def judge(self, bundle: Bundle) -> GuardFile:
+        """Return the ONNX file that it is compared with."""
+        return self._file(bundle, judge_of(self.options.precision))
+
+    def _file(self, bundle: Bundle, precision: str) -> GuardFile:
+        return next(file for file in bundle.files("onnx", self.role) if file.precision == precision)
+
+
+def parts_of(bundle: Bundle, options: EngineOptions, device: Device) -> tuple[EnginePart, ...]:
+    """Return the engines that a bundle gets; a head is float32, whatever the vision path is.
+
+    Raises BundleError for a bundle without the ONNX files that these are built from and compared with.
+    """
+    if bundle.manifest.source.standalone:
+        parts: tuple[EnginePart, ...] = (EnginePart("guard", options),)
+    else:
+        parts = (EnginePart("vision", options), EnginePart("head", replace(options, precision="fp32")))
+    for part in parts:
+        wanted = part.options.precision
+        require_precisions(bundle, {judge_of(wanted), device.api.source_precision(wanted)}, part.role)
+    return parts
+
+
+def require_precisions(bundle: Bundle, precisions: set[str], role: Role) -> None:
+    """Raise BundleError, with the command that helps, unless a role has ONNX files of these precisions."""
+    there = {file.precision for file in bundle.files("onnx", role)}
     missing = sorted(precisions - there)
-    if missing:
+    if not missing:
+        return
+    if "int8" in missing and role != "guard":
         raise BundleError(
-            f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (there is: "
-            f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
-            f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
-            f"--precision fp32,fp16{',int8' if 'int8' in precisions else ''}"
+            f"{bundle.folder} holds a guard's exact parts, which have no INT8 file: ask for --precision fp16 or fp32. "
+            f"A standalone guard can have one: python -m export.trt {bundle.manifest.source.model_option} --out "
+            f"{bundle.folder} --images DIR --precision int8"
         )
+    raise BundleError(
+        f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (there is: "
+        f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
+        f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
+        f"--precision fp32,fp16{',int8' if 'int8' in precisions else ''}"
+    )
 
 
 def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_bytes: int | None) -> None:
@@ -98,87 +173,83 @@ def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_b
         )
 
 
-def judge_of(precision: str) -> str:
-    """Return the precision of the ONNX file that an engine is compared with."""
-    return precision if precision == "int8" else "fp32"
-
-
-def current_engine(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile | None:
-    """Return the engine that a build now would make again: same graph, options, TensorRT and GPU."""
-    wanted = _info(bundle, options, device)
-    engines = (file for file in bundle.files("engine") if file.precision == options.precision)
+def current_engine(bundle: Bundle, part: EnginePart, device: Device) -> GuardFile | None:
+    """Return the engine that a build now would make again: same graph, options, TensorRT and GPU or targets."""
+    wanted = _info(bundle, part, device)
+    engines = (file for file in bundle.files("engine", part.role) if file.precision == part.options.precision)
     return next((file for file in engines if file.engine == wanted), None)
 
 
 def add_engine(
     bundle: Bundle,
-    options: EngineOptions,
+    part: EnginePart,
     device: Device,
-    images: Bytes,
-    reference: GuardOutput,
+    inputs: Inputs,
+    reference: Answers,
     make_runner: MakeRunner,
     *,
     timing_cache: Path | None = None,
     report: Report = lambda _: None,
 ) -> Manifest:
-    """Build an engine, compare it with ``reference``, time it and enter it into the bundle.
+    """Build an engine and enter it into the bundle; one for the GPU here is first compared and timed.
 
-    ``images`` (n × H × W × 3) and ``reference`` are pictures and what ONNX Runtime says of them with the file of the
-    precision :func:`judge_of`, with image embeddings where the bundle's guard gives them. The engine of the same
-    precision, GPU and TensorRT is replaced. Until the last step the bundle is as it was.
+    ``inputs`` are images (n × H × W × 3) or, for a head, hidden states (n × T × D), and ``reference`` what ONNX Runtime
+    answers with the part's :meth:`EnginePart.judge`. An engine built ahead of time cannot run here and is entered as
+    not verified. The engine of the same role, precision, TensorRT and GPU or targets is replaced. Until the last step
+    the bundle is as it was.
 
     Raises those of :func:`build_engine`; ParityError.
     """
-    info = _info(bundle, options, device)
-    size = bundle.manifest.preprocessing
-    check_room(bundle, _source(bundle, options, device), options, device.free_bytes)
+    source, info = part.source(bundle, device), _info(bundle, part, device)
+    check_room(bundle, source, part.options, device.free_bytes)
     with draft_of(bundle.folder / "engine") as scratch, storing(bundle.folder, advice="copy the bundle elsewhere"):
-        plan = scratch / "guard.plan"
-        source = bundle.path(_source(bundle, options, device))
-        report(f"TensorRT {device.version}: reading {source.name}")
+        path, plan = bundle.path(source), scratch / "guard.plan"
+        tensors = tensors_of(path, source)
+        report(f"{title_of(device.trt)}: reading {source.path}")
         build_engine(
             device.trt,
-            source,
+            path,
             plan,
-            (size.height, size.width),
-            options,
+            tensors,
+            part.options,
+            targets=device.targets,
             timing_cache=timing_cache,
             report=report,
         )
-        report("comparing with ONNX Runtime and timing")
-        candidate = _entry(bundle, plan, options.precision, info, _source(bundle, options, device))
-        with make_runner(bundle, candidate) as runner:
-            parity = _check(runner, images, reference, options.precision)
-            latency = _time(runner, images[:1], device)
-        entry = candidate.model_copy(update={"parity": parity, "latency": latency})
+        entry = _entry(bundle, plan, part, info, tensors)
+        if device.gpu is not None:
+            report("comparing with ONNX Runtime and timing")
+            with make_runner(bundle, entry) as runner:
+                parity = _check(runner.run_file(inputs), reference, part)
+                latency = _time(runner, inputs[:1], device, device.gpu)
+            entry = entry.model_copy(update={"parity": parity, "latency": latency})
         return _enter(bundle.folder, entry, plan)
 
 
-def _check(runner: GuardRunner, images: Bytes, reference: GuardOutput, precision: str) -> Parity:
+def _check(found: Answers, reference: Answers, part: EnginePart) -> Parity:
     """Compare an engine's answers with ``reference``; ParityError when they differ too much."""
-    shared, tolerance, what = reference.embeddings is not None, ENGINE_TOLERANCES[precision], f"the {precision} engine"
-    found = runner.infer(images, embeddings=shared)
-    parity = check_parity(
-        reference.probs,
-        found.probs,
-        tolerance,
-        what=what,
-        reference=f"ONNX Runtime on the CPU with this bundle's {judge_of(precision)} file",
-        advice="Try --precision fp32, and please report this with the TensorRT version and the GPU.",
-    )
-    if reference.embeddings is None or found.embeddings is None:
-        return parity
-    delta = check_embeddings(reference.embeddings, found.embeddings, tolerance, what=what)
-    return parity.model_copy(update={"max_rel_embedding_delta": delta})
+    precision, what = part.options.precision, f"the {part.title}"
+    tolerance = ENGINE_TOLERANCES[precision]
+    against = f"ONNX Runtime on the CPU with this bundle's {judge_of(precision)} file"
+    parity = Parity(images=len(next(iter(reference.values()))), reference=against)
+    if "probs" in reference:
+        parity = check_parity(
+            reference["probs"],
+            found["probs"],
+            tolerance,
+            what=what,
+            reference=against,
+            advice="Try --precision fp32, and please report this with the TensorRT version and the GPU.",
+        )
+    if "embeddings" in reference:
+        delta = check_embeddings(reference["embeddings"], found["embeddings"], tolerance, what=what)
+        parity = parity.model_copy(update={"max_rel_embedding_delta": delta})
+    return parity
 
 
-def _source(bundle: Bundle, options: EngineOptions, device: Device) -> GuardFile:
-    return bundle.file(builder_api(device.version).source_precision(options.precision))
-
-
-def _info(bundle: Bundle, options: EngineOptions, device: Device) -> EngineInfo:
+def _info(bundle: Bundle, part: EnginePart, device: Device) -> EngineInfo:
     """Return what an engine built now would say of itself."""
-    api, source = builder_api(device.version), _source(bundle, options, device)
+    api, options, source = device.api, part.options, part.source(bundle, device)
     weights = [file.sha256 for file in bundle.files("onnx_data") if file.path == f"{source.path}.data"]
     stated: dict[str, str | int | float | bool | None] = {
         "onnx": source.path,
@@ -192,9 +263,15 @@ def _info(bundle: Bundle, options: EngineOptions, device: Device) -> EngineInfo:
         VERSION_COMPATIBLE: options.version_compatible,
     }
     return EngineInfo(
+        module=device.module,
         tensorrt_version=device.version,
-        gpu_name=device.gpu.name,
-        compute_capability=device.gpu.compute_capability,
+        gpu_name=None if device.gpu is None else device.gpu.name,
+        compute_capability=None if device.gpu is None else device.gpu.compute_capability,
+        targets=device.targets,
+        operating_system=platform.system().lower(),
+        machine=platform.machine(),
+        verified=device.gpu is not None,
+        parity_seed=PARITY_SEED if device.gpu is None else None,
         min_batch=1,
         opt_batch=options.opt_batch,
         max_batch=options.max_batch,
@@ -202,29 +279,34 @@ def _info(bundle: Bundle, options: EngineOptions, device: Device) -> EngineInfo:
     )
 
 
-def _entry(bundle: Bundle, plan: Path, precision: str, info: EngineInfo, source: GuardFile) -> GuardFile:
-    size, classes = bundle.manifest.preprocessing, len(bundle.manifest.classes)
+def tensors_of(path: Path, file: GuardFile) -> Tensors:
+    """Return what the ONNX file at ``path`` takes and gives; a manifest need not state it of a guard."""
+    if file.inputs and file.outputs:
+        return Tensors(file.inputs, file.outputs)
+    facts = read_onnx(path)
+    return Tensors(specs(facts.inputs, str(path)), specs(facts.outputs, str(path)))
+
+
+def _entry(bundle: Bundle, plan: Path, part: EnginePart, info: EngineInfo, tensors: Tensors) -> GuardFile:
     return GuardFile(
         path=plan.relative_to(bundle.folder).as_posix(),
         sha256=sha256_of(plan),
         bytes=plan.stat().st_size,
         kind="engine",
-        precision=precision,
-        inputs=(TensorSpec(name="rgb", shape=("N", size.height, size.width, 3), dtype="uint8"),),
-        outputs=(
-            *(TensorSpec(name=name, shape=("N", classes), dtype="float32") for name in ("probs", "logits")),
-            *(output for output in source.outputs if output.name == "embeddings"),
-        ),
+        role=part.role,
+        precision=part.options.precision,
+        inputs=tensors.inputs,
+        outputs=tensors.outputs,
         engine=info,
     )
 
 
-def _time(runner: GuardRunner, image: Bytes, device: Device) -> Latency:
-    """Measure single pictures from host memory to host memory."""
+def _time(runner: FileRunner, one: Inputs, device: Device, gpu: Gpu) -> Latency:
+    """Measure single images from host memory to host memory."""
     for _ in range(WARM_UP):
-        runner.infer(image)
-    times = times_ms(lambda: runner.infer(image), least=3, most=MOST_RUNS, seconds=MOST_SECONDS)
-    return latency_of(times, f"tensorrt {device.version}", device.gpu.name)
+        runner.run_file(one)
+    times = times_ms(lambda: runner.run_file(one), least=3, most=MOST_RUNS, seconds=MOST_SECONDS)
+    return latency_of(times, f"tensorrt {device.version}", gpu.name)
 
 
 def _enter(folder: Path, entry: GuardFile, plan: Path) -> Manifest:
@@ -264,18 +346,25 @@ def _default(manifest: Manifest, replaced: list[GuardFile], path: str) -> str:
 
 
 def _same_engine(file: GuardFile, entry: GuardFile) -> bool:
-    return file.precision == entry.precision and _target(file) is not None and _target(file) == _target(entry)
+    return _identity(file) == _identity(entry)
 
 
-def _target(file: GuardFile) -> tuple[str | None, ...] | None:
+def _identity(file: GuardFile) -> tuple[object, ...] | None:
+    """Return what a bundle has one engine of."""
     info = file.engine
-    return None if info is None else (info.tensorrt_version, info.gpu_name, info.compute_capability)
+    if info is None:
+        return None
+    made = (info.module, info.tensorrt_version, info.operating_system, info.machine)
+    return file.role, file.precision, *made, info.gpu_name, info.compute_capability, info.targets
 
 
 def _plan_path(entry: GuardFile, taken: set[str]) -> str:
-    """Return ``engines/fp16-sm87-trt8.6.2.plan``, numbered where another GPU of that kind has the name."""
-    assert entry.engine is not None and entry.engine.compute_capability is not None
-    capability = entry.engine.compute_capability.replace(".", "")
-    stem = f"engines/{entry.precision}-sm{capability}-trt{entry.engine.tensorrt_version}"
+    """Return ``engines/fp16-sm87-trt8.6.2.plan``, numbered where an engine for another machine has the name."""
+    info = entry.engine
+    assert info is not None
+    role = "" if entry.role == "guard" else f"{entry.role}."
+    built = "-".join(info.targets) or f"sm{(info.compute_capability or '').replace('.', '')}"
+    library = "rtx" if info.module == "tensorrt_rtx" else "trt"
+    stem = f"engines/{role}{entry.precision}-{built}-{library}{info.tensorrt_version}"
     names = (f"{stem}{suffix}.plan" for suffix in ("", *(f"-{number}" for number in range(2, len(taken) + 3))))
     return next(name for name in names if name not in taken)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from runtimes.guard.onnx_file import OnnxTensor, read_onnx
-from safevlm.contract.graph_fit import TensorSpec, misfit
+from safevlm.contract.graph_fit import Role, TensorSpec, misfit
 from safevlm.contract.manifest import MANIFEST_NAME, GuardFile, Manifest, manifest_bytes
 from safevlm.errors import BundleError
 from safevlm.files.regular_file import is_folder, open_regular, read_regular
@@ -41,10 +41,10 @@ class Bundle:
     manifest: Manifest
     digest: str
 
-    def files(self, kind: FileKind) -> tuple[GuardFile, ...]:
-        """Return the files of one kind, the default one first."""
+    def files(self, kind: FileKind, role: Role | None = None) -> tuple[GuardFile, ...]:
+        """Return the files of one kind, and role if one is given, the default one first."""
         default = self.manifest.default_file
-        chosen = [file for file in self.manifest.files if file.kind == kind]
+        chosen = [file for file in self.manifest.files if file.kind == kind and role in (None, file.role)]
         return tuple(sorted(chosen, key=lambda file: file.path != default))
 
     def file(self, precision: str | None = None, kind: FileKind = "onnx") -> GuardFile:

@@ -6,13 +6,17 @@ Every call of cuda-python returns a tuple: the error first, then the results
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from safevlm.errors import InputError, MissingExtraError, SafeVLMError
 
-__all__ = ["CudaRuntime", "DeviceBuffer", "Gpu", "current_gpu", "free_memory", "load_cuda"]
+__all__ = ["CudaRuntime", "DeviceBuffer", "Gpu", "current_gpu", "driver_version", "free_memory", "load_cuda"]
+
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,17 @@ def free_memory(cuda: CudaRuntime) -> int:
     """Return how many bytes of the GPU's memory are free."""
     free, _total = cuda.call("cudaMemGetInfo")
     return int(free)
+
+
+def driver_version(cuda: CudaRuntime) -> str:
+    """Return the driver's CUDA and, where Linux's module says it, its own version: ``CUDA 12.8, 570.86.15``."""
+    stated = f"CUDA {_version(int(cuda.call('cudaDriverGetVersion')))}"
+    try:
+        line = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:  # WSL and Jetson have no such file
+        return stated
+    own = re.search(r"\d+\.\d+(?:\.\d+)?", line)
+    return stated if own is None else f"{stated}, {own[0]}"
 
 
 def _check_driver(cuda: CudaRuntime) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from runtimes.guard.bundle import Bundle, specs
 from runtimes.guard.onnx_file import OnnxTensor
-from runtimes.guard.runner import GuardOutput, GuardRunner
+from runtimes.guard.runner import FileRunner, GuardOutput, GuardRunner
 from safevlm.contract.graph_fit import misfit
 from safevlm.contract.manifest import GuardFile
 from safevlm.errors import BundleError, MissingExtraError
@@ -25,7 +25,7 @@ NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """numpy's names of types where ONNX Runtime's are others."""
 
 
-class OnnxRuntimeRunner(GuardRunner):
+class OnnxRuntimeRunner(FileRunner):
     """Run an ONNX file of a bundle: the default one, or ``file``.
 
     ``threads`` bounds the threads within an operation (ONNX Runtime chooses when it is None). Calls may run at the
@@ -49,6 +49,7 @@ class OnnxRuntimeRunner(GuardRunner):
         super().__init__()
         self.bundle = bundle
         self.file = file or bundle.file()
+        self.role = self.file.role
         self.threads = threads
         self.providers = providers
         self.preprocessing = bundle.manifest.preprocessing
@@ -102,6 +103,12 @@ class OnnxRuntimeRunner(GuardRunner):
     def _run_sharing(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput:
         probs, logits, embeddings = self._session_run([*self.outputs, EMBEDDINGS], rgb)
         return GuardOutput(probs=probs, logits=logits, embeddings=embeddings)
+
+    def _run_file(self, inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]:
+        session = self._held(self.session)
+        (name,) = (each.name for each in session.get_inputs())
+        names = [each.name for each in session.get_outputs()]
+        return dict(zip(names, map(np.asarray, session.run(names, {name: inputs})), strict=True))
 
     def _session_run(self, names: list[str], rgb: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
         session = self._held(self.session)

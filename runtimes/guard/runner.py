@@ -7,18 +7,22 @@ Shapes: N pictures, H x W pixels, C classes.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from runtimes.guard.activation import Activated
+from safevlm.contract.graph_fit import Role
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, SafeVLMError
 from safevlm.terminal.printable import shortened
 
-__all__ = ["GuardOutput", "GuardRunner"]
+__all__ = ["FileRunner", "GuardOutput", "GuardRunner"]
+
+T = TypeVar("T")
 
 SUM_TOLERANCE = 1e-2
 """A float16 softmax over 20 classes sums to 1 within a few thousandths."""
@@ -65,9 +69,15 @@ class GuardRunner(Activated):
                 "ONNX Runtime or on a TensorRT engine built of that export"
             )
         rgb = np.ascontiguousarray(rgb)
+        output = self._protected(lambda: self._run_sharing(rgb) if embeddings else self._run(rgb))
+        self._check_output(output, len(rgb))
+        return output
+
+    def _protected(self, run: Callable[[], T]) -> T:
+        """Run one call on what is held; what the runtime raises becomes SafeVLMError."""
         with self._call():
             try:
-                output = self._run_sharing(rgb) if embeddings else self._run(rgb)
+                return run()
             except SafeVLMError:
                 raise
             except self.failures as error:
@@ -75,8 +85,6 @@ class GuardRunner(Activated):
                 raise SafeVLMError(
                     f"{self.runtime} could not run the guard: {reason}. Free memory, or export the guard again."
                 ) from error
-        self._check_output(output, len(rgb))
-        return output
 
     @abc.abstractmethod
     def _run(self, rgb: npt.NDArray[np.uint8]) -> GuardOutput: ...
@@ -115,3 +123,35 @@ class GuardRunner(Activated):
                 f"{self.runtime} returned rows that are not probabilities (sums {sums.min():.4g} to "
                 f"{sums.max():.4g}, least {output.probs.min():.4g}): export the guard again"
             )
+
+
+class FileRunner(GuardRunner):
+    """A guard runner that can also run a file as it stands, one that is a part of a guard (:attr:`role`) included."""
+
+    role: Role = "guard"
+
+    def run_file(self, inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]:
+        """Return all outputs by name: of N images as :meth:`infer` takes them, of hidden states N x T x D by a head.
+
+        Raises those of :meth:`infer`; SafeVLMError for outputs that are not N rows of finite float32.
+        """
+        self._check_active()
+        if self.role != "head":
+            self._check_input(inputs)
+        elif inputs.dtype != np.float32 or inputs.ndim != 3 or len(inputs) == 0 or not np.isfinite(inputs).all():
+            raise InputError(
+                f"a guard's head takes finite hidden states, float32 N x T x D, not {inputs.dtype} of shape "
+                f"{' x '.join(map(str, inputs.shape))}"
+            )
+        contiguous = np.ascontiguousarray(inputs)
+        found = self._protected(lambda: self._run_file(contiguous))
+        for name, values in found.items():
+            if values.dtype != np.float32 or len(values) != len(inputs) or not np.isfinite(values).all():
+                raise SafeVLMError(
+                    f"{self.runtime} returned {name} of {values.dtype} {values.shape} for {len(inputs)} inputs that "
+                    "are not finite numbers in float32, a row an input: try the fp32 file of the bundle"
+                )
+        return found
+
+    @abc.abstractmethod
+    def _run_file(self, inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]: ...

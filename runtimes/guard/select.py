@@ -52,12 +52,13 @@ def select_runner(
 
 
 def _auto(bundle: Bundle, precision: str | None, threads: int | None) -> GuardRunner:
-    engines = bundle.files("engine")
+    engines = bundle.files("engine", "guard")
     if any(precision in (None, file.precision) for file in engines):
         try:
             return _tensorrt(bundle, precision, threads)
         except InputError as error:
-            _log.info("TensorRT is passed over: %s", error)
+            reason = getattr(error, "reason", str(error).rstrip("."))
+            _log.warning("ONNX Runtime judges: %s.", reason)
     return RUNTIMES["onnxruntime"](bundle, precision, threads)
 
 

@@ -182,8 +182,10 @@ def first_problem(error: ValueError, *, secret: bool = False) -> str:
     return f"{field}: {reason} ({more} more problems follow)" if more else f"{field}: {reason}"
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
     """Give a file another content, all of it or none; it is on disk when this returns.
+
+    ``mode`` are its permissions from its first byte on, by default those of any new file.
 
     Raises StorageError; what was there before is unchanged then.
     """
@@ -191,6 +193,8 @@ def replace_file(path: Path, content: bytes) -> None:
     with storing(path, kept="Nothing there was changed."):
         try:
             with unfinished.open("wb") as stream:
+                if mode is not None:
+                    os.fchmod(stream.fileno(), mode)
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(stream, fcntl.LOCK_EX)
                 stream.write(content)

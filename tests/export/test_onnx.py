@@ -20,12 +20,12 @@ from export import onnx as onnx_export
 from export.guard import parts
 from export.guard.bundle import bundle_draft
 from export.guard.options import print_manifest
-from export.guard.parity import TOLERANCES, check_parity
 from export.onnx import ExportOptions, export_guard
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import Manifest
+from safevlm.contract.parity import TOLERANCES, check_parity
 from safevlm.errors import CheckpointError, ImageFileError, InputError, ParityError
 from safevlm.network.reference import build_reference_guard, normalize
 from tests.safevlm.checkpoint.both_loaders import write_folder

@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner
 
 from export.guard.heads import HeadRequest, find_head
-from export.guard.parity import TOLERANCES, check_embeddings
 from export.onnx import ExportOptions, export_guard
 from export.trt import main as trt
 from runtimes.guard.bundle import open_bundle
@@ -21,6 +20,7 @@ from runtimes.guard.judge import Guard
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.select import select_runner
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.contract.parity import TOLERANCES, check_embeddings
 from safevlm.errors import BundleError, EngineUnavailableError, GuardHeadError, InputError, ParityError
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.head import GuardHead

@@ -1,0 +1,116 @@
+"""What engine is asked for, and what it is built with: TensorRT on the GPU here, or TensorRT-RTX without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from export.guard.options import PARITY_IMAGES
+from export.tensorrt.builder import EngineOptions
+from export.tensorrt.engine import Device
+from export.tensorrt.targets import DEFAULT_TARGETS, check_targets
+from runtimes.guard.cuda import current_gpu, free_memory, load_cuda
+from runtimes.guard.engines.library import import_tensorrt
+from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError
+
+__all__ = ["Builder", "EngineRequest", "find_device"]
+
+PURPOSE = "building a TensorRT engine"
+Builder = Literal["auto", "tensorrt", "rtx"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """An engine to build: with what options, and how it is checked.
+
+    ``rebuild`` builds even what is there already; ``timing_cache`` is a file, by default one a TensorRT version
+    and GPU in the user's cache folder; ``images`` a folder of images for the parity check, else drawn ones.
+    ``builder`` ``auto`` is TensorRT where there is a GPU for it, otherwise TensorRT-RTX, which compiles for
+    ``targets``; an option that only one of the two has decides for that one.
+    """
+
+    options: EngineOptions = field(default_factory=EngineOptions)
+    builder: Builder = "auto"
+    targets: tuple[str, ...] | None = None
+    rebuild: bool = False
+    timing_cache: Path | None = None
+    images: Path | None = None
+    parity_images: int = PARITY_IMAGES
+
+    def __post_init__(self) -> None:
+        if self._only_tensorrt and self._only_rtx:
+            raise InputError(
+                f"{self._only_tensorrt[0]} is an option of TensorRT and {self._only_rtx[0]} of TensorRT-RTX: give one "
+                "of the two."
+            )
+
+    @property
+    def builders(self) -> tuple[Literal["tensorrt", "rtx"], ...]:
+        """The builders that may be taken, the first one preferred."""
+        if self._only_rtx:
+            return ("rtx",)
+        return ("tensorrt",) if self._only_tensorrt else ("tensorrt", "rtx")
+
+    @property
+    def _only_tensorrt(self) -> list[str]:
+        given = {
+            "--builder tensorrt": self.builder == "tensorrt",
+            "--hardware-compatible": self.options.hardware_compatible,
+            "--version-compatible": self.options.version_compatible,
+            "--timing-cache": self.timing_cache is not None,
+        }
+        return [option for option, is_given in given.items() if is_given]
+
+    @property
+    def _only_rtx(self) -> list[str]:
+        given = {"--builder rtx": self.builder == "rtx", "--targets": self.targets is not None}
+        return [option for option, is_given in given.items() if is_given]
+
+
+def find_device(request: EngineRequest = EngineRequest()) -> Device:
+    """Return what engines are built with and for; EngineUnavailableError names everything that is missing.
+
+    Raises InputError for targets that TensorRT-RTX does not compile for.
+    """
+    missing: list[str] = []
+    for builder in request.builders:
+        device, lacks = _gpu_device() if builder == "tensorrt" else _rtx_device(request.targets or DEFAULT_TARGETS)
+        if device is not None:
+            return device
+        missing += lacks
+    raise EngineUnavailableError(f"no engine was built here: {'; '.join(missing)}.")
+
+
+def _rtx_device(targets: tuple[str, ...]) -> tuple[Device | None, list[str]]:
+    try:
+        trt = import_tensorrt("tensorrt_rtx")
+    except MissingExtraError:
+        return None, ["TensorRT-RTX, which needs no GPU, is not installed (pip install 'safevlm-edge[rtx]')"]
+    check_targets(trt, targets)
+    return Device(trt, targets=targets), []
+
+
+def _gpu_device() -> tuple[Device | None, list[str]]:
+    """Return TensorRT and the GPU here, or all that is missing."""
+    missing, trt, gpu, free = [], None, None, None
+    try:
+        trt = import_tensorrt()
+        _ = Device(trt).api
+    except MissingExtraError:
+        missing.append("the package 'tensorrt' is not installed (pip install 'safevlm-edge[trt]'; JetPack brings it)")
+    except EngineUnavailableError as error:
+        missing.append(str(error).rstrip("."))
+    try:
+        cuda = load_cuda(PURPOSE)
+        gpu, free = current_gpu(cuda), free_memory(cuda)
+    except MissingExtraError:
+        missing.append("the package 'cuda-python' is not installed (pip install 'safevlm-edge[trt]')")
+    except InputError as error:
+        missing.append(f"there is no usable NVIDIA GPU ({_reason(error)})")
+    return (None if missing else Device(trt, gpu, free)), missing
+
+
+def _reason(error: InputError) -> str:
+    """Return what CUDA said, without the advice that follows it."""
+    return str(error.__cause__ or error).rstrip(".")
