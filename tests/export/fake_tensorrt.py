@@ -2,7 +2,8 @@
 
 Each version has the names that its release has and no others, so that using a removed flag fails as it would on
 the device (NVIDIA/TensorRT ``python/src``, branches release/8.6, release/10.3, release/11.1). An engine is a small
-file that says what it was built from; ``tensorrt.calls`` is what the builder was asked for.
+file that says what it was built from; ``tensorrt.calls`` is what the builder was asked for. What NVIDIA's own parser
+and builder say is tested with TensorRT-RTX, whose builder needs no GPU: see ``tests/export/tensorrt``.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ BUILDER_FLAGS = {
     },
     11: {"TF32": 7, "REFIT": 4, "VERSION_COMPATIBLE": 13},
 }
-NEWEST_OPSET = {8: 17, 10: 20, 11: 25}
-UNKNOWN = {8: {"Gelu"}, 10: set(), 11: set()}
-"""Operators that the parser of a version does not have."""
+OLD_OPSET, OLD_LACKS = 17, "Gelu"
+"""The newest opset that the parser of 8.6 reads, and an operator that it does not have."""
 
 
 class Layer:
@@ -61,7 +61,21 @@ class Network:
     def __init__(self, flags: int) -> None:
         self.flags = flags
         self.layers: list[Layer] = []
-        self.opset = 0
+        self.tensors: dict[str, list[Any]] = {"input": [], "output": []}
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.tensors["input"])
+
+    def get_input(self, index: int) -> Any:
+        return self.tensors["input"][index]
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tensors["output"])
+
+    def get_output(self, index: int) -> Any:
+        return self.tensors["output"][index]
 
     @property
     def num_layers(self) -> int:
@@ -79,11 +93,11 @@ class TimingCache:
         return self.content
 
 
-class OldParserError:
+class ParserError:
     """An error as 8.6 gives it: the node's index and no names."""
 
-    def __init__(self, index: int, node: onnx.NodeProto) -> None:
-        self._index, self._operator, self._name = index, node.op_type, node.name
+    def __init__(self, index: int) -> None:
+        self._index = index
 
     def node(self) -> int:
         return self._index
@@ -92,14 +106,10 @@ class OldParserError:
         return "Plugin not found, are the plugin name,\n version, and namespace correct?"
 
 
-class ParserError(OldParserError):
-    """An error as 10 and later give it."""
-
-    def node_operator(self) -> str:
-        return str(self._operator)
-
-    def node_name(self) -> str:
-        return str(self._name)
+def _tensor(value: onnx.ValueInfoProto) -> Any:
+    kind = value.type.tensor_type
+    sides = tuple(side.dim_value if side.HasField("dim_value") else -1 for side in kind.shape.dim)
+    return SimpleNamespace(name=value.name, shape=sides, dtype=onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
 
 
 def _enumeration(name: str, values: dict[str, int]) -> Any:
@@ -108,13 +118,13 @@ def _enumeration(name: str, values: dict[str, int]) -> Any:
 
 
 def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | None = None) -> Any:
-    """Return a ``tensorrt`` of ``version`` whose parser lacks ``refuse`` and whose builder fails with ``fail``."""
+    """Return a ``tensorrt`` of ``version``; 8.6 lacks the operators ``refuse``, and a build fails with ``fail``."""
     major = int(version.split(".")[0])
     trt: Any = ModuleType("tensorrt")
     calls = SimpleNamespace(
         network_flags=None, parsed=None, set_flags=[], cleared_flags=[], pools={}, profiles=[], caches=[], networks=[]
     )
-    trt.__version__, trt.calls, trt.float32 = version, calls, "float32"
+    trt.__version__, trt.calls, trt.float32, trt.nptype = version, calls, "float32", lambda dtype: dtype
     trt.NetworkDefinitionCreationFlag = _enumeration("NetworkDefinitionCreationFlag", CREATION_FLAGS[major])
     trt.BuilderFlag = _enumeration("BuilderFlag", BUILDER_FLAGS[major])
     trt.HardwareCompatibilityLevel = _enumeration("HardwareCompatibilityLevel", {"NONE": 0, "AMPERE_PLUS": 1})
@@ -139,12 +149,15 @@ def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | Non
             model = onnx.load(file, load_external_data=False)
             beside = {entry.value for each in model.graph.initializer for entry in each.external_data[:1]}
             assert all(Path(file).with_name(name).is_file() for name in beside), "weights are missing"
-            self._network.opset = model.opset_import[0].version
-            assert self._network.opset <= NEWEST_OPSET[major], "the real parser would misread it, without a word"
             calls.parsed = Path(file).name
-            unknown = UNKNOWN[major] | set(refuse)
-            kind = ParserError if major >= 10 else OldParserError
-            self._errors = [kind(i, node) for i, node in enumerate(model.graph.node) if node.op_type in unknown]
+            self._network.tensors = {
+                "input": [_tensor(value) for value in model.graph.input],
+                "output": [_tensor(value) for value in model.graph.output],
+            }
+            if major == 8:
+                assert model.opset_import[0].version <= OLD_OPSET, "the real parser would misread it, without a word"
+                unknown = {OLD_LACKS, *refuse}
+                self._errors = [ParserError(i) for i, node in enumerate(model.graph.node) if node.op_type in unknown]
             self._network.layers = [Layer(node.name) for node in model.graph.node]
             return not self._errors
 

@@ -332,14 +332,14 @@ def test_skipped_batch_is_told_and_others_are_measured(scratch_model: str, monke
 @pytest.mark.usefixtures("no_export")
 def test_engine_is_built_and_measured(scratch_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are TensorRT and a GPU, the exported file becomes an engine for all batch sizes."""
-    device = Device(SimpleNamespace(__version__="10.3.0"), Gpu("some GPU", "8.7"))
+    device = Device(SimpleNamespace(__name__="tensorrt", __version__="10.3.0"), Gpu("some GPU", "8.7"))
     built: list[tuple[str, int]] = []
 
     def build_engine(trt: Any, source: Path, plan: Path, size: Any, options: Any, **_: Any) -> None:
         plan.write_bytes(b"an engine")
         built.append((source.name, options.max_batch))
 
-    monkeypatch.setattr(guard_engine, "find_device", lambda: device)
+    monkeypatch.setattr(guard_engine, "find_device", lambda request: device)
     monkeypatch.setattr(guard_engine, "build_engine", build_engine)
     script, measured = Script(), []
 

@@ -24,7 +24,7 @@ from export.guard.half_precision import half_fault, output_beyond_half, watched,
 from export.guard.heads import HeadRequest
 from export.onnx import ExportOptions, export_guard, main
 from export.tensorrt.builder import EngineOptions
-from export.trt import EngineRequest
+from export.tensorrt.request import EngineRequest
 from runtimes.guard.bundle import open_bundle
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import CheckpointError, ParityError, PrecisionError

@@ -11,11 +11,11 @@ import pytest
 from export.onnx import ExportOptions, export_guard
 from export.tensorrt.builder import EngineOptions
 from export.tensorrt.engine import Device
-from export.trt import EngineRequest, build_into
+from export.tensorrt.request import EngineRequest
+from export.trt import build_into
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.cuda import Gpu
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.guard.runner import GuardOutput
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import GuardFile
 from safevlm.errors import ParityError
@@ -32,10 +32,9 @@ class EngineRunner(OnnxRuntimeRunner):
         assert "built" in json.loads(bundle.path(file).read_bytes())
         super().__init__(bundle, bundle.file("fp32"), threads=1)
 
-    def _run_sharing(self, rgb: Any) -> GuardOutput:
-        output = super()._run_sharing(rgb)
-        assert output.embeddings is not None
-        return GuardOutput(probs=output.probs, logits=output.logits, embeddings=output.embeddings * self.scale)
+    def _run_file(self, inputs: Any) -> dict[str, Any]:
+        answers = super()._run_file(inputs)
+        return {**answers, "embeddings": answers["embeddings"] * self.scale}
 
 
 class WrongRunner(EngineRunner):
