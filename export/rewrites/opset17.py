@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.rewrites.streamed_weights import place_beside
 from export.rewrites.wide_values import name_wide
+from runtimes.guard.cuda import tensorrt_extra
 from safevlm.errors import MissingExtraError, SafeVLMError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def lower_to_opset17(source: Path, target: Path) -> None:
     try:
         import onnx
     except ImportError as error:
-        raise MissingExtraError("onnx", "trt", "building with TensorRT 8.6 or 9") from error
+        raise MissingExtraError("onnx", tensorrt_extra(), "building with TensorRT 8.6 or 9") from error
     model = onnx.load(str(source), load_external_data=False)
     constants = _Constants(model, source.parent)
     nodes = [lowered for node in model.graph.node for lowered in _LOWERINGS.get(node.op_type, _keep)(node, constants)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.rewrites.streamed_weights import place_beside
+from runtimes.guard.cuda import tensorrt_extra
 from safevlm.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def to_standard(source: Path, target: Path) -> None:
         import onnx
         from onnx import inliner
     except ImportError as error:
-        raise MissingExtraError("onnx", "trt", "expanding a guard's functions") from error
+        raise MissingExtraError("onnx", tensorrt_extra(), "expanding a guard's functions") from error
     model = onnx.load(str(source), load_external_data=False)
     model = inliner.inline_local_functions(model)
     standard = [opset for opset in model.opset_import if opset.domain in ("", "ai.onnx")]

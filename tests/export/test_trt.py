@@ -196,8 +196,15 @@ def test_each_version_is_told_fp16_in_its_own_way(
     assert trt.calls.profiles == [("rgb", (1, SIDE, SIDE, 3), (4, SIDE, SIDE, 3), (16, SIDE, SIDE, 3))]
 
 
+@pytest.fixture
+def lean(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the lean runtime's module be installed in a version."""
+    return lambda version: monkeypatch.setitem(sys.modules, "tensorrt_lean", SimpleNamespace(__version__=version))
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: str) -> None:
+def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: str, lean: Callable[[str], None]) -> None:
+    lean(version)
     trt = make_tensorrt(version)
     built = build(bundle, trt, request(precision="fp32", hardware_compatible=True, version_compatible=True))
     assert trt.calls.set_flags == ["VERSION_COMPATIBLE"] and trt.calls.level.name == "AMPERE_PLUS"
@@ -244,7 +251,7 @@ def test_an_int8_engine_comes_from_the_int8_graph_and_is_judged_by_it(tmp_path: 
 
 def test_8_6_has_no_int8_engine_and_says_what_has(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", ("fp32", "fp16", "int8"))
-    with pytest.raises(EngineUnavailableError, match="int8 engines need TensorRT 10 or newer"):
+    with pytest.raises(InputError, match="int8 engines need TensorRT 10 or newer"):
         build(bundle, make_tensorrt("8.6.2"), request(precision="int8"))
 
 
@@ -341,7 +348,7 @@ def test_axes_that_are_computed_cannot_be_lowered(tmp_path: Path) -> None:
 
 def test_8_6_without_the_package_onnx_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r"'onnx'.*safevlm-edge\[trt\]"):
+    with pytest.raises(MissingExtraError, match=r"'onnx'.*safevlm-edge\[trt-cu12\]"):
         build(bundle, make_tensorrt("8.6.2"))
 
 
@@ -679,6 +686,46 @@ def test_the_printed_command_asks_for_the_same_engine(tmp_path: Path, monkeypatc
         assert words[:3] == ["python", "-m", "export.trt"]
         CliRunner().invoke(command.main, words[3:], catch_exceptions=False)
         assert asked.pop() == each
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "options", "said"),
+    [
+        ("8.6.2", ORIN, ("--precision", "int8"), "int8 engines need TensorRT 10 or newer"),
+        ("10.3.0", Gpu("T4", "7.5"), ("--hardware-compatible",), r"compute capability 8\.0 or newer, and T4 has 7\.5"),
+        ("10.3.0", ORIN, ("--version-compatible",), r"tensorrt_lean is not installed.*tensorrt-lean==10\.3\.0"),
+    ],
+)
+def test_what_the_device_cannot_build_is_refused_before_the_export(
+    version: str, gpu: Gpu, options: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: object, **__: object) -> None:
+        raise AssertionError("the long work has begun")
+
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", None)
+    monkeypatch.setattr(command, "find_device", lambda request: Device(make_tensorrt(version), gpu))
+    monkeypatch.setattr(command, "_export", export)
+    with pytest.raises(InputError, match=said):
+        CliRunner().invoke(command.main, ["--model", "tiny-safegem", *options], catch_exceptions=False)
+
+
+def test_a_lean_runtime_of_another_version_does_not_do(bundle: Bundle, lean: Callable[[str], None]) -> None:
+    lean("10.2.0")
+    with pytest.raises(InputError, match="in the same version"):
+        build(bundle, make_tensorrt("10.3.0"), request(version_compatible=True))
+    lean("10.3.0.post1")
+    build(bundle, make_tensorrt("10.3.0"), request(version_compatible=True))
+
+
+def test_a_jetson_is_told_where_its_tensorrt_is(
+    no_device: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0000\0nvidia,tegra234\0")
+    monkeypatch.setattr("runtimes.guard.cuda.DEVICE_TREE", tmp_path / "compatible")
+    with pytest.raises(EngineUnavailableError, match=r"JetPack brings it: .*--system-site-packages.*edge\[jetson\]"):
+        find_device()
+    with pytest.raises(InputError, match="--hardware-compatible: engines of a Jetson"):
+        build(bundle, make_tensorrt("10.3.0"), request(hardware_compatible=True))
 
 
 def test_everything_that_is_missing_is_said_at_once(no_device: None) -> None:
