@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the virtual environment $1 with the pinned versions of constraints.txt, for $2: "demo" (what the demo runs) or
-# "all" (what the tests run, too: llama.cpp, OpenVINO, the gateway, the tools of a developer).
+# "all" (what the tests run, too: llama.cpp, OpenVINO, TensorRT-RTX, the gateway, the tools of a developer).
 #
 # A torch >= 2.8 that $PYTHON (python3) already has, a GPU build say, is kept: the new environment then sees the
 # packages of that Python, be it the system's, conda's or another environment's, and torch is not installed.
@@ -56,8 +56,11 @@ demo)
     install --constraint "$venv/constraints.txt" --editable '.[torch,cpu,report]'
     ;;
 all)
+    # NVIDIA's builder for engines without a GPU (90 MB); its tests skip where there is no wheel of it.
+    extras=torch,cpu,openvino,report,gguf,gateway,dev
+    case $(uname -s)-$(uname -m) in Linux-x86_64 | Linux-aarch64) extras=$extras,rtx ;; esac
     say "installing what the tests run, too; llama.cpp is compiled, which takes 5 to 20 minutes the first time"
-    install --constraint "$venv/constraints.txt" --editable '.[torch,cpu,openvino,report,gguf,gateway,dev]'
+    install --constraint "$venv/constraints.txt" --editable ".[$extras]"
     ;;
 *)
     echo "install.sh VENV demo|all, not $for" >&2

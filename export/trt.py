@@ -172,7 +172,7 @@ def _reference(bundle: Bundle, part: EnginePart, inputs: NDArray[Any]) -> Answer
     help="GPUs that TensorRT-RTX compiles for, by compute capability, separated by commas.  [default: "
     f"{','.join(DEFAULT_TARGETS)}]",
 )
-@click.option("--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Maximum batch size.")
+@click.option("--max-batch", type=int, help="Maximum batch size.  [default: up to 8, as 4 GiB of scratch memory allow]")
 @click.option(
     "--opt-batch", type=int, default=EngineOptions.opt_batch, show_default=True, help="Batch size to optimize for."
 )
@@ -195,7 +195,7 @@ def main(
     precision: EnginePrecision,
     builder: Builder,
     targets: str | None,
-    max_batch: int,
+    max_batch: int | None,
     opt_batch: int,
     workspace_mib: int | None,
     hardware_compatible: bool,

@@ -144,5 +144,5 @@ def _split_note(command: str, again: Sequence[object], out: Path) -> list[str]:
         "the image prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
         "For the engine that gates before the language model runs, add one flag:",
         f"  python -m {command} {shlex.join(map(str, (*again, '--out', out)))} --images DIR",
-        "with 2,000 pictures or more (no labels) of the kind the device will see, every sort of harm among them.",
+        "with 2,000 images or more (no labels) of the kind the device will see, every sort of harm among them.",
     ]

@@ -8,20 +8,22 @@ graph's products stand between float32 values, so it needs what a float32 one do
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from export.tensorrt.builder import USUAL_BATCH
 from runtimes.guard.bundle import Bundle
+from runtimes.guard.cuda import tensorrt_extra
 from safevlm.contract.manifest import GuardFile
 from safevlm.errors import EngineUnavailableError, MissingExtraError
 from safevlm.files.storage import shown_bytes
 
-__all__ = ["USUAL_BATCH", "check_room", "default_batch", "scratch_bytes"]
+__all__ = ["check_room", "default_batch", "scratch_bytes", "stored_bytes"]
 
-USUAL_BATCH = 8
 USUAL_SCRATCH = 4 * 2**30
-"""Scratch memory that a default batch may need where the GPU's memory is not known."""
+"""Scratch memory that a batch by default may need."""
 SCORES_HELD, WIDEST_HELD = 2, 2
 FLOAT32 = 4
 
@@ -43,8 +45,6 @@ def _activations(path: Path) -> Iterator[tuple[int, bool]]:
         import onnx
         from onnx import TensorProto, inliner, shape_inference
     except ImportError as error:
-        from runtimes.guard.cuda import tensorrt_extra
-
         raise MissingExtraError("onnx", tensorrt_extra(), "estimating an engine's memory") from error
     wide = {TensorProto.FLOAT: FLOAT32, TensorProto.FLOAT16: 2}
     model = inliner.inline_local_functions(onnx.load(str(path), load_external_data=False))
@@ -55,20 +55,12 @@ def _activations(path: Path) -> Iterator[tuple[int, bool]]:
         kind = value.type.tensor_type
         sides = [side.dim_value or 1 for side in kind.shape.dim]  # the batch is left open
         if len(sides) > 1 and kind.elem_type in wide and not kind.shape.dim[0].dim_value:
-            yield wide[kind.elem_type] * _product(sides), value.name in scores and len(sides) == 4
+            yield wide[kind.elem_type] * math.prod(sides), value.name in scores and len(sides) == 4
 
 
-def _product(sides: list[int]) -> int:
-    size = 1
-    for side in sides:
-        size *= side
-    return size
-
-
-def default_batch(weights: int, scratch: int, free_bytes: int | None) -> int:
-    """Return the largest batch of up to :data:`USUAL_BATCH` that has room; at least 1, which then may be refused."""
-    room = USUAL_SCRATCH if free_bytes is None else free_bytes - 2 * weights
-    return max(1, min(USUAL_BATCH, room // max(scratch, 1)))
+def default_batch(scratch: int) -> int:
+    """Return the largest usual batch whose scratch memory is usual, too: not what happens to be free at a build."""
+    return max(1, min(USUAL_BATCH, USUAL_SCRATCH // max(scratch, 1)))
 
 
 def check_room(bundle: Bundle, weights: int, scratch: int, max_batch: int, free_bytes: int | None) -> None:

@@ -28,7 +28,7 @@ GPUS: Mapping[str, str] = {
     "sm121": "DGX Spark",
 }
 """Examples of what has a compute capability (https://developer.nvidia.com/cuda-gpus)."""
-_TARGET = re.compile(r"sm\d{2,3}")
+_TARGET = re.compile(r"sm[0-9]{2,3}")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -61,6 +61,15 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
             system={"tensorrt": ">=8.6"},
             hint="JetPack brings tensorrt; make the environment with python3 -m venv --system-site-packages",
         ),
+        "rtx": Extra(
+            purpose="build TensorRT-RTX engines, without a GPU",
+            needs={
+                "onnx": ">=1.19",
+                "onnxruntime": ">=1.22",
+                "tensorrt-rtx-cu12-bindings": ">=1.7",
+                "tensorrt-rtx-cu12-libs": ">=1.7",
+            },
+        ),
         "torch": Extra(
             purpose="open checkpoints, export, quantize, calibrate",
             needs={
@@ -110,6 +119,8 @@ _MODULES = {
     "scikit-learn": "sklearn",
     "tensorrt-cu12": "tensorrt",
     "tensorrt-cu13": "tensorrt",
+    "tensorrt-rtx-cu12-bindings": "tensorrt_rtx_bindings",
+    "tensorrt-rtx-cu12-libs": "tensorrt_rtx_libs",
 }
 """What is imported, where it has another name than the distribution."""
 _SAME_MODULE = ("onnxruntime", "onnxruntime-gpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,17 @@ def test_which_head_is_found(tmp_path: Path) -> None:
         HeadRequest(guard=file, labels=file)
 
 
-def test_export_trt_leaves_the_exact_parts_and_says_which_flag_is_missing(tmp_path: Path) -> None:
+def test_export_trt_leaves_the_exact_parts_and_says_which_flag_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
     written, _ = behind_language_model("llava", "original", tmp_path / "checkpoint")
     arguments = ["--model", str(written.folder), "--out", str(tmp_path / "out"), "--parity-images", "2"]
     done = CliRunner().invoke(trt, arguments)
     assert isinstance(done.exception, EngineUnavailableError)
-    assert "--images DIR" in done.stdout and "2,000 pictures or more" in done.stdout
+    assert f"python -m export.trt {' '.join(arguments[:4])} --images DIR\n" in done.stdout
+    assert "2,000 images or more" in done.stdout
     roles = [(file.role, file.precision) for file in open_bundle(tmp_path / "out").manifest.files]
     assert roles == [("head", "fp32"), ("vision", "fp32"), ("vision", "fp16")]
 
