@@ -50,7 +50,7 @@ def _activations(path: Path) -> Iterator[tuple[int, bool]]:
     model = inliner.inline_local_functions(onnx.load(str(path), load_external_data=False))
     del model.graph.value_info[:]  # what an exporter knew of a graph that was rewritten since
     graph = shape_inference.infer_shapes(model, data_prop=True).graph
-    scores = {node.output[0] for node in graph.node if node.op_type == "Softmax"}
+    scores = {name for node in graph.node if node.op_type == "Softmax" for name in (node.input[0], node.output[0])}
     for value in graph.value_info:
         kind = value.type.tensor_type
         sides = [side.dim_value or 1 for side in kind.shape.dim]  # the batch is left open
