@@ -37,7 +37,7 @@ from export.tensorrt.engine import (
     require_precisions,
 )
 from export.tensorrt.messages import title_of
-from export.tensorrt.request import Builder, EngineRequest, find_device
+from export.tensorrt.request import Builder, EngineRequest, check_options, find_device
 from export.tensorrt.targets import DEFAULT_TARGETS, parse_targets, shown_targets
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
@@ -75,6 +75,7 @@ def build_into(
     Raises BundleError for a bundle without the ONNX files it takes, MissingExtraError without ONNX Runtime,
     and those of :func:`export.tensorrt.engine.add_engine`.
     """
+    check_options(request.options, device)
     parts = parts_of(bundle, request.options, device)
     old = [part for part in parts if request.rebuild or current_engine(bundle, part, device) is None]
     if not old:
@@ -171,7 +172,7 @@ def _reference(bundle: Bundle, part: EnginePart, inputs: NDArray[Any]) -> Answer
     help="GPUs that TensorRT-RTX compiles for, by compute capability, separated by commas.  [default: "
     f"{','.join(DEFAULT_TARGETS)}]",
 )
-@click.option("--max-batch", type=int, default=EngineOptions.max_batch, show_default=True, help="Maximum batch size.")
+@click.option("--max-batch", type=int, help="Maximum batch size.  [default: up to 8, as 4 GiB of scratch memory allow]")
 @click.option(
     "--opt-batch", type=int, default=EngineOptions.opt_batch, show_default=True, help="Batch size to optimize for."
 )
@@ -194,7 +195,7 @@ def main(
     precision: EnginePrecision,
     builder: Builder,
     targets: str | None,
-    max_batch: int,
+    max_batch: int | None,
     opt_batch: int,
     workspace_mib: int | None,
     hardware_compatible: bool,
@@ -242,7 +243,7 @@ def main(
     elif model is not None:
         from safevlm.checkpoint.checkpoint import open_checkpoint
 
-        _check_targets(request)
+        _check_request(request)
         checkpoint = open_checkpoint(model, tap=tap, revision=revision)
         opened = _export(checkpoint, out, request, head, embeddings=embeddings)
     else:
@@ -282,12 +283,13 @@ def _export(
     return open_bundle(out, verify=False)
 
 
-def _check_targets(request: EngineRequest) -> None:
-    """Refuse targets before the export, which can take hours. Raises InputError."""
+def _check_request(request: EngineRequest) -> None:
+    """Refuse targets and options before the export, which can take hours. Raises InputError."""
     try:
-        find_device(request)
+        device = find_device(request)
     except EngineUnavailableError:  # told once the bundle is complete
         return
+    check_options(request.options, device)
 
 
 def _build_and_print(bundle: Bundle, request: EngineRequest, again: Sequence[object], *, as_json: bool) -> None:

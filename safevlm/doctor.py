@@ -56,7 +56,8 @@ class Findings:
 def find() -> Findings:
     """Look at this machine. Nothing that is broken raises: it is reported."""
     extras = {
-        name: tuple(library(each, needs) for each, needs in extra.needs.items()) for name, extra in EXTRAS.items()
+        name: tuple(library(each, needs) for each, needs in (*extra.needs.items(), *extra.system.items()))
+        for name, extra in EXTRAS.items()
     }
     return Findings(
         version=VERSION,
@@ -126,7 +127,8 @@ def _libraries(findings: Findings) -> Iterator[str]:
     yield f"{'ok' if findings.works else 'no':4}{'core':{wide}}  {told}"
     for name, extra in EXTRAS.items():
         libraries, has = findings.extras[name], findings.has(name)
-        told = _found(libraries) if has else f"{_lacking(libraries)}: pip install 'safevlm-edge[{name}]'"
+        hint = f"; {extra.hint}" if extra.hint else ""
+        told = _found(libraries) if has else f"{_lacking(libraries)}: pip install 'safevlm-edge[{name}]'{hint}"
         yield f"{'ok' if has else 'no':4}{extra.purpose:{wide}}  {told}"
     if not any(findings.has(name) for name in JUDGING):
         yield "No runtime is installed, so no image can be judged. Start with: pip install 'safevlm-edge[cpu]'"

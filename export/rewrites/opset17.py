@@ -1,11 +1,13 @@
 """Rewrite a float32 guard graph from opset 20 to 17, the newest that TensorRT 8.6 and 9 read.
 
 Preserved: inputs, outputs, weights (those beside the file stay there) and every value up to rounding.
-Changed: ``Gelu`` (opset 20) becomes Erf or Tanh arithmetic; ``ReduceMean`` gets its axes as an attribute again,
-because the 8.6 parser ignores the input that opset 18 made of them and would average over everything; ``Split``
-loses ``num_outputs``. Nodes whose squares and sums can leave float16's range are named with :data:`FLOAT32`.
-Sources: onnx/onnx-tensorrt 8.6-GA ``docs/operators.md``, ``builtin_op_importers.cpp`` and ``onnx2trt_utils.cpp``
-(``reduceTensor``); ONNX ``docs/Changelog.md``.
+Changed: ``Gelu`` (opset 20) becomes Erf or Tanh arithmetic; ``ReduceMean`` and its like get their axes as an attribute
+again, because the 8.6 parser ignores the input that opset 18 made of them and would average over everything; ``Split``
+loses ``num_outputs``; ``Shape`` of some sides becomes that of all and a ``Slice``, because the parsers of 8.6 and 9
+ignore ``start`` and ``end``. Nodes whose values can leave float16's range are named
+(:mod:`export.rewrites.wide_values`).
+Sources: onnx/onnx-tensorrt 8.6-GA and 9.3 ``docs/operators.md``, ``builtin_op_importers.cpp`` and
+``onnx2trt_utils.cpp`` (``reduceTensor``); ONNX ``docs/Changelog.md``.
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.rewrites.streamed_weights import place_beside
+from export.rewrites.wide_values import name_wide
+from runtimes.guard.cuda import tensorrt_extra
 from safevlm.errors import MissingExtraError, SafeVLMError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from onnx import NodeProto
 
-__all__ = ["FLOAT32", "OPSET", "lower_to_opset17"]
+__all__ = ["OPSET", "lower_to_opset17"]
 
 OPSET = 17
 IR_VERSION = 8
-FLOAT32 = "float32/"
-"""Begins the names of nodes that a weakly typed builder must leave in float32 (RMS norms, the mean over tokens)."""
-_WIDE = ("Pow", "ReduceMean", "Sqrt", "Reciprocal")
+REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
+"""All but the sum's, whose axes were an input already."""
+ALL_SIDES = 2**31 - 1
+"""The end of a slice that ends with the tensor: TensorRT's integers have 32 bits."""
 
 Lowering = Callable[["NodeProto", "_Constants"], Iterator["NodeProto"]]
 
@@ -56,9 +63,24 @@ class _Constants:
         """Return the name of a float32 scalar in the graph."""
         import numpy as np
 
-        name = f"opset17_{value!r}"
+        return self._add(f"opset17_{value!r}", np.array(value, dtype=np.float32))
+
+    def integer(self, value: int) -> str:
+        """Return the name of a row of one int64 in the graph."""
+        import numpy as np
+
+        return self._add(f"opset17_[{value}]", np.array([value], dtype=np.int64))
+
+    def is_bytes(self, name: str) -> bool:
+        """Say whether a tensor is an input of the graph with type uint8."""
+        from onnx import TensorProto
+
+        inputs = {each.name: each.type.tensor_type.elem_type for each in self._graph.input}
+        return inputs.get(name) == TensorProto.UINT8
+
+    def _add(self, name: str, values: NDArray[Any]) -> str:
         if name not in self._tensors:
-            self._tensors[name] = self._helper.from_array(np.array(value, dtype=np.float32), name)
+            self._tensors[name] = self._helper.from_array(values, name)
             self._graph.initializer.append(self._tensors[name])
         return name
 
@@ -66,19 +88,17 @@ class _Constants:
 def lower_to_opset17(source: Path, target: Path) -> None:
     """Write the graph of ``source`` to ``target`` in opset 17.
 
-    Weights beside ``source`` are linked to beside ``target``, not copied. Raises MissingExtraError without
-    the package onnx, SafeVLMError for a graph that opset 17 cannot say.
+    Weights beside ``source`` are given to ``target``, too, without a copy where the disk can do that. Raises
+    MissingExtraError without the package onnx, SafeVLMError for a graph that opset 17 cannot say.
     """
     try:
         import onnx
     except ImportError as error:
-        raise MissingExtraError("onnx", "trt", "building with TensorRT 8.6 or 9") from error
+        raise MissingExtraError("onnx", tensorrt_extra(), "building with TensorRT 8.6 or 9") from error
     model = onnx.load(str(source), load_external_data=False)
     constants = _Constants(model, source.parent)
     nodes = [lowered for node in model.graph.node for lowered in _LOWERINGS.get(node.op_type, _keep)(node, constants)]
-    for node in nodes:
-        if node.op_type in _WIDE:
-            node.name = FLOAT32 + (node.name or node.output[0])
+    name_wide(nodes)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     read = {name for node in nodes for name in node.input}
@@ -89,7 +109,7 @@ def lower_to_opset17(source: Path, target: Path) -> None:
         if opset.domain in ("", "ai.onnx"):
             opset.version = OPSET
     for data in {_location(tensor) for tensor in model.graph.initializer} - {""}:
-        target.with_name(data).symlink_to((source.parent / data).resolve())
+        place_beside(source.parent / data, target.with_name(data))
     onnx.save(model, str(target))
     _check(model, source)
 
@@ -97,7 +117,7 @@ def lower_to_opset17(source: Path, target: Path) -> None:
 def _check(model: Any, source: Path) -> None:
     """Raise SafeVLMError unless every node is one of opset 17. ``model`` is used up.
 
-    Weights in another file are declared as inputs for the checker, which reads no file behind a link.
+    Weights in another file are declared as inputs for the checker, which would read them.
     """
     from onnx import checker, helper
 
@@ -117,8 +137,8 @@ def _keep(node: NodeProto, _: _Constants) -> Iterator[NodeProto]:
     yield node
 
 
-def _mean(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
-    """Turn the axes of a ReduceMean from an input into an attribute."""
+def _reduction(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
+    """Turn the axes of a reduction from an input into an attribute."""
     from onnx import helper
 
     if len(node.input) > 1 and node.input[1]:
@@ -133,6 +153,27 @@ def _split(node: NodeProto, _: _Constants) -> Iterator[NodeProto]:
     """Drop ``num_outputs``, which the number of outputs says already."""
     _drop_attribute(node, "num_outputs")
     yield node
+
+
+def _shape(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
+    """Slice what is asked for out of the whole shape; bytes, which have no shape there, become float32 first.
+
+    8.6 lets an input of uint8 be cast and nothing else; a tensor whose shape alone is read costs nothing.
+    """
+    from onnx import TensorProto, helper
+
+    bounds = {attribute.name: attribute.i for attribute in node.attribute}
+    x, y, name = node.input[0], node.output[0], node.name or node.output[0]
+    if constants.is_bytes(x):
+        yield helper.make_node("Cast", [x], [f"{y}/float"], name=f"{name}/float", to=TensorProto.FLOAT)
+        x = f"{y}/float"
+    if not bounds:
+        yield helper.make_node("Shape", [x], [y], name=name)
+        return
+    start, end = bounds.get("start", 0), bounds.get("end", ALL_SIDES)
+    ends = [constants.integer(start), constants.integer(end), constants.integer(0)]
+    yield helper.make_node("Shape", [x], [f"{y}/all"], name=f"{name}/all")
+    yield helper.make_node("Slice", [f"{y}/all", *ends], [y], name=name)
 
 
 def _gelu(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
@@ -168,7 +209,12 @@ def _gelu(node: NodeProto, constants: _Constants) -> Iterator[NodeProto]:
         yield helper.make_node(operator, names, [made], name=f"{name}/{output}")
 
 
-_LOWERINGS: dict[str, Lowering] = {"Gelu": _gelu, "ReduceMean": _mean, "Split": _split}
+_LOWERINGS: dict[str, Lowering] = {
+    "Gelu": _gelu,
+    "Shape": _shape,
+    "Split": _split,
+    **{f"Reduce{kind}": _reduction for kind in REDUCTIONS},
+}
 
 
 def _drop_attribute(node: NodeProto, name: str) -> None:

@@ -6,11 +6,11 @@ ONNX IR specification, "Functions"; ``onnx.inliner``.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.rewrites.streamed_weights import place_beside
+from runtimes.guard.cuda import tensorrt_extra
 from safevlm.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["to_standard"]
 
 
 def to_standard(source: Path, target: Path) -> None:
-    """Write the graph of ``source`` to ``target`` without functions; weights beside it are linked to, not copied.
+    """Write the graph of ``source`` to ``target`` without functions; weights beside it are given to it, too.
 
     Raises MissingExtraError without the package onnx.
     """
@@ -28,7 +28,7 @@ def to_standard(source: Path, target: Path) -> None:
         import onnx
         from onnx import inliner
     except ImportError as error:
-        raise MissingExtraError("onnx", "trt", "expanding a guard's functions") from error
+        raise MissingExtraError("onnx", tensorrt_extra(), "expanding a guard's functions") from error
     model = onnx.load(str(source), load_external_data=False)
     model = inliner.inline_local_functions(model)
     standard = [opset for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
@@ -38,7 +38,7 @@ def to_standard(source: Path, target: Path) -> None:
         _as_tensor(node)
     data = source.with_name(source.name + ".data")
     if data.exists():
-        _give(data.resolve(), target.with_name(data.name))
+        place_beside(data, target.with_name(data.name))
     onnx.save(model, str(target))
 
 
@@ -52,11 +52,3 @@ def _as_tensor(node: NodeProto) -> None:
         tensor = helper.make_tensor(node.output[0], kinds[attribute.name], [], [number])
         node.attribute.remove(attribute)
         node.attribute.append(helper.make_attribute("value", tensor))
-
-
-def _give(data: Path, there: Path) -> None:
-    """Put a file under a second name, the same file where the disk can: readers refuse links that lead away."""
-    try:
-        os.link(data, there)
-    except OSError:  # another file system, or one without such links
-        shutil.copyfile(data, there)

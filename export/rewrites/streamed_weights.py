@@ -5,6 +5,8 @@ Source: the ONNX IR specification, "External Tensor Data".
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from onnx import TensorProto
 
-__all__ = ["WeightWriter", "read_weight"]
+__all__ = ["WeightWriter", "place_beside", "read_weight"]
 
 SMALL = 2**10
 """Bytes; smaller tensors stay inside the graph."""
@@ -30,6 +32,20 @@ def read_weight(tensor: TensorProto, folder: Path) -> NDArray[Any]:
     own = TensorProto()  # what is read stays in the message that it is read into
     own.CopyFrom(tensor)
     return numpy_helper.to_array(own, str(folder))
+
+
+def place_beside(data: Path, there: Path) -> None:
+    """Put a file of weights under a second name, the same file where the disk can; nothing happens where it is there.
+
+    Not a symbolic link: readers refuse links that lead away.
+    """
+    data = data.resolve()
+    if there.exists() and there.samefile(data):
+        return
+    try:
+        os.link(data, there)
+    except OSError:  # another file system, or one without such links
+        shutil.copyfile(data, there)
 
 
 class WeightWriter:

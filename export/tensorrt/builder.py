@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from export.rewrites.opset17 import FLOAT32, lower_to_opset17
+from export.rewrites.opset17 import lower_to_opset17
 from export.rewrites.standard_operators import to_standard
+from export.rewrites.wide_values import FLOAT32
 from export.tensorrt.messages import build_failure, collecting_logger, module_of, parser_failure, title_of
 from export.tensorrt.targets import set_targets
 from runtimes.guard.engines.library import EngineModule
@@ -46,12 +47,13 @@ EnginePrecision = Literal["fp16", "fp32", "int8"]
 Report = Callable[[str], None]
 OLDEST = (8, 6)
 MIB = 2**20
+USUAL_BATCH = 8
 MAX_CACHE_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What an engine is built with; its batch goes from 1 to ``max_batch`` and is fastest at ``opt_batch``.
+    """What an engine is built with; its batch goes from 1 to ``largest_batch`` and is fastest at ``opt_batch``.
 
     ``workspace_mib`` bounds the GPU memory that a layer may use for scratch; TensorRT's own bound is all of it.
     ``hardware_compatible`` engines run on every GPU from compute capability 8.0 up, ``version_compatible`` ones with
@@ -59,7 +61,7 @@ class EngineOptions:
     """
 
     precision: EnginePrecision = "fp16"
-    max_batch: int = 8
+    max_batch: int | None = None
     opt_batch: int = 1
     workspace_mib: int | None = None
     hardware_compatible: bool = False
@@ -70,13 +72,18 @@ class EngineOptions:
             raise InputError(
                 f"engine precision {self.precision!r}: {', '.join(get_args(EnginePrecision))} are allowed."
             )
-        if not 1 <= self.opt_batch <= self.max_batch:
+        if not 1 <= self.opt_batch <= self.largest_batch:
             raise InputError(
-                f"--opt-batch {self.opt_batch} with --max-batch {self.max_batch}: "
+                f"--opt-batch {self.opt_batch} with --max-batch {self.largest_batch}: "
                 "1 <= opt-batch <= max-batch is allowed."
             )
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise InputError(f"--workspace-mib {self.workspace_mib}: at least 1 is allowed.")
+
+    @property
+    def largest_batch(self) -> int:
+        """``max_batch``, or the usual one, which an engine of a bundle lowers where it needs much memory."""
+        return max(USUAL_BATCH, self.opt_batch) if self.max_batch is None else self.max_batch
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ def build_engine(
         report("TensorRT: timing kernels")
     serialized = graph.builder.build_serialized_network(graph.network, config)
     if serialized is None:
-        raise build_failure(trt, log.errors, options.max_batch, targets)
+        raise build_failure(trt, log.errors, options.largest_batch, targets)
     plan.write_bytes(serialized)
     if not api.ahead_of_time:
         _save_timing_cache(config, timing_cache, report)
@@ -267,11 +274,11 @@ def _configure(trt: Any, graph: Graph, api: BuilderApi, options: EngineOptions, 
             _keep_in_float32(trt, graph.network)
     profile = graph.builder.create_optimization_profile()
     for each in inputs:
-        shapes = [(batch, *each.shape[1:]) for batch in (1, options.opt_batch, options.max_batch)]
+        shapes = [(batch, *each.shape[1:]) for batch in (1, options.opt_batch, options.largest_batch)]
         profile.set_shape(each.name, *shapes)
     if config.add_optimization_profile(profile) < 0:
         raise SafeVLMError(
-            f"{title_of(trt)} refused the batch profile 1, {options.opt_batch}, {options.max_batch} of "
+            f"{title_of(trt)} refused the batch profile 1, {options.opt_batch}, {options.largest_batch} of "
             f"{', '.join(each.name for each in inputs)}: please report this."
         )
     return config

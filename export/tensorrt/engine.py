@@ -7,7 +7,6 @@ and ``head``. Shapes: n images, H × W pixels, T image tokens, D width of the la
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from export.tensorrt.builder import (
     builder_api,
 )
 from export.tensorrt.messages import module_of, title_of
+from export.tensorrt.room import check_room, default_batch, scratch_bytes, stored_bytes
 from runtimes.guard.bundle import Bundle, sha256_of, specs
 from runtimes.guard.cuda import Gpu
 from runtimes.guard.engines.library import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE, EngineModule
@@ -35,9 +35,9 @@ from runtimes.guard.runner import FileRunner
 from safevlm.contract.graph_fit import Role
 from safevlm.contract.manifest import EngineInfo, GuardFile, Latency, Manifest, Parity
 from safevlm.contract.parity import ENGINE_TOLERANCES, check_embeddings, check_parity, judge_of
-from safevlm.errors import BundleError, EngineUnavailableError
+from safevlm.errors import BundleError
 from safevlm.files.draft import draft_of
-from safevlm.files.storage import shown_bytes, storing
+from safevlm.files.storage import storing
 from safevlm.machine import times_ms
 
 __all__ = [
@@ -58,7 +58,6 @@ MakeRunner = Callable[[Bundle, GuardFile], FileRunner]
 
 PARITY_SEED = 0
 """Draws the images that a reader compares an engine on that was built ahead of time."""
-ACTIVATION_BYTES = 32
 WARM_UP, MOST_RUNS, MOST_SECONDS = 10, 200, 5.0
 
 
@@ -126,7 +125,18 @@ def parts_of(bundle: Bundle, options: EngineOptions, device: Device) -> tuple[En
     for part in parts:
         wanted = part.options.precision
         require_precisions(bundle, {judge_of(wanted), device.api.source_precision(wanted)}, part.role)
-    return parts
+    return tuple(_with_batch(bundle, part, device) for part in parts) if options.max_batch is None else parts
+
+
+def _with_batch(bundle: Bundle, part: EnginePart, device: Device) -> EnginePart:
+    """Return a part with the batch that its scratch memory allows."""
+    most = max(default_batch(_scratch(bundle, part, device)), part.options.opt_batch)
+    return replace(part, options=replace(part.options, max_batch=most))
+
+
+def _scratch(bundle: Bundle, part: EnginePart, device: Device) -> int:
+    """Return the scratch memory an image that an engine needs."""
+    return scratch_bytes(bundle.path(part.source(bundle, device)), fused=part.options.precision == "fp16")
 
 
 def require_precisions(bundle: Bundle, precisions: set[str], role: Role) -> None:
@@ -147,30 +157,6 @@ def require_precisions(bundle: Bundle, precisions: set[str], role: Role) -> None
         f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
         f"--precision fp32,fp16{',int8' if 'int8' in precisions else ''}"
     )
-
-
-def check_room(bundle: Bundle, source: GuardFile, options: EngineOptions, free_bytes: int | None) -> None:
-    """Refuse what cannot fit before the long work begins.
-
-    The disk must hold the engine, which is about as large as its weights. The GPU must hold the weights twice, as
-    built and as tried, and :data:`ACTIVATION_BYTES` for each grey level of ``max_batch`` pictures, which is less than
-    a build takes: what is refused would fail. Raises EngineUnavailableError with the numbers and a way out.
-    """
-    stored = source.bytes + sum(file.bytes for file in bundle.files("onnx_data") if file.path == f"{source.path}.data")
-    weights = stored // 2 if options.precision == "fp16" and source.precision == "fp32" else stored
-    disk = shutil.disk_usage(bundle.folder).free
-    if disk < weights:
-        raise EngineUnavailableError(
-            f"{bundle.folder}: an engine of about {shown_bytes(weights)} does not fit on this disk, which has "
-            f"{shown_bytes(disk)} free. Make room, or copy the bundle to another disk."
-        )
-    size = bundle.manifest.preprocessing
-    needed = 2 * weights + options.max_batch * size.height * size.width * 3 * ACTIVATION_BYTES
-    if free_bytes is not None and free_bytes < needed:
-        raise EngineUnavailableError(
-            f"the build needs {shown_bytes(needed)} of GPU memory or more at --max-batch {options.max_batch}, and "
-            f"{shown_bytes(free_bytes)} are free. Close what else uses the GPU, or try a smaller --max-batch."
-        )
 
 
 def current_engine(bundle: Bundle, part: EnginePart, device: Device) -> GuardFile | None:
@@ -201,7 +187,10 @@ def add_engine(
     Raises those of :func:`build_engine`; ParityError.
     """
     source, info = part.source(bundle, device), _info(bundle, part, device)
-    check_room(bundle, source, part.options, device.free_bytes)
+    halved = part.options.precision == "fp16" and source.precision == "fp32"
+    scratch_size = _scratch(bundle, part, device)
+    weights = stored_bytes(bundle, source, halved=halved)
+    check_room(bundle, weights, scratch_size, part.options.largest_batch, device.free_bytes)
     with draft_of(bundle.folder / "engine") as scratch, storing(bundle.folder, advice="copy the bundle elsewhere"):
         path, plan = bundle.path(source), scratch / "guard.plan"
         tensors = tensors_of(path, source)
@@ -274,7 +263,7 @@ def _info(bundle: Bundle, part: EnginePart, device: Device) -> EngineInfo:
         parity_seed=PARITY_SEED if device.gpu is None else None,
         min_batch=1,
         opt_batch=options.opt_batch,
-        max_batch=options.max_batch,
+        max_batch=options.largest_batch,
         options=stated,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +12,11 @@ from export.guard.options import PARITY_IMAGES
 from export.tensorrt.builder import EngineOptions
 from export.tensorrt.engine import Device
 from export.tensorrt.targets import DEFAULT_TARGETS, check_targets
-from runtimes.guard.cuda import current_gpu, free_memory, load_cuda
-from runtimes.guard.engines.library import import_tensorrt
+from runtimes.guard.cuda import current_gpu, free_memory, is_jetson, load_cuda, tensorrt_extra
+from runtimes.guard.engines.library import AMPERE, import_tensorrt
 from safevlm.errors import EngineUnavailableError, InputError, MissingExtraError
 
-__all__ = ["Builder", "EngineRequest", "find_device"]
+__all__ = ["Builder", "EngineRequest", "check_options", "find_device"]
 
 PURPOSE = "building a TensorRT engine"
 Builder = Literal["auto", "tensorrt", "rtx"]
@@ -82,6 +84,60 @@ def find_device(request: EngineRequest = EngineRequest()) -> Device:
     raise EngineUnavailableError(f"no engine was built here: {'; '.join(missing)}.")
 
 
+def check_options(options: EngineOptions, device: Device) -> None:
+    """Refuse what a device's TensorRT or GPU cannot build: before an export, which can take hours.
+
+    Raises InputError with a way out.
+    """
+    try:
+        device.api.source_precision(options.precision)
+    except EngineUnavailableError as error:
+        raise InputError(str(error)) from error
+    if options.hardware_compatible and device.gpu is not None:
+        if is_jetson():
+            raise InputError("--hardware-compatible: engines of a Jetson run on its own kind alone. Leave it out.")
+        if tuple(map(int, device.gpu.compute_capability.split("."))) < AMPERE:
+            raise InputError(
+                f"--hardware-compatible engines need compute capability 8.0 or newer, and {device.gpu.name} has "
+                f"{device.gpu.compute_capability}. Leave it out, or build on a newer GPU."
+            )
+    if options.version_compatible and not _has_lean_runtime(device.version):
+        raise InputError(
+            f"--version-compatible builds TensorRT's lean runtime into the engine, and tensorrt_lean is not installed. "
+            f"Install it in the same version: {_lean_package(device.version)}."
+        )
+
+
+def _has_lean_runtime(version: str) -> bool:
+    """Say whether the builder will find the lean runtime; a wheel's is found once its module is imported."""
+    try:
+        lean = import_module("tensorrt_lean")
+    except ImportError:
+        pass
+    else:
+        return str(lean.__version__).split(".post")[0] == version.split(".post")[0]
+    try:
+        ctypes.CDLL(f"libnvinfer_lean.so.{version.split('.')[0]}")
+    except OSError:
+        return False
+    return True
+
+
+def _lean_package(version: str) -> str:
+    if is_jetson():
+        return "sudo apt-get install libnvinfer-lean" + version.split(".")[0]
+    cuda = next((name for name in ("cu13", "cu12") if _is_installed(f"tensorrt-{name}")), None)
+    return f"pip install tensorrt-lean{f'-{cuda}' if cuda else ''}=={version}"
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _rtx_device(targets: tuple[str, ...]) -> tuple[Device | None, list[str]]:
     try:
         trt = import_tensorrt("tensorrt_rtx")
@@ -98,17 +154,23 @@ def _gpu_device() -> tuple[Device | None, list[str]]:
         trt = import_tensorrt()
         _ = Device(trt).api
     except MissingExtraError:
-        missing.append("the package 'tensorrt' is not installed (pip install 'safevlm-edge[trt]'; JetPack brings it)")
+        missing.append(f"the package 'tensorrt' is not installed ({_how_to_install()})")
     except EngineUnavailableError as error:
         missing.append(str(error).rstrip("."))
     try:
         cuda = load_cuda(PURPOSE)
         gpu, free = current_gpu(cuda), free_memory(cuda)
     except MissingExtraError:
-        missing.append("the package 'cuda-python' is not installed (pip install 'safevlm-edge[trt]')")
+        missing.append(f"the package 'cuda-python' is not installed (pip install 'safevlm-edge[{tensorrt_extra()}]')")
     except InputError as error:
         missing.append(f"there is no usable NVIDIA GPU ({_reason(error)})")
     return (None if missing else Device(trt, gpu, free)), missing
+
+
+def _how_to_install() -> str:
+    if is_jetson():
+        return "JetPack brings it: make the environment with python3 -m venv --system-site-packages"
+    return f"pip install 'safevlm-edge[{tensorrt_extra()}]'"
 
 
 def _reason(error: InputError) -> str:

@@ -13,10 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from safevlm.errors import InputError, MissingExtraError, SafeVLMError
+from safevlm.machine import available_memory
 
-__all__ = ["CudaRuntime", "DeviceBuffer", "Gpu", "current_gpu", "driver_version", "free_memory", "load_cuda"]
+__all__ = [
+    "CudaRuntime",
+    "DeviceBuffer",
+    "Gpu",
+    "current_gpu",
+    "driver_version",
+    "free_memory",
+    "is_jetson",
+    "load_cuda",
+    "tensorrt_extra",
+]
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+TEGRA_RELEASE = Path("/etc/nv_tegra_release")
+"""JetPack's own; a container without it still sees the next one."""
+DEVICE_TREE = Path("/proc/device-tree/compatible")
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,17 @@ def load_cuda(purpose: str) -> CudaRuntime:
         try:
             return CudaRuntime(import_module("cuda.cudart"))
         except ImportError as error:
-            raise MissingExtraError("cuda-python", "trt", purpose) from error
+            raise MissingExtraError("cuda-python", tensorrt_extra(), purpose) from error
+
+
+def is_jetson() -> bool:
+    """Say whether this machine is a Jetson, which has its own CUDA and TensorRT from JetPack."""
+    return TEGRA_RELEASE.exists() or (DEVICE_TREE.exists() and b"nvidia,tegra" in DEVICE_TREE.read_bytes())
+
+
+def tensorrt_extra() -> str:
+    """Return the extra that brings TensorRT's libraries to this machine; those of CUDA 12 run with newer drivers."""
+    return "jetson" if is_jetson() else "trt-cu12"
 
 
 def current_gpu(cuda: CudaRuntime) -> Gpu:
@@ -99,9 +123,14 @@ def current_gpu(cuda: CudaRuntime) -> Gpu:
 
 
 def free_memory(cuda: CudaRuntime) -> int:
-    """Return how many bytes of the GPU's memory are free."""
-    free, _total = cuda.call("cudaMemGetInfo")
-    return int(free)
+    """Return how many bytes of memory the GPU could give now.
+
+    An integrated GPU, a Jetson's, has the machine's memory: ``cudaMemGetInfo`` leaves out what the system keeps in it
+    for files and would give back (CUDA for Tegra, "Memory Management").
+    """
+    free, total = cuda.call("cudaMemGetInfo")
+    properties = cuda.call("cudaGetDeviceProperties", cuda.call("cudaGetDevice"))
+    return min(int(total), max(int(free), available_memory())) if properties.integrated else int(free)
 
 
 def driver_version(cuda: CudaRuntime) -> str:
@@ -116,13 +145,16 @@ def driver_version(cuda: CudaRuntime) -> str:
 
 
 def _check_driver(cuda: CudaRuntime) -> None:
-    """Raise SafeVLMError when the driver is of an older major CUDA than the libraries ("CUDA Compatibility")."""
+    """Raise SafeVLMError without a driver, or with one of an older major CUDA than the libraries."""
     driver, runtime = int(cuda.call("cudaDriverGetVersion")), int(cuda.call("cudaRuntimeGetVersion"))
-    if driver > 0 and driver // 1000 < runtime // 1000:
+    if driver == 0:  # what CUDA says where none is installed
+        raise SafeVLMError("there is no NVIDIA driver")
+    of_extra = f" (pip install 'safevlm-edge[trt-cu{driver // 1000}]')" if driver // 1000 >= 12 else ""
+    if driver // 1000 < runtime // 1000:
         raise SafeVLMError(
             f"the driver is too old: it brings CUDA {_version(driver)}, the installed libraries need "
             f"{runtime // 1000}.0 or newer: update the driver, or install cuda-python and TensorRT for CUDA "
-            f"{driver // 1000}"
+            f"{driver // 1000}{of_extra}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -17,10 +17,15 @@ State = Literal["ok", "missing", "unfit", "broken"]
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """An extra of this package: what it is for, and the libraries with the versions that will do."""
+    """An extra of this package: what it is for, and the libraries with the versions that will do.
+
+    What the ``system`` brings cannot be installed by the extra; ``hint`` says how to get at it.
+    """
 
     purpose: str
     needs: Mapping[str, str]
+    system: Mapping[str, str] = field(default_factory=dict)
+    hint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +47,19 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
         "cpu": Extra(purpose="judge with ONNX Runtime on a CPU", needs={"onnxruntime": ">=1.22"}),
         "gpu": Extra(purpose="judge with ONNX Runtime on a GPU", needs={"onnxruntime-gpu": ">=1.22"}),
         "openvino": Extra(purpose="judge with OpenVINO", needs={"openvino": ">=2025.0"}),
-        "trt": Extra(
-            purpose="build and run TensorRT engines",
-            needs={"cuda-python": ">=12", "onnx": ">=1.19", "onnxruntime": ">=1.22", "tensorrt": ">=8.6"},
+        "trt-cu12": Extra(
+            purpose="build and run TensorRT engines (CUDA 12)",
+            needs={"cuda-python": ">=12,<13", "onnx": ">=1.19", "onnxruntime": ">=1.22", "tensorrt-cu12": ">=10.0"},
+        ),
+        "trt-cu13": Extra(
+            purpose="build and run TensorRT engines (CUDA 13)",
+            needs={"cuda-python": ">=13,<14", "onnx": ">=1.19", "onnxruntime": ">=1.22", "tensorrt-cu13": ">=10.13"},
+        ),
+        "jetson": Extra(
+            purpose="build and run TensorRT engines (Jetson)",
+            needs={"cuda-python": ">=12,<13", "onnx": ">=1.19", "onnxruntime": ">=1.22"},
+            system={"tensorrt": ">=8.6"},
+            hint="JetPack brings tensorrt; make the environment with python3 -m venv --system-site-packages",
         ),
         "rtx": Extra(
             purpose="build TensorRT-RTX engines, without a GPU",
@@ -91,7 +106,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
     }
 )
 """As in pyproject.toml, here so that folders copied to a device know it, too."""
-JUDGING = ("cpu", "gpu", "openvino", "trt", "torch")
+JUDGING = ("cpu", "gpu", "openvino", "trt-cu12", "trt-cu13", "jetson", "torch")
 """One of these extras is needed to judge images."""
 _MODULES = {
     "cuda-python": "cuda",
@@ -102,12 +117,16 @@ _MODULES = {
     "prometheus-client": "prometheus_client",
     "protobuf": "google.protobuf",
     "scikit-learn": "sklearn",
+    "tensorrt-cu12": "tensorrt",
+    "tensorrt-cu13": "tensorrt",
     "tensorrt-rtx-cu12-bindings": "tensorrt_rtx_bindings",
     "tensorrt-rtx-cu12-libs": "tensorrt_rtx_libs",
 }
 """What is imported, where it has another name than the distribution."""
 _SAME_MODULE = ("onnxruntime", "onnxruntime-gpu")
 """Distributions that write the same files: the one that is installed later overwrites the other."""
+_NAMED = (_SAME_MODULE[1], "tensorrt-cu12", "tensorrt-cu13")
+"""Distributions whose module another one has, too: without its metadata a module says nothing of them."""
 
 
 def library(name: str, needs: str) -> Library:
@@ -115,7 +134,7 @@ def library(name: str, needs: str) -> Library:
     version, problem = _version(name)
     if problem is not None:
         return Library(name=name, needs=needs, state="broken", problem=problem)
-    if version is None and name == _SAME_MODULE[1]:  # its module may be the other distribution's
+    if version is None and name in _NAMED:
         return Library(name=name, needs=needs, state="missing")
     found, problem = _is_found(_MODULES.get(name, name))
     if not found:

@@ -146,7 +146,9 @@ def make_tensorrt(version: str, *, refuse: tuple[str, ...] = (), fail: str | Non
             return self._errors[index]
 
         def parse_from_file(self, file: str) -> bool:
-            model = onnx.load(file)
+            model = onnx.load(file, load_external_data=False)
+            beside = {entry.value for each in model.graph.initializer for entry in each.external_data[:1]}
+            assert all(Path(file).with_name(name).is_file() for name in beside), "weights are missing"
             calls.parsed = Path(file).name
             self._network.tensors = {
                 "input": [_tensor(value) for value in model.graph.input],

@@ -70,6 +70,14 @@ def test_a_projector_tap_is_split_off_exactly(family: str, layout: str, tmp_path
     assert not [name for name in checkpoint.tensors.read_names if "language_model" in name or "lm_head" in name]
 
 
+def test_an_export_in_float16_says_nothing_about_onnx_runtime(
+    written: Written, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = open_checkpoint(str(written.folder))
+    export_guard(checkpoint, tmp_path / "out", ExportOptions(precisions=("fp16",), parity_images=2))
+    assert "onnxruntime" not in "".join(capfd.readouterr())
+
+
 def test_several_vision_layers_are_concatenated(tmp_path: Path) -> None:
     """LLaVA's vision_feature_layer as a list; layers behind the last one that is read are left out."""
     model = model_of("llava", {}, {"num_hidden_layers": 4}, vision_feature_layer=[1, -3, 0])

@@ -21,7 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import export.tensorrt.request as asking
 import export.trt as command
-from export.rewrites.opset17 import FLOAT32, lower_to_opset17
+from export.guard.bundle import data_beside
+from export.rewrites.opset17 import lower_to_opset17
+from export.rewrites.wide_values import FLOAT32
 from export.tensorrt.builder import BUILDER_APIS, EngineOptions, builder_api
 from export.tensorrt.engine import Device, EnginePart, current_engine
 from export.tensorrt.request import EngineRequest, find_device
@@ -85,12 +87,12 @@ def write_guard(path: Path, *, beside: bool = False, approximate: str = "none") 
     onnx.save(model, path, save_as_external_data=beside, location=data if beside else None, size_threshold=64)
 
 
-def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16")) -> Bundle:
+def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16"), *, beside: bool = False) -> Bundle:
     folder.mkdir()
     files = []
     for precision in precisions:
         path = folder / f"guard.{precision}.onnx"
-        write_guard(path)
+        write_guard(path, beside=beside)
         files.append(
             GuardFile(
                 path=path.name,
@@ -104,6 +106,7 @@ def write_bundle(folder: Path, precisions: tuple[str, ...] = ("fp32", "fp16")) -
                 ),
             )
         )
+        files += data_beside(path, files[-1])
     manifest = Manifest(
         created="2026-01-01T00:00:00+00:00",
         tool_version="0",
@@ -193,8 +196,15 @@ def test_each_version_is_told_fp16_in_its_own_way(
     assert trt.calls.profiles == [("rgb", (1, SIDE, SIDE, 3), (4, SIDE, SIDE, 3), (16, SIDE, SIDE, 3))]
 
 
+@pytest.fixture
+def lean(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the lean runtime's module be installed in a version."""
+    return lambda version: monkeypatch.setitem(sys.modules, "tensorrt_lean", SimpleNamespace(__version__=version))
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: str) -> None:
+def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: str, lean: Callable[[str], None]) -> None:
+    lean(version)
     trt = make_tensorrt(version)
     built = build(bundle, trt, request(precision="fp32", hardware_compatible=True, version_compatible=True))
     assert trt.calls.set_flags == ["VERSION_COMPATIBLE"] and trt.calls.level.name == "AMPERE_PLUS"
@@ -208,10 +218,10 @@ def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: st
 def test_what_cannot_fit_is_refused_before_the_build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(bundle.folder)
     trt = make_tensorrt("10.3.0")
-    with pytest.raises(EngineUnavailableError, match=r"needs .* [MG]iB of GPU memory .* --max-batch 512, and 1\.0 MiB"):
-        build_into(bundle, request(max_batch=512), Device(trt, ORIN, 2**20), make_runner=EngineRunner)
+    with pytest.raises(EngineUnavailableError, match=r"needs about .* of GPU memory at --max-batch 512, and 0\.. MiB"):
+        build_into(bundle, request(max_batch=512), Device(trt, ORIN, 2**18), make_runner=EngineRunner)
     full = SimpleNamespace(total=0, used=0, free=10)
-    monkeypatch.setattr("export.tensorrt.engine.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("export.tensorrt.room.shutil.disk_usage", lambda _: full)
     with pytest.raises(EngineUnavailableError, match=r"does not fit on this disk, which has 10 bytes free"):
         build_into(bundle, request(), Device(trt, ORIN), make_runner=EngineRunner)
     assert trt.calls.parsed is None and content(bundle.folder) == before
@@ -241,7 +251,7 @@ def test_an_int8_engine_comes_from_the_int8_graph_and_is_judged_by_it(tmp_path: 
 
 def test_8_6_has_no_int8_engine_and_says_what_has(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", ("fp32", "fp16", "int8"))
-    with pytest.raises(EngineUnavailableError, match="int8 engines need TensorRT 10 or newer"):
+    with pytest.raises(InputError, match="int8 engines need TensorRT 10 or newer"):
         build(bundle, make_tensorrt("8.6.2"), request(precision="int8"))
 
 
@@ -302,17 +312,20 @@ def test_the_graph_in_opset_17_computes_the_same(tmp_path: Path, approximate: st
     assert model.opset_import[0].version == 17
     assert not {"Gelu"} & {node.op_type for node in model.graph.node}
     assert all(len(node.input) == 1 for node in model.graph.node if node.op_type == "ReduceMean")
-    for link in target.parent.glob("*.data"):  # ONNX Runtime reads no weights behind a link, TensorRT does
-        assert link.is_symlink()
-        weights = link.read_bytes()
-        link.unlink()
-        link.write_bytes(weights)
     assert beside == (target.parent / "guard.onnx.data").exists()
     rgb = np.random.default_rng(1).integers(0, 256, (5, 1, 1, 3), dtype=np.uint8).repeat(SIDE, 1).repeat(SIDE, 2)
     before, after = (onnxruntime.InferenceSession(str(path)).run(None, {"rgb": rgb}) for path in (source, target))
     assert np.ptp(before[0], axis=0).max() > 0.05  # or equality would say nothing
     for old, new in zip(before, after, strict=True):
         np.testing.assert_allclose(new, old, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_weights_beside_the_graph_reach_every_parser(tmp_path: Path, version: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle", beside=True)
+    before = content(bundle.folder)
+    build(bundle, make_tensorrt(version))
+    assert before.items() - content(bundle.folder).items() == {("manifest.json", before["manifest.json"])}
 
 
 def test_a_node_that_opset_17_has_not_is_refused(tmp_path: Path) -> None:
@@ -335,7 +348,7 @@ def test_axes_that_are_computed_cannot_be_lowered(tmp_path: Path) -> None:
 
 def test_8_6_without_the_package_onnx_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r"'onnx'.*safevlm-edge\[trt\]"):
+    with pytest.raises(MissingExtraError, match=r"'onnx'.*safevlm-edge\[trt-cu12\]"):
         build(bundle, make_tensorrt("8.6.2"))
 
 
@@ -673,6 +686,46 @@ def test_the_printed_command_asks_for_the_same_engine(tmp_path: Path, monkeypatc
         assert words[:3] == ["python", "-m", "export.trt"]
         CliRunner().invoke(command.main, words[3:], catch_exceptions=False)
         assert asked.pop() == each
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "options", "said"),
+    [
+        ("8.6.2", ORIN, ("--precision", "int8"), "int8 engines need TensorRT 10 or newer"),
+        ("10.3.0", Gpu("T4", "7.5"), ("--hardware-compatible",), r"compute capability 8\.0 or newer, and T4 has 7\.5"),
+        ("10.3.0", ORIN, ("--version-compatible",), r"tensorrt_lean is not installed.*tensorrt-lean==10\.3\.0"),
+    ],
+)
+def test_what_the_device_cannot_build_is_refused_before_the_export(
+    version: str, gpu: Gpu, options: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: object, **__: object) -> None:
+        raise AssertionError("the long work has begun")
+
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", None)
+    monkeypatch.setattr(command, "find_device", lambda request: Device(make_tensorrt(version), gpu))
+    monkeypatch.setattr(command, "_export", export)
+    with pytest.raises(InputError, match=said):
+        CliRunner().invoke(command.main, ["--model", "tiny-safegem", *options], catch_exceptions=False)
+
+
+def test_a_lean_runtime_of_another_version_does_not_do(bundle: Bundle, lean: Callable[[str], None]) -> None:
+    lean("10.2.0")
+    with pytest.raises(InputError, match="in the same version"):
+        build(bundle, make_tensorrt("10.3.0"), request(version_compatible=True))
+    lean("10.3.0.post1")
+    build(bundle, make_tensorrt("10.3.0"), request(version_compatible=True))
+
+
+def test_a_jetson_is_told_where_its_tensorrt_is(
+    no_device: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0000\0nvidia,tegra234\0")
+    monkeypatch.setattr("runtimes.guard.cuda.DEVICE_TREE", tmp_path / "compatible")
+    with pytest.raises(EngineUnavailableError, match=r"JetPack brings it: .*--system-site-packages.*edge\[jetson\]"):
+        find_device()
+    with pytest.raises(InputError, match="--hardware-compatible: engines of a Jetson"):
+        build(bundle, make_tensorrt("10.3.0"), request(hardware_compatible=True))
 
 
 def test_everything_that_is_missing_is_said_at_once(no_device: None) -> None:

@@ -56,6 +56,7 @@ def test_a_machine_that_works_is_0_and_json_and_text_agree() -> None:
         missing = [each["name"] for each in libraries if each["state"] != "ok"]
         assert line.startswith("no " if missing else "ok "), line
         assert (f"pip install 'safevlm-edge[{name}]'" in line) == bool(missing)
+        assert EXTRAS[name].hint in line or not missing
         assert all(f"{each} is " in line for each in missing)
     assert all(each["path"] in text.stdout for each in found["places"])
 

@@ -14,12 +14,13 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
 
-from runtimes.guard.cuda import CudaRuntime, Gpu, current_gpu, driver_version, load_cuda
+from runtimes.guard.cuda import CudaRuntime, Gpu, current_gpu, driver_version, load_cuda, tensorrt_extra
 from safevlm.contract.manifest import EngineInfo
 from safevlm.errors import MissingExtraError
 from safevlm.terminal.printable import one_line
 
 __all__ = [
+    "AMPERE",
     "HARDWARE_COMPATIBLE",
     "NAMES",
     "PURPOSE",
@@ -39,7 +40,6 @@ AMPERE = (8, 0)
 HARDWARE_COMPATIBLE, VERSION_COMPATIBLE = "hardware_compatible", "version_compatible"
 """Options of an engine that runs elsewhere, too (EngineInfo.options)."""
 NAMES: dict[EngineModule, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-EXTRAS: dict[EngineModule, str] = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}
 PYTHON_MODULES: dict[EngineModule, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),  # the metapackage, and what it installs
@@ -107,7 +107,8 @@ def import_tensorrt(module: EngineModule = "tensorrt") -> Any:
             return import_module(name)
         except ImportError as error:  # noqa: PERF203
             missing = error
-    raise MissingExtraError(NAMES[module].lower(), EXTRAS[module], PURPOSE) from missing
+    extra = "rtx" if module == "tensorrt_rtx" else tensorrt_extra()
+    raise MissingExtraError(NAMES[module].lower(), extra, PURPOSE) from missing
 
 
 def find_library(module: EngineModule = "tensorrt") -> Library:

@@ -32,6 +32,7 @@ class FakeCuda(ModuleType):
         self.cudaError_t = SimpleNamespace(cudaSuccess=0)
         self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
         self.devices = 1
+        self.integrated = 0
         self.driver = 12020
         self.failing = ""
         self.step = step
@@ -61,7 +62,7 @@ class FakeCuda(ModuleType):
         return 0, 0
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
-        return 0, SimpleNamespace(name=b"Orin\0\0", major=8, minor=7)
+        return 0, SimpleNamespace(name=b"Orin\0\0", major=8, minor=7, integrated=self.integrated)
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
         if self.failing == "cudaMalloc" and any(each != "stream" for each in self.held.values()):

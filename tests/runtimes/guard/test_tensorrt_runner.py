@@ -201,10 +201,10 @@ def test_missing_libraries_and_gpus_are_told_apart(
         TensorRTRunner(bundle).activate()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     monkeypatch.setitem(sys.modules, "cuda.cudart", None)
-    with pytest.raises(MissingExtraError, match=r"'cuda-python', which is not installed.*safevlm-edge\[trt\]"):
+    with pytest.raises(MissingExtraError, match=r"'cuda-python', which is not installed.*safevlm-edge\[trt-cu12\]"):
         TensorRTRunner(bundle).activate()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingExtraError, match=r"'tensorrt', which is not installed.*safevlm-edge\[trt\]"):
+    with pytest.raises(MissingExtraError, match=r"'tensorrt', which is not installed.*safevlm-edge\[trt-cu12\]"):
         TensorRTRunner(bundle).activate()
     assert isinstance(select_runner(bundle, "auto"), OnnxRuntimeRunner)
 
@@ -218,6 +218,9 @@ def test_the_older_module_of_cuda_python_serves_too(cuda: FakeCuda, monkeypatch:
 def test_a_driver_of_an_older_cuda_is_told_with_both_versions(cuda: FakeCuda) -> None:
     cuda.driver = 11080
     with pytest.raises(InputError, match=r"driver is too old: it brings CUDA 11\.8, .* need 12\.0 or newer: update"):
+        current_gpu(CudaRuntime(cuda))
+    cuda.driver = 0
+    with pytest.raises(InputError, match=r"there is no NVIDIA driver"):
         current_gpu(CudaRuntime(cuda))
     cuda.driver = 13000
     assert current_gpu(CudaRuntime(cuda)) == Gpu("Orin", "8.7")
@@ -254,8 +257,41 @@ def test_compatible_engines_run_where_nvidia_says(
     assert (engine_mismatch(info, version, here) is None) == runs
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "told"),
+    [("linux", "x86_64", None), ("windows", "x86_64", "operating system windows"), ("linux", "aarch64", "aarch64")],
+)
+def test_no_engine_crosses_operating_systems_or_processors(
+    system: str, machine: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    info = EngineInfo(
+        tensorrt_version="10.3.0",
+        gpu_name="A10",
+        compute_capability="8.6",
+        operating_system=system,
+        machine=machine,
+        min_batch=1,
+        opt_batch=1,
+        max_batch=1,
+        options={"hardware_compatible": True, "version_compatible": True},
+    )
+    found = engine_mismatch(info, "10.4.0", Gpu("L4", "8.9"))
+    assert found is None if told is None else found is not None and told in found
+
+
 def test_free_memory_is_read(cuda: FakeCuda) -> None:
     assert free_memory(CudaRuntime(cuda)) == 3 * 2**30
+
+
+@pytest.mark.parametrize(("available", "free"), [(1, 3), (6, 6), (64, 8)])
+def test_an_integrated_gpu_has_what_the_system_would_give_back(
+    cuda: FakeCuda, available: int, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.integrated = 1
+    monkeypatch.setattr("runtimes.guard.cuda.available_memory", lambda: available * 2**30)
+    assert free_memory(CudaRuntime(cuda)) == free * 2**30
 
 
 def test_a_missing_driver_is_no_gpu() -> None:
