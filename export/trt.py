@@ -7,6 +7,7 @@ torch nor transformers. Where no engine can be built the bundle is complete and 
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -117,9 +118,10 @@ def build_into(
 
 
 def default_timing_cache(device: Device) -> Path:
-    """Return the file in the user's cache folder that belongs to this TensorRT and kind of GPU."""
+    """Return the file in the user's cache folder that belongs to this TensorRT and this model of GPU."""
     capability = device.gpu.compute_capability.replace(".", "")
-    return user_cache() / f"tensorrt-{device.version}-sm{capability}.timing"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device.gpu.name).strip("-")
+    return user_cache() / f"tensorrt-{device.version}-sm{capability}-{name}.timing"
 
 
 def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = False) -> str:
