@@ -117,6 +117,10 @@ class Runtime(_Frozen):
     device: str | None = None
     dtype: str | None = None
     batch: int | None = None
+    provider: str | None = None
+    """What a guard's runtime computed with: ONNX Runtime's execution provider. Older records do not say it."""
+    gpu: str | None = None
+    """Name of the GPU, where one was used. Older records do not say it."""
 
 
 class SuiteRecord(_Frozen):

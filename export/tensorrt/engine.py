@@ -224,7 +224,7 @@ def _time(runner: GuardRunner, image: Bytes, device: Device) -> Latency:
     for _ in range(WARM_UP):
         runner.infer(image)
     times = times_ms(lambda: runner.infer(image), least=3, most=MOST_RUNS, seconds=MOST_SECONDS)
-    return latency_of(times, f"tensorrt {device.version}", device.gpu.name)
+    return latency_of(times, f"tensorrt {device.version}", device.gpu.name, provider=runner.provider)
 
 
 def _enter(folder: Path, entry: GuardFile, plan: Path) -> Manifest:

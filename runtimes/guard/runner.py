@@ -16,6 +16,7 @@ import numpy.typing as npt
 from runtimes.guard.activation import Activated
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, SafeVLMError
+from safevlm.out_of_memory import memory_advice
 from safevlm.terminal.printable import shortened
 
 __all__ = ["GuardOutput", "GuardRunner"]
@@ -49,6 +50,13 @@ class GuardRunner(Activated):
     """What the runtime raises when it fails on an image; complete from activation on."""
     gives_embeddings = False
     """Whether :meth:`infer` can return image embeddings, for a language model that shares the vision tower."""
+    gpu: str | None = None
+    """Name of the GPU that the runtime computes on, where it is known; set by activation."""
+
+    @property
+    def provider(self) -> str:
+        """What the runtime computes with, as records and thresholds state it; known from activation on."""
+        return self.runtime
 
     def infer(self, rgb: npt.NDArray[np.uint8], *, embeddings: bool = False) -> GuardOutput:
         """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
@@ -67,7 +75,8 @@ class GuardRunner(Activated):
         rgb = np.ascontiguousarray(rgb)
         with self._call():
             try:
-                output = self._run_sharing(rgb) if embeddings else self._run(rgb)
+                with memory_advice("Judge fewer images at once, or free memory.", SafeVLMError):
+                    output = self._run_sharing(rgb) if embeddings else self._run(rgb)
             except SafeVLMError:
                 raise
             except self.failures as error:
