@@ -22,11 +22,11 @@ from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.errors import InputError
 from safevlm.files.json_file import replace_file
 from safevlm.files.storage import check_writable
+from safevlm.machine import memory_advice
 from safevlm.network.device import torch_device
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.prompt_tokens import answer_ids
 from safevlm.network.safe_vlm import SafeVLM
-from safevlm.out_of_memory import memory_advice
 from safevlm.terminal.commandline import printable, run
 from safevlm.terminal.options import device_option, grid_option, model_option, parse_grid, revision_option
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from calibration.streaming.sequential import Activations, LayerStream
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
+from safevlm.machine import memory_advice
 from safevlm.network.device import torch_device
 from safevlm.network.pooling import POOLINGS, Pooling, pool
 from safevlm.network.prompt_tokens import IMAGE
 from safevlm.network.safe_vlm import Prefill, SafeVLM
-from safevlm.out_of_memory import memory_advice
 
 __all__ = ["Lesson", "check_tap", "teach", "without_embeddings"]
 

@@ -37,10 +37,9 @@ from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, check_writable
-from safevlm.machine import available_memory, machine_name, peak_rss
+from safevlm.machine import available_memory, machine_name, memory_advice, peak_rss
 from safevlm.network.device import gpu_room, gpu_use, reset_gpu_peak, torch_device
 from safevlm.network.reference import guard_sha256
-from safevlm.out_of_memory import memory_advice
 from safevlm.version import VERSION
 
 __all__ = ["Compressed", "check_place", "compress"]

@@ -23,7 +23,7 @@ from runtimes.guard.runner import GuardOutput, GuardRunner
 from safevlm.contract.graph_fit import misfit
 from safevlm.contract.manifest import GuardFile
 from safevlm.errors import BundleError, InputError, MissingExtraError
-from safevlm.out_of_memory import memory_problem
+from safevlm.machine import memory_problem
 
 __all__ = ["OnnxRuntimeRunner"]
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from runtimes.guard.activation import Activated
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, SafeVLMError
-from safevlm.out_of_memory import memory_advice
+from safevlm.machine import memory_advice
 from safevlm.terminal.printable import shortened
 
 __all__ = ["GuardOutput", "GuardRunner"]

@@ -28,8 +28,8 @@ from runtimes.language.question import Reader, check_turns
 from runtimes.language.writing import Decoding, Writing
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, SafeVLMError
+from safevlm.machine import memory_advice
 from safevlm.network.dialogue import Question, as_turns
-from safevlm.out_of_memory import memory_advice
 
 __all__ = ["LanguageRunner", "Prefilled"]
 

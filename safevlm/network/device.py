@@ -68,7 +68,7 @@ def _try(device: torch.device, name: str) -> None:
 
 
 def gpu_room(device: torch.device) -> int | None:
-    """Return the bytes that tensors of this process may take on a GPU, those that they take included; None for a CPU."""
+    """Return the bytes of a GPU that this process's tensors take or could take; None for a CPU."""
     if device.type == "cpu":
         return None
     free, _ = torch.cuda.mem_get_info(device)

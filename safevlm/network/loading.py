@@ -11,13 +11,13 @@ from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.ignored import report_unplaced
 from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
+from safevlm.machine import memory_advice
 from safevlm.network.device import torch_device
 from safevlm.network.filling import fill, on_meta
 from safevlm.network.head import build_head
 from safevlm.network.prompt_tokens import fitting_tokenizer, stated_ends
 from safevlm.network.reference import leave_out_unread
 from safevlm.network.safe_vlm import SafeVLM
-from safevlm.out_of_memory import memory_advice
 
 if TYPE_CHECKING:
     from safevlm.checkpoint.checkpoint import Checkpoint

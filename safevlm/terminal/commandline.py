@@ -15,7 +15,7 @@ import click
 
 from safevlm.errors import InputError, SafeVLMError, StorageError
 from safevlm.files.storage import locale_problem, storage_problem
-from safevlm.out_of_memory import memory_problem
+from safevlm.machine import memory_problem
 from safevlm.terminal.printable import printable
 from safevlm.terminal.standard_streams import settled, standard_streams
 
@@ -31,8 +31,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     """Run a click command and exit: with the whole number it returns, else 0.
 
     SafeVLMError becomes ``error: message`` on stderr and its own code, and so does what the surroundings cause (a full
-    disk, a folder that may not be written, a locale that lacks a letter), full memory among them; wrong usage 2, Ctrl-C 130, SIGTERM 143,
-    SIGHUP 129. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1). Standard
+    disk or memory, a folder that may not be written, a locale that lacks a letter); wrong usage 2, Ctrl-C 130, SIGTERM
+    143, SIGHUP 129. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1). Standard
     output that cannot be written changes no verdict: see :func:`safevlm.terminal.standard_streams.settled`.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)

@@ -22,8 +22,8 @@ from benchmarks.runs.record import Row, Runtime
 from runtimes.language.question import Reader, check_turns
 from runtimes.language.torch_language import reader_of
 from safevlm.errors import SafeVLMError
+from safevlm.machine import memory_advice
 from safevlm.network.dialogue import as_turns
-from safevlm.out_of_memory import memory_advice
 
 if TYPE_CHECKING:
     from typing_extensions import Self
