@@ -75,5 +75,5 @@ def test_the_cpu_s_own_allocator_is_understood() -> None:
 
 
 def test_an_error_of_ours_passes_as_it_is() -> None:
-    with pytest.raises(SafeVLMError, match="^out of memory$"), memory_advice("Take less."):
+    with pytest.raises(SafeVLMError, match=r"^out of memory$"), memory_advice("Take less."):
         raise SafeVLMError("out of memory")
