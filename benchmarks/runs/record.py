@@ -122,6 +122,10 @@ class Runtime(_Frozen):
     gpu: str | None = None
     """Name of the GPU, where one was used. Older records do not say it."""
 
+    def as_stated_with(self, other: Runtime) -> Runtime:
+        """Return this without the provider and GPU that the other's record does not state, to compare the two."""
+        return self.model_copy(update={name: None for name in ("provider", "gpu") if getattr(other, name) is None})
+
 
 class SuiteRecord(_Frozen):
     """Which samples: ``rows`` of them, ``sha256`` over ids, questions, labels and images.
@@ -248,6 +252,7 @@ class RunWriter:
         Raises InputError when there is none, or its artifact, runtime, suite or settings are others.
         """
         begun = _read_record(folder / RECORD_NAME)
+        record = record.model_copy(update={"runtime": record.runtime.as_stated_with(begun.runtime)})
         changing = ("created", "finished", "resumed", "machine", "versions")
         before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
         differ = changes(before, wanted)
