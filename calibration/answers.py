@@ -22,6 +22,8 @@ from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.errors import InputError
 from safevlm.files.json_file import replace_file
 from safevlm.files.storage import check_writable
+from safevlm.machine import memory_advice
+from safevlm.network.device import torch_device
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.prompt_tokens import answer_ids
 from safevlm.network.safe_vlm import SafeVLM
@@ -31,6 +33,10 @@ from safevlm.terminal.options import device_option, grid_option, model_option, p
 __all__ = ["Answer", "own_answers", "pictures_of", "whole_model_bytes"]
 
 BATCH = 16
+LONG_SAMPLE = 1024
+"""Tokens of an image, a question and an answer, as memory is counted for them."""
+CACHED = (".self_attn.k_proj.weight", ".self_attn.v_proj.weight")
+"""Whose outputs are kept of every token while the model answers."""
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -43,9 +49,14 @@ class Answer:
 
 
 def whole_model_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Return the bytes of all parameters in ``dtype``: what must fit to let the model answer."""
-    names = checkpoint.tensors.names()
-    return sum(int(np.prod(checkpoint.tensors.shape(name))) for name in names) * dtype.itemsize
+    """Return the bytes of all parameters in ``dtype`` and of the cache: what must fit to let the model answer."""
+    values, cached = 0, 0
+    for name in checkpoint.tensors.names():
+        shape = checkpoint.tensors.shape(name)
+        values += int(np.prod(shape))
+        if name.startswith(checkpoint.family.language_prefix) and name.endswith(CACHED):
+            cached += shape[0]  # of every token
+    return (values + BATCH * LONG_SAMPLE * cached) * dtype.itemsize
 
 
 def own_answers(
@@ -62,9 +73,23 @@ def own_answers(
 
     The end of the turn belongs to an answer that came to it within ``max_new_tokens``.
 
-    Raises CheckpointError; ImageFileError with the sample's place.
+    Raises CheckpointError; ImageFileError with the sample's place; InputError for a device that is not there, and for
+    memory that is full.
     """
-    model = load_safe_vlm(checkpoint, grid=grid, dtype=dtype).to(device)
+    with memory_advice("Free it, use --dtype bfloat16, or take the answers from a file (--answers given)."):
+        return _own_answers(checkpoint, samples, grid, max_new_tokens, dtype, torch_device(device), report)
+
+
+def _own_answers(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    grid: tuple[int, int] | None,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> list[Answer]:
+    model = load_safe_vlm(checkpoint, grid=grid, dtype=dtype, device=device)
     questions = [len(model.tokenizer.encode(sample.question, add_special_tokens=False)) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, questions[i], i))
     answers: dict[int, Answer] = {}
@@ -138,6 +163,7 @@ def main(
     if out.exists():
         raise InputError(f"{out} already exists. Give --out a new file, or remove this one.")
     check_writable(out)
+    torch_device(device)
     read = read_conversations(file, images)
     with Console(stderr=True).status("opening") as status:
         answers = own_answers(

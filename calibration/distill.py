@@ -29,6 +29,7 @@ from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.contract.class_names import safe_index
 from safevlm.errors import CheckpointError, InputError
 from safevlm.files.storage import check_writable
+from safevlm.network.device import torch_device
 from safevlm.network.distilled_head import DistilledHead
 from safevlm.network.pooling import POOLINGS, Pooling
 from safevlm.network.reference import guard_sha256
@@ -64,6 +65,7 @@ class DistillOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        torch_device(self.device)
         if not 0 <= self.min_agreement <= 1:
             raise InputError(f"--min-agreement {self.min_agreement} is not a share. Give a number from 0 to 1.")
         if self.pooling not in (None, *POOLINGS):

@@ -104,12 +104,13 @@ def fit_bundle(
             not_fitted[file.path] = str(error)
             continue
         with runner:
+            provider = runner.provider
             answers = judge_images(runner, classes, labels, watch(labels.images, file.path), view)
         unreadable |= dict.fromkeys(answers.unreadable)
         scores, harms = scores_of(answers.probs, classes)
         unsafe = answers.truth != safe_index(classes)
         bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class and not answers.tiled)
-        fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms, view))
+        fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms, view, provider))
         if answers.tiled:
             costs[file.path] = tile_cost(answers, bands, scores, harms, promise, classes)
         by_class[file.path] = _by_class(bands, scores, answers.truth, harms, classes)
@@ -163,6 +164,7 @@ def _thresholds(
     unsafe: NDArray[np.bool_],
     harms: Sequence[str],
     view: ViewMode,
+    provider: str,
 ) -> Thresholds:
     rates = measure(bands, scores, unsafe, harms)
     return Thresholds(
@@ -182,6 +184,7 @@ def _thresholds(
         fpr=rates.fpr,
         unsure_rate=rates.unsure,
         view=view,
+        provider=provider,
     )
 
 

@@ -9,6 +9,7 @@ complete and the exit code 6.
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -95,10 +96,11 @@ def build_into(
 
 
 def default_timing_cache(device: Device) -> Path:
-    """Return the file in the user's cache folder that belongs to this TensorRT and kind of GPU."""
+    """Return the file in the user's cache folder that belongs to this TensorRT and this model of GPU."""
     assert device.gpu is not None
     capability = device.gpu.compute_capability.replace(".", "")
-    return user_cache() / f"tensorrt-{device.version}-sm{capability}.timing"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device.gpu.name).strip("-")
+    return user_cache() / f"tensorrt-{device.version}-sm{capability}-{name}.timing"
 
 
 def device_command(bundle: Path, request: EngineRequest, *, as_json: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The machine that a measurement was made on, and when, in words."""
+"""The machine: its name, cores and memory, memory that ran out in words, and when and how long something ran."""
 
 from __future__ import annotations
 
@@ -6,17 +6,39 @@ import ctypes
 import datetime
 import os
 import platform
+import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["available_memory", "core_count", "machine_name", "now", "peak_rss", "return_freed_memory", "times_ms"]
+from safevlm.errors import InputError, SafeVLMError
+
+__all__ = [
+    "available_memory",
+    "core_count",
+    "machine_name",
+    "memory_advice",
+    "memory_problem",
+    "now",
+    "peak_rss",
+    "return_freed_memory",
+    "times_ms",
+]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h."""
 LARGE_BYTES = 4 * 2**20
+ON_GPU = re.compile(
+    r"CUDA out of memory|CUDA (error|driver error|failure \d+): out of memory|cudaErrorMemoryAllocation|"
+    r"CUDA_ERROR_OUT_OF_MEMORY|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED|Failed to allocate memory for requested "
+    r"buffer",
+    re.IGNORECASE,
+)
+ON_CPU = re.compile(r"DefaultCPUAllocator: (can't|not enough|cannot)|bad_alloc|Cannot allocate memory", re.IGNORECASE)
+WANTED = re.compile(r"tried to allocate ([\d.]+ [KMGT]?i?B)", re.IGNORECASE)
 
 
 def core_count() -> int:
@@ -71,6 +93,32 @@ def available_memory() -> int:
     if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
         found = min(found, int(limit.read_text(encoding="utf-8")))
     return found
+
+
+def memory_problem(error: BaseException) -> str | None:
+    """Return what an exception says of memory that ran out, in one sentence; None where it says something else.
+
+    torch's ``OutOfMemoryError`` is a RuntimeError, and what its libraries or the CPU's allocator raise is nothing more.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError) or ON_CPU.search(text):
+        return "There is not enough memory for this."
+    if type(error).__name__ == "OutOfMemoryError" or ON_GPU.search(text):
+        wanted = WANTED.search(text)
+        return f"The GPU's memory is full{f': {wanted[1]} more were needed' if wanted else ''}."
+    return None
+
+
+@contextmanager
+def memory_advice(advice: str, kind: type[SafeVLMError] = InputError) -> Iterator[None]:
+    """Turn memory that ran out into an error of ours that ends with ``advice``; nothing else is caught."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        problem = memory_problem(error)
+        if problem is None:
+            raise
+        raise kind(f"{problem} {advice}") from error
 
 
 def times_ms(call: Callable[[], object], *, most: int, seconds: float, least: int = 1) -> list[float]:

@@ -76,7 +76,7 @@ def changed_part(before: RunRecord, after: RunRecord) -> str:
     """Name what differs between two runs: compression, engine, preprocessing, view, several of them, or noise."""
     parts = {
         "compression": (before.artifact.sha256, before.artifact.name) != (after.artifact.sha256, after.artifact.name),
-        "engine": before.runtime != after.runtime,
+        "engine": before.runtime.as_stated_with(after.runtime) != after.runtime.as_stated_with(before.runtime),
         "preprocessing": before.preprocessing != after.preprocessing,
         "view": before.guard_view != after.guard_view and None not in (before.guard_view, after.guard_view),
     }

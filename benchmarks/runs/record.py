@@ -117,6 +117,14 @@ class Runtime(_Frozen):
     device: str | None = None
     dtype: str | None = None
     batch: int | None = None
+    provider: str | None = None
+    """What a guard's runtime computed with: ONNX Runtime's execution provider. Older records do not say it."""
+    gpu: str | None = None
+    """Name of the GPU, where one was used. Older records do not say it."""
+
+    def as_stated_with(self, other: Runtime) -> Runtime:
+        """Return this without the provider and GPU that the other's record does not state, to compare the two."""
+        return self.model_copy(update={name: None for name in ("provider", "gpu") if getattr(other, name) is None})
 
 
 class SuiteRecord(_Frozen):
@@ -242,6 +250,7 @@ class RunWriter:
         differ.
         """
         begun = _read_record(folder / RECORD_NAME)
+        record = record.model_copy(update={"runtime": record.runtime.as_stated_with(begun.runtime)})
         changing = ("created", "finished", "resumed", "machine", "versions")
         before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
         differ = changes(before, wanted)

@@ -13,6 +13,7 @@ from benchmarks.shapes.shapes import find_shape
 from benchmarks.speed.peer import Subject
 from runtimes.guard.runner import GuardOutput, GuardRunner
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from safevlm.network.device import torch_device
 from safevlm.network.reference import GuardModel, build_reference_guard
 
 __all__ = ["STORED_BYTES", "ReferenceRunner"]
@@ -59,7 +60,7 @@ class ReferenceRunner(GuardRunner):
     def _activate(self) -> None:
         guard, *_ = _build(self.subject)
         self.preprocessing = guard.preprocessing
-        guard = guard.eval().to(self.device)
+        guard = guard.eval().to(torch_device(self.device))
         self._guard = torch.compile(guard, dynamic=False) if self.compiled else guard
 
     def _deactivate(self) -> None:

@@ -14,11 +14,15 @@ from torch import Tensor
 from calibration.streaming.sequential import Activations, LayerStream
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
+from safevlm.machine import memory_advice
+from safevlm.network.device import torch_device
 from safevlm.network.pooling import POOLINGS, Pooling, pool
 from safevlm.network.prompt_tokens import IMAGE
 from safevlm.network.safe_vlm import Prefill, SafeVLM
 
 __all__ = ["Lesson", "check_tap", "teach", "without_embeddings"]
+
+ADVICE = "Free it, or use --dtype bfloat16; --device cpu needs no GPU."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +57,7 @@ def teach(
     *,
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     max_bytes: int | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Lesson:
@@ -62,9 +66,23 @@ def teach(
     The vision path runs once a batch, then every decoder layer once, over all batches. ``max_bytes`` bounds
     the memory of hidden states; above it they are in a temporary file.
 
-    Raises InputError for a guard that taps the projector, which needs no teacher; CheckpointError.
+    Raises InputError for a guard that taps the projector, which needs no teacher, and for memory that is full;
+    CheckpointError.
     """
     check_tap(checkpoint)
+    with memory_advice(ADVICE):
+        return _teach(checkpoint, images, grid, dtype, torch_device(device), max_bytes, report)
+
+
+def _teach(
+    checkpoint: Checkpoint,
+    images: Sequence[Tensor],
+    grid: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_bytes: int | None,
+    report: Callable[[str], None],
+) -> Lesson:
     stream = LayerStream(checkpoint, grid=grid, dtype=dtype, device=device, token_ids=guard_prefix)
     prefix = guard_prefix(stream.skeleton)
     shapes = [(len(batch), len(prefix), checkpoint.hidden_size) for batch in images]

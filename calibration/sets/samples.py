@@ -18,11 +18,14 @@ from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
+from safevlm.network.device import gpu_room, torch_device
 
 __all__ = ["Answers", "Calibration", "CalibrationOptions", "answers_of", "calibrate_on"]
 
 ANSWERING = 1200 * 2**20
-"""Bytes that answering takes beside the weights: interpreter, libraries, caches."""
+"""Bytes that answering takes beside weights and cache: interpreter, libraries, activations."""
+ANSWERING_ON_GPU = 1536 * 2**20
+"""The same of a GPU: activations of a batch, the libraries' workspaces, what the allocator cannot use."""
 Answers = Literal["auto", "own", "given", "none"]
 
 
@@ -86,20 +89,24 @@ def answers_of(
     *,
     max_memory: int,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda _: None,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Answer | None]:
-    """Return one answer a sample, or ``None``: the model's own where it fits into ``max_memory`` bytes, as asked for.
+    """Return one answer a sample, or ``None``: the model's own where it fits into memory, as asked for.
 
-    ``say`` is called when it does not fit. Raises InputError when its own answers are asked for and it does not fit.
+    Memory is ``max_memory`` bytes, or what is free on a GPU. ``say`` is called when the model does not fit. Raises
+    InputError when its own answers are asked for and it does not fit.
     """
-    size = whole_model_bytes(checkpoint, dtype)
-    fits = size + ANSWERING <= max_memory or device != "cpu"
+    device = torch_device(device)
+    free = gpu_room(device)
+    size, room = whole_model_bytes(checkpoint, dtype), max_memory if free is None else free
+    fits = size + (ANSWERING if free is None else ANSWERING_ON_GPU) <= room
     if options.answers == "own" and not fits:
+        where = "--max-memory" if free is None else "the free memory of the GPU"
         raise InputError(
-            f"--answers own: the model takes {shown_bytes(size)} in {str(dtype).removeprefix('torch.')}, which "
-            f"exceeds --max-memory ({shown_bytes(max_memory)}). Give more memory or --dtype bfloat16; or put answers "
+            f"--answers own: the model takes {shown_bytes(size)} in {str(dtype).removeprefix('torch.')} and "
+            f"exceeds {where} ({shown_bytes(room)}). Give more memory or --dtype bfloat16; or put answers "
             "into the file and give --answers given."
         )
     if options.answers == "own" or (options.answers == "auto" and fits):
@@ -117,8 +124,9 @@ def answers_of(
     given = [None if options.answers == "none" or each.answer is None else Answer(text=each.answer) for each in samples]
     if options.answers == "auto":
         say(
-            f"the 16-bit model ({shown_bytes(size)}) does not fit into memory, so it cannot answer the samples: "
-            f"{sum(answer is not None for answer in given)} of {len(given)} have an answer in the file, and the "
-            "others stay without one. To have them answered on a larger machine: python -m calibration.answers"
+            f"the 16-bit model ({shown_bytes(size)}) does not fit into {shown_bytes(room)} of "
+            f"{'memory' if free is None else 'free GPU memory'} so it cannot answer the samples: "
+            f"{sum(answer is not None for answer in given)} of {len(given)} have an answer in the file, and "
+            "the others stay without one. To have them answered on a larger machine: python -m calibration.answers"
         )
     return given

@@ -28,6 +28,7 @@ from safevlm.checkpoint.weights.finite import converted
 from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, storing
+from safevlm.network.device import torch_device
 from safevlm.network.filling import fill, on_meta
 from safevlm.network.head import build_head
 from safevlm.network.prompt_tokens import fitting_tokenizer
@@ -77,6 +78,32 @@ class _Gap(nn.Module):
         if self.catches:
             raise _Caught(arguments)
         return hidden_BLD
+
+
+class _UsedRows(nn.Module):
+    """A token embedding of which only some rows are held, wherever it is; any other id gives zeros.
+
+    ``rows`` U × D belong to the ``ids``. The family's own ``embedding`` runs on them, so what it does besides looking
+    up (Gemma-3 scales) is done.
+    """
+
+    def __init__(self, embedding: Any, ids: Sequence[int], rows: Tensor) -> None:
+        super().__init__()
+        places = torch.zeros(embedding.num_embeddings, dtype=torch.long)
+        places[list(ids)] = torch.arange(1, len(ids) + 1)
+        self.register_buffer("places", places, persistent=False)
+        embedding.weight = nn.Parameter(torch.cat([torch.zeros_like(rows[:1]), rows]), requires_grad=False)
+        embedding.num_embeddings, embedding.padding_idx = len(ids) + 1, None  # which only training asks for
+        self.embedding = embedding
+        self.embedding_dim = rows.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows, which tell device and dtype."""
+        return cast(Tensor, self.embedding.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, self.embedding(cast(Tensor, self.places)[ids]))
 
 
 class Activations:
@@ -136,9 +163,10 @@ class LayerStream:
 
     ``skeleton`` is a :class:`safevlm.network.safe_vlm.SafeVLM` that makes prompts and image features as ever (``embed``
     and ``assemble`` with the token ids named in ``token_ids``); its decoder layers are gaps and its output
-    layer is left out. ``dtype`` is what layers run in, ``device`` where.
+    layer is left out, and of its token embedding it holds the rows of ``token_ids``. ``dtype`` is what layers run in,
+    ``device`` where.
 
-    Raises CheckpointError for missing or mis-shaped tensors.
+    Raises CheckpointError for missing or mis-shaped tensors; InputError for a device that is not there.
     """
 
     def __init__(
@@ -152,7 +180,7 @@ class LayerStream:
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = torch_device(device)
         config = build_config(checkpoint)
         model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
         language = model.model.language_model
@@ -162,8 +190,7 @@ class LayerStream:
         embedding = language.embed_tokens
         language.embed_tokens = nn.Identity()
         leave_out_unread(model.model, checkpoint.tensors)
-        fill(model, checkpoint.tensors, prefix="", dtype=dtype, own=True)
-        language.embed_tokens = embedding
+        fill(model, checkpoint.tensors, prefix="", dtype=dtype, own=True, device=self.device)
         tokenizer = fitting_tokenizer(checkpoint.folder, checkpoint.family.prompt, embedding.num_embeddings)
         self.skeleton = SafeVLM(
             model,
@@ -174,7 +201,7 @@ class LayerStream:
             preprocessing=read_processor(checkpoint.processor, family=checkpoint.family.key, grid=grid),
             tokenizer=tokenizer,
         ).eval()
-        self._fill_rows(embedding, token_ids(self.skeleton))
+        language.embed_tokens = _UsedRows(embedding, *self._rows(token_ids(self.skeleton)))
         self.skeleton.to(self.device)
         self._language = language
 
@@ -182,8 +209,8 @@ class LayerStream:
         """Return the number of decoder layers."""
         return len(self._layers)
 
-    def _fill_rows(self, embedding: nn.Module, ids: Sequence[int]) -> None:
-        """Fill the rows of the token embedding that are asked for; the others take no memory and are zero."""
+    def _rows(self, ids: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Return the ids of the token embedding's rows that are asked for, and the rows."""
         name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
         stored = self.checkpoint.tensors.read(name)
         rows = sorted({token for token in ids if token >= 0} | {0})
@@ -191,11 +218,7 @@ class LayerStream:
             raise InputError(
                 f"token {rows[-1]} is outside of the vocabulary of {len(stored)}: the tokenizer does not fit the model"
             )
-        table = torch.from_numpy(np.zeros(stored.shape, np.float32))  # calloc: untouched pages are not there
-        if self.dtype != torch.float32:
-            table = table.to(self.dtype)
-        table[rows] = converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
-        cast(Any, embedding).weight = nn.Parameter(table, requires_grad=False)
+        return rows, converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
 
     def layers(self, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each decoder layer, or the first ``stop``, with its index and its weights in place.
@@ -258,7 +281,7 @@ class LayerStream:
         config = self._language.config
         layer: nn.Module = on_meta(lambda: type(self._layers[index])(config, layer_idx=index))
         prefix = f"{self.checkpoint.family.language_prefix}layers.{index}."
-        fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype, own=True)
+        fill(layer, self.checkpoint.tensors, prefix=prefix, dtype=self.dtype, own=True, device=self.device)
         quantization = self.checkpoint.quantization
         if quantization is not None and quantization.rounds_inputs:
             round_inputs(layer, cast(QuantizedTensors, self.checkpoint.tensors).quantized_modules(prefix))

@@ -43,6 +43,7 @@ RANKED_ON = 32
 """Images on which each product's own harm is found."""
 TURNS, RUNS = 3, 12
 """Turns of each file when both are timed, and most runs a turn, for a second at most."""
+CPU = "CPUExecutionProvider"
 FASTER = 0.95
 """Of float32's time, that an INT8 file must need at most to be called faster: less is noise."""
 
@@ -223,7 +224,7 @@ def _session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=[CPU])
 
 
 def _run(path: Path, output: str, images: Pictures, most: int) -> Floats:
@@ -271,5 +272,5 @@ def _latencies(ours: Path, floats: Path, image: Bytes, source: GuardFile) -> tup
             session.run(["probs"], {"rgb": image})
             found += times_ms(partial(session.run, ["probs"], {"rgb": image}), most=RUNS, seconds=1)
             del session
-    stated = source.latency.runtime if source.latency else f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
-    return latency_of(times[0], stated), latency_of(times[1], stated)
+    stated = source.latency.runtime if source.latency else f"onnxruntime {onnxruntime.__version__} {CPU}"
+    return latency_of(times[0], stated, provider=CPU), latency_of(times[1], stated, provider=CPU)

@@ -165,4 +165,5 @@ def _run(part: Part, path: Path) -> tuple[dict[str, NDArray[np.float32]], Latenc
     runs = [session.run(names, {part.input_name: piece}) for piece in batches(part.inputs)]
     found = {name: np.concatenate([run[i] for run in runs]) for i, name in enumerate(names)}
     times = times_ms(lambda: session.run(names, {part.input_name: part.inputs[:1]}), most=30, seconds=5)
-    return found, latency_of(times, f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider")
+    (provider,) = session.get_providers()
+    return found, latency_of(times, f"onnxruntime {onnxruntime.__version__} {provider}", provider=provider)

@@ -295,7 +295,7 @@ def _time(runner: FileRunner, one: Inputs, device: Device, gpu: Gpu) -> Latency:
     for _ in range(WARM_UP):
         runner.run_file(one)
     times = times_ms(lambda: runner.run_file(one), least=3, most=MOST_RUNS, seconds=MOST_SECONDS)
-    return latency_of(times, f"tensorrt {device.version}", gpu.name)
+    return latency_of(times, f"tensorrt {device.version}", gpu.name, provider=runner.provider)
 
 
 def _enter(folder: Path, entry: GuardFile, plan: Path) -> Manifest:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantize.methods.gptq_method import linear_report
 from quantize.methods.grid import Scheme
-from quantize.methods.solver import SolveOptions, solve
+from quantize.methods.solver import SolveOptions, rows_together, solve
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS, Rounded, Stage, linear_names, stored_dtype
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.quantized import round_inputs, round_tokens
@@ -94,20 +94,29 @@ class W8A8:
         self, linears: list[Any], largest_C: Tensor, sample_TC: Tensor, fold: _Fold
     ) -> tuple[Tensor, float, float]:
         """Return the factors, their strength, and the squared error of the outputs over that without migration."""
-        weight = torch.cat([linear.weight.data for linear in linears]).float()
-        wanted = sample_TC @ weight.T
-        widest_C = weight.abs().amax(dim=0).clamp(min=SMALLEST)
+        parts = [
+            part
+            for linear in linears
+            for part in linear.weight.data.split(rows_together(linear.in_features, linear.weight.device))
+        ]
+        widest_C = torch.stack([part.float().abs().amax(dim=0) for part in parts]).amax(dim=0).clamp(min=SMALLEST)
         best, least, plain = (torch.ones_like(largest_C), 0.0), None, None
         for strength in self.strengths:
             factor = fold.shared(migration(largest_C, widest_C, strength))
-            moved = weight * factor
-            scale = moved.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / (MIDDLE - 0.5)
-            rounded = torch.round(moved / scale).clamp_(-MIDDLE, MIDDLE - 1) * scale
-            error = float((round_tokens(sample_TC / factor) @ rounded.T - wanted).square().sum())
+            tokens_TC = round_tokens(sample_TC / factor)
+            error = sum(_moved_error(part.float(), factor, sample_TC, tokens_TC) for part in parts)
             plain = error if strength == 0 else plain
             if least is None or error < least:
                 best, least = (factor, strength), error
         return best[0], best[1], float(least or 0.0) / plain if plain else 1.0
+
+
+def _moved_error(weight_RC: Tensor, factor_C: Tensor, sample_TC: Tensor, tokens_TC: Tensor) -> float:
+    """Return the squared error of outputs where weights times ``factor_C`` and their inputs, divided, are rounded."""
+    moved = weight_RC * factor_C
+    scale = moved.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / (MIDDLE - 0.5)
+    rounded = moved.div_(scale).round_().clamp_(-MIDDLE, MIDDLE - 1).mul_(scale)
+    return float((tokens_TC @ rounded.T - sample_TC @ weight_RC.T).square().sum())
 
 
 def migration(largest_C: Tensor, widest_C: Tensor, strength: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from quantize.streamed.artifact import SHARD_BYTES
 from quantize.streamed.layers import Method
 from safevlm.errors import InputError
+from safevlm.network.device import torch_device
 
 __all__ = ["AutoBits", "Plan", "Progress", "RunOptions"]
 
@@ -34,8 +35,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers < 1:
             raise InputError(f"--layers {self.layers}: at least 1 is needed.")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise InputError(f"--device {self.device}: torch sees no GPU here. Give cpu.")
+        torch_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,9 @@ __all__ = ["ActOrder", "SolveOptions", "Solved", "rows_together", "solve"]
 
 ActOrder = Literal["none", "group", "static"]
 DAMP_GROWTH, DAMP_LIMIT = 10.0, 1e3
-TOGETHER = 2**23
-"""Weights that are rounded together."""
+TOGETHER, TOGETHER_ON_GPU = 2**23, 2**27
+"""Weights that are rounded together. A GPU takes as long to start an operation as to round thousands of rows, and each
+column takes a dozen of them, however many rows there are."""
 LOSS_BLOCK = 1024
 PROBES = 64
 EXACTLY = 2048
@@ -189,15 +190,15 @@ class _Rows:
         return _Rows(ints=self.ints[rows], grid=grid, group_of=self.group_of, loss=self.loss[rows])
 
 
-def rows_together(width: int) -> int:
+def rows_together(width: int, device: torch.device) -> int:
     """Return how many rows of so many columns are rounded together: enough for fast products, in bounded memory."""
-    return max(256, TOGETHER // width)
+    return max(256, (TOGETHER if device.type == "cpu" else TOGETHER_ON_GPU) // width)
 
 
 def _chunks(weights: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
     """Yield all rows in their order, so many at a time, those of small linears together."""
     waiting: list[Tensor] = []
-    most = rows_together(weights[0].shape[1])
+    most = rows_together(weights[0].shape[1], like.device)
     for weight in weights:
         for start in range(0, len(weight), most):
             part = weight[start : start + most].to(like)

@@ -37,7 +37,8 @@ from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, check_writable
-from safevlm.machine import available_memory, machine_name, peak_rss
+from safevlm.machine import available_memory, machine_name, memory_advice, peak_rss
+from safevlm.network.device import gpu_room, gpu_use, reset_gpu_peak, torch_device
 from safevlm.network.reference import guard_sha256
 from safevlm.version import VERSION
 
@@ -46,6 +47,10 @@ __all__ = ["Compressed", "check_place", "compress"]
 SCHEMA_VERSION = 1
 MEMORY_SHARE = 0.8
 """Of the available memory, that a run takes where it is not told."""
+ADVICE = (
+    "Layers that are finished are kept. Free memory or use another GPU (--device cuda:N) and run the command again; "
+    "--dtype bfloat16 takes less, --device cpu no GPU, with a new --out."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,22 @@ def compress(
     Raises InputError for a checkpoint that is quantized already, a folder that exists, a bad or leaking calibration
     set, too little memory, a full disk; CheckpointError.
     """
-    started = time.monotonic()
+    with memory_advice(ADVICE):
+        return _compress(checkpoint, out, plan, calibration, options, progress, chosen)
+
+
+def _compress(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Plan,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    progress: Progress,
+    chosen: Calibration | None,
+) -> Compressed:
+    started, device = time.monotonic(), torch_device(options.device)
+    reset_gpu_peak(device)
+    gpu = gpu_use(device)
     check_place(checkpoint, out)
     plan.method.check(checkpoint)
     chosen = chosen or calibrate_on(checkpoint, calibration, progress.status)
@@ -87,7 +107,11 @@ def compress(
         "checkpoint": identity(checkpoint),
         "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
         "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
-        "run": {"dtype": str(options.dtype), "device": options.device, "batch_tokens": options.batch_tokens},
+        "run": {
+            "dtype": str(options.dtype),
+            "device": gpu.name if gpu else "cpu",
+            "batch_tokens": options.batch_tokens,
+        },
         "version": VERSION,
     }
     with Unfinished(out, recipe) as unfinished:
@@ -119,13 +143,16 @@ def compress(
         if outcome.answers:
             artifact = run.write(record)
             record["guard"] = run.guard(open_checkpoint(str(artifact)), chosen, calibration.grid)
+            gpu = gpu_use(device)
             record["measured"] = {
                 "seconds": time.monotonic() - started,
                 "seconds_per_layer": run.seconds_per_layer,
                 "peak_memory_bytes": peak_rss(),
+                "peak_gpu_memory_bytes": gpu.peak_bytes if gpu else None,
                 "max_memory_bytes": max_memory,
                 "machine": machine_name(),
                 "device": options.device,
+                "gpu": gpu.name if gpu else None,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "safevlm-edge": VERSION,
@@ -204,7 +231,7 @@ class _Run:
             token_ids=token_ids,
         )
         needed = estimate(self.checkpoint, packed, dtype=self.options.dtype, device=stream.device)
-        check_memory(needed, self.max_memory)
+        check_memory(needed, self.max_memory, gpu_room(stream.device))
         self._check_disk(needed)
         finished = self.unfinished.finished()
         for line in needed.lines(self.max_memory):

@@ -17,6 +17,7 @@ from calibration.streaming.sequential import Activations
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.family import OUTPUT_PREFIX
 from safevlm.contract.class_names import safe_index
+from safevlm.network.device import torch_device
 from safevlm.network.reference import build_reference_guard
 
 __all__ = ["answer_drift", "exact_probs", "guard_drift", "token_choices"]
@@ -33,7 +34,7 @@ def exact_probs(
     grid: tuple[int, int] | None,
     max_bytes: int | None,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     report: Callable[[str], None] = lambda _: None,
 ) -> Tensor:
     """Return the exact guard's probabilities, N × C, of uint8 pictures; a language model is streamed."""
@@ -42,6 +43,7 @@ def exact_probs(
         return teach(
             checkpoint, batches, grid=grid, dtype=dtype, device=device, max_bytes=max_bytes, report=report
         ).probs
+    device = torch_device(device)
     guard = build_reference_guard(checkpoint, grid=grid, dtype=dtype).to(device)
     with torch.no_grad():
         return torch.cat([guard(batch.to(device))[0].cpu() for batch in batches])

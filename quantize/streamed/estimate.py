@@ -24,10 +24,18 @@ __all__ = ["Estimate", "check_memory", "estimate", "shown_seconds"]
 
 INTERPRETER = 600 * 2**20
 """Python, torch and transformers themselves."""
+CUDA_LIBRARIES = 2 * 2**30
+"""What CUDA's libraries and context take of the host's memory."""
+WORKSPACE = 512 * 2**20
+"""What the same take of the GPU's beside tensors, with what the allocator cannot use."""
+STORED = 2
+"""Bytes of a value in 16 bit."""
 PASSES = 3.2
 """Forward passes of a layer: up to each group of linears, and once rounded."""
 WORKING_COPIES = 10
 """Matrices of the size of the rows in work that rounding holds at its widest."""
+STORING_COPIES = 3
+"""Matrices of a linear's size, 4 bytes a value, that its stored form is made in."""
 GIBIBYTE = 2**30
 
 
@@ -36,7 +44,9 @@ class Estimate:
     """Bytes, and seconds a layer."""
 
     memory: int
-    """Without the hidden states of the samples."""
+    """Of the process, without the hidden states of the samples."""
+    gpu: int = 0
+    """Of the GPU; 0 where there is none."""
     activations: int
     disk: int
     seconds_per_layer: float
@@ -51,6 +61,7 @@ class Estimate:
         return [
             f"memory: {shown_bytes(self.memory + (0 if in_file else self.activations))} of at most "
             f"{shown_bytes(max_memory)}; hidden states of the samples: {shown_bytes(self.activations)}, {where}",
+            *([f"memory of the GPU: {shown_bytes(self.gpu)}"] if self.gpu else []),
             f"disk: {shown_bytes(self.disk + (self.activations if in_file else 0))} at the widest",
             f"time: {shown_seconds(each * self.layers)} for {self.layers} layers, {shown_seconds(each)} each{measured}",
         ]
@@ -71,8 +82,13 @@ def estimate(
     hidden = checkpoint.hidden_size
     widest = max(sum(shapes[name][0] for name in names) for names in SHARED_INPUTS)
     columns = max(columns for _, columns in shapes.values())
+    largest = max(rows * columns for rows, columns in shapes.values())
     tokens = [len(batch) * max(len(row.ids) for row in batch) for batch in packed]
-    solving = columns**2 * 4 + WORKING_COPIES * min(rows_together(columns), widest) * columns * 4 + widest * columns
+    together = max(
+        min(rows_together(shapes[names[0]][1], device), sum(shapes[name][0] for name in names)) * shapes[names[0]][1]
+        for names in SHARED_INPUTS
+    )
+    solving = columns**2 * 4 + max(WORKING_COPIES * together, STORING_COPIES * largest) * 4 + widest * columns
     forward = max(tokens) * (2 * widest + 8 * hidden) * dtype.itemsize
     rounding = weights * dtype.itemsize + max(solving, forward)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())
@@ -82,9 +98,13 @@ def estimate(
         width = shapes[names[0]][1]
         macs += sum(shapes[name][0] for name in names) * width**2 + width**3 / 6
     total = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names())
-    on_device = rounding if device.type == "cpu" else weights * 2
+    peak = max(rounding, seeing)
+    read = max(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names()) * STORED
+    # on a GPU, the host holds a tensor as it is read, and a rounded layer and its copy as they are written
+    memory = peak if device.type == "cpu" else CUDA_LIBRARIES + read + 2 * STORED * weights
     return Estimate(
-        memory=INTERPRETER + max(on_device, seeing),
+        memory=INTERPRETER + memory,
+        gpu=0 if device.type == "cpu" else WORKSPACE + peak,
         activations=sum(tokens) * hidden * dtype.itemsize,
         disk=2 * (total * 2 - weights * layers),
         seconds_per_layer=macs / (speed or _multiply_adds_a_second(dtype, device)),
@@ -92,12 +112,17 @@ def estimate(
     )
 
 
-def check_memory(needed: Estimate, max_memory: int) -> None:
-    """Raise InputError when even with hidden states in a file more memory is needed."""
+def check_memory(needed: Estimate, max_memory: int, free_on_gpu: int | None = None) -> None:
+    """Raise InputError when even with hidden states in a file more memory is needed, or more of the GPU's is."""
     if needed.memory > max_memory:
         raise InputError(
             f"--max-memory {max_memory / GIBIBYTE:g}: about {shown_bytes(needed.memory)} are needed with hidden states "
             f"in a file. Give {math.ceil(10 * needed.memory / GIBIBYTE) / 10} or more, or --dtype bfloat16."
+        )
+    if free_on_gpu is not None and needed.gpu > free_on_gpu:
+        raise InputError(
+            f"The GPU has {shown_bytes(free_on_gpu)} free: about {shown_bytes(needed.gpu)} are needed. Free it, use "
+            "--dtype bfloat16, another GPU (--device cuda:N) or --device cpu."
         )
 
 

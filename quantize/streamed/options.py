@@ -176,10 +176,10 @@ def describe(found: Compressed, command: str) -> list[str]:
         lines.append("ANOMALOUS: calibration samples belong to an evaluation suite; see compression.json")
     if record["random_weights"]:
         lines.append("RANDOM WEIGHTS: what it answers means nothing, only sizes and times do")
-    lines.append(
-        f"{shown_seconds(measured['seconds'])}, at most {shown_bytes(measured['peak_memory_bytes'])} of memory; "
-        f"next: {command}"
-    )
+    memory = f"{shown_bytes(measured['peak_memory_bytes'])} of memory"
+    if measured["gpu"]:
+        memory += f" and {shown_bytes(measured['peak_gpu_memory_bytes'])} of {measured['gpu']}"
+    lines.append(f"{shown_seconds(measured['seconds'])}, at most {memory}; next: {command}")
     return lines
 
 

@@ -83,6 +83,14 @@ class Guard:
         if note is not None:
             _log.warning("%s", note)
         self.runner.activate()
+        fitted_on = None if self.thresholds is None else self.thresholds.provider
+        if fitted_on not in (None, self.runner.provider):
+            _log.warning(
+                "The thresholds were fitted on %s, and %s judges, which may round otherwise: what they promise was not "
+                "measured there. Fit them here: python -m calibration.thresholds.",
+                fitted_on,
+                self.runner.provider,
+            )
         return self
 
     def __exit__(

@@ -18,6 +18,7 @@ from runtimes.guard.activation import Activated
 from safevlm.contract.graph_fit import Role
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, SafeVLMError
+from safevlm.machine import memory_advice
 from safevlm.terminal.printable import shortened
 
 __all__ = ["FileRunner", "GuardOutput", "GuardRunner"]
@@ -53,6 +54,13 @@ class GuardRunner(Activated):
     """What the runtime raises when it fails on an image; complete from activation on."""
     gives_embeddings = False
     """Whether :meth:`infer` can return image embeddings, for a language model that shares the vision tower."""
+    gpu: str | None = None
+    """Name of the GPU that the runtime computes on, where it is known; set by activation."""
+
+    @property
+    def provider(self) -> str:
+        """What the runtime computes with, as records and thresholds state it; known from activation on."""
+        return self.runtime
 
     def infer(self, rgb: npt.NDArray[np.uint8], *, embeddings: bool = False) -> GuardOutput:
         """Judge N x H x W x 3 grey levels (uint8, at the contract's size); ``embeddings`` asks for those, too.
@@ -77,7 +85,8 @@ class GuardRunner(Activated):
         """Run one call on what is held; what the runtime raises becomes SafeVLMError."""
         with self._call():
             try:
-                return run()
+                with memory_advice("Judge fewer images at once, or free memory.", SafeVLMError):
+                    return run()
             except SafeVLMError:
                 raise
             except self.failures as error:

@@ -27,10 +27,13 @@ from runtimes.guard.activation import Activated
 from runtimes.language.question import Reader, check_turns
 from runtimes.language.writing import Decoding, Writing
 from safevlm.contract.preprocessing import Preprocessing
-from safevlm.errors import InputError
+from safevlm.errors import InputError, SafeVLMError
+from safevlm.machine import memory_advice
 from safevlm.network.dialogue import Question, as_turns
 
 __all__ = ["LanguageRunner", "Prefilled"]
+
+SMALLER = "Ask a shorter question, free memory, or start with --dtype bfloat16."
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class LanguageRunner(Activated):
             raise InputError(
                 f"image embeddings must be float32 of shape T x D, not {embeddings.dtype} {embeddings.shape}"
             )
-        with self._call():
+        with self._call(), memory_advice(SMALLER, SafeVLMError):
             return self._prefill(np.ascontiguousarray(rgb), question, embeddings)
 
     def generate(self, handle: Any, max_new_tokens: int) -> str:
@@ -105,7 +108,7 @@ class LanguageRunner(Activated):
         self._check_active()
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        with self._call():
+        with self._call(), memory_advice(SMALLER, SafeVLMError):
             return self._generate(handle, max_new_tokens)
 
     def stream(self, handle: Any, max_new_tokens: int, writing: Writing | None = None) -> Generator[str, None, None]:
@@ -116,7 +119,7 @@ class LanguageRunner(Activated):
         self._check_active()
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        with self._call():
+        with self._call(), memory_advice(SMALLER, SafeVLMError):
             yield from self._stream(handle, max_new_tokens, writing or Writing())
 
     @abc.abstractmethod

@@ -74,14 +74,17 @@ class TorchLanguageRunner(LanguageRunner):
             import torch
         except ImportError as error:
             raise MissingExtraError("torch", "torch", "answering with torch") from error
+        from safevlm.network.device import torch_device
         from safevlm.network.loading import load_safe_vlm
         from safevlm.network.safe_vlm import SafeVLM
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        device = _device(torch, self.device)
+        device = torch_device(self.device)
         dtype = getattr(torch, self.dtype)
-        vlm = self.model if isinstance(self.model, SafeVLM) else load_safe_vlm(self.model, dtype=dtype, grid=self.grid)
+        vlm = self.model
+        if not isinstance(vlm, SafeVLM):
+            vlm = load_safe_vlm(vlm, dtype=dtype, grid=self.grid, device=device)
         self._vlm = vlm.to(device=device, dtype=dtype).eval()
         self.preprocessing = vlm.preprocessing
         self.classes = vlm.classes
@@ -215,14 +218,3 @@ def _begun(handle: Any) -> Begun:
         raise InputError("this prefill was answered already, or belongs to another runner; prefill again")
     begun: Begun = handle.pop()
     return begun
-
-
-def _device(torch: Any, name: str) -> Any:
-    """Return torch's device of this name; InputError when there is no such thing here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}. Allowed: cpu, cuda and cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here. Take --device cpu.")
-    return device

@@ -89,6 +89,8 @@ class Latency(Frozen):
     p95_ms: Milliseconds
     batch: Batch
     runtime: str
+    provider: Name | None = None
+    """What the runtime computed with, such as ``CUDAExecutionProvider``; None in bundles that do not say it."""
     machine: str
 
 
@@ -248,6 +250,8 @@ class Thresholds(Frozen):
     unsure_rate: Probability
     view: ViewMode = "whole"
     """Of thresholds that do not say it, which are from before there were tiles, ``whole``."""
+    provider: Name | None = None
+    """What the runtime computed with, as :attr:`Latency.provider`; None of thresholds that do not say it."""
 
     @model_validator(mode="after")
     def _check(self) -> Thresholds:

@@ -60,10 +60,12 @@ def fill(
     prefix: str,
     dtype: torch.dtype = torch.float32,
     own: bool = False,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Give every parameter of ``module`` its tensor ``prefix + name``, read one at a time, without gradient.
 
-    With ``own`` parameters share no memory with the checkpoint's mapped files.
+    With ``own`` parameters share no memory with the checkpoint's mapped files. On a GPU each is there, in its dtype,
+    before the next one is read: the host holds one tensor, as it is stored. Buffers stay where they are.
 
     All names and shapes are checked before the first byte is read. A parameter that another one is tied to
     is filled once; tie again afterwards.
@@ -75,7 +77,8 @@ def fill(
     check_stored({prefix + name: tuple(slot.shape) for name, slot in slots.items()}, tensors)
     for name in slots:
         path, _, leaf = name.rpartition(".")
-        value = converted(tensors.read(prefix + name, own=own), dtype, tensors.stored_name(prefix + name))
+        stored = tensors.read(prefix + name, own=own).to(device)
+        value = converted(stored, dtype, tensors.stored_name(prefix + name))
         setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 

@@ -14,9 +14,10 @@ from typing import NoReturn
 
 import click
 
-from safevlm.errors import SafeVLMError, StorageError
+from safevlm.errors import InputError, SafeVLMError, StorageError
 from safevlm.files.storage import locale_problem, storage_problem
 from safevlm.imports.siblings import PACKAGES
+from safevlm.machine import memory_problem
 from safevlm.terminal.commands import PROGRAM
 from safevlm.terminal.printable import printable
 from safevlm.terminal.standard_streams import settled, standard_streams
@@ -34,8 +35,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     """Run a click command and exit: with the integer it returns, otherwise 0.
 
     SafeVLMError becomes ``error: message`` on stderr and its own code, and so does what the surroundings cause (a full
-    disk, a folder that may not be written, a locale that lacks a letter); wrong usage 2, Ctrl-C 130, SIGTERM 143,
-    SIGHUP 129. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1). Standard
+    disk or memory, a folder that may not be written, a locale that lacks a letter); wrong usage 2, Ctrl-C 130, SIGTERM
+    143, SIGHUP 129. Every other exception is a bug of ours and keeps its traceback (Python then exits with 1). Standard
     output that cannot be written changes no verdict: see :func:`safevlm.terminal.standard_streams.settled`.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -60,6 +61,9 @@ def _code(command: click.Command, arguments: list[str], signals: list[int]) -> i
             _say_again(command, arguments)
         return error.exit_code
     except Exception as error:
+        if full := memory_problem(error):
+            _say_error(command, f"{full} Free memory, or ask for less at once.")
+            return InputError.exit_code
         told = storage_problem(error, arguments) or locale_problem(error, arguments)
         if told is None:
             raise

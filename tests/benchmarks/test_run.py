@@ -160,6 +160,9 @@ def test_a_bundle_judges_as_the_checkpoint_it_came_from(guard_bundle: Path, tmp_
     for row in read_run(tmp_path / "bundle").rows:
         assert row.answer is None and row.probs is not None
         assert np.abs(np.array(row.probs) - np.array(rows[row.id].probs)).max() < 1e-4
+    on_bundle, exact = (read_run(tmp_path / name).record.runtime for name in ("bundle", "exact"))
+    assert (on_bundle.provider, on_bundle.gpu) == ("CPUExecutionProvider", None)
+    assert (exact.provider, exact.device, exact.gpu) == (None, "cpu", None)
 
 
 def test_a_gated_pair_refuses_what_the_guard_blocks(guard_bundle: Path, tmp_path: Path) -> None:
@@ -170,6 +173,7 @@ def test_a_gated_pair_refuses_what_the_guard_blocks(guard_bundle: Path, tmp_path
     assert all((row.blocked is not None) == (row.label != 0) for row in rows)
     assert all((row.answer is None) == (row.blocked is not None) for row in rows)
     assert record.artifact.kind == "gated" and record.artifact.name.startswith("guard + ")
+    assert record.runtime.provider == "CPUExecutionProvider"
 
 
 def test_random_weights_are_recorded_whatever_runs_them(

@@ -57,7 +57,7 @@ def test_each_file_gets_its_own_and_keeps_its_promise_on_what_it_saw(bundle: Pat
     assert fp32 is not None and fp16 is not None
     assert fp32.pooled != fp16.pooled
     for entry in (fp32, fp16):
-        assert entry.n == 120 and entry.n_unsafe == 80
+        assert entry.n == 120 and entry.n_unsafe == 80 and entry.provider == "CPUExecutionProvider"
         assert entry.miss_rate <= 0.1 and entry.fpr <= 0.1
 
 
@@ -76,6 +76,7 @@ def test_files_are_asked_on_the_runtime_that_will_run_them(
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), promise, precisions=["fp32"], runtime="openvino")
     assert set(asked) == {"guard.fp32.onnx"}
     on_openvino = open_bundle(bundle).manifest.thresholds_of("guard.fp32.onnx")
+    assert on_openvino is not None and on_openvino.provider == "openvino"
     fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), promise, precisions=["fp32"])
     on_onnxruntime = open_bundle(bundle).manifest.thresholds_of("guard.fp32.onnx")
     assert on_openvino is not None and on_onnxruntime is not None

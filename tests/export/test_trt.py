@@ -591,8 +591,16 @@ def test_the_timing_cache_is_read_and_updated(bundle: Bundle, tmp_path: Path) ->
 def test_the_timing_cache_lies_in_the_users_cache_folder(bundle: Bundle, cache_folder: Path) -> None:
     trt = make_tensorrt("10.3.0")
     build(bundle, trt)
-    assert default_timing_cache(Device(trt, ORIN)) == cache_folder / "safevlm-edge" / "tensorrt-10.3.0-sm87.timing"
+    assert default_timing_cache(Device(trt, ORIN)) == cache_folder / "safevlm-edge" / "tensorrt-10.3.0-sm87-Orin.timing"
     assert default_timing_cache(Device(trt, ORIN)).read_bytes() == b"+timed"
+
+
+def test_gpus_of_one_compute_capability_share_no_timings() -> None:
+    trt = make_tensorrt("10.3.0")
+    cards = [Gpu(name, "8.6") for name in ("NVIDIA A10", "NVIDIA GeForce RTX 3090", "a/../b\n", "NVIDIA A10G")]
+    caches = [default_timing_cache(Device(trt, card)) for card in cards]
+    assert len({*caches}) == len(cards) and len({each.parent for each in caches}) == 1
+    assert caches[1].name == "tensorrt-10.3.0-sm86-NVIDIA-GeForce-RTX-3090.timing"
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"another GPU"])

@@ -38,7 +38,7 @@ def test_the_libraries_are_those_of_the_package() -> None:
     project = import_module("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     def stated(requirements: list[str]) -> dict[str, str]:
-        return dict(re.fullmatch(r"([\w-]+)(.*)", each).groups() for each in requirements)  # type: ignore[union-attr]
+        return dict(re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(.*)", each).groups() for each in requirements)  # type: ignore[union-attr]
 
     assert stated(project["dependencies"]) == CORE
     extras = project["optional-dependencies"]

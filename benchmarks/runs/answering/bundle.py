@@ -20,6 +20,7 @@ from benchmarks.runs.answering.answerer import (
     prompt_text,
 )
 from benchmarks.runs.answering.gguf import gguf_artifact, gguf_runtime
+from benchmarks.runs.answering.torch_model import torch_runtime
 from benchmarks.runs.record import Artifact, Row, Runtime
 from runtimes.gate.open import open_gate
 from runtimes.guard.bundle import Bundle, open_bundle
@@ -85,7 +86,11 @@ class BundleAnswerer:
         return Description(
             artifact=artifact.model_copy(update={"name": name}),
             runtime=Runtime(
-                name=self.guard.runner.runtime, dtype=None if file is None else file.precision, batch=self.batch
+                name=self.guard.runner.runtime,
+                dtype=None if file is None else file.precision,
+                batch=self.batch,
+                provider=self.guard.runner.provider,
+                gpu=self.guard.runner.gpu,
             ),
             preprocessing=self.guard.runner.preprocessing.model_dump(mode="json"),
             threshold=_threshold(self.guard),
@@ -158,7 +163,8 @@ class GatedAnswerer:
         """Return both parts; the language model's prompt, the guard's threshold."""
         bundle, answers = bundle_artifact(self.bundle), _described(self.gate.language)
         model, guard = answers.artifact, self.gate.guard
-        judges = _parts_run_on(self.gate.language) if guard is None else guard.runner.runtime
+        runner = None if guard is None else guard.runner
+        judges = _parts_run_on(self.gate.language) if runner is None else runner.runtime
         return Description(
             artifact=model.model_copy(
                 update={
@@ -170,7 +176,11 @@ class GatedAnswerer:
                 }
             ),
             runtime=answers.runtime.model_copy(
-                update={"name": " + ".join(name for name in (judges, answers.runtime.name) if name)}
+                update={
+                    "name": " + ".join(name for name in (judges, answers.runtime.name) if name),
+                    "provider": answers.runtime.provider if runner is None else runner.provider,
+                    "gpu": answers.runtime.gpu or (None if runner is None else runner.gpu),
+                }
             ),
             prompt=answers.prompt,
             preprocessing=answers.preprocessing,
@@ -208,15 +218,13 @@ def _described(language: LanguageRunner | None) -> Description:
             prompt=prompt_text(manifest.prompt.format()),
             preprocessing=manifest.preprocessing.model_dump(mode="json"),
         )
-    import torch
-
     from safevlm.checkpoint.checkpoint import Checkpoint
 
     assert isinstance(language, TorchLanguageRunner) and isinstance(language.model, Checkpoint)
     assert language.preprocessing is not None
     return Description(
         artifact=checkpoint_artifact(language.model),
-        runtime=Runtime(name="torch", version=torch.__version__, device=language.device, dtype=language.dtype, batch=1),
+        runtime=torch_runtime(language.device, language.dtype, 1),
         prompt=prompt_text(language.model.family.prompt),
         preprocessing=language.preprocessing.model_dump(mode="json"),
     )

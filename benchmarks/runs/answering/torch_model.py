@@ -21,7 +21,8 @@ from benchmarks.runs.answering.answerer import (
 from benchmarks.runs.record import Row, Runtime
 from runtimes.language.question import Reader, check_turns
 from runtimes.language.torch_language import reader_of
-from safevlm.errors import InputError, SafeVLMError
+from safevlm.errors import SafeVLMError
+from safevlm.machine import memory_advice
 from safevlm.network.dialogue import as_turns
 
 if TYPE_CHECKING:
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
 
     from safevlm.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["TorchAnswerer"]
+__all__ = ["TorchAnswerer", "torch_runtime"]
+
+
+def torch_runtime(device: str, dtype: str, batch: int) -> Runtime:
+    """Return what a run record says of torch on a device, which is there."""
+    import torch
+
+    from safevlm.network.device import gpu_use, torch_device
+
+    used = gpu_use(torch_device(device))
+    gpu = None if used is None else used.name
+    return Runtime(name="torch", version=torch.__version__, device=device, dtype=dtype, batch=batch, gpu=gpu)
 
 
 class TorchAnswerer:
@@ -63,10 +75,8 @@ class TorchAnswerer:
 
         from safevlm.network.loading import load_safe_vlm
 
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"--device {self.device}: torch finds no GPU here. Use --device cpu.")
         dtype = getattr(torch, self.dtype)
-        self._vlm = load_safe_vlm(self.checkpoint, dtype=dtype, grid=self.grid).to(device=self.device, dtype=dtype)
+        self._vlm = load_safe_vlm(self.checkpoint, dtype=dtype, grid=self.grid, device=self.device).to(dtype=dtype)
         self._reader = reader_of(self._vlm)
         return self
 
@@ -77,13 +87,9 @@ class TorchAnswerer:
 
     def describe(self) -> Description:
         """Return the checkpoint, torch, the family's prompt, greedy decoding."""
-        import torch
-
         return Description(
             artifact=checkpoint_artifact(self.checkpoint),
-            runtime=Runtime(
-                name="torch", version=torch.__version__, device=self.device, dtype=self.dtype, batch=self.batch
-            ),
+            runtime=torch_runtime(self.device, self.dtype, self.batch),
             prompt=prompt_text(self.checkpoint.family.prompt),
             preprocessing=self._vlm.preprocessing.model_dump(mode="json"),
             decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
@@ -98,7 +104,8 @@ class TorchAnswerer:
             for row in rows:
                 if row.kind != "image":
                     check_turns(self._reader, as_turns(row.query or ""), self.max_new_tokens)
-            return self._together(rows, pictures)
+            with memory_advice("Give a smaller --batch, or --dtype bfloat16.", SafeVLMError):
+                return self._together(rows, pictures)
         except SafeVLMError as error:
             if len(rows) == 1:
                 return [failed(rows[0], str(error))]

@@ -114,6 +114,12 @@ def test_random_weights_on_either_side_are_anomalies(tmp_path: Path) -> None:
 def test_what_changed_is_named(tmp_path: Path) -> None:
     one, other = (run.record for run in runs(tmp_path))
     engine = one.model_copy(update={"runtime": one.runtime.model_copy(update={"name": "llama.cpp"})})
+    cpu, gpu = (
+        one.model_copy(update={"runtime": one.runtime.model_copy(update={"provider": f"{name}ExecutionProvider"})})
+        for name in ("CPU", "CUDA")
+    )
+    assert changed_part(cpu, gpu) == "engine"
+    assert changed_part(one, gpu) == "noise (the same again)", "the older record states no provider"
     assert changed_part(one, other) == "compression"
     assert changed_part(one, engine) == "engine"
     assert changed_part(engine, other) == "compression and engine"

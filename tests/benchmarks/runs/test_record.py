@@ -28,6 +28,27 @@ def test_any_text_survives_one_line(text: str) -> None:
     assert Row.model_validate_json(line) == row
 
 
+def test_a_run_from_before_providers_were_recorded_is_read_and_resumed(tmp_path: Path) -> None:
+    rows = pair_rows(2)
+    record = record_of(rows).model_copy(update={"finished": None})
+    on_gpu, on_cpu = (record.runtime.model_copy(update={"provider": name}) for name in ("CUDA", "CPU"))
+    now = record.model_copy(update={"runtime": on_gpu})
+    for begun in (record.runtime, on_gpu, on_cpu):
+        folder = tmp_path / str(begun.provider)
+        with RunWriter.begin(folder, record.model_copy(update={"runtime": begun})):
+            pass
+        if begun.provider is None:
+            stated = json.loads((folder / RECORD_NAME).read_text())
+            stated["runtime"].pop("provider", None)
+            (folder / RECORD_NAME).write_text(json.dumps(stated))
+        if begun is on_cpu:
+            with pytest.raises(InputError, match="holds another run: "):
+                RunWriter.resume(folder, now)
+        else:
+            with RunWriter.resume(folder, now) as writer:
+                assert writer.done == set()
+
+
 def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(tmp_path: Path) -> None:
     rows = pair_rows(4)
     record = record_of(rows).model_copy(update={"finished": None})

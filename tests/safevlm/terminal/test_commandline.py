@@ -40,6 +40,16 @@ def test_our_errors_become_a_message_and_their_code(
     assert "\x1b" not in printed.err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory\nat kernel.cu:7")])
+def test_memory_that_ran_out_is_a_message_and_no_traceback(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(raising(error)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: The") and printed.endswith("Free memory, or ask for less at once.\n")
+    assert printed.count("\n") == 1
+
+
 def test_wrong_usage_is_2_and_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
     command = click.Command("demo", params=[click.Argument(["bundle"])], help="Say hello.")
     assert ended(command) == 2
