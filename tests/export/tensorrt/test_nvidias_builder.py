@@ -121,7 +121,7 @@ def cases() -> Iterator[tuple[str, str, str, bool, str]]:
     """Yield what is built: checkpoint, role, precision, with embeddings or without, and how the file is rewritten.
 
     TensorRT 8.6 alone is given opset 17, and float32 always; parts are of guards behind the language model. One
-    checkpoint has every precision with and without embeddings, the others each of both once: writing a graph takes long.
+    checkpoint has every precision with and without embeddings, the others each once: writing graphs takes long.
     """
     each = (("fp32", True), ("fp16", False), ("int8", True))
     for name in TINY:
