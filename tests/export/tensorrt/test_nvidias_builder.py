@@ -120,13 +120,14 @@ def build(rtx: Any, file: Path, plan: Path, tensors: Tensors) -> None:
 def cases() -> Iterator[tuple[str, str, str, bool, str]]:
     """Yield what is built: checkpoint, role, precision, with embeddings or without, and how the file is rewritten.
 
-    TensorRT 8.6 alone is given opset 17, and float32 always; parts are of guards behind the language model.
+    TensorRT 8.6 alone is given opset 17, and float32 always; parts are of guards behind the language model. One
+    checkpoint has every precision with and without embeddings, the others each once: writing graphs takes long.
     """
+    each = (("fp32", True), ("fp16", False), ("int8", True))
     for name in TINY:
-        for precision, shared in itertools.product(("fp32", "fp16", "int8"), (False, True)):
-            yield name, "guard", precision, shared, "standard"
-        for precision in ("fp32", "fp16", "int8"):
-            yield name, "guard", precision, True, "as shipped"
+        crossed = itertools.product(("fp32", "fp16", "int8"), (False, True)) if name == "tiny-safegem" else each
+        yield from ((name, "guard", precision, shared, "standard") for precision, shared in crossed)
+        yield from ((name, "guard", precision, shared, "as shipped") for precision, shared in each)
         yield name, "guard", "fp32", True, "opset 17"
     for name in ("tiny-safellava", "tiny-safeqwen"):
         yield name, "vision", "fp16", False, "standard"
@@ -156,7 +157,8 @@ def test_a_layer_of_a_real_vision_tower_becomes_an_engine_at_its_resolution(
     name: str, rtx: Any, tmp_path: Path
 ) -> None:
     guard = build_random_guard(find_shape(name).shortened(1), seed=0)
-    file, plan, side = tmp_path / "guard.fp16.onnx", tmp_path / "guard.plan", TOWERS[name]
+    file, plan, side = tmp_path / "guard.fp16.onnx", tmp_path / "scratch" / "guard.plan", TOWERS[name]
+    plan.parent.mkdir()
     write_onnx(build_graph(guard, "fp16"), drawn_images(guard.preprocessing, 0, 2), file)
     verdict = tuple(TensorSpec(name=each, shape=("N", CLASSES), dtype="float32") for each in ("probs", "logits"))
     tensors = Tensors((TensorSpec(name="rgb", shape=("N", side, side, 3), dtype="uint8"),), verdict)
