@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from export.guard.bundle import write_manifest
 from export.guard.latency import latency_of
+from export.rewrites.int8_on_half import quantize_half
 from export.tensorrt.builder import (
     BuilderApi,
     EngineOptions,
@@ -105,6 +106,12 @@ class EnginePart:
         """Return the ONNX file that it is built from."""
         return self._file(bundle, device.api.source_precision(self.options.precision))
 
+    def half(self, bundle: Bundle) -> GuardFile | None:
+        """Return the float16 file that an int8 engine computes with between its products, if the bundle has one."""
+        if self.options.precision != "int8":
+            return None
+        return next((file for file in bundle.files("onnx", self.role) if file.precision == "fp16"), None)
+
     def judge(self, bundle: Bundle) -> GuardFile:
         """Return the ONNX file that it is compared with."""
         return self._file(bundle, judge_of(self.options.precision))
@@ -136,7 +143,9 @@ def _with_batch(bundle: Bundle, part: EnginePart, device: Device) -> EnginePart:
 
 def _scratch(bundle: Bundle, part: EnginePart, device: Device) -> int:
     """Return the scratch memory an image that an engine needs."""
-    return scratch_bytes(bundle.path(part.source(bundle, device)), fused=part.options.precision == "fp16")
+    half = part.half(bundle)
+    path = bundle.path(half or part.source(bundle, device))
+    return scratch_bytes(path, fused=half is not None or part.options.precision == "fp16")
 
 
 def require_precisions(bundle: Bundle, precisions: set[str], role: Role) -> None:
@@ -194,6 +203,9 @@ def add_engine(
     with draft_of(bundle.folder / "engine") as scratch, storing(bundle.folder, advice="copy the bundle elsewhere"):
         path, plan = bundle.path(source), scratch / "guard.plan"
         tensors = tensors_of(path, source)
+        if (half := part.half(bundle)) is not None:
+            path = scratch / source.path
+            quantize_half(bundle.path(source), bundle.path(half), path)
         report(f"{title_of(device.trt)}: reading {source.path}")
         build_engine(
             device.trt,
@@ -251,6 +263,8 @@ def _info(bundle: Bundle, part: EnginePart, device: Device) -> EngineInfo:
         HARDWARE_COMPATIBLE: options.hardware_compatible,
         VERSION_COMPATIBLE: options.version_compatible,
     }
+    if (half := part.half(bundle)) is not None:
+        stated["onnx_fp16_sha256"] = half.sha256
     return EngineInfo(
         module=device.module,
         tensorrt_version=device.version,

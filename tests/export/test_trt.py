@@ -218,7 +218,7 @@ def test_compatible_engines_are_asked_for_and_say_so(bundle: Bundle, version: st
 def test_what_cannot_fit_is_refused_before_the_build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(bundle.folder)
     trt = make_tensorrt("10.3.0")
-    with pytest.raises(EngineUnavailableError, match=r"needs about .* of GPU memory at --max-batch 512, and 0\.. MiB"):
+    with pytest.raises(EngineUnavailableError, match=r"needs about .* of GPU memory at --max-batch 512, and 256 KiB"):
         build_into(bundle, request(max_batch=512), Device(trt, ORIN, 2**18), make_runner=EngineRunner)
     full = SimpleNamespace(total=0, used=0, free=10)
     monkeypatch.setattr("export.tensorrt.room.shutil.disk_usage", lambda _: full)
@@ -246,6 +246,7 @@ def test_an_int8_engine_comes_from_the_int8_graph_and_is_judged_by_it(tmp_path: 
     (engine,) = built.files("engine")
     assert engine.path == f"engines/int8-sm87-trt{version}.plan" and engine.parity is not None
     assert engine.parity.reference == "ONNX Runtime on the CPU with this bundle's int8 file"
+    assert engine.engine is not None and engine.engine.options["onnx_fp16_sha256"] == bundle.file("fp16").sha256
     assert built.file("int8").kind == "onnx", "the engine does not stand in its own source's place"
 
 

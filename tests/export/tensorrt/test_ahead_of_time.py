@@ -183,7 +183,7 @@ def test_the_default_targets_are_compiled_for(rtx: Any) -> None:
 def test_a_disk_that_cannot_hold_the_engine_is_said_before_the_build(
     rtx: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.tensorrt.engine.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr("export.tensorrt.room.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     result = build(bundle)
     assert isinstance(result.exception, EngineUnavailableError)
     assert "does not fit on this disk, which has 10 bytes free" in str(result.exception)
