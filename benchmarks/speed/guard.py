@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.speed.guard_lineup import Measured, line_up
+from benchmarks.speed.guard_lineup import Measured, line_up, line_up_gpu
 from benchmarks.speed.isolation import run_isolated
 from benchmarks.speed.peer import PLAIN, Device, Subject, Work
 from runtimes.guard.bundle import Bundle, open_bundle
@@ -55,6 +55,8 @@ class SpeedOptions:
     """Measure, too, the guard that gives image embeddings and the vision tower without a guard."""
     peers: str | None = None
     """The interpreter of an environment with OpenVINO and NNCF: what people use on CPUs is measured beside ours."""
+    gpu_alone: bool = False
+    """Measure nothing on the CPU, and torch in float16, torch.compile and ONNX Runtime on the GPU, too."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "repeats", "threads"):
@@ -69,6 +71,8 @@ class SpeedOptions:
             raise InputError(
                 f"--precision {','.join(self.precisions)}: INT8 files and peers are made from fp32; ask for it, too."
             )
+        if self.gpu_alone and self.peers is not None:
+            raise InputError("--gpu-alone leaves out the CPU, which --peers run on. Give one of them.")
         if not 0 < self.seconds < float("inf"):
             raise InputError(f"--seconds {self.seconds}: a time above 0 is needed.")
 
@@ -110,7 +114,8 @@ class Row:
     ratio_to_torch_eager: float | None = None
     """How many times as fast as torch eager on the same device, from the same run: above 1 is faster."""
     max_abs_prob_delta: float | None = None
-    """Largest difference of a probability from torch eager's on the CPU, same images; None for another guard's file."""
+    """Largest difference of a probability from torch eager's, on the CPU where it was measured, same images; None for
+    another guard's file."""
     peak_rss_bytes: int | None = None
     size_bytes: int | None = None
     version: str | None = None
@@ -158,9 +163,14 @@ def measure_guard(
                 threads=options.threads,
                 python=options.peers,
             )
-        peers = line_up(guard, open_bundle(scratch, verify=False), given, engines, python=options.peers, nncf=others)
+        bundle_made = open_bundle(scratch, verify=False)
+        if options.gpu_alone:
+            peers = line_up_gpu(guard, bundle_made, given, engines, options.precisions)
+        else:
+            peers = line_up(guard, bundle_made, given, engines, python=options.peers, nncf=others)
         _run_rounds(subject, options, peers, report)
-    baselines = {measured.peer.device: measured for measured in peers if measured.peer.runtime == "torch"}
+    eager = [measured for measured in peers if (measured.peer.runtime, measured.peer.precision) == ("torch", "fp32")]
+    baselines = {measured.peer.device: measured for measured in eager}
     rows = [
         _row(subject, measured, batch, baselines, options.rounds)
         for measured in peers
@@ -210,7 +220,7 @@ def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[Measured], 
 
 
 def _row(subject: Subject, measured: Measured, batch: int, baselines: Mapping[Device, Measured], rounds: int) -> Row:
-    """Sum up one peer at one batch size; ``baselines`` are the torch peers by device."""
+    """Sum up one peer at one batch size; ``baselines`` are torch eager in float32, by device."""
     answers = measured.answers.get(batch, [])
     peer = measured.peer
     unavailable = batch in measured.skipped or measured.exit_code in UNAVAILABLE
@@ -230,8 +240,9 @@ def _row(subject: Subject, measured: Measured, batch: int, baselines: Mapping[De
     if not answers:
         return row
     latency = _latency(answers, batch)
-    baseline = baselines[peer.device].answers.get(batch, [])
-    reference = baselines["cpu"].answers.get(batch, [])
+    baseline_here = baselines[peer.device]
+    baseline = baseline_here.answers.get(batch, [])
+    reference = baselines.get("cpu", baseline_here).answers.get(batch, [])
     same_weights = not (subject.random and peer.given)
     return replace(
         row,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.shapes.random_guard import build_random_guard
 from benchmarks.shapes.shapes import find_shape
 from benchmarks.speed.peer import Subject
+from export.guard.graph import build_graph
 from runtimes.guard.runner import GuardOutput, GuardRunner
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.network.reference import GuardModel, build_reference_guard
@@ -44,23 +45,25 @@ def _open(subject: Subject) -> Checkpoint:
 class ReferenceRunner(GuardRunner):
     """The untouched torch path, float32, on a CPU or a CUDA GPU; copies to and from the GPU are timed.
 
-    ``compiled`` runs it through ``torch.compile``.
+    ``compiled`` runs it through ``torch.compile``. ``half`` runs the graph that is exported as fp16 instead, which
+    keeps normalisation and head in float32.
     """
 
     runtime = "torch"
 
-    def __init__(self, subject: Subject, device: str, *, compiled: bool = False) -> None:
+    def __init__(self, subject: Subject, device: str, *, compiled: bool = False, half: bool = False) -> None:
         super().__init__()
         self.subject = subject
         self.device = device
         self.compiled = compiled
-        self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.half = half
+        self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 
     def _activate(self) -> None:
         guard, *_ = _build(self.subject)
         self.preprocessing = guard.preprocessing
-        guard = guard.eval().to(self.device)
-        self._guard = torch.compile(guard, dynamic=False) if self.compiled else guard
+        network = (build_graph(guard, "fp16") if self.half else guard).eval().to(self.device)
+        self._guard = torch.compile(network, dynamic=False) if self.compiled else network
 
     def _deactivate(self) -> None:
         self._guard = None
@@ -68,5 +71,5 @@ class ReferenceRunner(GuardRunner):
     def _run(self, rgb: NDArray[np.uint8]) -> GuardOutput:
         guard = self._held(self._guard)
         with torch.inference_mode():
-            probs, logits = guard(torch.from_numpy(rgb).to(self.device))
+            probs, logits = guard(torch.from_numpy(rgb).to(self.device))[:2]
         return GuardOutput(probs=probs.cpu().numpy(), logits=logits.cpu().numpy())
