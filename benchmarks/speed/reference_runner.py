@@ -16,13 +16,13 @@ from runtimes.guard.runner import GuardOutput, GuardRunner
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.network.reference import GuardModel, build_reference_guard
 
-__all__ = ["STORED_BYTES", "ReferenceRunner"]
+__all__ = ["STORED_BYTES", "ReferenceRunner", "build_guard"]
 
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
-def _build(subject: Subject) -> tuple[GuardModel, int, str]:
+def build_guard(subject: Subject) -> tuple[GuardModel, int, str]:
     """Return the guard, its size on disk in bytes, and what that size counts."""
     if subject.random:
         guard = build_random_guard(find_shape(subject.name).shortened(subject.layers), seed=subject.seed)
@@ -60,7 +60,7 @@ class ReferenceRunner(GuardRunner):
         self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 
     def _activate(self) -> None:
-        guard, *_ = _build(self.subject)
+        guard, *_ = build_guard(self.subject)
         self.preprocessing = guard.preprocessing
         network = (build_graph(guard, "fp16") if self.half else guard).eval().to(self.device)
         self._guard = torch.compile(network, dynamic=False) if self.compiled else network

@@ -1,0 +1,61 @@
+"""What a machine has that a proof needs: its GPU, and packages. Imports no package that may be missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from safevlm.machine import machine_name
+
+__all__ = ["look"]
+
+REQUIRED = ("click", "numpy", "onnx", "onnxscript", "PIL", "pydantic", "rich", "safetensors", "torch", "transformers")
+"""Modules that every step needs."""
+PACKAGES = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+    "cuda-bindings",
+)
+
+
+def look(_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Answer once: processor, GPU (``None`` without one that torch can use), driver, versions, missing modules."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    found = {each.name: each.version for each in importlib.metadata.distributions()}
+    yield {
+        "machine": machine_name(),
+        "gpu": None if "torch" in missing else _gpu(),
+        "driver": _driver(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found[name] for name in PACKAGES if name in found},
+        },
+        "missing": missing,
+    }
+
+
+def _gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    return f"{seen.name}, {seen.total_memory / 2**30:.0f} GiB, compute capability {seen.major}.{seen.minor}"
+
+
+def _driver() -> str | None:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    asked = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip().partition("\n")[0] or None if done.returncode == 0 else None
