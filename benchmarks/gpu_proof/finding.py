@@ -64,7 +64,7 @@ def _finding(
 
 
 def attempt(claim: str, call: Callable[..., Iterable[Finding]], *given: Any) -> Iterator[Finding]:
-    """Yield what ``call`` finds, called with what is ``given``; its exception becomes a finding, so that one claim never ends a step.
+    """Yield what ``call`` finds; its exception becomes a finding, so that one claim never ends a step.
 
     What the machine lacks (InputError, EngineUnavailableError) leaves the claim unproved; every other exception is a
     failure, whose traceback goes to standard error.

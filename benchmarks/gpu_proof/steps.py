@@ -46,7 +46,6 @@ def find_steps(names: str | None) -> list[Step]:
     asked = names.split(",")
     unknown = sorted(set(asked) - {step.name for step in STEPS})
     if unknown:
-        raise InputError(
-            f"--steps {','.join(unknown)}: use one or several of {', '.join(each.name for each in STEPS)}."
-        )
+        known = ", ".join(step.name for step in STEPS)
+        raise InputError(f"--steps {','.join(unknown)}: use one or several of {known}.")
     return [step for step in STEPS if step.name in asked]

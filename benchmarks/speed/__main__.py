@@ -61,7 +61,7 @@ def main() -> None:
 @click.option(
     "--gpu-alone",
     is_flag=True,
-    help="Measure on the GPU alone: torch in float32 and float16, torch.compile, ONNX Runtime's CUDA provider, TensorRT.",
+    help="Measure on the GPU alone: torch in float32 and float16, torch.compile, ONNX Runtime on CUDA, TensorRT.",
 )
 @click.option(
     "--peers-python",

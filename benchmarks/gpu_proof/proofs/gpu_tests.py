@@ -19,7 +19,7 @@ ENDED = re.compile(r"^(PASSED|FAILED|ERROR|SKIPPED)\s+(.*)$", re.MULTILINE)
 
 
 def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
-    """Run them; each is a finding. Only files with such tests are read: the others need packages that may be missing."""
+    """Run them; each is a finding. Only files with such tests are read: others need packages that may be missing."""
     task = Task.of(request)
     files = files_marked(ROOT / "tests")
     if not files:
@@ -28,7 +28,7 @@ def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
     only = ["--collect-only"] if task.dry else []
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-q", "-p", "no:cacheprovider", *only]
     done = subprocess.run([*command, *map(str, files)], cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr, file=sys.stderr)
+    sys.stderr.write(done.stdout + done.stderr)
     lines = done.stdout.strip().splitlines() or ["pytest said nothing"]
     if done.returncode not in (0, 1):
         yield failed("the tests that need a GPU", f"pytest ended with {done.returncode}: {lines[-1]}")

@@ -34,7 +34,7 @@ def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _files(name: str, task: Task) -> Iterator[Finding]:
-    subject, folder = Subject(name=name, random=False), task.work / "onnx" / name
+    subject, folder = Subject(name=name, random=False, tap="projector"), task.work / "onnx" / name
     if not (folder / "manifest.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         precisions = ["fp32", "fp16"] if task.dry else ["fp32", "fp16", "int8"]

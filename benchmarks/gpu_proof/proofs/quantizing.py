@@ -73,7 +73,7 @@ def _resumed(claim: str, method: str, model: str, work: Path, task: Task, few: t
         return failed(claim, f"it was not killed: {died.problem}")
     record = quantize(method, model, work / "killed", task.device, *few)
     same = bool(record["resumed"]) and _bytes(work / "first") == _bytes(work / "killed")
-    return checked(claim, same, f"resumed {len(record['resumed'])} times")
+    return checked(claim, same, f"resumptions: {len(record['resumed'])}")
 
 
 def die_after_first_layer(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -84,7 +84,7 @@ def die_after_first_layer(request: Mapping[str, Any]) -> Iterator[Mapping[str, A
         save(self, *given)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Unfinished.save_layer = save_and_die  # type: ignore[method-assign]
+    Unfinished.save_layer = save_and_die  # type: ignore[assignment, method-assign]
     quantize(request["method"], request["model"], Path(request["out"]), request["device"], *request["few"])
     yield {}
 

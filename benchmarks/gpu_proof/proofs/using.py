@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, proved
+from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, proved, unproved
 from benchmarks.gpu_proof.proofs.commands import need
 from benchmarks.holisafe_mini import write_suite
 from calibration.holisafe_mini.suite import build_suite
@@ -20,7 +20,6 @@ MODEL, BEHIND = "tiny-safegem", "tiny-safellava"
 QUESTION = "What is in the image?"
 GATED = (0, 10)
 SAME_ANSWERS = 0.99
-DRY_IMAGES = 12
 
 
 def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
@@ -67,14 +66,10 @@ def _run(work: Path, devices: tuple[str, ...], rows: int) -> Iterator[Finding]:
 
 
 def _distill(work: Path, task: Task) -> Iterator[Finding]:
-    few: list[object] = []
     if task.dry:
-        folder = work / "few"
-        folder.mkdir()
-        for path in sorted((work / "suite" / "images").rglob("*.png"))[:: 100 // DRY_IMAGES][:DRY_IMAGES]:
-            shutil.copyfile(path, folder / path.name)
-        few = ["--images", folder, "--min-agreement", 0]
+        yield unproved("a head is distilled", "no GPU (dry run), and it takes a minute of a CPU")
+        return
     out = work / "head.safetensors"
-    done = need("calibration.distill", "--model", BEHIND, "--out", out, "--device", task.device, *few, "--json")
+    done = need("calibration.distill", "--model", BEHIND, "--out", out, "--device", task.device, "--json")
     agreement = json.loads(done.output)["fidelity"]["agreement"]
     yield proved(f"a head is distilled on {task.device}", f"agreement {agreement}")
