@@ -81,7 +81,7 @@ def read_lines(path: Path) -> list[Line]:
     try:
         found = [json.loads(line) for line in whole]
         for line in found:
-            if not NEEDED <= line.keys():
+            if not line.keys() >= NEEDED:
                 raise ValueError(f"no {', '.join(sorted(NEEDED - line.keys()))}")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} does not hold the lines of a proof ({error}). Give another --out.") from error
