@@ -8,21 +8,19 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, unproved
-from benchmarks.speed.guard_peers import CUDA_PROVIDER, check_on_gpu
-from benchmarks.speed.guard_source import write_scratch_bundle
+from benchmarks.gpu_proof.proofs.onnx_runtime import providers_of, scratch_bundle
+from benchmarks.speed.guard_peers import check_on_gpu
 from benchmarks.speed.peer import Subject, random_images
 from benchmarks.speed.reference_runner import ReferenceRunner
-from runtimes.guard.bundle import open_bundle
 from runtimes.guard.cuda import CudaRuntime, DeviceBuffer, current_gpu, free_memory, load_cuda
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.runner import GuardRunner
-from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.files.storage import shown_bytes
-from safevlm.network.reference import build_reference_guard
 
 __all__ = ["prove"]
 
-MODEL = "tiny-safegem"
+MODEL = TINY_CHECKPOINTS[0]
 ACTIVATIONS, DRY_ACTIVATIONS = 50, 2
 BUFFER = 256 * 2**20
 SLACK = 8 * 2**20
@@ -35,7 +33,7 @@ def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
     times = DRY_ACTIVATIONS if task.dry else ACTIVATIONS
     yield from attempt("cuda-python names the GPU and its memory", _bindings)
     yield from attempt(f"{times} buffers of {shown_bytes(BUFFER)} are given back", _buffers, times)
-    runner = ReferenceRunner(Subject(name=MODEL, random=False), task.device)
+    runner = ReferenceRunner(Subject(name=MODEL, random=False, tap="projector"), task.device)
     claim = f"{times} activations of torch's guard leave no memory behind"
     yield from attempt(claim, _activations, claim, runner, times, task)
     claim = f"{times} activations of ONNX Runtime's CUDA provider leave no memory behind"
@@ -69,12 +67,7 @@ def _buffers(times: int) -> Iterator[Finding]:
 
 
 def _onnx_runtime(claim: str, times: int, task: Task) -> Iterator[Finding]:
-    folder = task.work / "cuda-bundle"
-    if not (folder / "manifest.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_scratch_bundle(build_reference_guard(open_checkpoint(MODEL)), MODEL, ["fp32"], folder)
-    bundle = open_bundle(folder, verify=False)
-    runner = OnnxRuntimeRunner(bundle, providers=[*([] if task.dry else [CUDA_PROVIDER]), "CPUExecutionProvider"])
+    runner = OnnxRuntimeRunner(scratch_bundle(MODEL, task), providers=providers_of(task))
     if not task.dry:
         with runner:
             check_on_gpu(runner)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from safevlm.checkpoint.hub import TINY_CHECKPOINTS
 from safevlm.contract.manifest import GuardFile
 
-__all__ = ["prove"]
+__all__ = ["prove", "providers_of", "scratch_bundle"]
 
 BOUNDS = {"fp32": 1e-5, "fp16": 5e-3}
 """Largest difference of a probability from torch in float32; INT8 is judged on images when it is exported."""
@@ -33,16 +33,31 @@ def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
         yield from attempt(f"{name}: its ONNX files on the GPU", _files, name, task)
 
 
-def _files(name: str, task: Task) -> Iterator[Finding]:
-    subject, folder = Subject(name=name, random=False, tap="projector"), task.work / "onnx" / name
+def scratch_bundle(name: str, task: Task) -> Bundle:
+    """Return the ONNX files of a tiny checkpoint in each precision, written by the first step that asks."""
+    folder = task.work / "onnx" / name
     if not (folder / "manifest.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        precisions = ["fp32", "fp16"] if task.dry else ["fp32", "fp16", "int8"]
-        asked = {"subject": asdict(subject), "bundle": None, "folder": str(folder), "precisions": precisions}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        precisions = ["fp32"] if task.dry else ["fp32", "fp16", "int8"]
+        asked = {"subject": asdict(_subject(name)), "bundle": None, "folder": str(folder), "precisions": precisions}
         list(prepare({**asked, "embeddings": False}))
-    bundle = open_bundle(Path(folder), verify=False)
+    return open_bundle(folder, verify=False)
+
+
+def providers_of(task: Task) -> list[str]:
+    """Return ONNX Runtime's providers to ask for."""
+    return [*([] if task.dry else [CUDA_PROVIDER]), "CPUExecutionProvider"]
+
+
+def _subject(name: str) -> Subject:
+    return Subject(name=name, random=False, tap="projector")
+
+
+def _files(name: str, task: Task) -> Iterator[Finding]:
+    bundle = scratch_bundle(name, task)
     images = random_images(bundle.manifest.preprocessing, IMAGES, seed=2)
-    with ReferenceRunner(subject, "cpu") as runner:
+    with ReferenceRunner(_subject(name), "cpu") as runner:
         expected = runner.infer(images).probs
     for file in bundle.files("onnx"):
         claim = f"{name} {file.precision}: ONNX Runtime's answers"
@@ -50,8 +65,7 @@ def _files(name: str, task: Task) -> Iterator[Finding]:
 
 
 def _parity(claim: str, bundle: Bundle, file: GuardFile, expected: Any, images: Any, task: Task) -> Iterator[Finding]:
-    providers = ["CPUExecutionProvider"] if task.dry else [CUDA_PROVIDER, "CPUExecutionProvider"]
-    with OnnxRuntimeRunner(bundle, file, providers=providers) as runner:
+    with OnnxRuntimeRunner(bundle, file, providers=providers_of(task)) as runner:
         if not task.dry:
             check_on_gpu(runner)
         used = runner.session.get_providers()[0]

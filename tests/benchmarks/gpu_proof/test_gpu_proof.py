@@ -57,7 +57,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: War
         try:
             return in_process(function, request, threads=threads)
         except Killed:
+            monkeypatch.setattr(Unfinished, "save_layer", save_layer)
             return Outcome(answers=(), problem="the process was ended by SIGKILL", exit_code=1)
+
+    save_layer = Unfinished.save_layer
 
     def kill(*_: Any) -> None:
         raise Killed
@@ -73,7 +76,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: War
     monkeypatch.setattr(guard_speed, "run_isolated", here)
     monkeypatch.setattr(quantizing, "run_isolated", here)
     monkeypatch.setattr(quantizing, "os", SimpleNamespace(kill=kill, getpid=os.getpid))
-    monkeypatch.setattr(Unfinished, "save_layer", Unfinished.save_layer)  # put back at the end
     monkeypatch.setattr(commands, "ran", forked)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
