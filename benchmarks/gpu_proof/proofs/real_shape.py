@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, proved, unproved
+from benchmarks.gpu_proof.proofs.images import suite_of
 from benchmarks.gpu_proof.proofs.quantizing import quantize
-from benchmarks.holisafe_mini import write_suite
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.shapes.shapes import VisionShape, find_shape
-from calibration.holisafe_mini.suite import build_suite
 from safevlm.files.storage import shown_bytes
 from safevlm.network.prompt_tokens import load_tokenizer
 
@@ -46,7 +45,7 @@ def _whole(task: Task) -> Iterator[Finding]:
     if not model.is_dir():
         write_random_checkpoint(shape, model, sparse=sparse)
     samples = 4 if task.dry else SAMPLES
-    rows = _write_rows(work, samples, load_tokenizer(model))
+    rows = _write_rows(task, samples, load_tokenizer(model))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     mix = ("--mix", "unsafe=0.5,safe=0.5,text=0", "--samples", str(samples), "--guard-images", "0")
@@ -90,12 +89,10 @@ def _small(shape: VisionShape) -> VisionShape:
     )
 
 
-def _write_rows(work: Path, samples: int, tokenizer: Any) -> Path:
+def _write_rows(task: Task, samples: int, tokenizer: Any) -> Path:
     """Write calibration rows, each an image and a question that make about ``TOKENS`` tokens together."""
-    suite = work / "suite"
-    if not suite.is_dir():
-        write_suite(build_suite("calibration", pairs=max(100, samples), questions=0), suite)
-    images = [path.relative_to(suite) for path in sorted((suite / "images").rglob("*.png"))]
+    suite, found = suite_of(task)
+    images = [path.relative_to(suite) for path in found]
     rows = []
     for number in range(samples):
         text = ""

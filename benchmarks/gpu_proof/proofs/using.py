@@ -10,8 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, proved, unproved
 from benchmarks.gpu_proof.proofs.commands import need
-from benchmarks.holisafe_mini import write_suite
-from calibration.holisafe_mini.suite import build_suite
+from benchmarks.gpu_proof.proofs.images import PAIRS, suite_of
 
 __all__ = ["prove"]
 
@@ -28,19 +27,18 @@ def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
     work = task.work / "use"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    images = suite_of(task)[1][:: PAIRS if task.dry else PAIRS // 4]
     devices = ("cpu",) if task.dry else ("cpu", task.device)
-    yield from attempt("the gate answers alike on CPU and GPU", _gate, work, devices, 1 if task.dry else 4)
+    yield from attempt("the gate answers alike on CPU and GPU", _gate, work, devices, images)
     yield from attempt("a run answers alike on CPU and GPU", _run, work, devices, 8 if task.dry else 200)
     yield from attempt("a head is distilled on the GPU", _distill, work, task)
 
 
-def _gate(work: Path, devices: tuple[str, ...], count: int) -> Iterator[Finding]:
-    bundle, suite = work / "bundle", work / "suite"
+def _gate(work: Path, devices: tuple[str, ...], images: list[Path]) -> Iterator[Finding]:
+    bundle = work / "bundle"
     need("export.onnx", "--model", MODEL, "--out", bundle, "--parity-images", 4)
-    write_suite(build_suite("calibration", pairs=100, questions=0), suite)
-    images = sorted((suite / "images").rglob("*.png"))
     asked = ["--bundle", bundle, "--model", MODEL, "--question", QUESTION, "--max-new-tokens", 8, "--timeout", 600]
-    for image in images[:: len(images) // count][:count]:
+    for image in images:
         found = []
         for device in devices:
             told = json.loads(need("runtimes.gate", image, *asked, "--device", device, "--json", codes=GATED).output)
