@@ -129,7 +129,8 @@ def main(
 def _prepare(folder: Path, load_mib: int) -> None:
     found = prepare(folder, load_bytes=load_mib * MEBIBYTE)
     for wheel in found:
-        click.echo(printable(f"{wheel.name}: {shown_bytes(wheel.bytes)}, {len(wheel.pieces)} pieces"))
+        pieces = f", {len(wheel.pieces)} pieces" if len(wheel.pieces) > 1 else ""
+        click.echo(printable(f"{wheel.name}: {shown_bytes(wheel.bytes)}{pieces}"))
     loads = sorted(each.name for each in folder.iterdir())
     click.echo(
         printable(

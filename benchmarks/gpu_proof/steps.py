@@ -24,7 +24,7 @@ class Step:
 STEPS: tuple[Step, ...] = (
     Step(name="cuda", title="CUDA bindings, memory, activations", function="cuda:prove", seconds=60),
     Step(name="torch", title="torch guard, CPU against GPU", function="torch_guard:prove", seconds=150),
-    Step(name="quantize", title="GPTQ and INT8 of the tiny three", function="quantizing:prove", seconds=200),
+    Step(name="quantize", title="GPTQ and INT8 of the tiny three", function="quantizing:prove", seconds=240),
     Step(name="quantize-7b", title="GPTQ at SafeLLaVA-7B's shape", function="real_shape:prove", seconds=330),
     Step(name="use", title="gate, run and distill", function="using:prove", seconds=150),
     Step(name="onnxruntime", title="ONNX Runtime on CUDA", function="onnx_runtime:prove", seconds=120),

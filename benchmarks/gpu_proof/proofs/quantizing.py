@@ -52,7 +52,7 @@ def quantize(method: str, model: str, out: Path, device: str, *more: str) -> dic
 
 
 def _runs(claim: str, method: str, model: str, work: Path, task: Task) -> Iterator[Finding]:
-    few = ("--samples", "4" if task.dry else "16", "--guard-images", "0" if task.dry else "16")
+    few = _text_alone(work) if task.dry else ("--samples", "16", "--guard-images", "16")
     first = quantize(method, model, work / "first", task.device, *few)
     quantize(method, model, work / "second", task.device, *few)
     same = _bytes(work / "first") == _bytes(work / "second")
@@ -63,6 +63,16 @@ def _runs(claim: str, method: str, model: str, work: Path, task: Task) -> Iterat
         yield unproved(f"{claim}: as good as on the CPU", "no GPU (dry run)")
         return
     yield _against_cpu(claim, first, quantize(method, model, work / "cpu", "cpu", *few), work)
+
+
+def _text_alone(work: Path) -> tuple[str, ...]:
+    """Return options for rows without images, which are quick to compare with the evaluation suites."""
+    rows = work / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"query": f"Count to {number}."}) + "\n" for number in range(4)), encoding="utf-8"
+    )
+    mix = ("--mix", "unsafe=0,safe=0,text=1", "--samples", "4", "--guard-images", "0")
+    return "--calibration", str(rows), *mix
 
 
 def _resumed(claim: str, method: str, model: str, work: Path, task: Task, few: tuple[str, ...]) -> Finding:
