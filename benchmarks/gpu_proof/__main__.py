@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +110,19 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
     lines = read_lines(out / LINES)
-    path, here = _surroundings(wheels, work, dry=dry_run)
+    variables, here = _surroundings(wheels, work, dry=dry_run)
     left = steps if again else still_to_do(steps, lines, here)
     for number, step in enumerate(left):
         if time.monotonic() >= end:
             _say(f"no time is left for {', '.join(each.name for each in left[number:])}: run the command again")
             break
-        line = _run(step, here, work, path, min(step.seconds * patience, end - time.monotonic()))
+        line = _run(step, here, work, variables, min(step.seconds * patience, end - time.monotonic()))
         with storing(out, advice="give --out another place"):
             append(out / LINES, line)
         lines.append(line)
         click.echo(json.dumps(line))
     last = latest(lines)
-    _write(out, work, path, last)
+    _write(out, work, variables, last)
     return int(any(line["outcome"] in (FAILED, LATE) for line in last.values()))
 
 
@@ -140,8 +140,11 @@ def _prepare(folder: Path, load_mib: int) -> None:
     )
 
 
-def _surroundings(wheels: Path | None, work: Path, *, dry: bool) -> tuple[str, dict[str, Any]]:
-    """Return the search path of the steps, and what each line says of the machine. Raises InputError, SafeVLMError."""
+def _surroundings(wheels: Path | None, work: Path, *, dry: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the steps' environment variables, and what each line says of the machine.
+
+    Raises InputError, SafeVLMError.
+    """
     if wheels is not None and not wheels.is_dir():
         raise InputError(
             f"--wheels {wheels}: there is no such folder. --prepare {wheels} writes it, where pip can fetch."
@@ -150,16 +153,23 @@ def _surroundings(wheels: Path | None, work: Path, *, dry: bool) -> tuple[str, d
     folders, states = install(folder, work / "site") if folder.is_dir() else ([], [])
     for each in states:
         _say(f"{each['wheel']}: {each['state']}")
-    path = os.pathsep.join(map(str, (ROOT, *folders, *filter(None, [os.environ.get("PYTHONPATH")]))))
+    variables = {"PYTHONPATH": _path("PYTHONPATH", [ROOT, *folders], [])}
     looked = run_isolated(
-        "benchmarks.gpu_proof.machine:look", {}, threads=core_count(), variables={"PYTHONPATH": path}, deadline=LOOKING
+        "benchmarks.gpu_proof.machine:look", {}, threads=core_count(), variables=variables, deadline=LOOKING
     )
     if not looked.answers:
         raise SafeVLMError(f"the machine could not be looked at: {looked.problem}\n{looked.said}")
-    return path, {**looked.answers[0], "dry": dry, "wheels": states}
+    here = dict(looked.answers[0])
+    variables["LD_LIBRARY_PATH"] = _path("LD_LIBRARY_PATH", [], here.pop("libraries"))
+    return variables, {**here, "dry": dry, "wheels": states}
 
 
-def _run(step: Step, here: Mapping[str, Any], work: Path, path: str, deadline: float) -> Line:
+def _path(variable: str, before: Sequence[object], after: Sequence[object]) -> str:
+    """Return a search path of the environment with folders before and after what it holds."""
+    return os.pathsep.join(map(str, (*before, *filter(None, [os.environ.get(variable)]), *after)))
+
+
+def _run(step: Step, here: Mapping[str, Any], work: Path, variables: Mapping[str, str], deadline: float) -> Line:
     """Run one step, unless it is plain that nothing can be tried, and return its line."""
     begun = time.monotonic()
     lacking = _lacking(here)
@@ -172,7 +182,7 @@ def _run(step: Step, here: Mapping[str, Any], work: Path, path: str, deadline: f
             f"{PROOFS}.{step.function}",
             request,
             threads=core_count(),
-            variables={"PYTHONPATH": path},
+            variables=variables,
             deadline=deadline,
         )
     return line_of(step, outcome, here, seconds=time.monotonic() - begun, deadline=deadline)
@@ -186,7 +196,7 @@ def _lacking(here: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _write(out: Path, work: Path, path: str, last: Mapping[str, Line]) -> None:
+def _write(out: Path, work: Path, variables: Mapping[str, str], last: Mapping[str, Line]) -> None:
     """Write the section and the page. A page that cannot be made is no reason to lose the lines."""
     with storing(out, advice="give --out another place"):
         (out / SECTION).write_text(section(last), encoding="utf-8")
@@ -194,7 +204,6 @@ def _write(out: Path, work: Path, path: str, last: Mapping[str, Line]) -> None:
     if not last:
         return
     request = {"lines": str(out / LINES), "out": str(out), "work": str(work)}
-    variables = {"PYTHONPATH": path}
     made = run_isolated(
         "benchmarks.gpu_proof.page:write", request, threads=core_count(), variables=variables, deadline=LOOKING
     )

@@ -5,6 +5,7 @@ A step is a function from a request to an iterator of findings, all JSON, which 
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,13 @@ def checked(claim: str, holds: bool, measured: str, **figures: Any) -> Finding:
 def _finding(
     claim: str, outcome: Outcome, measured: str, reason: str | None, figures: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {"claim": claim, "outcome": outcome, "measured": measured, "reason": reason, "figures": dict(figures)}
+    held = {name: value if _fits_json(value) else str(value) for name, value in figures.items()}
+    return {"claim": claim, "outcome": outcome, "measured": measured, "reason": reason, "figures": held}
+
+
+def _fits_json(value: object) -> bool:
+    """Say whether JSON can hold a value: infinity and NaN are measured, too, and it cannot hold those."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def attempt(claim: str, call: Callable[..., Iterable[Finding]], *given: Any) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from safevlm.machine import machine_name
@@ -28,7 +29,10 @@ PACKAGES = (
 
 
 def look(_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Answer once: processor, GPU (``None`` without one that torch can use), driver, versions, missing modules."""
+    """Answer once: processor, GPU (``None`` without one that torch can use), driver, versions.
+
+    Then the modules that are missing, and the folders of CUDA's libraries.
+    """
     missing = [name for name in REQUIRED if find_spec(name) is None]
     found = {each.name: each.version for each in importlib.metadata.distributions()}
     yield {
@@ -40,7 +44,18 @@ def look(_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             **{name: found[name] for name in PACKAGES if name in found},
         },
         "missing": missing,
+        "libraries": _libraries(),
     }
+
+
+def _libraries() -> list[str]:
+    """Return the folders of CUDA's libraries that came with torch.
+
+    ONNX Runtime looks for them beside itself, and a wheel that is installed for the steps alone stands elsewhere.
+    """
+    packages = find_spec("nvidia")
+    places = [] if packages is None else list(packages.submodule_search_locations or ())
+    return [str(folder) for place in places for folder in sorted(Path(place).glob("*/lib")) if folder.is_dir()]
 
 
 def _gpu() -> str | None:

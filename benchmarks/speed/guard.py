@@ -12,7 +12,8 @@ This module runs in the command's own process and loads neither torch nor a runt
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from runtimes.guard.bundle import Bundle, open_bundle
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError
 from safevlm.machine import core_count
 
-__all__ = ["GuardSpeed", "Latency", "Row", "SpeedOptions", "Status", "measure_guard"]
+__all__ = ["GuardSpeed", "Latency", "Row", "SpeedOptions", "Status", "measure_guard", "measure_in_turn"]
 
 Report = Callable[[float, str], None]
 Status = Literal["measured", "unavailable", "failed"]
@@ -147,6 +148,30 @@ def measure_guard(
 
     Raises InputError for a subject or bundle that cannot be used; SafeVLMError when the export fails.
     """
+    with _line_up(subject, options, bundle, report) as (guard, peers):
+        _run_rounds(subject, options, peers, report)
+    rows = [row for measured in peers for row in _rows(subject, options, measured, peers)]
+    return GuardSpeed(subject=subject, options=options, guard=guard, rows=tuple(rows))
+
+
+def measure_in_turn(subject: Subject, options: SpeedOptions) -> Iterator[GuardSpeed]:
+    """Measure as :func:`measure_guard` does, in one round; yield what there is after each peer.
+
+    For whoever may be stopped: what was measured until then is kept.
+    """
+    rows: list[Row] = []
+    with _line_up(subject, options, None, lambda _share, _stage: None) as (guard, peers):
+        for measured in peers:
+            _run_once(subject, options, measured)
+            rows += _rows(subject, options, measured, peers)
+            yield GuardSpeed(subject=subject, options=options, guard=guard, rows=tuple(rows))
+
+
+@contextmanager
+def _line_up(
+    subject: Subject, options: SpeedOptions, bundle: Path | None, report: Report
+) -> Iterator[tuple[Mapping[str, Any], list[Measured]]]:
+    """Give what the guard is, and its peers, not yet measured; their files are there as long as the context is."""
     given = None if bundle is None else open_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="safevlm-speed-") as scratch:
         report(0.0, "exporting")
@@ -163,20 +188,11 @@ def measure_guard(
                 threads=options.threads,
                 python=options.peers,
             )
-        bundle_made = open_bundle(scratch, verify=False)
+        made = open_bundle(scratch, verify=False)
         if options.gpu_alone:
-            peers = line_up_gpu(guard, bundle_made, given, engines, options.precisions)
+            yield guard, line_up_gpu(guard, made, given, engines, options.precisions)
         else:
-            peers = line_up(guard, bundle_made, given, engines, python=options.peers, nncf=others)
-        _run_rounds(subject, options, peers, report)
-    eager = [measured for measured in peers if (measured.peer.runtime, measured.peer.precision) == ("torch", "fp32")]
-    baselines = {measured.peer.device: measured for measured in eager}
-    rows = [
-        _row(subject, measured, batch, baselines, options.rounds)
-        for measured in peers
-        for batch in sorted(options.batches)
-    ]
-    return GuardSpeed(subject=subject, options=options, guard=guard, rows=tuple(rows))
+            yield guard, line_up(guard, made, given, engines, python=options.peers, nncf=others)
 
 
 def _prepare(subject: Subject, options: SpeedOptions, given: Bundle | None, scratch: str) -> Mapping[str, Any]:
@@ -201,22 +217,35 @@ def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[Measured], 
         for place, measured in enumerate(turn):
             share = (1 + number * len(peers) + place) / (1 + options.rounds * len(peers))
             report(share, f"round {number + 1}: {measured.peer.title} {measured.peer.precision}")
-            if measured.problem is None:
-                request = {
-                    "peer": asdict(measured.peer),
-                    "subject": asdict(subject),
-                    "batches": options.batches,
-                    "repeats": options.repeats,
-                    "seconds": options.seconds,
-                    "threads": options.threads,
-                    "seed": options.seed,
-                }
-                there = measured.peer.python
-                start = run_isolated if there is None else partial(run_isolated, python=there)
-                measured.add(start("benchmarks.speed.guard_peers:measure", request, threads=options.threads))
+            _run_once(subject, options, measured)
+
+
+def _run_once(subject: Subject, options: SpeedOptions, measured: Measured) -> None:
+    """Measure one peer in a process of its own, unless it has ended early."""
+    if measured.problem is not None:
+        return
+    request = {
+        "peer": asdict(measured.peer),
+        "subject": asdict(subject),
+        "batches": options.batches,
+        "repeats": options.repeats,
+        "seconds": options.seconds,
+        "threads": options.threads,
+        "seed": options.seed,
+    }
+    there = measured.peer.python
+    start = run_isolated if there is None else partial(run_isolated, python=there)
+    measured.add(start("benchmarks.speed.guard_peers:measure", request, threads=options.threads))
 
 
 # -- rows -----------------------------------------------------------------------------------------------
+
+
+def _rows(subject: Subject, options: SpeedOptions, measured: Measured, peers: Sequence[Measured]) -> list[Row]:
+    """Sum up one peer at each batch size, beside those of ``peers`` that are torch eager."""
+    eager = [each for each in peers if (each.peer.runtime, each.peer.precision) == ("torch", "fp32")]
+    baselines = {each.peer.device: each for each in eager}
+    return [_row(subject, measured, batch, baselines, options.rounds) for batch in sorted(options.batches)]
 
 
 def _row(subject: Subject, measured: Measured, batch: int, baselines: Mapping[Device, Measured], rounds: int) -> Row:

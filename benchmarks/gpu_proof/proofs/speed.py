@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_proof.finding import Finding, Task, attempt, failed, proved, unproved
-from benchmarks.speed.guard import GuardSpeed, Row, SpeedOptions, measure_guard
+from benchmarks.speed.guard import GuardSpeed, Row, SpeedOptions, measure_in_turn
 from benchmarks.speed.peer import Subject, random_images
 from benchmarks.speed.reference_runner import build_guard
 from benchmarks.speed.report import guard_record
@@ -62,14 +62,17 @@ def _speed(subject: Subject, task: Task) -> Iterator[Finding]:
         seconds=0.1 if task.dry else 1.5,
         gpu_alone=not task.dry,
     )
-    speed = measure_guard(subject, options)
-    record = guard_record(speed, "python -m benchmarks.gpu_proof")
-    (task.work / f"speed-{subject.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    yield from _rows(speed, None if task.dry else lines)
+    there = 0
+    for speed in measure_in_turn(subject, options):
+        record = guard_record(speed, "python -m benchmarks.gpu_proof")
+        (task.work / f"speed-{subject.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        yield from _rows(speed, there, None if task.dry else lines)
+        there = len(speed.rows)
 
 
-def _rows(speed: GuardSpeed, lines: Mapping[str, float] | None) -> Iterator[Finding]:
-    for row in speed.rows:
+def _rows(speed: GuardSpeed, there: int, lines: Mapping[str, float] | None) -> Iterator[Finding]:
+    """Yield the rows from place ``there`` on, as findings."""
+    for row in speed.rows[there:]:
         claim = f"{speed.subject.name}, batch {row.batch}: {row.peer} {row.precision} on {row.device}"
         if row.latency is not None:
             yield proved(claim, _words(row, lines), median_ms=row.latency.median_ms, **_share(row, lines))

@@ -29,7 +29,14 @@ from tests.benchmarks.speed.test_speed import in_process
 from tests.killing import Warm
 
 ROOT = Path(__file__).parents[3]
-LOOK: dict[str, Any] = {"machine": "a CPU", "gpu": "a GPU", "driver": None, "versions": {}, "missing": []}
+LOOK: dict[str, Any] = {
+    "machine": "a CPU",
+    "gpu": "a GPU",
+    "driver": None,
+    "versions": {},
+    "missing": [],
+    "libraries": [],
+}
 ALIKE = ("speed-llava", "speed-qwen")
 """A dry run of these differs from ``speed-gem``'s in the model alone."""
 

@@ -67,6 +67,7 @@ def test_an_exception_is_a_finding_and_ends_no_step(capsys: pytest.CaptureFixtur
         assert [each["outcome"] for each in found] == [PROVED, outcome]
         assert str(error).partition("\n")[0] in found[1]["reason"] and "\n" not in found[1]["reason"]
     assert "RuntimeError: CUDA error" in capsys.readouterr().err
+    assert failed("a", "b", largest=float("inf"), n=1)["figures"] == {"largest": "inf", "n": 1}, "no JSON holds it"
     assert checked("a", True, "1")["outcome"] == PROVED and checked("a", False, "1")["outcome"] == FAILED
 
 
