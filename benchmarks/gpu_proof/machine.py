@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -17,15 +18,8 @@ __all__ = ["look"]
 
 REQUIRED = ("click", "numpy", "onnx", "onnxscript", "PIL", "pydantic", "rich", "safetensors", "torch", "transformers")
 """Modules that every step needs."""
-PACKAGES = (
-    "torch",
-    "transformers",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx-cu13-bindings",
-    "cuda-bindings",
-)
+TOLD = re.compile(r"torch|transformers|onnxruntime(?:-gpu)?|tensorrt(?:-rtx-.*)?|cuda-bindings")
+"""Packages whose versions each line states."""
 
 
 def look(_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -41,7 +35,7 @@ def look(_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         "driver": _driver(),
         "versions": {
             "python": platform.python_version(),
-            **{name: found[name] for name in PACKAGES if name in found},
+            **{name: found[name] for name in sorted(found) if name is not None and TOLD.fullmatch(name)},
         },
         "missing": missing,
         "libraries": _libraries(),

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from safevlm.errors import InputError
 from safevlm.files.draft import draft_of, publish
 from safevlm.files.storage import check_room, shown_bytes, storing
+from safevlm.terminal.child import module_arguments
 
 __all__ = ["LOAD_BYTES", "Piece", "Wheel", "download", "install", "prepare", "split"]
 
@@ -207,9 +208,9 @@ def _size(path: Path) -> int:
 
 
 def _pip(*arguments: Any) -> None:
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = module_arguments("pip", *arguments, "--quiet", "--disable-pip-version-check")
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        words = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
-        problem = next((line for line in reversed(words) if line.startswith("ERROR")), words[-1])
+        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        problem = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1])
         raise InputError(f"pip {arguments[0]} failed: {problem.removeprefix('ERROR: ')}")

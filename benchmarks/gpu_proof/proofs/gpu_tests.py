@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_proof.finding import Finding, Task, failed, proved, unproved
+from safevlm.terminal.child import module_arguments
 
 __all__ = ["files_marked", "prove"]
 
@@ -26,8 +27,8 @@ def prove(request: Mapping[str, Any]) -> Iterator[Finding]:
         yield unproved("the tests that need a GPU", f"{ROOT / 'tests'} holds none: run this in the repository")
         return
     only = ["--collect-only"] if task.dry else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-q", "-p", "no:cacheprovider", *only]
-    done = subprocess.run([*command, *map(str, files)], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = module_arguments("pytest", "-mgpu", "-rA", "-q", "-pno:cacheprovider", *only, *files)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     sys.stderr.write(done.stdout + done.stderr)
     lines = done.stdout.strip().splitlines() or ["pytest said nothing"]
     if done.returncode not in (0, 1):

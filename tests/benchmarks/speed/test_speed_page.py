@@ -237,7 +237,7 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
         ("{", r"not valid JSON \("),
         ("\xff", "not valid JSON"),
         ("[1]", "holds a JSON list, but a record is an object"),
-        ("{}", "'benchmark' is missing, but records of guard, gate, gateway, quantize, true_shapes can be shown"),
+        ("{}", "'benchmark' is missing, but records of guard, gate, gateway, quantize, true_shapes, gpu_proof can be shown"),
         ('{"benchmark": "dance"}', "'benchmark' is \"dance\", but records of guard"),
         ('{"benchmark": ["guard"]}', r"'benchmark' is \[\"guard\"\]"),
         ('{"benchmark": "gate"}', r"no whole record of gate: created: Field required"),
