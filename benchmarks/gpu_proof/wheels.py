@@ -34,6 +34,7 @@ INDEX = "wheels.json"
 INDEX_BYTES = 2**16
 """Kept free in each load."""
 CHUNK = 2**22
+REFUSED = "pip install failed"
 WITH_DEPENDENCIES = ("pydantic>=2.10",)
 ALONE = (
     "onnxruntime-gpu==1.31.1",
@@ -136,7 +137,8 @@ def install(wheels: Path, site: Path) -> tuple[list[Path], list[dict[str, str]]]
     """Join and install what is complete in ``wheels``, each wheel into a folder of its own below ``site``.
 
     Returns the folders, for the search path, and of each wheel its name and what came of it (``installed``, or what
-    is wrong). A folder with wheels and no index is taken as it is.
+    is wrong). A folder with wheels and no index is taken as it is. Where pip refuses one, as those of another Python,
+    none is used: they belong together, and half of them would hide what works.
     """
     folders: list[Path] = []
     told: list[dict[str, str]] = []
@@ -148,7 +150,8 @@ def install(wheels: Path, site: Path) -> tuple[list[Path], list[dict[str, str]]]
         if not state:
             folders.append(target)
         told.append({"wheel": wheel.name, "state": state or "installed"})
-    return folders, told
+    refused = any(each["state"].startswith(REFUSED) for each in told)
+    return [] if refused else folders, told
 
 
 def _wheels(folder: Path) -> Iterator[tuple[Wheel, str]]:
