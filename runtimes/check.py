@@ -50,7 +50,7 @@ PROGRESS_FROM = 16
 @click.option(
     "--verify",
     is_flag=True,
-    help="Compare the bundle's engines with its ONNX files on this GPU, anew, and print by how much they differ.",
+    help="Compare the bundle's engines with its ONNX files on this GPU again, and print by how much they differ.",
 )
 @click.option("--allow-others", is_flag=True, help="Exit with 0 even if a folder holds files that are not images.")
 def main(

@@ -59,6 +59,11 @@ def main() -> None:
 @click.option("--embeddings", is_flag=True, help="Measure a shared vision tower, too, and the tower without a guard.")
 @click.option("--peers", is_flag=True, help="Measure torch.compile, plain ONNX Runtime, OpenVINO and NNCF, too.")
 @click.option(
+    "--gpu-alone",
+    is_flag=True,
+    help="Measure on the GPU alone: torch in float32 and float16, torch.compile, ONNX Runtime on CUDA, TensorRT.",
+)
+@click.option(
     "--peers-python",
     type=click.Path(path_type=Path),
     default=Path(".venv-openvino/bin/python"),
@@ -93,6 +98,7 @@ def guard(
     batches: tuple[int, ...],
     embeddings: bool,
     peers: bool,
+    gpu_alone: bool,
     peers_python: Path,
     rounds: int,
     repeats: int,
@@ -113,6 +119,7 @@ def guard(
         precisions=tuple(precision.split(",")),
         embeddings=embeddings,
         peers=str(_interpreter(peers_python)) if peers else None,
+        gpu_alone=gpu_alone,
         rounds=rounds,
         repeats=repeats,
         seconds=seconds,

@@ -12,7 +12,8 @@ This module runs in the command's own process and loads neither torch nor a runt
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.speed.guard_lineup import Measured, line_up
+from benchmarks.speed.guard_lineup import Measured, line_up, line_up_gpu
 from benchmarks.speed.isolation import run_isolated
 from benchmarks.speed.peer import PLAIN, Device, Subject, Work
 from runtimes.guard.bundle import Bundle, open_bundle
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError
 from safevlm.machine import core_count
 
-__all__ = ["GuardSpeed", "Latency", "Row", "SpeedOptions", "Status", "measure_guard"]
+__all__ = ["GuardSpeed", "Latency", "Row", "SpeedOptions", "Status", "measure_guard", "measure_in_turn"]
 
 Report = Callable[[float, str], None]
 Status = Literal["measured", "unavailable", "failed"]
@@ -55,6 +56,8 @@ class SpeedOptions:
     """Measure, too, the guard that gives image embeddings and the vision tower without a guard."""
     peers: str | None = None
     """The interpreter of an environment with OpenVINO and NNCF: what people use on CPUs is measured beside ours."""
+    gpu_alone: bool = False
+    """Measure nothing on the CPU, and torch in float16, torch.compile and ONNX Runtime on the GPU, too."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "repeats", "threads"):
@@ -73,6 +76,8 @@ class SpeedOptions:
             raise InputError(
                 f"--precision {','.join(self.precisions)}: INT8 files and peers are made from fp32. Add fp32."
             )
+        if self.gpu_alone and self.peers is not None:
+            raise InputError("--gpu-alone leaves out the CPU, which --peers run on. Give one of them.")
         if not 0 < self.seconds < float("inf"):
             raise InputError(f"--seconds {self.seconds} is not allowed. Give a time above 0.")
 
@@ -114,7 +119,8 @@ class Row:
     ratio_to_torch_eager: float | None = None
     """How many times as fast as torch eager on the same device, from the same run: above 1 is faster."""
     max_abs_prob_delta: float | None = None
-    """Largest difference of a probability from torch eager's on the CPU, same images; None for another guard's file."""
+    """Largest difference of a probability from torch eager's, on the CPU where it was measured, same images; None for
+    another guard's file."""
     peak_rss_bytes: int | None = None
     size_bytes: int | None = None
     version: str | None = None
@@ -146,6 +152,30 @@ def measure_guard(
 
     Raises InputError for a subject or bundle that cannot be used; SafeVLMError when the export fails.
     """
+    with _line_up(subject, options, bundle, report) as (guard, peers):
+        _run_rounds(subject, options, peers, report)
+    rows = [row for measured in peers for row in _rows(subject, options, measured, peers)]
+    return GuardSpeed(subject=subject, options=options, guard=guard, rows=tuple(rows))
+
+
+def measure_in_turn(subject: Subject, options: SpeedOptions) -> Iterator[GuardSpeed]:
+    """Measure as :func:`measure_guard` does, in one round; yield what there is after each peer.
+
+    For whoever may be stopped: what was measured until then is kept.
+    """
+    rows: list[Row] = []
+    with _line_up(subject, options, None, lambda _share, _stage: None) as (guard, peers):
+        for measured in peers:
+            _run_once(subject, options, measured)
+            rows += _rows(subject, options, measured, peers)
+            yield GuardSpeed(subject=subject, options=options, guard=guard, rows=tuple(rows))
+
+
+@contextmanager
+def _line_up(
+    subject: Subject, options: SpeedOptions, bundle: Path | None, report: Report
+) -> Iterator[tuple[Mapping[str, Any], list[Measured]]]:
+    """Give what the guard is, and its peers, not yet measured; their files are there as long as the context is."""
     given = None if bundle is None else open_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="safevlm-speed-") as scratch:
         report(0.0, "exporting")
@@ -162,15 +192,11 @@ def measure_guard(
                 threads=options.threads,
                 python=options.peers,
             )
-        peers = line_up(guard, open_bundle(scratch, verify=False), given, engines, python=options.peers, nncf=others)
-        _run_rounds(subject, options, peers, report)
-    baselines = {measured.peer.device: measured for measured in peers if measured.peer.runtime == "torch"}
-    rows = [
-        _row(subject, measured, batch, baselines, options.rounds)
-        for measured in peers
-        for batch in sorted(options.batches)
-    ]
-    return GuardSpeed(subject=subject, options=options, guard=guard, rows=tuple(rows))
+        made = open_bundle(scratch, verify=False)
+        if options.gpu_alone:
+            yield guard, line_up_gpu(guard, made, given, engines, options.precisions)
+        else:
+            yield guard, line_up(guard, made, given, engines, python=options.peers, nncf=others)
 
 
 def _prepare(subject: Subject, options: SpeedOptions, given: Bundle | None, scratch: str) -> Mapping[str, Any]:
@@ -195,26 +221,39 @@ def _run_rounds(subject: Subject, options: SpeedOptions, peers: list[Measured], 
         for place, measured in enumerate(turn):
             share = (1 + number * len(peers) + place) / (1 + options.rounds * len(peers))
             report(share, f"round {number + 1}: {measured.peer.title} {measured.peer.precision}")
-            if measured.problem is None:
-                request = {
-                    "peer": asdict(measured.peer),
-                    "subject": asdict(subject),
-                    "batches": options.batches,
-                    "repeats": options.repeats,
-                    "seconds": options.seconds,
-                    "threads": options.threads,
-                    "seed": options.seed,
-                }
-                there = measured.peer.python
-                start = run_isolated if there is None else partial(run_isolated, python=there)
-                measured.add(start("benchmarks.speed.guard_peers:measure", request, threads=options.threads))
+            _run_once(subject, options, measured)
+
+
+def _run_once(subject: Subject, options: SpeedOptions, measured: Measured) -> None:
+    """Measure one peer in a process of its own, unless it has ended early."""
+    if measured.problem is not None:
+        return
+    request = {
+        "peer": asdict(measured.peer),
+        "subject": asdict(subject),
+        "batches": options.batches,
+        "repeats": options.repeats,
+        "seconds": options.seconds,
+        "threads": options.threads,
+        "seed": options.seed,
+    }
+    there = measured.peer.python
+    start = run_isolated if there is None else partial(run_isolated, python=there)
+    measured.add(start("benchmarks.speed.guard_peers:measure", request, threads=options.threads))
 
 
 # -- rows -----------------------------------------------------------------------------------------------
 
 
+def _rows(subject: Subject, options: SpeedOptions, measured: Measured, peers: Sequence[Measured]) -> list[Row]:
+    """Sum up one peer at each batch size, beside those of ``peers`` that are torch eager."""
+    eager = [each for each in peers if (each.peer.runtime, each.peer.precision) == ("torch", "fp32")]
+    baselines = {each.peer.device: each for each in eager}
+    return [_row(subject, measured, batch, baselines, options.rounds) for batch in sorted(options.batches)]
+
+
 def _row(subject: Subject, measured: Measured, batch: int, baselines: Mapping[Device, Measured], rounds: int) -> Row:
-    """Sum up one peer at one batch size; ``baselines`` are the torch peers by device."""
+    """Sum up one peer at one batch size; ``baselines`` are torch eager in float32, by device."""
     answers = measured.answers.get(batch, [])
     peer = measured.peer
     unavailable = batch in measured.skipped or measured.exit_code in UNAVAILABLE
@@ -234,8 +273,9 @@ def _row(subject: Subject, measured: Measured, batch: int, baselines: Mapping[De
     if not answers:
         return row
     latency = _latency(answers, batch)
-    baseline = baselines[peer.device].answers.get(batch, [])
-    reference = baselines["cpu"].answers.get(batch, [])
+    baseline_here = baselines[peer.device]
+    baseline = baseline_here.answers.get(batch, [])
+    reference = baselines.get("cpu", baseline_here).answers.get(batch, [])
     same_weights = not (subject.random and peer.given)
     return replace(
         row,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.speed.isolation import Outcome
@@ -11,7 +11,7 @@ from benchmarks.speed.peer import NNCF_FILE, PLAIN, Device, Peer, Runtime, Work
 from runtimes.guard.bundle import Bundle, open_bundle
 from safevlm.contract.manifest import GuardFile
 
-__all__ = ["Measured", "line_up"]
+__all__ = ["Measured", "line_up", "line_up_gpu"]
 
 INT8 = "int8"
 
@@ -60,6 +60,36 @@ def line_up(
         if bundle is not None:
             files = (*bundle.files("onnx"), *bundle.files("engine"))
             peers += [_file_peer(bundle, file, given=bundle is given) for file in files]
+    return peers + _without_engine(scratch, engines)
+
+
+def line_up_gpu(
+    guard: Mapping[str, Any], scratch: Bundle, given: Bundle | None, engines: Outcome, precisions: Sequence[str]
+) -> list[Measured]:
+    """Return the peers on a GPU: torch eager and compiled, ONNX Runtime's CUDA provider, TensorRT.
+
+    torch runs float32 untouched, and float16 as it is exported.
+    """
+    stored = int(guard["stored_bytes"])
+    runtimes: tuple[Runtime, ...] = ("torch", "compile")
+    asked = ["fp32", *(each for each in precisions if each == "fp16")]
+    peers = [
+        Measured(Peer(runtime=runtime, precision=precision, device="gpu"), stored // (1 + (precision == "fp16")))
+        for runtime in runtimes
+        for precision in asked
+    ]
+    for bundle in (scratch, given):
+        if bundle is not None:
+            for file in (*bundle.files("onnx"), *bundle.files("engine")):
+                found = _file_peer(bundle, file, given=bundle is given)
+                if found.peer.runtime != "openvino":  # static INT8 is not for ONNX Runtime
+                    peers.append(replace(found, peer=replace(found.peer, device="gpu")))
+    return peers + _without_engine(scratch, engines)
+
+
+def _without_engine(scratch: Bundle, engines: Outcome) -> list[Measured]:
+    """Return a row for each file that no engine was built of, with the reason."""
+    peers = []
     built = {file.precision for file in scratch.files("engine")}
     for file in scratch.files("onnx"):
         if file.precision not in built and _work(file) == "guard" and file.precision != "int8-dynamic":

@@ -24,13 +24,14 @@ from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
 from safevlm.machine import available_memory, times_ms
 
-__all__ = ["measure"]
+__all__ = ["CUDA_PROVIDER", "check_on_gpu", "measure"]
 
 CUDA_DRIVER = "libcuda.so.1"
+CUDA_PROVIDER = "CUDAExecutionProvider"
 PACKAGES: Mapping[Runtime, tuple[str, ...]] = {
     "torch": ("torch", "transformers"),
     "compile": ("torch", "transformers"),
-    "onnxruntime": ("onnxruntime",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino", "nncf"),
     "tensorrt": ("tensorrt",),
 }
@@ -56,6 +57,8 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """
     peer = Peer(**request["peer"])
     with _open_runner(peer, Subject(**request["subject"]), request["threads"]) as runner:
+        if peer.device == "gpu":
+            check_on_gpu(runner)
 
         def call(rgb: NDArray[np.uint8]) -> Any:
             if isinstance(runner, VisionTower):
@@ -116,10 +119,24 @@ def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
 
             return OpenVinoRunner(bundle, file, threads)
         kind = VisionTower if peer.work == "vision" else OnnxRuntimeRunner
-        return kind(bundle, file, threads, providers=["CPUExecutionProvider"])
+        before = [CUDA_PROVIDER] if peer.device == "gpu" else []
+        return kind(bundle, file, threads, providers=[*before, "CPUExecutionProvider"])
     from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
 
     return TensorRTRunner(bundle, usable_engine(bundle, peer.precision))
+
+
+def check_on_gpu(runner: GuardRunner) -> None:
+    """Raise InputError for an active ONNX Runtime that runs on the CPU: it falls to it without an error of its own."""
+    if isinstance(runner, OnnxRuntimeRunner) and CUDA_PROVIDER not in (found := runner.session.get_providers()):
+        import onnxruntime
+
+        there = CUDA_PROVIDER in onnxruntime.get_available_providers()
+        problem = "has a CUDA provider, which did not start" if there else "has no CUDA provider"
+        raise InputError(
+            f"ONNX Runtime {onnxruntime.__version__} {problem}; the session runs on {', '.join(found)}. "
+            "Install onnxruntime-gpu[cuda,cudnn], and no onnxruntime beside it."
+        )
 
 
 def _torch_runner(subject: Subject, peer: Peer, threads: int) -> GuardRunner:
@@ -136,4 +153,5 @@ def _torch_runner(subject: Subject, peer: Peer, threads: int) -> GuardRunner:
     if device == "gpu" and not torch.cuda.is_available():
         raise InputError(f"torch {torch.__version__} finds no CUDA GPU here.")
     torch.set_num_threads(threads)
-    return ReferenceRunner(subject, "cuda" if device == "gpu" else "cpu", compiled=peer.runtime == "compile")
+    on = "cuda" if device == "gpu" else "cpu"
+    return ReferenceRunner(subject, on, compiled=peer.runtime == "compile", half=peer.precision == "fp16")

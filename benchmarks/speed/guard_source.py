@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.speed.peer import PLAIN, Subject, Work, random_images
-from benchmarks.speed.reference_runner import _build
+from benchmarks.speed.reference_runner import build_guard
 from export.guard.bundle import write_manifest
 from export.guard.graph import PRECISIONS, Graph, Precision, build_graph, build_vision_graph
 from export.guard.int8_file import FLAVOURS, quantize
@@ -43,7 +43,7 @@ def prepare(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
     Raises InputError when ``bundle`` (or None) takes images of another size than the subject.
     """
-    guard, stored, counted = _build(Subject(**request["subject"]))
+    guard, stored, counted = build_guard(Subject(**request["subject"]))
     size = guard.preprocessing
     if request["bundle"] is not None:
         _check_same_size(size, request["bundle"])

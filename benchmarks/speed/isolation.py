@@ -2,7 +2,8 @@
 
 The child is a fresh interpreter, ``python -m benchmarks.speed.isolation MODULE:FUNCTION ANSWERS``, that reads its
 request as JSON from standard input and appends every answer to the file ANSWERS as soon as it is there, one JSON object
-a line, so that what was answered before a crash is kept. Libraries may print what they like on the other streams.
+a line, so that what was answered before a crash or a deadline is kept. Libraries may print what they like on the other
+streams.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from safevlm.terminal.child import module_arguments
 __all__ = ["Outcome", "peak_rss", "restart_peak", "run_isolated"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+SAID = 6000
+"""Characters of a child's own words that are kept, the last ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,14 @@ class Outcome:
 
     ``problem`` is None when the function came to its end. ``exit_code`` is then 0; the error's own when the function
     raised a SafeVLMError, whose message ``problem`` is; 1 for every other error, and for a process that was killed.
+    ``late`` says that it was killed at its deadline. ``said`` is the end of what it printed.
     """
 
     answers: tuple[Mapping[str, Any], ...]
     problem: str | None = None
     exit_code: int = 0
+    late: bool = False
+    said: str = field(default="", compare=False, repr=False)
 
 
 def run_isolated(
@@ -49,11 +55,13 @@ def run_isolated(
     threads: int,
     python: str = sys.executable,
     variables: Mapping[str, str] | None = None,
+    deadline: float | None = None,
 ) -> Outcome:
     """Call ``MODULE:FUNCTION`` (request to an iterator of answers, all JSON) in a new process, and wait.
 
     ``threads`` bounds the thread pools that the libraries of the child make for themselves; ``python`` is another
-    environment's interpreter, ``variables`` are set in it.
+    environment's interpreter, ``variables`` are set in it. After ``deadline`` seconds the child is killed; with a
+    deadline, what it started ends with it, whichever way it ends.
     """
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
@@ -69,15 +77,35 @@ def run_isolated(
         command = [python, *module_arguments("benchmarks.speed.isolation", function, answers)]
         with log.open("wb") as stream:
             child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=deadline is not None,
             )
+            late = False
             try:
-                child.communicate(json.dumps(request).encode())
+                child.communicate(json.dumps(request).encode(), timeout=deadline)
+            except subprocess.TimeoutExpired:
+                late = True
             finally:
-                if child.poll() is None:  # an interrupt of ours, not the child's end
-                    child.kill()
-                    child.wait()
-        return _outcome(answers.read_text(encoding="utf-8"), child.returncode, log)
+                _end(child, whole_session=deadline is not None)
+        outcome = _outcome(answers.read_text(encoding="utf-8"), child.returncode, log)
+        said = log.read_text(encoding="utf-8", errors="replace")[-SAID:]
+        if late:
+            return replace(outcome, problem=f"not done after {deadline:.0f} s", exit_code=1, late=True, said=said)
+        return replace(outcome, said=said)
+
+
+def _end(child: subprocess.Popen[bytes], *, whole_session: bool) -> None:
+    """Kill a child that is still there, after a deadline or an interrupt of ours, and all that a session has left."""
+    if whole_session:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    elif child.poll() is None:
+        child.kill()
+    child.wait()
 
 
 def _outcome(text: str, returned: int, log: Path) -> Outcome:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Bar", "bar_plot", "read_records", "shortened", "speed_page", "write_speed_page"]
 
 SCHEMA_VERSION = 1
-KINDS = ("guard", "gate", "gateway", "quantize", "true_shapes")
+KINDS = ("guard", "gate", "gateway", "quantize", "true_shapes", "gpu_proof")
 MAX_BYTES = 50_000_000
 """A thousand times a usual record."""
 MOST = 1e18

@@ -11,18 +11,19 @@ from numpy.typing import NDArray
 from benchmarks.shapes.random_guard import build_random_guard
 from benchmarks.shapes.shapes import find_shape
 from benchmarks.speed.peer import Subject
+from export.guard.graph import build_graph
 from runtimes.guard.runner import GuardOutput, GuardRunner
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.network.device import torch_device
 from safevlm.network.reference import GuardModel, build_reference_guard
 
-__all__ = ["STORED_BYTES", "ReferenceRunner"]
+__all__ = ["STORED_BYTES", "ReferenceRunner", "build_guard"]
 
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
-def _build(subject: Subject) -> tuple[GuardModel, int, str]:
+def build_guard(subject: Subject) -> tuple[GuardModel, int, str]:
     """Return the guard, its size on disk in bytes, and what that size counts."""
     if subject.random:
         guard = build_random_guard(find_shape(subject.name).shortened(subject.layers), seed=subject.seed)
@@ -45,23 +46,25 @@ def _open(subject: Subject) -> Checkpoint:
 class ReferenceRunner(GuardRunner):
     """The untouched torch path, float32, on a CPU or a CUDA GPU; copies to and from the GPU are timed.
 
-    ``compiled`` runs it through ``torch.compile``.
+    ``compiled`` runs it through ``torch.compile``. ``half`` runs the graph that is exported as fp16 instead, which
+    keeps normalisation and head in float32.
     """
 
     runtime = "torch"
 
-    def __init__(self, subject: Subject, device: str, *, compiled: bool = False) -> None:
+    def __init__(self, subject: Subject, device: str, *, compiled: bool = False, half: bool = False) -> None:
         super().__init__()
         self.subject = subject
         self.device = device
         self.compiled = compiled
-        self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.half = half
+        self._guard: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 
     def _activate(self) -> None:
-        guard, *_ = _build(self.subject)
+        guard, *_ = build_guard(self.subject)
         self.preprocessing = guard.preprocessing
-        guard = guard.eval().to(torch_device(self.device))
-        self._guard = torch.compile(guard, dynamic=False) if self.compiled else guard
+        network = (build_graph(guard, "fp16") if self.half else guard).eval().to(torch_device(self.device))
+        self._guard = torch.compile(network, dynamic=False) if self.compiled else network
 
     def _deactivate(self) -> None:
         self._guard = None
@@ -69,5 +72,5 @@ class ReferenceRunner(GuardRunner):
     def _run(self, rgb: NDArray[np.uint8]) -> GuardOutput:
         guard = self._held(self._guard)
         with torch.inference_mode():
-            probs, logits = guard(torch.from_numpy(rgb).to(self.device))
+            probs, logits = guard(torch.from_numpy(rgb).to(self.device))[:2]
         return GuardOutput(probs=probs.cpu().numpy(), logits=logits.cpu().numpy())

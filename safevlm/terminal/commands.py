@@ -57,6 +57,7 @@ _GROUPED = {
     "benchmarks holisafe_mini": "benchmarks.holisafe_mini",
     "benchmarks random_checkpoint": "benchmarks.random_checkpoint",
     "benchmarks true_shapes": "benchmarks.true_shapes.__main__",
+    "benchmarks gpu_proof": "benchmarks.gpu_proof.__main__",
     "benchmarks tiny": "benchmarks.tiny.__main__",
     "benchmarks tiny recipe": "benchmarks.tiny.recipe",
     "benchmarks demo": "benchmarks.demo",

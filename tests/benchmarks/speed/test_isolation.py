@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from benchmarks.speed.isolation import Outcome, peak_rss, run_isolated
 
 FUNCTIONS = """
-import os, signal
+import os, signal, subprocess, sys, time
 from benchmarks.speed.isolation import peak_rss, restart_peak
 from safevlm.errors import InputError
 
@@ -29,6 +32,13 @@ def refuse(request):
 def die(request):
     yield {"first": 1}
     os.kill(os.getpid(), signal.SIGKILL)
+
+def hang(request):
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100000)"])
+    print("hanging")
+    sys.stdout.flush()
+    yield {"grandchild": grandchild.pid}
+    time.sleep(100000)
 
 def fail(request):
     print("noise")
@@ -52,6 +62,37 @@ def test_how_a_process_ends_is_told(functions: str) -> None:
     assert died.problem is not None and "SIGKILL" in died.problem and "memory" in died.problem
     failed = run_isolated(functions + "fail", {}, threads=1)
     assert failed.exit_code == 1 and failed.problem == "the process ended with code 1: RuntimeError: a bug"
+
+
+class UntilItAnswered(subprocess.Popen[bytes]):
+    """A child whose deadline comes as soon as it has answered, whatever the clock says."""
+
+    def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Any:  # noqa: A002
+        assert self.stdin is not None and isinstance(self.args, list) and timeout is not None
+        self.stdin.write(input or b"")
+        self.stdin.close()
+        while b"\n" not in Path(self.args[-1]).read_bytes():
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+def test_at_a_deadline_all_that_it_started_ends_and_answers_are_kept(
+    functions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", UntilItAnswered)
+        hung = run_isolated(functions + "hang", {}, threads=1, deadline=600)
+    assert hung.late and hung.problem == "not done after 600 s" and hung.exit_code == 1 and "hanging" in hung.said
+    (answer,) = hung.answers
+    assert not is_running(answer["grandchild"])
+    done = run_isolated(functions + "refuse", {"word": "a"}, threads=1, deadline=600)
+    assert not done.late and done.problem == "no such word"
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process still runs: one that was killed may wait as a zombie for whoever inherits it."""
+    status = Path("/proc", str(pid), "stat")
+    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_memory_is_the_process_own(functions: str) -> None:

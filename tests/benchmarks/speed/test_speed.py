@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from benchmarks.shapes.random_guard import build_random_guard
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import guard as guard_speed
-from benchmarks.speed import guard_engine, guard_source, reference_runner
+from benchmarks.speed import guard_engine, guard_peers, guard_source, reference_runner
 from benchmarks.speed.guard import GuardSpeed, Row, SpeedOptions, measure_guard
 from benchmarks.speed.guard_peers import measure
 from benchmarks.speed.isolation import Outcome
@@ -431,3 +432,23 @@ def test_failed_peer_is_exit_code_1(
             run(speed.main, arguments)
         assert ended.value.code == code
         assert json.loads(capsys.readouterr().out)["benchmark"] == "guard"
+
+
+@pytest.mark.usefixtures("no_export", "one_thread")
+def test_on_the_gpu_alone_every_peer_says_what_it_lacks(scratch_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU. ONNX Runtime starts on the CPU instead, which must not pass for the GPU's time."""
+    monkeypatch.setattr(guard_speed, "run_isolated", in_process)
+    monkeypatch.setattr(guard_peers, "CUDA_DRIVER", "libno-such-driver.so")
+    monkeypatch.setattr(guard_peers, "CUDA_PROVIDER", "NoSuchProvider")
+    options = dataclasses.replace(QUICK, batches=(1,), precisions=("fp32", "fp16"), gpu_alone=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ONNX Runtime's, about the provider
+        found = measure_guard(Subject(name=scratch_model, random=False), options)
+    assert {row.device for row in found.rows} == {"gpu"} and {row.status for row in found.rows} == {"unavailable"}
+    runtimes = ("torch", "compile", "onnxruntime", "tensorrt")
+    expected = [(runtime, precision) for runtime in runtimes for precision in ("fp32", "fp16")]
+    assert [(row.runtime, row.precision) for row in found.rows] == expected
+    said = {row.runtime: row.reason or "" for row in found.rows}
+    assert "no CUDA GPU" in said["compile"] and "has no CUDA provider; the session runs on CPU" in said["onnxruntime"]
+    with pytest.raises(InputError, match="--gpu-alone leaves out the CPU"):
+        SpeedOptions(gpu_alone=True, peers="python")

@@ -237,7 +237,7 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
         ("{", r"not valid JSON \("),
         ("\xff", "not valid JSON"),
         ("[1]", "a record must be a JSON object, not list"),
-        ("{}", "'benchmark' is missing; it must be one of guard, gate, gateway, quantize, true_shapes"),
+        ("{}", f"'benchmark' is missing; it must be one of {', '.join(KINDS)}"),
         ('{"benchmark": "dance"}', "'benchmark' is \"dance\"; it must be one of guard"),
         ('{"benchmark": ["guard"]}', r"'benchmark' is \[\"guard\"\]"),
         ('{"benchmark": "gate"}', r"not a complete record of gate: created: Field required"),

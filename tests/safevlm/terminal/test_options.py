@@ -18,6 +18,8 @@ SHARED = {"--revision", "--tap", "--grid", "--device", "--threads", "--json"}
 MODULES = ("safevlm/terminal/options.py", "runtimes/guard/options.py")
 EXTRAS = "safevlm/installed/libraries.py"
 """Lists extras, some of which are called as runtimes are."""
+BUILDERS = "export/tensorrt/request.py"
+"""Lists builders of engines, two of which are called as runtimes are."""
 PEERS = "benchmarks/speed/"
 """Measures runtimes that are not ours to judge with, such as torch.compile, and names them."""
 
@@ -45,7 +47,7 @@ def test_shared_options_and_runtimes_are_named_once(folder: str) -> None:
         if name not in MODULES:
             again = SHARED & set(option_names(tree))
             assert not again, f"{name} words {', '.join(again)} again: take it from safevlm.terminal.options"
-        if not name.startswith(PEERS) and name != EXTRAS:
+        if not name.startswith(PEERS) and name not in (EXTRAS, BUILDERS):
             assert not list(runtime_lists(tree)), f"{name} lists runtimes: take RUNTIMES of runtimes.guard.select"
 
 

@@ -1,0 +1,1 @@
+"""What a GPU machine can prove of this project within minutes, step by step."""

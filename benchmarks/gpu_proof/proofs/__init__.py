@@ -1,0 +1,1 @@
+"""What each step of the proof does, a file a step; each runs in a process of its own."""
