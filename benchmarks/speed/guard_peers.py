@@ -24,7 +24,7 @@ from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
 from safevlm.machine import available_memory, times_ms
 
-__all__ = ["CUDA_PROVIDER", "check_on_gpu", "measure"]
+__all__ = ["CUDA_PROVIDER", "measure"]
 
 CUDA_DRIVER = "libcuda.so.1"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -57,8 +57,6 @@ def measure(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """
     peer = Peer(**request["peer"])
     with _open_runner(peer, Subject(**request["subject"]), request["threads"]) as runner:
-        if peer.device == "gpu":
-            check_on_gpu(runner)
 
         def call(rgb: NDArray[np.uint8]) -> Any:
             if isinstance(runner, VisionTower):
@@ -124,19 +122,6 @@ def _open_runner(peer: Peer, subject: Subject, threads: int) -> GuardRunner:
     from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
 
     return TensorRTRunner(bundle, usable_engine(bundle, peer.precision))
-
-
-def check_on_gpu(runner: GuardRunner) -> None:
-    """Raise InputError for an active ONNX Runtime that runs on the CPU: it falls to it without an error of its own."""
-    if isinstance(runner, OnnxRuntimeRunner) and CUDA_PROVIDER not in (found := runner.session.get_providers()):
-        import onnxruntime
-
-        there = CUDA_PROVIDER in onnxruntime.get_available_providers()
-        problem = "has a CUDA provider, which did not start" if there else "has no CUDA provider"
-        raise InputError(
-            f"ONNX Runtime {onnxruntime.__version__} {problem}; the session runs on {', '.join(found)}. "
-            "Install onnxruntime-gpu[cuda,cudnn], and no onnxruntime beside it."
-        )
 
 
 def _torch_runner(subject: Subject, peer: Peer, threads: int) -> GuardRunner:

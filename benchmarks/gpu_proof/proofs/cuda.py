@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, unproved
 from benchmarks.gpu_proof.proofs.onnx_runtime import providers_of, scratch_bundle
-from benchmarks.speed.guard_peers import check_on_gpu
 from benchmarks.speed.peer import Subject, random_images
 from benchmarks.speed.reference_runner import ReferenceRunner
 from runtimes.guard.cuda import CudaRuntime, DeviceBuffer, current_gpu, free_memory, load_cuda
@@ -68,9 +67,6 @@ def _buffers(times: int) -> Iterator[Finding]:
 
 def _onnx_runtime(claim: str, times: int, task: Task) -> Iterator[Finding]:
     runner = OnnxRuntimeRunner(scratch_bundle(MODEL, task), providers=providers_of(task))
-    if not task.dry:
-        with runner:
-            check_on_gpu(runner)
     yield from _activations(claim, runner, times, task)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu_proof.finding import Finding, Task, attempt, checked, proved
-from benchmarks.speed.guard_peers import CUDA_PROVIDER, check_on_gpu
+from benchmarks.speed.guard_peers import CUDA_PROVIDER
 from benchmarks.speed.guard_source import prepare
 from benchmarks.speed.peer import Subject, random_images
 from benchmarks.speed.reference_runner import ReferenceRunner
@@ -66,8 +66,6 @@ def _files(name: str, task: Task) -> Iterator[Finding]:
 
 def _parity(claim: str, bundle: Bundle, file: GuardFile, expected: Any, images: Any, task: Task) -> Iterator[Finding]:
     with OnnxRuntimeRunner(bundle, file, providers=providers_of(task)) as runner:
-        if not task.dry:
-            check_on_gpu(runner)
         used = runner.session.get_providers()[0]
         delta = float(np.abs(runner.infer(images).probs - expected).max())
     measured = f"{used}, largest difference of a probability {delta:.2e}"

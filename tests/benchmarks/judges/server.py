@@ -95,13 +95,14 @@ class JudgeServer:
                     server._now += 1
                     server.most_at_once = max(server.most_at_once, server._now)
                 try:
-                    self._send(server.plan(asked))
-                finally:
+                    sent = server.plan(asked)
+                    server.stop.wait(sent.delay)
+                finally:  # before the answer leaves: the next question may be here at once
                     with server._lock:
                         server._now -= 1
+                self._send(sent)
 
             def _send(self, sent: Sent) -> None:
-                server.stop.wait(sent.delay)
                 try:
                     self.send_response(sent.status)
                     for name, value in sent.headers.items():

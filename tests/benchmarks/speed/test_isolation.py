@@ -84,7 +84,10 @@ def test_at_a_deadline_all_that_it_started_ends_and_answers_are_kept(
         hung = run_isolated(functions + "hang", {}, threads=1, deadline=600)
     assert hung.late and hung.problem == "not done after 600 s" and hung.exit_code == 1 and "hanging" in hung.said
     (answer,) = hung.answers
-    assert not is_running(answer["grandchild"])
+    until = time.monotonic() + 600  # it was killed: how soon it is gone is the machine's affair
+    while is_running(answer["grandchild"]):
+        assert time.monotonic() < until
+        time.sleep(0.01)
     done = run_isolated(functions + "refuse", {"word": "a"}, threads=1, deadline=600)
     assert not done.late and done.problem == "no such word"
 
