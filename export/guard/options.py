@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from safevlm.contract.manifest import Manifest, Parity
+from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import grid_option, json_option, model_option, revision_option, tap_option
-from safevlm.terminal.printable import printable
 
 __all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest", "source_options"]
 
@@ -106,11 +106,11 @@ def print_manifest(
     for note in notes:
         click.echo(printable(note))
     if not manifest.source.standalone:
-        click.echo(printable("\n".join(_split_note(command, again, out))))
+        click.echo(printable(as_started("\n".join(_split_note(command, again, out)))))
         return
     if manifest.fidelity is not None and "test" in manifest.fidelity:  # a head made elsewhere may state other things
         click.echo(_fidelity(manifest.fidelity["test"]))
-    click.echo(printable(f"next: python -m runtimes.check {out} IMAGE..."))
+    click.echo(printable(as_started(f"next: python -m runtimes.check {out} IMAGE...")))
 
 
 def _parity(parity: Parity) -> str:

@@ -19,7 +19,7 @@ from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
 from safevlm.files.storage import shown_bytes
-from safevlm.terminal.commandline import printable
+from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
 __all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]
@@ -207,4 +207,5 @@ def _guard_line(guard: Mapping[str, Any]) -> str:
 
 def finish(found: Compressed, as_json: bool, command: str) -> None:
     """Print the result."""
-    click.echo(json.dumps(found.record, indent=1) if as_json else printable("\n".join(describe(found, command))))
+    said = json.dumps(found.record, indent=1) if as_json else printable("\n".join(describe(found, as_started(command))))
+    click.echo(said)
