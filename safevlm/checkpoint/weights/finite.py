@@ -58,7 +58,7 @@ def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not is_finite(found):
         check_finite(values, name)
         advice = " Fetch the file again; if it is as published, ask its authors." if dtype == torch.float32 else ""
-        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, and {_range(dtype)}.{advice}")
+        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, beyond {_maximum(dtype)}.{advice}")
     return found
 
 
@@ -77,8 +77,8 @@ def check_values(
         check_finite(values, stored)
         dtype = dtype_of(name)
         if dtype is not None and values.is_floating_point() and largest(values) > torch.finfo(dtype).max:
-            raise PrecisionError(f"tensor '{stored}' holds {largest(values):.4g}, and {_range(dtype)}.")
+            raise PrecisionError(f"tensor '{stored}' holds {largest(values):.4g}, beyond {_maximum(dtype)}.")
 
 
-def _range(dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:,.4g}"
+def _maximum(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}'s maximum of {torch.finfo(dtype).max:,.4g}"
