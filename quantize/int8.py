@@ -81,7 +81,7 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     "--smoothing",
     default=",".join(f"{strength:g}" for strength in STRENGTHS),
     show_default=True,
-    help="Smoothing strengths to try, separated by commas; 0 is no smoothing.",
+    help="Smoothing strengths to try, separated by commas; 0 turns it off.",
 )
 @click.option(
     "--damp",

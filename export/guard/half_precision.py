@@ -118,8 +118,8 @@ def half_fault(
         with watched(modules, half=True) as seen:
             found = _run(model, rgb, number)
         if seen.broken:
-            module = _stored_module(checkpoint, seen.broken)
-            return f"the output of '{module}' leaves float16's range on image {number + 1}"
+            broken = _stored_module(checkpoint, seen.broken)
+            return f"the output of '{broken}' leaves float16's range on image {number + 1}"
         coarse = _coarse(right, found, embeddings=embeddings or isinstance(model, VisionPath))
         if coarse:
             return f"rounding to float16 alone {coarse} on image {number + 1}"

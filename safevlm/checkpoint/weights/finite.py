@@ -57,8 +57,9 @@ def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     found = values.to(dtype)
     if not is_finite(found):
         check_finite(values, name)
-        advice = " Fetch the file again; if it is as published, ask its authors." if dtype == torch.float32 else ""
-        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, beyond {_maximum(dtype)}.{advice}")
+        problem = f"tensor '{name}' holds {largest(values):.4g}, beyond {_maximum(dtype)}."
+        advice = " Fetch the file again; if it was published like this, ask its authors."
+        raise PrecisionError(problem + (advice if dtype == torch.float32 else ""))
     return found
 
 

@@ -173,7 +173,7 @@ def test_a_float32_file_that_gives_nan_is_refused(bundle: Path, images: Int8Imag
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Give fp32,int8"):
         ExportOptions(precisions=("fp16",), int8=True)
-    with pytest.raises(InputError, match="needs a standalone guard, which .* does not have"):
+    with pytest.raises(InputError, match=r"needs a standalone guard, which .* does not have"):
         export_guard(open_checkpoint("tiny-safellava"), tmp_path / "out", ExportOptions(int8=True))
     with pytest.raises(InputError, match="Give at least 200"):
         export_guard(open_checkpoint("tiny-safegem"), tmp_path / "out", ExportOptions(int8=True, int8_images=199))
