@@ -167,7 +167,7 @@ def _reference(bundle: Bundle, part: EnginePart, inputs: NDArray[Any]) -> Answer
     type=click.Choice(get_args(Builder)),
     default=EngineRequest.builder,
     show_default=True,
-    help="TensorRT for the GPU here, or TensorRT-RTX for --targets; auto prefers the first.",
+    help="TensorRT for the GPU here, or TensorRT-RTX for --targets; auto prefers TensorRT.",
 )
 @click.option(
     "--targets",
@@ -215,8 +215,9 @@ def main(
     parity_images: int,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine of a guard, of MODEL or of the bundle in a folder: for the GPU here, or with TensorRT-RTX
-    and no GPU for the GPUs in --targets.
+    """Build a TensorRT engine for the guard of --model or --bundle.
+
+    TensorRT builds for the GPU here. TensorRT-RTX builds for the GPUs in --targets and needs no GPU.
 
     Exits with 6 where no engine can be built; the bundle is complete then, and the message gives the command
     for the device.

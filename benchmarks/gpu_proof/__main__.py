@@ -99,8 +99,8 @@ def main(
 ) -> int:
     """Prove on a GPU what needs one, step by step, and print a JSON line as each step ends.
 
-    No step stops the others. Run again with the same --out, it resumes; page and section are written at the end. Exits
-    with 1 when a claim failed or a step was late.
+    No step stops the others. Run the command again with the same --out to resume it. Page and section are written at
+    the end. Exits with 1 when a claim failed or a step was late.
     """
     if prepared is not None:
         _prepare(prepared, load_mib)
@@ -149,7 +149,7 @@ def _surroundings(wheels: Path | None, work: Path, *, dry: bool) -> tuple[dict[s
     """
     if wheels is not None and not wheels.is_dir():
         raise InputError(
-            f"--wheels {wheels}: there is no such folder. --prepare {wheels} writes it, where pip can fetch."
+            f"--wheels {wheels}: there is no such folder. --prepare {wheels} writes it where pip can download."
         )
     folder = wheels or Path(".whl")
     folders, states = install(folder, work / "site") if folder.is_dir() else ([], [])

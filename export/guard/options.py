@@ -28,7 +28,7 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
         grid_option,
         click.option(
             "--images",
-            help="Folder of images, or hub:NAME, to distill a guard on that sits behind the language model; a folder "
+            help="Folder of images, or hub:NAME, to distill a head on, for a guard behind the language model; a folder "
             "also serves the parity check.  [default: built in for tiny checkpoints]",
         ),
         click.option(
