@@ -77,13 +77,13 @@ class ExportOptions:
         if unknown or not self.precisions or len(set(self.precisions)) != len(self.precisions):
             asked = ", ".join(self.precisions) or "none"
             raise InputError(
-                f"precision {asked}: one or several of {', '.join(PRECISIONS)}, each once, and int8 beside fp32, are "
-                "allowed."
+                f"--precision {asked}: give one or more of {', '.join(PRECISIONS)}, each once; int8 needs fp32 as well."
             )
         if self.int8 and "fp32" not in self.precisions:
-            raise InputError("precision int8 is made from and judged by fp32: ask for fp32,int8.")
+            raise InputError("--precision int8 is made from fp32 and compared with it. Give fp32,int8.")
         if self.parity_images < 1 or self.int8_images < 1:
-            raise InputError(f"{min(self.parity_images, self.int8_images)} pictures to judge on: at least 1 is needed.")
+            fewest = min(self.parity_images, self.int8_images)
+            raise InputError(f"--parity-images and --int8-images must be at least 1, not {fewest}.")
 
 
 def export_guard(
@@ -112,8 +112,8 @@ def export_guard(
     standalone = options.distilled is not None or checkpoint.tap.source == "projector"
     if options.int8 and not standalone:
         raise InputError(
-            f"precision int8 is judged by a guard's verdicts, and {checkpoint.name} has none before its language "
-            "model. Give --images or --guard for a standalone guard, or leave int8 out."
+            f"--precision int8 needs a standalone guard, which {checkpoint.name} does not have. Give --images or "
+            "--guard for one, or leave int8 out."
         )
     left_out = LeftOut(options.precisions)
     with bundle_draft(out) as draft:
@@ -162,8 +162,8 @@ def _check_judges(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Raise InputError when too few pictures would judge INT8."""
     if options.int8 and options.int8_images < FEWEST_HELD_OUT and not checkpoint.random_weights:
         raise InputError(
-            f"{options.int8_images} pictures cannot show that INT8 changed one label in a thousand: {FEWEST_HELD_OUT} "
-            "or more judge it. (Random weights, which have no verdicts to lose, may be judged on fewer.)"
+            f"--int8-images {options.int8_images} is too small to show a change of one label in a thousand. Give at "
+            f"least {FEWEST_HELD_OUT}; only random weights may be judged on fewer."
         )
 
 

@@ -167,7 +167,7 @@ def _reference(bundle: Bundle, part: EnginePart, inputs: NDArray[Any]) -> Answer
     type=click.Choice(get_args(Builder)),
     default=EngineRequest.builder,
     show_default=True,
-    help="TensorRT for the GPU here, or TensorRT-RTX for --targets; auto prefers the first.",
+    help="TensorRT for the GPU here, or TensorRT-RTX for --targets; auto prefers TensorRT.",
 )
 @click.option(
     "--targets",
@@ -215,8 +215,9 @@ def main(
     parity_images: int,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine of a guard, of MODEL or of the bundle in a folder: for the GPU here, or with TensorRT-RTX
-    and no GPU for the GPUs in --targets.
+    """Build a TensorRT engine for the guard of --model or --bundle.
+
+    TensorRT builds for the GPU here. TensorRT-RTX builds for the GPUs in --targets and needs no GPU.
 
     Exits with 6 where no engine can be built; the bundle is complete then, and the message gives the command
     for the device.
@@ -249,7 +250,7 @@ def main(
         checkpoint = open_checkpoint(model, tap=tap, revision=revision)
         opened = _export(checkpoint, out, request, head, embeddings=embeddings)
     else:
-        raise InputError("nothing to build from: give --model M, or --bundle DIR with a bundle's folder.")
+        raise InputError("--model or --bundle is missing. Give one of them.")
     again = () if model is None else source_options(model, revision=revision, tap=tap, grid=grid)
     _build_and_print(opened, request, again, as_json=as_json)
 
@@ -258,7 +259,9 @@ def _refuse_with_bundle(**given: object) -> None:
     """Raise InputError for options that say how a checkpoint is exported."""
     wrong = [f"--{name}" for name, value in given.items() if value is not None]
     if wrong:
-        raise InputError(f"{', '.join(wrong)} cannot be combined with --bundle: a bundle is exported already.")
+        raise InputError(
+            f"{', '.join(wrong)} cannot be combined with --bundle, because the bundle is already exported."
+        )
 
 
 def _export(
@@ -308,7 +311,7 @@ def _build_and_print(bundle: Bundle, request: EngineRequest, again: Sequence[obj
     notes = _engine_notes(replace(bundle, manifest=manifest), request.options, device)
     print_manifest(manifest, bundle.folder, again, as_json=as_json, command=COMMAND, notes=notes)
     if not built:
-        click.echo("the engine is up to date and was not built again; --rebuild builds it", err=True)
+        click.echo("the engine is up to date; give --rebuild to build it again", err=True)
 
 
 def _engine_notes(bundle: Bundle, options: EngineOptions, device: Device) -> list[str]:
@@ -322,7 +325,7 @@ def _engine_notes(bundle: Bundle, options: EngineOptions, device: Device) -> lis
     return [
         f"{title}: {paths}",
         f"  for {shown_targets(device.targets)} with {title_of(device.trt)} on {here}",
-        "  never run so far: a device compares it with ONNX Runtime before it first judges with it",
+        "  not run yet: each device compares it with ONNX Runtime before its first use",
     ]
 
 
@@ -334,8 +337,8 @@ def _device(bundle: Bundle, request: EngineRequest, as_json: bool) -> Device:
         role: Role = "guard" if bundle.manifest.source.standalone else "vision"
         require_precisions(bundle, {judge_of(request.options.precision), request.options.precision}, role)
         raise EngineUnavailableError(
-            f"{error} The bundle in {bundle.folder} is complete: copy it to the device and run there, with the "
-            f"folder's name there,\n  {device_command(bundle.folder, request, as_json=as_json)}"
+            f"{error} The bundle in {bundle.folder} is complete. Copy it to the device and run this there, with "
+            f"the folder's name on the device:\n  {device_command(bundle.folder, request, as_json=as_json)}"
         ) from error
 
 

@@ -92,7 +92,9 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     if scheme.bits not in (4, 8):
         notes.append(f"{scheme.bits} bits: fast GPU kernels (Marlin) are for 4 and 8 bits only")
     if options.act_order == "group":
-        notes.append("act order by groups: readers need g_idx and run slower; --act-order static has its gain without")
+        notes.append(
+            "act order by groups: readers need g_idx and run slower; --act-order static has the same gain without it"
+        )
     return notes
 
 
@@ -153,9 +155,9 @@ def main(
     """Round the language model of MODEL to a few bits with GPTQ, calibrated on images and text."""
     auto = bits == "auto"
     if auto != (target_bits is not None):
-        raise InputError("--bits auto and --target-bits belong together: --bits auto --target-bits 4.5.")
+        raise InputError("--bits auto needs --target-bits, and the reverse, as in --bits auto --target-bits 4.5.")
     if nearest and auto:
-        raise InputError("--nearest goes with a number of bits, not with --bits auto.")
+        raise InputError("--nearest needs a number of bits; it does not work with --bits auto.")
     scheme = Scheme(bits=BITS[0] if auto else whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
     options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not (no_search or nearest))
     return_freed_memory()

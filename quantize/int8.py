@@ -81,7 +81,7 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     "--smoothing",
     default=",".join(f"{strength:g}" for strength in STRENGTHS),
     show_default=True,
-    help="Smoothing strengths to try, separated by commas; 0 is none.",
+    help="Smoothing strengths to try, separated by commas; 0 turns it off.",
 )
 @click.option(
     "--damp",
@@ -114,7 +114,9 @@ def _strengths(text: str) -> tuple[float, ...]:
     except ValueError:
         found = (-1.0,)
     if not all(0 <= strength < 1 for strength in found):
-        raise InputError(f"--smoothing {text}: strengths from 0 up to 1 are allowed, as in 0,0.4,0.6.")
+        raise InputError(
+            f"--smoothing {text} is not allowed. Give strengths of at least 0 and below 1, as in 0,0.4,0.6."
+        )
     return found
 
 

@@ -75,7 +75,11 @@ def main(
     from runtimes.guard.random_weights import warn_of_random_weights
 
     if verify == bool(images):
-        raise click.UsageError("--verify goes without IMAGE." if verify else "Missing argument 'IMAGE...'.")
+        raise click.UsageError(
+            "--verify and IMAGE cannot be combined. Leave one of them out."
+            if verify
+            else "Missing argument 'IMAGE...'."
+        )
     found = _expand(images)
     opened = open_bundle(bundle)
     if verify:

@@ -110,7 +110,9 @@ def test_the_command_works_beside_packages_of_the_same_names(project: Project, m
     program = "python -m safevlm" if module else "safevlm"
     assert helped.returncode == 0 and f"Usage: {program} export trt [OPTIONS]" in helped.stdout, helped.stderr
     refused = safevlm("export", "trt")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: nothing to build from"), refused.stderr
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --model or --bundle is missing"), (
+        refused.stderr
+    )
 
 
 def test_a_shell_that_asks_is_told_how_to_complete(project: Project) -> None:

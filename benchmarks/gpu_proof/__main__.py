@@ -46,13 +46,13 @@ MEBIBYTE = 2**20
     type=click.Path(path_type=Path),
     default=Path("build/gpu_proof"),
     show_default=True,
-    help="Folder for lines, page and section; steps that it proves already are not run again.",
+    help="Folder for lines, page and section; steps already proved there are not run again.",
 )
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for what the steps write.  [default: OUT/work]")
 @click.option(
     "--wheels",
     type=click.Path(path_type=Path),
-    help="Folder of wheels, or of loads that --prepare wrote, to install for the steps alone.  [default: .whl]",
+    help="Folder of wheels, or of loads that --prepare wrote, to install only for the steps.  [default: .whl]",
 )
 @click.option(
     "--minutes",
@@ -68,8 +68,10 @@ MEBIBYTE = 2**20
     show_default=True,
     help="Factor for the deadline of each step.",
 )
-@click.option("--again", is_flag=True, help="Run steps that are proved already, too.")
-@click.option("--dry-run", is_flag=True, help="Run each step at its smallest on the CPU, to try the steps themselves.")
+@click.option("--again", is_flag=True, help="Also run steps that are already proved.")
+@click.option(
+    "--dry-run", is_flag=True, help="Run each step on the CPU at its smallest size, to test the steps themselves."
+)
 @click.option(
     "--prepare",
     "prepared",
@@ -97,8 +99,8 @@ def main(
 ) -> int:
     """Prove on a GPU what needs one, step by step, and print a JSON line as each step ends.
 
-    No step stops the others. Run again with the same --out, it resumes; page and section are written at the end. Exits
-    with 1 when a claim failed or a step was late.
+    No step stops the others. Run the command again with the same --out to resume it. Page and section are written at
+    the end. Exits with 1 when a claim failed or a step was late.
     """
     if prepared is not None:
         _prepare(prepared, load_mib)
@@ -147,7 +149,7 @@ def _surroundings(wheels: Path | None, work: Path, *, dry: bool) -> tuple[dict[s
     """
     if wheels is not None and not wheels.is_dir():
         raise InputError(
-            f"--wheels {wheels}: there is no such folder. --prepare {wheels} writes it, where pip can fetch."
+            f"--wheels {wheels}: there is no such folder. --prepare {wheels} writes it where pip can download."
         )
     folder = wheels or Path(".whl")
     folders, states = install(folder, work / "site") if folder.is_dir() else ([], [])
@@ -158,7 +160,7 @@ def _surroundings(wheels: Path | None, work: Path, *, dry: bool) -> tuple[dict[s
         "benchmarks.gpu_proof.machine:look", {}, threads=core_count(), variables=variables, deadline=LOOKING
     )
     if not looked.answers:
-        raise SafeVLMError(f"the machine could not be looked at: {looked.problem}\n{looked.said}")
+        raise SafeVLMError(f"the machine could not be examined: {looked.problem}\n{looked.said}")
     here = dict(looked.answers[0])
     variables["LD_LIBRARY_PATH"] = _path("LD_LIBRARY_PATH", [], here.pop("libraries"))
     return variables, {**here, "dry": dry, "wheels": states}

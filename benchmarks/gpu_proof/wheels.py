@@ -181,7 +181,7 @@ def _install(wheel: Wheel, folder: Path, target: Path) -> str:
     there = {path.name: path for path in folder.rglob("*") if path.is_file()}
     pieces = [there[piece.name] for piece in wheel.pieces]
     if _sha256(pieces) != wheel.sha256:
-        return "its SHA-256 is another than the index says: bring its pieces again"
+        return "its SHA-256 differs from the index. Bring its pieces again"
     check_room(target, 4 * wheel.bytes)
     with draft_of(target) as draft:
         joined = draft / wheel.name
@@ -214,6 +214,6 @@ def _pip(*arguments: Any) -> None:
     words = module_arguments("pip", *arguments, "--quiet", "--disable-pip-version-check")
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        said = (done.stderr or done.stdout).strip().splitlines() or ["it gave no reason"]
         problem = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1])
         raise InputError(f"pip {arguments[0]} failed: {problem.removeprefix('ERROR: ')}")

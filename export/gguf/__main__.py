@@ -21,7 +21,7 @@ from safevlm.contract.gguf_manifest import GgufManifest
 from safevlm.files.storage import shown_bytes
 from safevlm.machine import return_freed_memory
 from safevlm.network.distilled_head import DistilledHead
-from safevlm.terminal.commandline import printable, run
+from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import grid_option, json_option, model_option, parse_grid, revision_option, tap_option
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -127,7 +127,7 @@ def main(
     if as_json:
         click.echo(manifest.model_dump_json(indent=1))
         return
-    click.echo("\n".join(printable(line) for line in _lines(manifest, out)))
+    click.echo("\n".join(printable(as_started(line)) for line in _lines(manifest, out)))
 
 
 def _lines(manifest: GgufManifest, out: Path) -> list[str]:

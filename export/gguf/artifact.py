@@ -80,10 +80,10 @@ class GgufOptions:
     def __post_init__(self) -> None:
         type_of(self.type)
         if self.mmproj_type not in ("f16", "f32", "bf16"):
-            raise InputError(f"--mmproj-type {self.mmproj_type}: f16, bf16 and f32 are allowed.")
+            raise InputError(f"--mmproj-type {self.mmproj_type} is unknown. Allowed: f16, bf16, f32.")
         if needs_importance(self.type) and self.importance is None:
             raise InputError(
-                f"--type {self.type} needs an importance matrix: give --calibration FILE, or a type of more bits."
+                f"--type {self.type} needs an importance matrix. Give --calibration FILE, or a type of more bits."
             )
 
 
@@ -147,7 +147,7 @@ class _Writing:
         if distilled is not None:
             distilled.check_fits(checkpoint, guard_sha256(checkpoint))
             if self.options.grid is not None and self.options.grid != distilled.size:
-                raise InputError(f"--guard was fitted at {distilled.size}, --grid asks for {self.options.grid}.")
+                raise InputError(f"--guard was fitted at {distilled.size}, but --grid is {self.options.grid}.")
 
     @property
     def architecture(self) -> str:
@@ -263,8 +263,8 @@ class _Writing:
                 return last, probe_of(found), tokens
         raise ParityError(
             f"{checkpoint.name}: llama.cpp's image embeddings are off by {off:.1%} of the largest value; "
-            f"{EMBEDDING_TOLERANCE:.0%} is allowed. This llama.cpp computes another tower: install the version of "
-            "llama-cpp-python that pyproject.toml names."
+            f"{EMBEDDING_TOLERANCE:.0%} is allowed. This llama.cpp computes the vision tower differently. Install the "
+            "llama-cpp-python version in pyproject.toml."
         )
 
     def _heads(self) -> tuple[tuple[GgufHead, ...], list[Path]]:

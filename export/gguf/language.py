@@ -57,8 +57,8 @@ def language_tensors(checkpoint: Checkpoint, matrices: StoredType) -> list[GgufT
         source = stored_as(checkpoint, name)
         if place is None or name.endswith(language.unread):
             raise CheckpointError(
-                f"{checkpoint.name}: llama.cpp's {language.architecture} has no place for '{source}', which the model "
-                "reads. Use another runtime."
+                f"{checkpoint.name}: llama.cpp's {language.architecture} does not support '{source}', which the model "
+                "needs. Use another runtime."
             )
 
         def read(name: str = name) -> Tensor:
@@ -113,7 +113,7 @@ def _check(text: Any, language: GgufLanguage) -> None:
         )
     if not 1 <= text.num_hidden_layers <= MOST_LAYERS:
         raise CheckpointError(
-            f"config.json states {text.num_hidden_layers} decoder layers; llama.cpp takes 1 to {MOST_LAYERS}."
+            f"config.json states {text.num_hidden_layers} decoder layers; llama.cpp supports 1 to {MOST_LAYERS}."
         )
     activation = getattr(text, "hidden_activation", None) or text.hidden_act
     if activation not in language.activations:

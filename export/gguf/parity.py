@@ -31,8 +31,8 @@ def check_finite(numbers: npt.NDArray[np.float32], what: str, where: str, remedy
     """
     if not np.isfinite(numbers).all():
         raise CheckpointError(
-            f"{what} gives numbers that are not finite on {where}: the model's own values outgrow its number format. "
-            f"To go on, {remedy}."
+            f"{what} gives NaN or infinity on {where}, because the model's values exceed its number format. "
+            f"To continue, {remedy}."
         )
 
 
@@ -65,7 +65,7 @@ def guard_parity(
     if kind in PLAIN_TYPES and not off <= tolerance:
         raise ParityError(
             f"{checkpoint.name}: the exact guard's probabilities differ by {off:.3f} on llama.cpp at {kind}; "
-            f"{tolerance} is allowed. This is a fault of the export, or of this llama.cpp."
+            f"{tolerance} is allowed. This is a bug of the export or of this llama.cpp. Please report it."
         )
     return Parity(
         images=len(rgb), max_abs_prob_delta=off, label_flips=flips, reference=f"{checkpoint.name} on torch, float32"

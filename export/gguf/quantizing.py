@@ -51,7 +51,7 @@ def type_of(text: str) -> str:
     """Return a type's name as it stands in :data:`TYPES`. Raises InputError, with what is allowed."""
     name = text.lower()
     if name not in TYPES:
-        raise InputError(f"--type {text}: no such type; allowed: {', '.join(TYPES)}.")
+        raise InputError(f"--type {text} is unknown. Allowed: {', '.join(TYPES)}.")
     return name
 
 
@@ -77,8 +77,8 @@ def check_widths(tensors: Sequence[GgufTensor], name: str) -> None:
         if len(tensor.shape) > 1 and tensor.shape[-1] % block:
             fitting = [each for each in TYPES if tensor.shape[-1] % block_width(each) == 0]
             raise InputError(
-                f"--type {name}: '{tensor.source}' has {tensor.shape[-1]} columns, which is no multiple of {block}; "
-                f"what fits: {', '.join(fitting)}."
+                f"--type {name}: '{tensor.source}' has {tensor.shape[-1]} columns, not a multiple of {block}. "
+                f"Types that fit: {', '.join(fitting)}."
             )
 
 
@@ -127,12 +127,12 @@ def quantize_file(
             raise _unfit(begun[-1], name, sources, "beyond its range")
         raise SafeVLMError(f"llama.cpp could not quantize {source.name} to {name}: {last_error()}")
     for tensor in _vanished(source, target):
-        raise _unfit(tensor, name, sources, "so small that all of them become 0")
+        raise _unfit(tensor, name, sources, "all so small that they become 0")
 
 
 def _unfit(tensor: str, name: str, sources: Mapping[str, str], why: str) -> UnfitTensorError:
     return UnfitTensorError(
-        f"tensor '{sources.get(tensor, tensor)}' holds numbers that --type {name} cannot: they are {why}."
+        f"tensor '{sources.get(tensor, tensor)}' holds numbers that --type {name} cannot represent: they are {why}."
     )
 
 

@@ -79,7 +79,7 @@ def rotary_of(checkpoint: Checkpoint, *, takes_factors: bool) -> Rotary:
     if kind in GROWING:
         raise CheckpointError(
             f"{checkpoint.name}: its rotary embedding is scaled '{kind}', by the length of the prompt; llama.cpp "
-            "scales every prompt alike. Only 'default', 'linear', 'llama3' and 'yarn' are written."
+            "scales every prompt alike. Only 'default', 'linear', 'llama3' and 'yarn' are supported."
         )
     keys = _plain_keys(kind, stated, wanted, plain)
     if keys is None and kind == "yarn":
@@ -165,5 +165,5 @@ def _check_local(checkpoint: Checkpoint, module: Any) -> None:
     if not wanted.is_near(_frequencies(float(local["rope_theta"]), len(wanted.frequencies)), 1.0):
         raise CheckpointError(
             f"{checkpoint.name}: its sliding layers scale their rotary embedding '{local.get('rope_type')}'; llama.cpp "
-            "scales that of full attention alone. Only 'default' is written for sliding layers."
+            "scales only that of full attention. Only 'default' is supported for sliding layers."
         )

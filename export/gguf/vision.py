@@ -98,8 +98,8 @@ class _Placing:
             return
         if module not in vision.layer:
             raise CheckpointError(
-                f"{self.checkpoint.name}: llama.cpp's projector file has no place for "
-                f"'{stored_as(self.checkpoint, name)}', which the model reads. Use another runtime."
+                f"{self.checkpoint.name}: llama.cpp's projector file does not support "
+                f"'{stored_as(self.checkpoint, name)}', which the model needs. Use another runtime."
             )
         yield Part(f"v.blk.{index}.{self._within(module)}.{leaf}", shape)
 

@@ -52,4 +52,4 @@ def _check_tower(vision: GgufVision, tower: Any) -> None:
             "is needed. Correct vision_config."
         )
     if channels != 3:
-        raise CheckpointError(f"config.json states images of {channels} channels; llama.cpp's have 3.")
+        raise CheckpointError(f"config.json states images of {channels} channels; llama.cpp supports 3.")

@@ -34,8 +34,8 @@ def vocabulary_keys(checkpoint: Checkpoint, vocab_size: int, writer: Any) -> Non
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise CheckpointError(
-            f"{checkpoint.name}: the tokenizer has token {largest}, the embedding {vocab_size} rows: they do not "
-            "belong together."
+            f"{checkpoint.name}: the tokenizer has token {largest}, but the embedding has only {vocab_size} rows. "
+            "They belong to different models."
         )
     language = gguf_family_of(checkpoint).language
     pre = language.pre_tokenizer
@@ -69,7 +69,7 @@ def _check_different(folder: Path, tokens: list[bytes]) -> None:
         if other != token:
             raise CheckpointError(
                 f"{folder}: tokens {other} and {token} of the tokenizer are both {read.decode('utf-8', 'replace')!r}; "
-                "llama.cpp takes each text once. Copy the tokenizer's files from the base model."
+                "llama.cpp allows each text only once. Copy the tokenizer's files from the base model."
             )
 
 
@@ -129,8 +129,8 @@ def _merges(folder: Path, tokenizer: Any) -> list[str]:
     stated = None if backend is None else json.loads(backend.to_str()).get("model", {}).get("merges")
     if not stated:
         raise CheckpointError(
-            f"{folder}: the tokenizer has no merges. Needed is its tokenizer.json, or vocab.json with merges.txt; copy "
-            "them from the base model."
+            f"{folder}: the tokenizer has no merges. Copy tokenizer.json, or vocab.json and merges.txt, from the "
+            "base model."
         )
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in stated]
 
@@ -151,7 +151,8 @@ def _sentencepiece(folder: Path, tokenizer: Any, vocab_size: int, writer: Any) -
         raise CheckpointError(f"{path} is not a SentencePiece model: {error}. Copy it from the base model.") from error
     if pieces.GetPieceSize() > vocab_size:
         raise CheckpointError(
-            f"{path} has {pieces.GetPieceSize()} tokens, the embedding {vocab_size} rows: they do not belong together."
+            f"{path} has {pieces.GetPieceSize()} tokens, but the embedding has only {vocab_size} rows. They belong to "
+            "different models."
         )
     taken = {text.encode() for text in tokenizer.get_vocab()}
     tokens = [_unused(token, taken) for token in range(vocab_size)]

@@ -26,7 +26,7 @@ DTYPES: dict[StoredType, torch.dtype] = {"f32": torch.float32, "f16": torch.floa
 _WIDER = {
     torch.float16: "Use --type bf16 or f32; for a tensor of the vision tower or projector --mmproj-type bf16 or f32.",
     torch.bfloat16: "Use --type f32; for a tensor of the vision tower or projector --mmproj-type f32.",
-    torch.float32: "No type of GGUF holds it: use another checkpoint.",
+    torch.float32: "No GGUF type can represent it. Use another checkpoint.",
 }
 
 
@@ -121,7 +121,8 @@ def check_numbers(value: Tensor, dtype: torch.dtype, source: str) -> float:
     name = str(dtype).removeprefix("torch.")
     if not math.isfinite(kept):
         raise CheckpointError(
-            f"tensor '{source}' holds {largest:.4g}, {name} ends at {torch.finfo(dtype).max:.5g}. {_WIDER[dtype]}"
+            f"tensor '{source}' holds {largest:.4g}, beyond {name}'s maximum of {torch.finfo(dtype).max:.5g}. "
+            f"{_WIDER[dtype]}"
         )
     if largest and not kept:
         raise CheckpointError(

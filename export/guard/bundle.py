@@ -36,7 +36,7 @@ def check_destination(out: Path) -> None:
         filled = any(out.iterdir())
     if filled and not (out / MANIFEST_NAME).is_file():
         raise InputError(
-            f"{out} holds something other than a guard bundle and is left unchanged. "
+            f"{out} is not a guard bundle and was left unchanged. "
             "Give --out a new or empty folder, or a guard bundle to replace."
         )
 

@@ -147,8 +147,8 @@ def build_graph(guard: GuardModel, precision: Precision = "fp32", *, embeddings:
         steps[0] = folded = fold_linear(trunk.last.weight, trunk.last.bias, first)
         if not (is_finite(folded.weight) and is_finite(folded.bias)):
             raise CheckpointError(
-                "the projector's last map times the guard head's first leaves float32's range. Nothing was exported: "
-                "the checkpoint's numbers are too large."
+                "the product of the projector's last layer and the guard head's first exceeds float32. The "
+                "checkpoint's numbers are too large; nothing was exported."
             )
     head = nn.Sequential(*steps)
     trunk = _in_precision(trunk, precision, keep_last=embeddings or guard.pooling != "mean")

@@ -67,7 +67,7 @@ def output_beyond_half(
     if name is None:
         return None
     module = _stored_module(checkpoint, name)
-    return f"the output of '{module}' reaches {seen.sizes[name]:,.6g}, and float16 ends at {FLOAT16_MAX:,.0f}"
+    return f"the output of '{module}' reaches {seen.sizes[name]:,.6g}, beyond float16's maximum of {FLOAT16_MAX:,.0f}"
 
 
 def weight_beyond_half(checkpoint: Checkpoint, model: GuardModel | VisionPath, *, embeddings: bool) -> str | None:
@@ -98,7 +98,7 @@ def check_reference(
         where = f"'{_stored_module(checkpoint, seen.broken)}'" if seen.broken else "the guard head"
         raise CheckpointError(
             f"{checkpoint.name}: {where} gives NaN or infinity in float32, for {wrong} of {images} images. Nothing was "
-            "exported. Fetch the checkpoint again; if it is as published, ask its authors."
+            "exported. Fetch the checkpoint again; if it was published like this, ask its authors."
         )
 
 
@@ -118,10 +118,11 @@ def half_fault(
         with watched(modules, half=True) as seen:
             found = _run(model, rgb, number)
         if seen.broken:
-            return f"the output of '{_stored_module(checkpoint, seen.broken)}' leaves its range on image {number + 1}"
+            broken = _stored_module(checkpoint, seen.broken)
+            return f"the output of '{broken}' leaves float16's range on image {number + 1}"
         coarse = _coarse(right, found, embeddings=embeddings or isinstance(model, VisionPath))
         if coarse:
-            return f"rounding to it alone {coarse} on image {number + 1}"
+            return f"rounding to float16 alone {coarse} on image {number + 1}"
     return None
 
 
@@ -207,7 +208,7 @@ def _keeps_last(model: GuardModel | VisionPath, embeddings: bool) -> bool:
 
 
 def _too_large(name: str, parameter: Tensor) -> str:
-    return f"tensor '{name}' holds {largest(parameter):,.6g}, and float16 ends at {FLOAT16_MAX:,.0f}"
+    return f"tensor '{name}' holds {largest(parameter):,.6g}, beyond float16's maximum of {FLOAT16_MAX:,.0f}"
 
 
 def _stored_module(checkpoint: Checkpoint, name: str) -> str:

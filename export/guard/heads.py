@@ -35,10 +35,13 @@ class HeadRequest:
 
     def __post_init__(self) -> None:
         if self.guard is not None and self.labels is not None:
-            raise InputError("--labels reports on a head that is being distilled; --guard gives a finished one.")
+            raise InputError(
+                "--labels and --guard cannot be combined, because --guard gives a finished head. Leave one of them out."
+            )
         if self.guard is not None and self.images is not None and self.folder is None:
             raise InputError(
-                f"--images {self.images} distils a head; --guard gives a finished one. Leave one of them out."
+                f"--images {self.images} and --guard cannot be combined, because --guard gives a finished head. Leave "
+                "one of them out."
             )
 
     @property
@@ -61,14 +64,14 @@ def find_head(
     if checkpoint.tap.source == "projector":
         if request.guard is not None:
             raise GuardHeadError(
-                f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly; "
-                "a distilled head could only be worse. Leave --guard out."
+                f"{checkpoint.name}: its guard taps the projector ({checkpoint.tap.learned}) and is split off exactly, "
+                "so no head is needed. Leave --guard out."
             )
         if request.labels is not None or (request.images is not None and request.folder is None):
             unused = "--labels" if request.labels is not None else f"--images {request.images}"
             raise InputError(
-                f"{checkpoint.name}: its guard is split off exactly and nothing is distilled, so {unused} has no use. "
-                "Leave it out; --images FOLDER chooses the pictures that parity is checked on."
+                f"{checkpoint.name}: its guard is split off exactly and nothing is distilled, so {unused} has no "
+                "effect. Leave it out; --images FOLDER only chooses the images of the parity check."
             )
         return None
     if request.guard is not None:

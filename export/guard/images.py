@@ -80,8 +80,8 @@ def int8_images(
         least = min(FEWEST_HELD_OUT, held_out)
         if len(paths) < calibration + least:
             raise InputError(
-                f"{folder} has {len(paths)} pictures; INT8 needs {calibration} to find scales and at least "
-                f"{least} more to be judged on. Give more, or leave int8 out of --precision."
+                f"{folder} has {len(paths)} images; INT8 needs {calibration} for its scales and at least "
+                f"{least} more for judging. Give more, or leave int8 out of --precision."
             )
         order = np.random.default_rng(0).permutation(len(paths))[: calibration + held_out]
         makers = [partial(open_image, paths[i]) for i in order]

@@ -107,8 +107,8 @@ def add_int8(
     wrong = int((~np.isfinite(reference).all(axis=1)).sum())
     if wrong:
         raise CheckpointError(
-            f"{source.path} gives NaN or infinity for {wrong} of {len(reference)} held-out images, so the checkpoint's "
-            "guard has no verdict on them and nothing was exported. Fetch it again, or give other --images."
+            f"{source.path} gives NaN or infinity for {wrong} of {len(reference)} held-out images, so there are "
+            "no verdicts to compare with. Nothing was exported. Fetch the checkpoint again, or give other --images."
         )
     kept: tuple[str, ...] = ()
     order: list[str] | None = None

@@ -101,7 +101,7 @@ def activation_ranges(source: Path, calibration: Pictures) -> dict[str, float]:
     largest: NDArray[np.float32] = np.abs(np.array(runs, np.float32)).max(axis=0).reshape(-1, 2).max(axis=1)
     if not np.isfinite(largest).all():
         name = watched[2 * int((~np.isfinite(largest)).argmax())].rpartition("_")[0]
-        raise PrecisionError(f"activation '{name}' is NaN or infinite for an image, and so has no scale.")
+        raise PrecisionError(f"activation '{name}' is NaN or infinite for an image, so no scale can be computed.")
     return {name.rpartition("_")[0]: float(value) for name, value in zip(watched[::2], largest, strict=True)}
 
 

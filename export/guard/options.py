@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from safevlm.contract.manifest import Manifest, Parity
+from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import grid_option, json_option, model_option, revision_option, tap_option
-from safevlm.terminal.printable import printable
 
 __all__ = ["PARITY_IMAGES", "checkpoint_options", "model_options", "print_manifest", "source_options"]
 
@@ -28,7 +28,7 @@ def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
         grid_option,
         click.option(
             "--images",
-            help="Folder of images, or hub:NAME, to distill a guard on that sits behind the language model; a folder "
+            help="Folder of images, or hub:NAME, to distill a head on, for a guard behind the language model; a folder "
             "also serves the parity check.  [default: built in for tiny checkpoints]",
         ),
         click.option(
@@ -90,7 +90,7 @@ def print_manifest(
     tap = f"tap {manifest.tap.source} ({manifest.tap.learned})"
     click.echo(printable(f"{out}: guard of {manifest.source.checkpoint}, {tap}"))
     if manifest.source.random_weights:
-        click.echo("  random weights: its verdicts mean nothing, its sizes and times do")
+        click.echo("  random weights: its verdicts mean nothing; sizes and times are valid")
     for file in manifest.files:
         line = f"  {file.path}  {file.bytes / 2**20:.1f} MiB"
         if file.parity is not None:
@@ -106,11 +106,11 @@ def print_manifest(
     for note in notes:
         click.echo(printable(note))
     if not manifest.source.standalone:
-        click.echo(printable("\n".join(_split_note(command, again, out))))
+        click.echo(printable(as_started("\n".join(_split_note(command, again, out)))))
         return
     if manifest.fidelity is not None and "test" in manifest.fidelity:  # a head made elsewhere may state other things
         click.echo(_fidelity(manifest.fidelity["test"]))
-    click.echo(printable(f"next: python -m runtimes.check {out} IMAGE..."))
+    click.echo(printable(as_started(f"next: python -m runtimes.check {out} IMAGE...")))
 
 
 def _parity(parity: Parity) -> str:
@@ -124,7 +124,7 @@ def _parity(parity: Parity) -> str:
 
 def _fidelity(test: Mapping[str, Any]) -> str:
     agreement, auroc = test["agreement"], test["auroc"]
-    line = f"distilled head: same class as the exact guard on {agreement['value']:.1%} of {test['n']} held-out pictures"
+    line = f"distilled head: same class as the exact guard on {agreement['value']:.1%} of {test['n']} held-out images"
     line += f" (95 % interval {agreement['low']:.1%} to {agreement['high']:.1%})"
     return line if auroc["value"] is None else f"{line}, AUROC {auroc['value']:.4f}"
 
@@ -140,9 +140,9 @@ def source_options(
 def _split_note(command: str, again: Sequence[object], out: Path) -> list[str]:
     """Say what a bundle of exact parts can do, and what would make it a gate before the language model."""
     return [
-        "standalone: false. The guard reads the language model's last hidden state, so these exact parts gate after",
-        "the image prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
-        "For the engine that gates before the language model runs, add one flag:",
+        "standalone: false. The guard reads the language model's last hidden state, so it judges after the image",
+        "prefill and before the question: vision gives the embeddings, head the verdict on hidden states.",
+        "For a guard that judges before the language model runs, add one flag:",
         f"  python -m {command} {shlex.join(map(str, (*again, '--out', out)))} --images DIR",
-        "with 2,000 images or more (no labels) of the kind the device will see, every sort of harm among them.",
+        "Give at least 2,000 images (no labels) like those that the device will see, with harmful ones of every class.",
     ]

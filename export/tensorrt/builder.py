@@ -70,15 +70,15 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.precision not in get_args(EnginePrecision):
             raise InputError(
-                f"engine precision {self.precision!r}: {', '.join(get_args(EnginePrecision))} are allowed."
+                f"--precision {self.precision} is not allowed. Give one of {', '.join(get_args(EnginePrecision))}."
             )
         if not 1 <= self.opt_batch <= self.largest_batch:
             raise InputError(
-                f"--opt-batch {self.opt_batch} with --max-batch {self.largest_batch}: "
-                "1 <= opt-batch <= max-batch is allowed."
+                f"--opt-batch {self.opt_batch} with --max-batch {self.largest_batch} is not allowed. "
+                "Give 1 <= opt-batch <= max-batch."
             )
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise InputError(f"--workspace-mib {self.workspace_mib}: at least 1 is allowed.")
+            raise InputError(f"--workspace-mib {self.workspace_mib} is not allowed. Give at least 1.")
 
     @property
     def largest_batch(self) -> int:
@@ -122,7 +122,7 @@ class BuilderApi:
         """
         if precision == "int8" and not self.strongly_typed:
             raise EngineUnavailableError(
-                "int8 engines need TensorRT 10 or newer (JetPack 6.1 and later have it): ask for --precision fp16."
+                "int8 engines need TensorRT 10 or newer (JetPack 6.1 and later have it). Give --precision fp16."
             )
         return precision if self.strongly_typed else "fp32"
 
@@ -239,7 +239,7 @@ def _compare(trt: Any, found: Tensors, stated: Tensors, onnx_file: Path) -> None
     """Raise SafeVLMError unless a network has the tensors that the bundle states."""
     if found != stated:
         raise SafeVLMError(
-            f"{title_of(trt)} reads {onnx_file.name} as {_shown(found)}, and the bundle states {_shown(stated)}. "
+            f"{title_of(trt)} reads {onnx_file.name} as {_shown(found)}, but the bundle states {_shown(stated)}. "
             "Please report this."
         )
 
@@ -311,7 +311,10 @@ def _load_timing_cache(config: Any, file: Path | None, report: Report) -> None:
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):
             return
-        report(f"timing cache {file} is ignored: it is damaged, or of another TensorRT or GPU; it will be replaced")
+        report(
+            f"timing cache {file} is ignored: it is damaged, or was written by another TensorRT or GPU. It "
+            "will be replaced"
+        )
     config.set_timing_cache(config.create_timing_cache(b""), False)
 
 

@@ -156,13 +156,13 @@ def require_precisions(bundle: Bundle, precisions: set[str], role: Role) -> None
         return
     if "int8" in missing and role != "guard":
         raise BundleError(
-            f"{bundle.folder} holds a guard's exact parts, which have no INT8 file: ask for --precision fp16 or fp32. "
+            f"{bundle.folder} holds a guard's exact parts, which have no INT8 file. Give --precision fp16 or fp32. "
             f"A standalone guard can have one: python -m export.trt {bundle.manifest.source.model_option} --out "
             f"{bundle.folder} --images DIR --precision int8"
         )
     raise BundleError(
-        f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (there is: "
-        f"{', '.join(sorted(there)) or 'none'}), which this engine is built from or compared with. Export it "
+        f"{bundle.folder} has no ONNX file of precision {' and '.join(missing)} (it has "
+        f"{', '.join(sorted(there)) or 'none'}). The engine is built from it or compared with it. Export the bundle "
         f"again: python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} "
         f"--precision fp32,fp16{',int8' if 'int8' in precisions else ''}"
     )

@@ -95,7 +95,9 @@ def check_options(options: EngineOptions, device: Device) -> None:
         raise InputError(str(error)) from error
     if options.hardware_compatible and device.gpu is not None:
         if is_jetson():
-            raise InputError("--hardware-compatible: engines of a Jetson run on its own kind alone. Leave it out.")
+            raise InputError(
+                "--hardware-compatible: engines of a Jetson run only on the same kind of Jetson. Leave it out."
+            )
         if tuple(map(int, device.gpu.compute_capability.split("."))) < AMPERE:
             raise InputError(
                 f"--hardware-compatible engines need compute capability 8.0 or newer, and {device.gpu.name} has "
@@ -163,7 +165,7 @@ def _gpu_device() -> tuple[Device | None, list[str]]:
     except MissingExtraError:
         missing.append(f"the package 'cuda-python' is not installed (pip install 'safevlm-edge[{tensorrt_extra()}]')")
     except InputError as error:
-        missing.append(f"there is no usable NVIDIA GPU ({_reason(error)})")
+        missing.append(f"no usable NVIDIA GPU was found ({_reason(error)})")
     return (None if missing else Device(trt, gpu, free)), missing
 
 

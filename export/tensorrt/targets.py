@@ -37,7 +37,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     wrong = next((name for name in names if not _TARGET.fullmatch(name)), None)
     if wrong is not None:
         raise InputError(
-            f"--targets {text}: {wrong!r} is not a target. A target is a GPU's compute capability without its point, "
+            f"--targets {text}: {wrong!r} is not a target. A target is a GPU's compute capability without the point, "
             "sm89 for 8.9; several are separated by commas."
         )
     return tuple(sorted(set(names), key=_number))
@@ -56,7 +56,7 @@ def check_targets(trt: Any, targets: Sequence[str]) -> None:
     """
     known = _known(trt)
     for target in targets:
-        reason = _refusal(trt, target) if target in known else "it is none of its targets"
+        reason = _refusal(trt, target) if target in known else "it is not one of its targets"
         if reason is not None:
             good = [name for name in known if _refusal(trt, name) is None]
             raise InputError(

@@ -91,9 +91,12 @@ def auto_plan(
     ``scheme`` gives group size and symmetry. Raises InputError for a target that no width meets.
     """
     if not BITS[0] < target <= SIXTEEN:
-        raise InputError(f"--target-bits {target:g}: a number above {BITS[0]}, {SIXTEEN} at most, is allowed.")
+        raise InputError(f"--target-bits {target:g} is not allowed. Give a number above {BITS[0]}, up to {SIXTEEN}.")
     if samples < 1 or not 0 <= safety_weight < float("inf"):
-        raise InputError(f"--sensitivity-samples {samples}, --safety-weight {safety_weight}: from 1 and from 0 on.")
+        raise InputError(
+            f"--sensitivity-samples must be at least 1 and --safety-weight at least 0, not {samples} and "
+            f"{safety_weight}."
+        )
     choices = choices_for(target)
     wanted = {"target_bits": target, "choices": list(choices), "safety_weight": safety_weight, "samples": samples}
     schemes = {
@@ -162,7 +165,7 @@ def mixed_plan(
     if len(rounded) > 1:
         notes.append(
             "several bit widths: GPTQModel and vLLM read the dynamic rules; transformers (through optimum) and "
-            "AutoGPTQ know one width, would compute nonsense, and are made to refuse"
+            "AutoGPTQ support one width only; the artifact makes them refuse it"
         )
     return Plan(
         method=Gptq(

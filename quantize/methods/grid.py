@@ -38,10 +38,11 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise InputError(f"--bits {self.bits}: one of {', '.join(map(str, BITS))} is allowed.")
+            raise InputError(f"--bits {self.bits} is not allowed. Give one of {', '.join(map(str, BITS))}.")
         if self.group_size != PER_CHANNEL and (self.group_size < 8 or self.group_size % 8):
             raise InputError(
-                f"--group-size {self.group_size}: a multiple of 8, or -1 for one scale a row, is allowed; 128 is usual."
+                f"--group-size {self.group_size} is not allowed. Give a multiple of 8, or -1 for one scale per row; "
+                "128 is usual."
             )
 
     @property
@@ -63,8 +64,8 @@ class Scheme:
         above = [size for size in fitting if size > self.group_size][:1]
         nearest = " and ".join(map(str, below + above)) or "none"
         raise InputError(
-            f"--group-size {self.group_size} does not divide the {width} input columns of {name}; the nearest that do: "
-            f"{nearest}, or -1 for one scale a row."
+            f"--group-size {self.group_size} does not divide the {width} input columns of {name}. The nearest that do: "
+            f"{nearest}, or -1 for one scale per row."
         )
 
 

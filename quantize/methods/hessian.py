@@ -45,7 +45,7 @@ class Hessian:
     def mean(self) -> Tensor:
         """Return H, C × C, and forget the sum. Raises InputError when no token was added."""
         if self.weight <= 0:
-            raise InputError("no calibration token reached this linear: its samples are empty or weigh nothing.")
+            raise InputError("no calibration token reached this layer. Its samples are empty, or their weight is 0.")
         weight, self.weight = self.weight, 0.0
         for start in range(BLOCK, len(self._sum_CC), BLOCK):
             rows = slice(start, start + BLOCK)

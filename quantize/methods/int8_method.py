@@ -46,7 +46,7 @@ class W8A8:
         """Raises InputError for a language model without the linears that are known."""
         for _, _, name in linear_names(checkpoint):
             if f"{name}.weight" not in checkpoint.tensors:
-                raise InputError(f"{checkpoint.name}: no tensor '{name}.weight', so its layers are not known here.")
+                raise InputError(f"{checkpoint.name}: no tensor '{name}.weight', so its layers are unknown.")
 
     def round_layer(self, stage: Stage) -> Rounded:
         """Round a layer's linears group by group; InputError names the linear."""

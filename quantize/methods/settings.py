@@ -34,7 +34,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers < 1:
-            raise InputError(f"--layers {self.layers}: at least 1 is needed.")
+            raise InputError(f"--layers {self.layers} is not allowed. Give at least 1.")
         torch_device(self.device)
 
 

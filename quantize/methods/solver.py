@@ -55,7 +55,7 @@ class SolveOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
-            raise InputError(f"--damp {self.damp}: a share above 0 and below 1 is allowed; 0.05 is usual.")
+            raise InputError(f"--damp {self.damp} is not allowed. Give a number above 0 and below 1; 0.05 is usual.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

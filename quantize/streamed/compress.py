@@ -48,8 +48,8 @@ SCHEMA_VERSION = 1
 MEMORY_SHARE = 0.8
 """Of the available memory, that a run takes where it is not told."""
 ADVICE = (
-    "Layers that are finished are kept. Free memory or use another GPU (--device cuda:N) and run the command again; "
-    "--dtype bfloat16 takes less, --device cpu no GPU, with a new --out."
+    "Layers that are finished are kept. Free memory or use another GPU (--device cuda:N) and run the command again. "
+    "Or give a new --out with --dtype bfloat16, which takes less memory, or with --device cpu."
 )
 
 
@@ -237,7 +237,7 @@ class _Run:
         for line in needed.lines(self.max_memory):
             self.progress.say(line)
         if finished:
-            self.progress.say(f"going on: {len(finished)} of {len(stream)} layers are finished")
+            self.progress.say(f"resuming: {len(finished)} of {len(stream)} layers are finished")
         shapes = [(len(rows), max(len(row.ids) for row in rows), self.checkpoint.hidden_size) for rows in packed]
         left = max(0, self.max_memory - needed.memory)
         with Activations(shapes, self.options.dtype, left, self.unfinished.folder) as hidden:
@@ -328,7 +328,7 @@ class _Run:
         rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in opened if each is not None]))
         probs = []
         for which, checkpoint in (("16-bit", self.checkpoint), ("compressed", artifact)):
-            self.progress.status(f"the {which} model's guard looks at {len(rgb)} pictures")
+            self.progress.status(f"running the {which} model's guard on {len(rgb)} images")
             probs.append(
                 exact_probs(
                     checkpoint,

@@ -57,12 +57,12 @@ class Estimate:
         in_file = self.memory + self.activations > max_memory
         where = "in a file" if in_file else "in memory"
         each = self.seconds_per_layer if seconds_per_layer is None else seconds_per_layer
-        measured = "" if seconds_per_layer is None else " as measured"
+        measured = "" if seconds_per_layer is None else ", as measured"
         return [
             f"memory: {shown_bytes(self.memory + (0 if in_file else self.activations))} of at most "
             f"{shown_bytes(max_memory)}; hidden states of the samples: {shown_bytes(self.activations)}, {where}",
             *([f"memory of the GPU: {shown_bytes(self.gpu)}"] if self.gpu else []),
-            f"disk: {shown_bytes(self.disk + (self.activations if in_file else 0))} at the widest",
+            f"disk: at most {shown_bytes(self.disk + (self.activations if in_file else 0))}",
             f"time: {shown_seconds(each * self.layers)} for {self.layers} layers, {shown_seconds(each)} each{measured}",
         ]
 

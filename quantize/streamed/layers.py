@@ -321,8 +321,9 @@ def round_layers(
         for name, tensor in {**plain, **rounded.tensors}.items():
             if not is_finite(tensor):
                 raise InputError(
-                    f"{stage.prefix}{name}: a value leaves {str(tensor.dtype).removeprefix('torch.')}, in which it is "
-                    "stored. The checkpoint's numbers are too large for this method; try the other one."
+                    f"{stage.prefix}{name}: a value exceeds {str(tensor.dtype).removeprefix('torch.')}, in which it is "
+                    "stored. The checkpoint's numbers are too large for this method. Try the other one of "
+                    "quantize.gptq and quantize.int8."
                 )
         write(index, Rounded(tensors={**plain, **rounded.tensors}, report=rounded.report))
         # what was moved by hand is not what the stored layer gives to the last bit, which a run that goes on sees

@@ -19,7 +19,7 @@ from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
 from safevlm.files.storage import shown_bytes
-from safevlm.terminal.commandline import printable
+from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
 __all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]
@@ -155,7 +155,8 @@ def describe(found: Compressed, command: str) -> list[str]:
         each = found.seconds_per_layer or found.estimate.seconds_per_layer
         layers = found.estimate.layers
         return [
-            f"{len(record['layers'])} of {layers} layers are finished and kept; without --layers the command goes on",
+            f"{len(record['layers'])} of {layers} layers are finished and kept. Run the command again, without "
+            "--layers, to resume it",
             f"the whole model: about {shown_seconds(each * layers)} at {shown_seconds(each)} a layer",
         ]
     summary, measured = record["summary"], record["measured"]
@@ -170,12 +171,12 @@ def describe(found: Compressed, command: str) -> list[str]:
         more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
         lines.append(f"rounded to the nearest, which was better there: {', '.join(nearest[:SHOWN])}{more}")
     if summary["damped_more"]:
-        lines.append(f"damped more than asked for: {', '.join(summary['damped_more'][:SHOWN])}")
+        lines.append(f"damped more than --damp: {', '.join(summary['damped_more'][:SHOWN])}")
     lines += [f"note: {line}" for line in record["consumers"]]
     if record["anomalous"]:
         lines.append("ANOMALOUS: calibration samples belong to an evaluation suite; see compression.json")
     if record["random_weights"]:
-        lines.append("RANDOM WEIGHTS: what it answers means nothing, only sizes and times do")
+        lines.append("RANDOM WEIGHTS: answers mean nothing; only sizes and times are valid")
     memory = f"{shown_bytes(measured['peak_memory_bytes'])} of memory"
     if measured["gpu"]:
         memory += f" and {shown_bytes(measured['peak_gpu_memory_bytes'])} of {measured['gpu']}"
@@ -195,11 +196,11 @@ def _answers_line(answers: Mapping[str, Any]) -> str:
 
 def _guard_line(guard: Mapping[str, Any]) -> str:
     if not guard["n"]:
-        return "guard: not asked, there are no pictures"
+        return "guard: not compared (the samples have no images, or --guard-images is 0)"
     held = "held-out " if guard["held_out"] else ""
     behind = "behind the language model" if guard["tap"] == "language_model" else "on the projector, which is unchanged"
     return (
-        f"exact guard ({behind}) on {guard['n']} {held}pictures: {guard['label_flips']} labels changed "
+        f"exact guard ({behind}) on {guard['n']} {held}images: {guard['label_flips']} labels changed "
         f"({guard['unsafe_to_safe']} from unsafe to safe), probabilities by {guard['max_probability_difference']:.4f} "
         f"at most, {guard['mean_probability_difference']:.4f} on average"
     )
@@ -207,4 +208,5 @@ def _guard_line(guard: Mapping[str, Any]) -> str:
 
 def finish(found: Compressed, as_json: bool, command: str) -> None:
     """Print the result."""
-    click.echo(json.dumps(found.record, indent=1) if as_json else printable("\n".join(describe(found, command))))
+    said = json.dumps(found.record, indent=1) if as_json else printable("\n".join(describe(found, as_started(command))))
+    click.echo(said)

@@ -83,8 +83,8 @@ class Unfinished:
             key = differing[0]
             raise InputError(
                 f"{self.folder} holds an unfinished run with other settings ({', '.join(differing)}; {key} was "
-                f"{_short(there.get(key))}, now {_short(recipe.get(key))}). Give the same settings to go on, or remove "
-                "that folder to begin anew."
+                f"{_short(there.get(key))}, now {_short(recipe.get(key))}). Give the same settings to resume it, or "
+                "remove that folder to start again."
             )
 
     def __enter__(self) -> Unfinished:
@@ -120,7 +120,7 @@ class Unfinished:
             return None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path} cannot be read: {reason}. Remove {self.folder} to begin anew.") from error
+            raise InputError(f"{path} cannot be read: {reason}. Remove {self.folder} to start again.") from error
 
     # -- layers -----------------------------------------------------------------------------------------
 
@@ -157,7 +157,9 @@ class Unfinished:
         """Move a complete folder to ``out`` and remove the rest. Raises InputError when ``out`` is there by now."""
         with self.storing():
             if self.out.exists():
-                raise InputError(f"{self.out} exists by now. Move it away and run the command again.")
+                raise InputError(
+                    f"{self.out} was created by something else meanwhile. Move it away and run the command again."
+                )
             finished.rename(self.out)
         shutil.rmtree(self.folder, ignore_errors=True)
 

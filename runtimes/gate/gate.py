@@ -129,7 +129,7 @@ class Gate(GateParts):
         exact = self.language.classes
         if self.guard is None and exact is None:
             raise InputError(
-                f"runtime {self.language.runtime} cannot read the exact verdict, and there is no standalone guard: "
+                f"runtime {self.language.runtime} cannot read the exact verdict, and no standalone guard is given, so "
                 "nothing would be judged. Give a bundle with a standalone guard."
             )
         if exact is None:
@@ -137,7 +137,7 @@ class Gate(GateParts):
         if self.guard is not None and self.guard.classes != exact:
             differ = sorted(set(self.guard.classes) ^ set(exact)) or ["their order"]
             raise InputError(
-                f"guard and language model have different classes ({', '.join(differ[:6])}): they are of different "
-                "checkpoints. Give the checkpoint that the bundle was exported from."
+                f"guard and language model have different classes ({', '.join(differ[:6])}): they belong to "
+                "different checkpoints. Give the checkpoint that the bundle was exported from."
             )
         self.policy.check(exact)

@@ -119,7 +119,7 @@ class Lane:
         try:
             if self.stuck >= self.most_stuck:
                 raise OverranError(
-                    f"{self.stuck} calls of the {self.name} hang; no more are started until one of them ends"
+                    f"{self.stuck} calls of the {self.name} hang. No more calls start until one of them ends"
                 )
             yield max(0.0, seconds - (time.perf_counter() - begun))
         finally:

@@ -66,8 +66,8 @@ def open_gate(
     if bundle is None:
         if model is None or not is_gguf(model):
             raise InputError(
-                "--bundle is missing: the guard that judges before the language model. Without one, --model takes a "
-                "folder that python -m export.gguf wrote, whose guard is in it."
+                "--bundle is missing. Give the bundle of the guard, or give --model a folder that python -m "
+                "export.gguf wrote, which has its own guard."
             )
         return _gguf_alone(model, policy, timeout, threads=threads, context=context, gpu_layers=gpu_layers, view=view)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
@@ -77,7 +77,7 @@ def open_gate(
     if model is not None and is_gguf(model):
         language, tower = _gguf_language(model, threads=threads, context=context, gpu_layers=gpu_layers)
         if not manifest.source.standalone and opened.files("engine"):
-            _log.warning("the engines in %s are passed over: llama.cpp runs its own vision path.", opened.folder)
+            _log.warning("the engines in %s are skipped: llama.cpp runs its own vision path.", opened.folder)
     else:
         checkpoint = _checkpoint(opened, model, revision, tap)
         grid = checkpoint.family.fixed_grid(manifest.preprocessing.height, manifest.preprocessing.width)
@@ -125,10 +125,10 @@ def _parts(
         return parts
     if runtime != "auto":
         raise InputError(
-            f"--runtime {runtime}: the parts in {bundle.folder} are of {source.checkpoint}, and another checkpoint "
-            "answers. Leave --runtime out, or give the checkpoint that the bundle was exported from."
+            f"--runtime {runtime}: the parts in {bundle.folder} belong to {source.checkpoint}, but another "
+            "checkpoint answers. Leave --runtime out, or give the checkpoint that the bundle was exported from."
         )
-    _log.warning("the engines in %s are passed over: they are of another checkpoint than the one here.", bundle.folder)
+    _log.warning("the engines in %s are skipped: they belong to another checkpoint than the one here.", bundle.folder)
     return ExactParts()
 
 

@@ -29,10 +29,10 @@ class GateParts:
         share_embeddings: bool = True,
     ) -> None:
         if guard is None and language is None:
-            raise InputError("a gate needs a guard, a language model, or both; neither was given.")
+            raise InputError("a gate needs a guard, a language model, or both. Give at least one.")
         for name, seconds in (("timeout", timeout), ("generation_timeout", generation_timeout)):
             if not (math.isfinite(seconds) and seconds > 0):
-                raise InputError(f"{name} is {seconds}: a number of seconds above 0 is needed.")
+                raise InputError(f"{name} is {seconds}; it must be a number of seconds above 0.")
         self.guard = guard
         self.language = language
         self.policy = policy or Policy()

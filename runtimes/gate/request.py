@@ -205,7 +205,7 @@ class GateRequest:
 
     def _exact_finding(self, language: LanguageRunner, probs: npt.NDArray[np.float32] | None) -> Finding:
         if probs is None or language.classes is None:
-            raise SafeVLMError(f"runtime {language.runtime} gave no exact verdict, and there is no other")
+            raise SafeVLMError(f"runtime {language.runtime} gave no exact verdict, and no other verdict is available")
         found = decide(probs, language.classes, policy=self.gate.policy, stage="exact")
         self.exact_probs = dict(zip(language.classes, map(float, probs), strict=True))
         return found
@@ -229,7 +229,7 @@ class GateRequest:
         if isinstance(cause, WaitedError):
             reason = f"{'the guard' if self.part == 'guard' else 'the language model'} was busy with other images"
         elif isinstance(cause, OverranError):
-            reason = f"{where} was not done in time"
+            reason = f"{where} did not finish in time"
         elif isinstance(cause, BusyError):
             reason = f"{'the guard' if self.part == 'guard' else 'the language model'} is busy with an earlier image"
         elif isinstance(cause, ImageFileError):

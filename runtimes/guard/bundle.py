@@ -90,7 +90,7 @@ def inside(folder: Path, name: str) -> Path:
     if not stays:
         raise BundleError(
             f"{path} leads out of the bundle, to {end}. "
-            "A bundle's files lie in its folder: copy the file in, or export the bundle again."
+            "Copy the file into the bundle's folder, or export the bundle again."
         )
     return path
 
@@ -159,7 +159,7 @@ def _compare(path: Path, file: GuardFile, size: int, sha256: str | None) -> None
     elif sha256 not in (None, file.sha256):
         reason = f"its SHA-256 is {sha256}, the manifest says {file.sha256}"
     if reason is not None:
-        raise BundleError(f"{path} was altered: {reason}. Copy the bundle again, or export it anew.")
+        raise BundleError(f"{path} was altered: {reason}. Copy the bundle again, or export it again.")
 
 
 def _check_graph(bundle: Bundle, file: GuardFile) -> None:
@@ -179,7 +179,7 @@ def _check_graph(bundle: Bundle, file: GuardFile) -> None:
         problem = f"it keeps weights in '{shortened(strangers[0])}', which the manifest does not list"
     foreign = sorted(facts.domains - DOMAINS) or sorted(facts.operators & UNWANTED)
     if problem is None and foreign:
-        problem = f"it needs the operators '{shortened(foreign[0])}', which no guard uses"
+        problem = f"it needs the operators '{shortened(foreign[0])}', which are not allowed in a guard"
     if problem is not None:
         raise BundleError(f"{path} does not fit its manifest: {problem}. Export the bundle again.")
 
@@ -194,7 +194,7 @@ def specs(tensors: Iterable[OnnxTensor], where: str) -> tuple[TensorSpec, ...]:
             for each in tensors
         )
     except ValueError as error:
-        raise BundleError(f"{where}: its graph has a name or shape that no guard has. Export it again.") from error
+        raise BundleError(f"{where}: its graph has a name or shape that is not allowed. Export it again.") from error
 
 
 def _told(tensors: Iterable[TensorSpec]) -> list[tuple[str, str, tuple[int | str, ...]]]:

@@ -112,7 +112,7 @@ def current_gpu(cuda: CudaRuntime) -> Gpu:
     try:
         _check_driver(cuda)
         if cuda.call("cudaGetDeviceCount") == 0:
-            raise SafeVLMError("CUDA counts no device")
+            raise SafeVLMError("CUDA finds no device")
         properties = cuda.call("cudaGetDeviceProperties", cuda.call("cudaGetDevice"))
     except (SafeVLMError, RuntimeError) as error:  # RuntimeError: cuda-python found no libcuda to load
         raise InputError(
@@ -152,7 +152,7 @@ def _check_driver(cuda: CudaRuntime) -> None:
     of_extra = f" (pip install 'safevlm-edge[trt-cu{driver // 1000}]')" if driver // 1000 >= 12 else ""
     if driver // 1000 < runtime // 1000:
         raise SafeVLMError(
-            f"the driver is too old: it brings CUDA {_version(driver)}, the installed libraries need "
+            f"the driver is too old: it supports CUDA {_version(driver)}, but the installed libraries need "
             f"{runtime // 1000}.0 or newer: update the driver, or install cuda-python and TensorRT for CUDA "
             f"{driver // 1000}{of_extra}"
         )

@@ -73,8 +73,8 @@ def select_parts(
     if runtime == "onnxruntime":
         return ExactParts(**{role: _onnx(bundle, role, wanted, threads) for role, wanted in chosen.items()})
     raise InputError(
-        f"runtime {runtime} runs whole guards, and {bundle.folder} holds the parts of one (standalone: false): use "
-        "auto, tensorrt, onnxruntime or torch."
+        f"runtime {runtime} runs only standalone guards, but {bundle.folder} holds a guard's exact parts (standalone: "
+        "false). Use auto, tensorrt, onnxruntime or torch."
     )
 
 
@@ -97,7 +97,7 @@ def _engines_that_run(bundle: Bundle, chosen: Mapping[Role, str | None]) -> Exac
             reasons.setdefault(getattr(error, "reason", str(error).rstrip(".")), []).append(WITHOUT[role])
     if reasons:
         told = "; ".join(f"{' and '.join(parts)} ({reason})" for reason, parts in reasons.items())
-        _log.warning("on torch run the checkpoint's own %s.", told)
+        _log.warning("torch runs the checkpoint's own %s.", told)
     return ExactParts(**found)
 
 
@@ -107,7 +107,7 @@ def _onnx(bundle: Bundle, role: Role, precision: str | None, threads: int | None
     if file is None:
         there = ", ".join(each.precision for each in files) or "none"
         raise InputError(
-            f"{bundle.folder} has no {role} file of precision {precision or 'any'}; there is: {there}. Choose one of "
+            f"{bundle.folder} has no {role} file of precision {precision or 'any'}; it has: {there}. Choose one of "
             "these with --precision, or export the bundle again."
         )
     return OnnxRuntimeRunner(bundle, file, threads)

@@ -90,7 +90,9 @@ class Policy(Frozen):
                 known = ", ".join(harm for harm in classes if harm != safe)
                 raise InputError(f"the policy names the class {shortened(name)!r}; this guard knows {known}.{nearest}")
         if all(self.action(name) == "allow" for name in classes if name != safe):
-            raise InputError("the policy allows every class, so that nothing would be blocked. Name classes to block.")
+            raise InputError(
+                "the policy allows every class, so nothing would be blocked. Name at least one class to block."
+            )
 
 
 def read_policy(path: Path) -> Policy:

@@ -130,7 +130,7 @@ class GuardRunner(Activated):
         if (np.abs(sums - 1) > SUM_TOLERANCE).any() or (output.probs < 0).any():
             raise SafeVLMError(
                 f"{self.runtime} returned rows that are not probabilities (sums {sums.min():.4g} to "
-                f"{sums.max():.4g}, least {output.probs.min():.4g}): export the guard again"
+                f"{sums.max():.4g}, minimum {output.probs.min():.4g}). Export the guard again"
             )
 
 
@@ -158,7 +158,7 @@ class FileRunner(GuardRunner):
             if values.dtype != np.float32 or len(values) != len(inputs) or not np.isfinite(values).all():
                 raise SafeVLMError(
                     f"{self.runtime} returned {name} of {values.dtype} {values.shape} for {len(inputs)} inputs that "
-                    "are not finite numbers in float32, a row an input: try the fp32 file of the bundle"
+                    "are not finite numbers in float32, one row per input: try the fp32 file of the bundle"
                 )
         return found
 

@@ -42,8 +42,8 @@ def select_runner(
         raise InputError(f"threads must be at least 1, not {threads}")
     if not bundle.manifest.source.standalone:
         raise BundleError(
-            f"{bundle.folder} holds the exact parts of a guard that reads the language model (standalone: false): it "
-            "cannot judge a picture by itself, only around a prefill (python -m runtimes.gate). For one that can: "
+            f"the guard of {bundle.folder} is not standalone (standalone: false), so it cannot judge images without "
+            "the language model. Use python -m runtimes.gate, or export a standalone guard: "
             f"python -m export.onnx {bundle.manifest.source.model_option} --out {bundle.folder} --images DIR"
         )
     if runtime not in RUNTIMES:
@@ -73,8 +73,8 @@ def _torch(bundle: Bundle, precision: str | None, threads: int | None) -> GuardR
         raise InputError("runtime torch judges with the checkpoint itself, in float32: leave --precision out")
     if bundle.manifest.head.kind == "distilled":
         raise InputError(
-            f"{bundle.folder} holds a distilled head, and runtime torch judges with the checkpoint's own guard, which "
-            "reads the language model: use --runtime onnxruntime, or python -m runtimes.gate for the exact verdict"
+            f"{bundle.folder} holds a distilled head, but runtime torch uses the checkpoint's own guard, which needs "
+            "the language model. Use --runtime onnxruntime, or python -m runtimes.gate for the exact verdict"
         )
     from runtimes.guard.torch_runner import TorchRunner, open_source
 

@@ -115,7 +115,7 @@ def usable_engine(bundle: Bundle, precision: str | None = None, role: Role = "gu
         reasons.append(told)
     if missing and len(missing) == len(there) and len(set(map(str, missing))) == 1:
         raise missing[0]
-    told = "; ".join(reasons) or f"there is none of a {role}"
+    told = "; ".join(reasons) or f"it has no {role} engine"
     raise EngineRefusedError(f"no engine of {bundle.folder} runs here ({told})", advice(bundle))
 
 

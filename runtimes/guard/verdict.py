@@ -163,7 +163,7 @@ def stops_at_guard(finding: Finding, policy: Policy, *, settles: bool, hidden: s
         return f"the standalone guard blocks {image}"
     if finding.verdict == "unsure" and not (settles and hidden is None) and _stops_unsure(policy, finding.review):
         about = "" if hidden is None else f" of {image}"
-        return f"the standalone guard is unsure{about}, and there is no exact verdict to settle it"
+        return f"the standalone guard is unsure{about}, and no exact verdict is available to settle it"
     return None
 
 
@@ -197,7 +197,7 @@ def _stops_unsure(policy: Policy, review: bool) -> bool:
 
 
 def _as_others_show_it(hidden: str | None) -> str:
-    return "" if hidden is None else f" as other readers show it ({hidden})"
+    return "" if hidden is None else f" as other programs show it ({hidden})"
 
 
 def unsafe_probability(probs: npt.ArrayLike, safe: int = 0) -> npt.NDArray[np.float64]:
@@ -237,7 +237,7 @@ def _limits(policy: Policy, stage: Stage, thresholds: Thresholds | None, harm: s
 def _check_row(probs_C: npt.NDArray[np.float32], classes: Sequence[str], stage: Stage) -> None:
     if probs_C.shape != (len(classes),):
         raise SafeVLMError(
-            f"the {stage} verdict has shape {probs_C.shape}; one row of {len(classes)} probabilities is judged."
+            f"the {stage} verdict has shape {probs_C.shape}; it must be one row of {len(classes)} probabilities."
         )
     if not np.isfinite(probs_C).all():
         raise SafeVLMError(f"the {stage} verdict holds numbers that are not finite: {probs_C.tolist()}.")

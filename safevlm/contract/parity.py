@@ -97,7 +97,8 @@ def check_parity(
     if not within(parity, tolerance):
         raise ParityError(
             f"{what} differs from {reference} on {images} images: max |Δp| {parity.max_abs_prob_delta:.2e} (at most "
-            f"{tolerance.probability:.0e} is allowed), {parity.label_flips} labels changed. It was not kept. {advice}"
+            f"{tolerance.probability:.0e} is allowed), {parity.label_flips} labels changed. The file was "
+            f"discarded. {advice}"
         )
     return parity
 
@@ -113,6 +114,7 @@ def check_embeddings(reference_nTD: Floats, found_nTD: Floats, tolerance: Tolera
     if not worst <= tolerance.embedding:
         raise ParityError(
             f"{what}: image embeddings differ from the torch path by {worst:.2e} of their largest value (at most "
-            f"{tolerance.embedding:.0e} is allowed). It was not kept. Please report this with the checkpoint's name."
+            f"{tolerance.embedding:.0e} is allowed). The file was discarded. Please report this with the "
+            "checkpoint's name."
         )
     return worst

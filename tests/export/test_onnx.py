@@ -203,7 +203,7 @@ def test_parity_counts_flips_and_refuses_what_is_not_finite() -> None:
 
 def test_what_is_no_bundle_is_not_replaced(written: Written, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(InputError, match="holds something other than a guard bundle"):
+    with pytest.raises(InputError, match="is not a guard bundle"):
         export_guard(open_checkpoint(str(written.folder)), tmp_path, QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -236,7 +236,7 @@ def test_an_unreadable_parity_image_and_an_empty_folder_are_named(written: Writt
 
 @pytest.mark.parametrize("precisions", [(), ("int3",), ("fp32", "fp32")])
 def test_impossible_precisions_are_refused(precisions: Any) -> None:
-    with pytest.raises(InputError, match="one or several of fp32, fp16, each once, and int8 beside fp32, are allowed"):
+    with pytest.raises(InputError, match="give one or more of fp32, fp16, each once; int8 needs fp32 as well"):
         ExportOptions(precisions=precisions)
 
 

@@ -288,10 +288,10 @@ def test_every_version_from_8_6_on_has_its_api(version: str, index: int) -> None
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_batch": 2, "opt_batch": 4}, "1 <= opt-batch <= max-batch is allowed"),
-        ({"max_batch": 0}, "1 <= opt-batch <= max-batch is allowed"),
-        ({"workspace_mib": 0}, "--workspace-mib 0: at least 1 is allowed"),
-        ({"precision": "int4"}, "'int4': fp16, fp32, int8 are allowed"),
+        ({"max_batch": 2, "opt_batch": 4}, "Give 1 <= opt-batch <= max-batch"),
+        ({"max_batch": 0}, "Give 1 <= opt-batch <= max-batch"),
+        ({"workspace_mib": 0}, "--workspace-mib 0 is not allowed. Give at least 1"),
+        ({"precision": "int4"}, "--precision int4 is not allowed. Give one of fp16, fp32, int8"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
@@ -520,7 +520,7 @@ def test_what_a_dead_process_left_is_removed(bundle: Bundle) -> None:
 
 def test_an_engine_that_disagrees_is_not_kept(bundle: Bundle) -> None:
     before = content(bundle.folder)
-    with pytest.raises(ParityError, match=r"fp32 engine differs .* max \|Δp\| 5\.0.e-03 .*It was not kept"):
+    with pytest.raises(ParityError, match=r"fp32 engine differs .* max \|Δp\| 5\.0.e-03 .*The file was discarded"):
         build(bundle, make_tensorrt("10.3.0"), request(precision="fp32"), WrongRunner)
     assert content(bundle.folder) == before
     build(bundle, make_tensorrt("10.3.0"), request(precision="fp16"), WrongRunner)  # within fp16's tolerance
@@ -753,7 +753,7 @@ def test_a_machine_without_a_gpu_says_so(no_device: None, monkeypatch: pytest.Mo
     with pytest.raises(EngineUnavailableError) as raised:
         find_device()
     assert str(raised.value) == (
-        "no engine was built here: there is no usable NVIDIA GPU (cudaErrorNoDevice (100)); TensorRT-RTX, which needs "
+        "no engine was built here: no usable NVIDIA GPU was found (cudaErrorNoDevice (100)); TensorRT-RTX, which needs "
         "no GPU, is not installed (pip install 'safevlm-edge[rtx]')."
     )
 
@@ -769,10 +769,10 @@ def test_an_old_tensorrt_counts_as_missing(no_device: None, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give --model M, or --bundle DIR"),
+        ([], "--model or --bundle is missing"),
         (["--bundle", "b", "--model", "m", "--grid", "448"], "--model, --grid cannot be combined with --bundle"),
         (["--bundle", "nowhere"], "nowhere is missing, not a guard bundle"),
-        (["--bundle", "b", "--max-batch", "0"], "1 <= opt-batch <= max-batch is allowed"),
+        (["--bundle", "b", "--max-batch", "0"], "Give 1 <= opt-batch <= max-batch"),
     ],
 )
 def test_bad_usage_is_one_message(arguments: list[str], said: str) -> None:
@@ -801,8 +801,8 @@ def test_the_command_builds_once_and_says_so_the_second_time(bundle: Bundle, dev
     arguments = ["--bundle", str(bundle.folder), "--parity-images", "3", "--json"]
     device(make_tensorrt("10.3.0"))
     first, second = (CliRunner().invoke(command.main, arguments, catch_exceptions=False) for _ in range(2))
-    assert "not built again" not in first.stderr and "timing kernels" in first.stderr
-    assert "not built again; --rebuild builds it" in second.stderr and "timing kernels" not in second.stderr
+    assert "up to date" not in first.stderr and "timing kernels" in first.stderr
+    assert "up to date; give --rebuild to build it again" in second.stderr and "timing kernels" not in second.stderr
     for result in (first, second):
         assert Manifest.model_validate(json.loads(result.stdout)["manifest"]).files[-1].kind == "engine"
 
@@ -811,7 +811,7 @@ def test_a_refusal_on_the_device_does_not_send_to_the_device(bundle: Bundle, dev
     device(make_tensorrt("8.6.2", refuse=("Softmax",)))
     result = CliRunner().invoke(command.main, ["--bundle", str(bundle.folder), "--json"])
     assert isinstance(result.exception, EngineUnavailableError)
-    assert "copy it to the device" not in str(result.exception)
+    assert "Copy it to the device" not in str(result.exception)
     assert json.loads(result.stdout)["manifest"]["default_file"] == "guard.fp32.onnx"
 
 

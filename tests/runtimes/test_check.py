@@ -64,9 +64,9 @@ def test_an_engine_that_does_not_run_here_costs_one_line_on_stderr(tmp_path: Pat
     refused = check(bundle, safe, "--runtime", "tensorrt")
     assert refused.returncode == 2 and refused.stderr.startswith("error: ")
     verified = check(bundle, "--verify")
-    assert verified.returncode == 2 and verified.stdout.startswith("passed over  engines/guard.fp16.plan: ")
+    assert verified.returncode == 2 and verified.stdout.startswith("skipped  engines/guard.fp16.plan: ")
     assert check(write_bundle(tmp_path / "plain"), "--verify").returncode == 2
-    assert "--verify goes without IMAGE" in check(bundle, safe, "--verify").stderr
+    assert "--verify and IMAGE cannot be combined" in check(bundle, safe, "--verify").stderr
 
 
 def test_a_blocked_image_exits_10_and_json_has_the_stated_shape(bundle: Path, safe: Path, unsafe: Path) -> None:

@@ -27,7 +27,7 @@ class Ran:
     def last(self) -> str:
         """The last words, for a message."""
         lines = (self.said.strip() or self.output.strip()).splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "it gave no reason"
 
 
 def ran(module: str, *arguments: object) -> Ran:

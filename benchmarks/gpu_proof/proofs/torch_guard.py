@@ -87,6 +87,6 @@ def _largest(subject: Subject, task: Task) -> Iterator[Finding]:
         return
     name = max(seen.sizes, key=seen.sizes.__getitem__)
     held = not seen.broken and seen.sizes[name] <= FLOAT16_MAX
-    measured = f"largest activation {seen.sizes[name]:.6g} ({name}), float16 ends at {FLOAT16_MAX:,.0f}"
+    measured = f"largest activation {seen.sizes[name]:.6g} ({name}), float16's maximum is {FLOAT16_MAX:,.0f}"
     claim = f"{_named(subject)}: float16 holds every activation"
     yield checked(claim, held, measured, largest=seen.sizes[name], module=name, first_not_finite=seen.broken)

@@ -54,21 +54,21 @@ def _check(text: Any) -> None:
     for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(text, key, None):
             raise CheckpointError(
-                f"config.json states {key} = {getattr(text, key)}, which llama.cpp's gemma3 does not follow. "
+                f"config.json states {key} = {getattr(text, key)}, which llama.cpp's gemma3 does not support. "
                 "Use another runtime."
             )
     unknown = sorted({*text.layer_types} - {SLIDING, "full_attention"})
     if unknown:
         raise CheckpointError(
-            f"config.json states layers of {unknown[0]}; llama.cpp's gemma3 has sliding and full ones."
+            f"config.json states layers of {unknown[0]}; llama.cpp's gemma3 supports only sliding and full attention."
         )
     if SLIDING in text.layer_types and not (text.sliding_window or 0) > 0:
         raise CheckpointError(
-            f"config.json states sliding_window = {text.sliding_window} for layers that slide; 1 or more is needed."
+            f"config.json states sliding_window = {text.sliding_window} for sliding layers; it must be at least 1."
         )
     if not text.query_pre_attn_scalar > 0:
         raise CheckpointError(
-            f"config.json states query_pre_attn_scalar = {text.query_pre_attn_scalar}; above 0 is needed."
+            f"config.json states query_pre_attn_scalar = {text.query_pre_attn_scalar}; it must be above 0."
         )
 
 

@@ -51,7 +51,7 @@ def _check(text: Any) -> None:
     if sliding:
         raise CheckpointError(
             f"config.json asks for sliding-window attention in {sliding} of {text.num_hidden_layers} layers; "
-            "llama.cpp's qwen2vl has full attention alone. Use another runtime."
+            "llama.cpp's qwen2vl supports only full attention. Use another runtime."
         )
 
 
@@ -76,8 +76,8 @@ def _full_attention_every(tower: Any) -> int:
     every: int = full[0] + 1 if full else depth + 1
     if full != list(range(every - 1, depth, every)):
         raise CheckpointError(
-            f"config.json states full attention in layers {full} of {depth}; llama.cpp has it in every n-th layer, all "
-            "or none. Use another runtime."
+            f"config.json states full attention in layers {full} of {depth}; llama.cpp supports it in every n-th "
+            "layer, in all or in none. Use another runtime."
         )
     return every
 
@@ -94,14 +94,14 @@ def _check_size(config: Any, preprocessing: Preprocessing) -> None:
     if not fewest <= tokens <= most:
         raise InputError(
             f"images of {preprocessing.height}x{preprocessing.width} pixels are {tokens} image tokens; llama.cpp "
-            f"takes {fewest} to {most:,} of Qwen2.5-VL. Give another --grid in multiples of {side} pixels."
+            f"accepts {fewest} to {most:,} for Qwen2.5-VL. Give another --grid in multiples of {side} pixels."
         )
 
 
 def _frames(_: Any, place: str, shape: tuple[int, ...]) -> Iterator[Part]:
     """Yield the kernels of the two frames that a still image stands for."""
     if shape[2] != 2:
-        raise CheckpointError(f"'{PATCHES}' spans {shape[2]} frames; llama.cpp's Qwen2.5-VL takes 2.")
+        raise CheckpointError(f"'{PATCHES}' spans {shape[2]} frames; llama.cpp's Qwen2.5-VL supports 2.")
     for frame, end in ((0, ""), (1, ".1")):
         yield Part(place + end, (*shape[:2], *shape[3:]), partial(_frame, frame))
 

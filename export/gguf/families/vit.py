@@ -53,5 +53,5 @@ def check_side(_: Any, preprocessing: Preprocessing) -> None:
     if max(preprocessing.height, preprocessing.width) > LARGEST_SIDE:
         raise CheckpointError(
             f"config.json states images of {preprocessing.height}x{preprocessing.width} pixels; llama.cpp's vision "
-            f"towers take up to {LARGEST_SIDE} a side."
+            f"towers support up to {LARGEST_SIDE} per side."
         )

@@ -139,13 +139,13 @@ def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:
     """
     for what, built, here in (
         ("operating system", info.operating_system, platform.system().lower()),
-        ("kind of processor", info.machine, platform.machine()),
+        ("processor type", info.machine, platform.machine()),
     ):
         if built is not None and built.lower() != here.lower():
-            return f"it was built for the {what} {built}, here is {here}"
+            return f"it was built for the {what} {built}, but this one is {here}"
     newer = bool(info.options.get(VERSION_COMPATIBLE)) and _newer(info.tensorrt_version, version)
     if info.tensorrt_version != version and not newer:
-        return f"it was built with {NAMES[info.module]} {info.tensorrt_version}, here is {version}"
+        return f"it was built with {NAMES[info.module]} {info.tensorrt_version}, but {version} is installed"
     if info.targets:
         return _target_mismatch(info.targets, gpu)
     assert info.gpu_name is not None and info.compute_capability is not None  # or it would have targets
@@ -154,7 +154,7 @@ def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:
     if built_for != gpu and not portable:
         return (
             f"it was built on {built_for.name} (compute capability {built_for.compute_capability}), "
-            f"here is {gpu.name} ({gpu.compute_capability})"
+            f"but this GPU is {gpu.name} ({gpu.compute_capability})"
         )
     return None
 
@@ -163,7 +163,7 @@ def _target_mismatch(targets: tuple[str, ...], gpu: Gpu) -> str | None:
     here = f"sm{gpu.compute_capability.replace('.', '')}"
     if here in (target.lower() for target in targets):
         return None
-    return f"it was built for {', '.join(targets)}, here is {gpu.name} ({here})"
+    return f"it was built for {', '.join(targets)}, but this GPU is {gpu.name} ({here})"
 
 
 def _newer(built: str, here: str) -> bool:

@@ -34,7 +34,7 @@ DIAGNOSTICS = {
     "OLD_CUDA_DRIVER": "the GPU's driver is too old for it: update the driver",
     "OLD_CUDA_RUNTIME": "the installed CUDA runtime is too old for it: update the CUDA libraries",
     "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory for it",
-    "MALFORMED_ENGINE": "the file is damaged, or no engine of TensorRT-RTX",
+    "MALFORMED_ENGINE": "the file is damaged, or is not an engine of TensorRT-RTX",
     "CUDA_ERROR": "CUDA's driver or runtime is not installed correctly",
 }
 """EngineInvalidityDiagnostics in plain words."""
@@ -90,7 +90,7 @@ class LoadedEngine:
         for name, size in sizes.items():
             self._buffers[name] = DeviceBuffer(self._cuda, size * self.most)
             if not self._context.set_tensor_address(name, self._pointer(name)):
-                raise SafeVLMError(f"{self._library.name} refused the memory of {name}")
+                raise SafeVLMError(f"{self._library.name} refused the memory for {name}")
 
     def save_cache(self) -> None:
         """Keep what was compiled for this GPU so far."""
@@ -126,7 +126,7 @@ class LoadedEngine:
         """
         if len(inputs) < self.least:
             raise InputError(
-                f"this engine takes {self.least} to {self.most} images at once, not {len(inputs)}: build one from 1 up "
+                f"this engine takes {self.least} to {self.most} images at once, not {len(inputs)}. Build one from 1 up "
                 f"with `{self._rebuild}`"
             )
         if inputs.shape[1:] != self._row_shape or not self._context.set_input_shape(self._input.name, inputs.shape):
@@ -182,7 +182,7 @@ def _check_validity(library: Library, bundle: Bundle, file: GuardFile, validity:
     kinds, bits = library.trt.EngineInvalidityDiagnostics.__members__, int(diagnostics)
     reasons = [DIAGNOSTICS.get(name, name) for name, kind in kinds.items() if bits & int(kind)]
     if unnamed := bits & ~sum(int(kind) for kind in kinds.values()):
-        reasons.append(f"of a reason unknown here ({unnamed})")
+        reasons.append(f"its reason {unnamed} is unknown here")
     told = ("; ".join(reasons) or "it does not say why") + library.said()
     if validity == library.trt.EngineValidity.SUBOPTIMAL:
         _log.warning("%s: %s can run it here, but slower than it could be (%s)", file.path, library.name, told)
@@ -208,13 +208,15 @@ def _checked(
     wanted = {*OUTPUTS[file.role], *(["embeddings"] if file.role == "guard" else [])}
     open_sides = [each.name for each in (*inputs, *outputs) if "N" in each.shape[1:]]
     if problem is None and (strangers := sorted({each.name for each in outputs} - wanted)):
-        problem = f"it gives {strangers[0]}, which no {file.role} does"
+        problem = f"it gives {strangers[0]}, which is not an output of a {file.role}"
     if problem is None and file.role == "head" and (inputs[0].name, inputs[0].dtype) != ("hidden", "float32"):
         problem = f"a head's input is hidden, float32, not {inputs[0].name}, {inputs[0].dtype}"
     if problem is None and open_sides:
         problem = f"only the batch of {open_sides[0]} may be left open"
     if problem is not None:
-        raise BundleError(f"{file.path} is no {file.role} engine: {problem}. Build it again: {rebuild_command(bundle)}")
+        raise BundleError(
+            f"{file.path} is not a {file.role} engine: {problem}. Build it again: {rebuild_command(bundle)}"
+        )
     return inputs[0], outputs
 
 

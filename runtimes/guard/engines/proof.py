@@ -94,7 +94,7 @@ def known_proof(subject: Compared) -> Proof | None:
     except (FileNotFoundError, StorageError):
         return None
     except (OSError, ValueError) as error:
-        _log.warning("a proof in the user's cache is passed over, the engine is verified again: %s", error)
+        _log.warning("a proof in the user's cache is skipped, so the engine is verified again: %s", error)
         return None
     return proof if proof.compared == subject else None
 
@@ -109,7 +109,7 @@ def keep_proof(proof: Proof) -> None:
         write_own(place, proof.model_dump_json(indent=2).encode())
         keep_newest(place.parent, "*.json", MOST_FILES)
     except StorageError as error:
-        _log.warning("the proof of an engine cannot be kept, it is verified at each start: %s", error)
+        _log.warning("the proof of an engine cannot be saved, so it is verified at each start: %s", error)
 
 
 def _place(subject: Compared) -> Path:

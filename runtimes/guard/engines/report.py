@@ -20,8 +20,8 @@ class Verified:
     """An engine, what came of it, and the figures of the comparison or why there are none."""
 
     file: str
-    outcome: Literal["verified", "refused", "passed over"]
-    """``passed over`` is an engine that was built for something else than this device."""
+    outcome: Literal["verified", "refused", "skipped"]
+    """``skipped`` is an engine that was built for something else than this device."""
     proof: Proof | None = None
     reason: str | None = None
 
@@ -29,11 +29,9 @@ class Verified:
     def told(self) -> str:
         """One line."""
         if self.proof is None:
-            return f"{self.outcome:<12} {self.reason}"
+            return f"{self.outcome:<8} {self.reason}"
         where = self.proof.compared
-        return (
-            f"{self.outcome:<12} {self.file}: {self.proof.figures} ({where.gpu_name}, {where.module} {where.version})"
-        )
+        return f"{self.outcome:<8} {self.file}: {self.proof.figures} ({where.gpu_name}, {where.module} {where.version})"
 
     def to_json(self) -> dict[str, object]:
         """Return the object that ``runtimes.check --verify --json`` prints."""
@@ -67,7 +65,7 @@ def _verify(bundle: Bundle, file: GuardFile) -> Verified:
     except InputError as error:
         other = str(error)
     if other is not None:
-        return Verified(file.path, "passed over", reason=f"{file.path}: {other}")
+        return Verified(file.path, "skipped", reason=f"{file.path}: {other}")
     try:
         with TensorRTRunner(bundle, file, verify=True) as runner:
             return Verified(file.path, "verified", runner.proof)

@@ -39,14 +39,14 @@ class RuntimeCache:
         except FileNotFoundError:
             pass
         except (OSError, StorageError) as error:
-            _log.info("%s is passed over: %s", self._path or "the cache of compiled kernels", error)
+            _log.info("%s is skipped: %s", self._path or "the cache of compiled kernels", error)
         else:
             if self._cache.deserialize(content):
                 self._known = hashlib.sha256(content).digest()
             else:
-                _log.info("%s is passed over: it is damaged, or of another GPU, driver or version", self._path)
+                _log.info("%s is skipped: it is damaged, or was written for another GPU, driver or version", self._path)
         if not config.set_runtime_cache(self._cache):
-            _log.info("TensorRT-RTX takes no cache of compiled kernels; they are compiled at each start")
+            _log.info("TensorRT-RTX accepts no cache of compiled kernels; they are compiled at each start")
             self._path = None
 
     def save(self) -> None:
@@ -59,13 +59,13 @@ class RuntimeCache:
         if not content or digest == self._known:
             return
         if len(content) > MAX_BYTES:
-            _log.info("compiled kernels are not kept: %d bytes, %d are allowed", len(content), MAX_BYTES)
+            _log.info("compiled kernels are not saved: %d bytes exceed the limit of %d", len(content), MAX_BYTES)
             return
         try:
             write_own(self._path, content)
             keep_newest(self._path.parent, "*.cache", MOST_FILES)
         except StorageError as error:
-            _log.info("compiled kernels are not kept: %s", error)
+            _log.info("compiled kernels are not saved: %s", error)
         self._known = digest
 
 

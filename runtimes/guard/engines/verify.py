@@ -51,8 +51,8 @@ def prove(library: Library, bundle: Bundle, file: GuardFile, engine: LoadedEngin
     subject = _subject(library, bundle, file, sources)
     if (sorted(engine.outputs), engine.most) != (sorted(subject.outputs), subject.largest_batch):
         raise EngineRefusedError(
-            f"{file.path}: it gives {', '.join(sorted(engine.outputs))} of {engine.most} images at once, its manifest "
-            f"says {', '.join(subject.outputs)} of {subject.largest_batch}",
+            f"{file.path}: it gives {', '.join(sorted(engine.outputs))} of {engine.most} images at once, but its "
+            f"manifest says {', '.join(subject.outputs)} of {subject.largest_batch}",
             ADVICE,
         )
     proof = None if again else known_proof(subject)
@@ -102,7 +102,7 @@ def _sources(bundle: Bundle, file: GuardFile) -> list[GuardFile]:
 def _onnx_file(bundle: Bundle, file: GuardFile, role: Role, precision: str) -> GuardFile:
     """Raises EngineRefusedError where the bundle has no such file."""
     if file.precision not in ENGINE_TOLERANCES:
-        raise EngineRefusedError(f"{file.path}: nothing says how far precision {file.precision!r} may differ", ADVICE)
+        raise EngineRefusedError(f"{file.path}: no tolerance is known for precision {file.precision!r}", ADVICE)
     found = next((each for each in bundle.files("onnx", role) if each.precision == precision), None)
     if found is None:
         raise EngineRefusedError(

@@ -57,8 +57,9 @@ def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     found = values.to(dtype)
     if not is_finite(found):
         check_finite(values, name)
-        advice = " Fetch the file again; if it is as published, ask its authors." if dtype == torch.float32 else ""
-        raise PrecisionError(f"tensor '{name}' holds {largest(values):.4g}, and {_range(dtype)}.{advice}")
+        problem = f"tensor '{name}' holds {largest(values):.4g}, beyond {_maximum(dtype)}."
+        advice = " Fetch the file again; if it was published like this, ask its authors."
+        raise PrecisionError(problem + (advice if dtype == torch.float32 else ""))
     return found
 
 
@@ -77,8 +78,8 @@ def check_values(
         check_finite(values, stored)
         dtype = dtype_of(name)
         if dtype is not None and values.is_floating_point() and largest(values) > torch.finfo(dtype).max:
-            raise PrecisionError(f"tensor '{stored}' holds {largest(values):.4g}, and {_range(dtype)}.")
+            raise PrecisionError(f"tensor '{stored}' holds {largest(values):.4g}, beyond {_maximum(dtype)}.")
 
 
-def _range(dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:,.4g}"
+def _maximum(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}'s maximum of {torch.finfo(dtype).max:,.4g}"

@@ -88,7 +88,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_5_vl", {"vision": {"hidden_size": 36}}, "num_heads = 2 does not divide hidden_size = 36"),
     ("qwen2_5_vl", {"vision": {"patch_size": 64}}, "window_size = 112"),
     ("qwen2_5_vl", {"vision": {"depth": 4, "fullatt_block_indexes": [0, 3]}}, r"layers \[0, 3\] of 4"),
-    ("gemma3", {"text": {"attention_bias": True}}, r"gemma3 has no place for '.*0\.self_attn\.o_proj\.bias'"),
+    ("gemma3", {"text": {"attention_bias": True}}, r"gemma3 does not support '.*0\.self_attn\.o_proj\.bias'"),
     ("gemma3", {"text": {"attn_logit_softcapping": 9.0}}, r"attn_logit_softcapping = 9\.0"),
     ("gemma3", {"text": {"use_bidirectional_attention": True}}, "use_bidirectional_attention = True"),
 ]
@@ -106,7 +106,7 @@ def test_what_would_fail_in_llama_cpp_is_refused_by_name(
 
 def test_too_few_image_tokens_for_llama_cpp(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_geometry("qwen2_5_vl", tmp_path / "checkpoint"))
-    with pytest.raises(InputError, match=r"56x84 pixels are 6 image tokens; llama\.cpp takes 8 to 4,096"):
+    with pytest.raises(InputError, match=r"56x84 pixels are 6 image tokens; llama\.cpp accepts 8 to 4,096"):
         export_gguf(checkpoint, tmp_path / "out", GgufOptions(type="f16", grid=(56, 84)))
 
 

@@ -52,8 +52,20 @@ def shrunk(tensors: dict[str, Tensor]) -> None:
         (NORM, float("nan"), torch.bfloat16, "q8_0", "holds NaN; only finite"),
         (PROJECTOR, float("-inf"), torch.float16, "f16", "holds infinity; only finite"),
         (HEAD, float("nan"), torch.float32, "f32", "holds 1 NaN and 0 infinite values"),
-        (DOWN, -7e4, torch.bfloat16, "f16", r"holds 7\.\d+e\+04, float16 ends at 65504\. Use --type bf16 or f32"),
-        (PROJECTOR, 7e4, torch.float32, "f32", r"holds 7e\+04, float16 ends at 65504\. .* --mmproj-type bf16 or f32"),
+        (
+            DOWN,
+            -7e4,
+            torch.bfloat16,
+            "f16",
+            r"holds 7\.\d+e\+04, beyond float16's maximum of 65504\. Use --type bf16 or f32",
+        ),
+        (
+            PROJECTOR,
+            7e4,
+            torch.float32,
+            "f32",
+            r"holds 7e\+04, beyond float16's maximum of 65504\. .* --mmproj-type bf16 or f32",
+        ),
     ],
 )
 def test_the_tensor_is_named_and_nothing_is_written(
@@ -70,7 +82,7 @@ def test_the_tensor_is_named_and_nothing_is_written(
     [
         (holding(DOWN, 1e6), "q4_0", torch.bfloat16, "beyond its range"),
         (holding(DOWN, 3e38), "iq3_s", torch.bfloat16, r"up to 3\.004e\+38, beyond its range"),
-        (shrunk, "q8_0", torch.float32, "so small that all of them become 0"),
+        (shrunk, "q8_0", torch.float32, "all so small that they become 0"),
     ],
 )
 def test_a_number_that_a_quantized_type_does_not_hold_leaves_the_model_in_the_plain_one(
@@ -78,7 +90,9 @@ def test_a_number_that_a_quantized_type_does_not_hold_leaves_the_model_in_the_pl
 ) -> None:
     folder = write_geometry("llava", tmp_path / "checkpoint", text=WIDE, dtype=dtype, change=change)
     plain = "bf16" if dtype == torch.bfloat16 else "f32"
-    with pytest.raises(CheckpointError, match=f"'{DOWN}' .* --type {kind} cannot: .*{told}.* model in {plain} instead"):
+    with pytest.raises(
+        CheckpointError, match=f"'{DOWN}' .* --type {kind} cannot represent: .*{told}.* model in {plain} instead"
+    ):
         export_gguf(open_checkpoint(folder), tmp_path / "out", GgufOptions(type=kind, parity_images=1))
     artifact = open_gguf(tmp_path / "out")
     assert artifact.manifest.file("model").type == plain and artifact.manifest.parity is not None
@@ -113,7 +127,5 @@ def test_what_passes_is_finite_and_not_all_lost(numbers: list[float], kind: str)
 
 def test_what_a_runtime_computes_is_finite() -> None:
     check_finite(np.ones(3, np.float32), "the guard", "torch", "")
-    with pytest.raises(
-        CheckpointError, match=r"the guard gives numbers that are not finite on llama\.cpp: .* use bf16"
-    ):
+    with pytest.raises(CheckpointError, match=r"the guard gives NaN or infinity on llama\.cpp: .* use bf16"):
         check_finite(np.array([1, np.nan], np.float32), "the guard", "llama.cpp", "use bf16")

@@ -23,7 +23,7 @@ def tensor(width: int, name: str = "blk.0.ffn_up.weight") -> GgufTensor:
 def test_a_width_that_a_type_cannot_hold_is_named(width: int, kind: str) -> None:
     with pytest.raises(InputError, match=rf"--type {kind}: 'blk\.0\.ffn_up\.weight' has {width} columns") as refused:
         check_widths([tensor(256), tensor(width)], kind)
-    told = str(refused.value).partition("what fits: ")[2].rstrip(".").split(", ")
+    told = str(refused.value).partition("Types that fit: ")[2].rstrip(".").split(", ")
     assert told and all(width % block_width(each) == 0 for each in told) and kind not in told
 
 

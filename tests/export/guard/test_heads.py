@@ -179,7 +179,7 @@ def test_export_trt_leaves_the_exact_parts_and_says_which_flag_is_missing(
     done = CliRunner().invoke(trt, arguments)
     assert isinstance(done.exception, EngineUnavailableError)
     assert f"python -m export.trt {' '.join(arguments[:4])} --images DIR\n" in done.stdout
-    assert "2,000 images or more" in done.stdout
+    assert "at least 2,000 images" in done.stdout
     roles = [(file.role, file.precision) for file in open_bundle(tmp_path / "out").manifest.files]
     assert roles == [("head", "fp32"), ("vision", "fp32"), ("vision", "fp16")]
 

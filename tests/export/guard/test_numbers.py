@@ -84,7 +84,7 @@ def test_a_weight_that_float16_cannot_hold_is_named_as_it_is_stored(
         tensors[names[0]][1, 2] = -70000.0
 
     checkpoint = open_checkpoint(str(changed(checkpoints[layout], tmp_path, change)), tap="projector")
-    said = f"tensor '{names[0]}' holds 70,000, and float16 ends at 65,504"
+    said = f"tensor '{names[0]}' holds 70,000, beyond float16's maximum of 65,504"
     assert weight_beyond_half(checkpoint, build_reference_guard(checkpoint), embeddings=False) == said
     assert weight_beyond_half(checkpoint, build_vision(checkpoint), embeddings=True) == said
 
@@ -107,10 +107,10 @@ def test_an_activation_that_float16_cannot_hold_is_named_by_its_module(
         with watched(vision.core.named_modules()) as seen, torch.no_grad():
             vision(torch.from_numpy(images))
         reason = str(output_beyond_half(checkpoint, model, seen, embeddings=False))
-        found = re.fullmatch(r"the output of '(.*)' reaches ([\d,.e+]+), and float16 ends at 65,504", reason)
+        found = re.fullmatch(r"the output of '(.*)' reaches ([\d,.e+]+), beyond float16's maximum of 65,504", reason)
         assert found is not None and found[1] == names[0] and float(found[2].replace(",", "")) > 65504
         reason = str(half_fault(checkpoint, model, images, embeddings=False))
-        assert reason == f"the output of '{names[0]}' leaves its range on image 1"
+        assert reason == f"the output of '{names[0]}' leaves float16's range on image 1"
     sound = open_checkpoint(str(checkpoints[layout].folder), tap="projector")
     assert half_fault(sound, build_reference_guard(sound), images, embeddings=True) is None
 

@@ -178,7 +178,7 @@ def test_a_file_with_other_tensors_than_the_bundle_states_is_refused(rtx: Any, t
     onnx.save(guard_graph(output="chances"), tmp_path / "guard.onnx")
     stated_probs = network_tensors(rtx, read_graph(rtx, tmp_path / "guard.onnx").network)
     onnx.save(guard_graph(), tmp_path / "guard.onnx")
-    with pytest.raises(SafeVLMError, match=r"reads standard.guard.onnx as rgb .* to probs .*, and the bundle states"):
+    with pytest.raises(SafeVLMError, match=r"reads standard.guard.onnx as rgb .* to probs .*, but the bundle states"):
         build_engine(
             rtx, tmp_path / "guard.onnx", tmp_path / "plan", stated_probs, EngineOptions(), targets=DEFAULT_TARGETS
         )

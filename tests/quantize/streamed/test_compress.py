@@ -204,7 +204,7 @@ def test_what_is_written_in_16_bit_must_fit_there(tmp_path: Path) -> None:
         tensors[name] = tensors[name].float()
         tensors[name][0] = 3.4e38
 
-    with pytest.raises(PrecisionError, match=r"norm\.weight' holds 3\.4e\+38, and bfloat16 ends at 3\.39e\+38"):
+    with pytest.raises(PrecisionError, match=r"norm\.weight' holds 3\.4e\+38, beyond bfloat16's maximum of 3\.39e\+38"):
         run(tmp_path / "out", model=damaged(tmp_path, change), calibration=texts(tmp_path))
 
 

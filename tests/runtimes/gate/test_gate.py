@@ -257,7 +257,7 @@ def test_what_only_other_readers_show_blocks_too(guard: Any, exact: Any, calls: 
     with gate_of(None if guard is None else ByColour(guard), language) as gate:
         result = gate.ask(HIDDEN, "Why?")
         assert (result.verdict, result.view, language.calls) == ("block", "transparency ignored", calls)
-        assert "as other readers show it (transparency ignored)" in result.reason
+        assert "as other programs show it (transparency ignored)" in result.reason
         assert result.to_json()["view"] == "transparency ignored"
 
 
@@ -443,7 +443,7 @@ with gate_of(Failing(threading.Event().wait), None, timeout=0.2) as gate:
     print(gate.ask(Image.new("RGB", (8, 8)), "Why?").reason)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stdout) == (0, "the guard was not done in time\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "the guard did not finish in time\n"), done.stderr
 
 
 # -- the log --------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_an_image_behind_alpha_is_judged_and_never_reaches_upstream(
     url = data_url(png(hidden))
     done = client.chat.completions.create(model="fake", messages=messages(url))  # type: ignore[arg-type]
     stated = (done.model_extra or {})["safe_vlm"]
-    assert stated["verdict"] == "block" and "as other readers show it (" in stated["reason"]
+    assert stated["verdict"] == "block" and "as other programs show it (" in stated["reason"]
     assert stated["images"][0]["view"] != "on white" and not upstream.requests
     row, plain = httpx.post(f"{address}/v1/guard", json={"images": [url, UNSAFE_URL]}).json()["data"]
     assert row["verdict"] == "block"

@@ -59,7 +59,7 @@ def test_an_altered_file_is_refused_by_size_and_by_hash(tmp_path: Path) -> None:
     at = content.find(b"scale")
     content[at] ^= 0x20
     path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx was altered: its SHA-256 is .*export it anew"):
+    with pytest.raises(BundleError, match=r"guard\.fp32\.onnx was altered: its SHA-256 is .*export it again"):
         open_bundle(folder)
     assert open_bundle(folder, verify=False).file().path == "guard.fp32.onnx"
     path.write_bytes(content[:-1])

@@ -136,12 +136,12 @@ def test_a_call_that_fails_waits_for_what_it_has_queued(
 @pytest.mark.parametrize(
     ("info", "reason"),
     [
-        ({"tensorrt_version": "8.6.2"}, "built with TensorRT 8.6.2, here is 10.3.0"),
+        ({"tensorrt_version": "8.6.2"}, "built with TensorRT 8.6.2, but 10.3.0 is installed"),
         (
             {"gpu_name": "NVIDIA H100"},
-            r"built on NVIDIA H100 \(compute capability 8.7\), here is Orin \(8.7\)",
+            r"built on NVIDIA H100 \(compute capability 8.7\), but this GPU is Orin \(8.7\)",
         ),
-        ({"compute_capability": "9.0"}, r"compute capability 9.0\), here is Orin \(8.7\)"),
+        ({"compute_capability": "9.0"}, r"compute capability 9.0\), but this GPU is Orin \(8.7\)"),
     ],
 )
 def test_an_engine_of_another_version_or_gpu_is_refused_with_the_command(
@@ -217,7 +217,7 @@ def test_the_older_module_of_cuda_python_serves_too(cuda: FakeCuda, monkeypatch:
 
 def test_a_driver_of_an_older_cuda_is_told_with_both_versions(cuda: FakeCuda) -> None:
     cuda.driver = 11080
-    with pytest.raises(InputError, match=r"driver is too old: it brings CUDA 11\.8, .* need 12\.0 or newer: update"):
+    with pytest.raises(InputError, match=r"driver is too old: it supports CUDA 11\.8, .* need 12\.0 or newer: update"):
         current_gpu(CudaRuntime(cuda))
     cuda.driver = 0
     with pytest.raises(InputError, match=r"there is no NVIDIA driver"):

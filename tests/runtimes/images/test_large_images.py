@@ -113,7 +113,7 @@ def test_tiles_of_other_views_are_named_and_hidden() -> None:
     hiding.putalpha(0)  # white to a viewer
     with gate_of(ByColour(WEAPON), FakeLanguage()) as gate:
         result = gate.ask(hiding, "Why?")
-    assert result.view == "transparency ignored, tile 1 of 9" and "as other readers show it" in result.reason
+    assert result.view == "transparency ignored, tile 1 of 9" and "as other programs show it" in result.reason
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_a_part_that_differs_is_left_to_the_checkpoint_with_one_line(
     with caplog.at_level(logging.WARNING), open_gate(folder, threads=1) as gate:
         parts = language(gate).parts
     assert (parts.vision is None, parts.head is None) == (role == "vision", role == "head")
-    (line,) = [line for line in caplog.messages if line.startswith("on torch run")]
+    (line,) = [line for line in caplog.messages if line.startswith("torch runs")]
     assert f"engines/{role}.fp32.plan: on Orin it differs" in line
     assert apart(verdicts(folder, images), exact) < 1e-4
     with pytest.raises(BundleError, match="it differs from ONNX Runtime"):
@@ -191,7 +191,7 @@ def test_parts_of_another_checkpoint_are_not_used(
     manifest["source"]["sha256"] = "0" * 64
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert not language(open_gate(folder)).parts.runners
-    assert any("they are of another checkpoint" in line for line in caplog.messages)
+    assert any("they belong to another checkpoint" in line for line in caplog.messages)
     with pytest.raises(InputError, match=r"--runtime onnxruntime: the parts in .* another checkpoint answers"):
         open_gate(folder, runtime="onnxruntime")
 
@@ -202,7 +202,7 @@ def test_one_line_says_why_no_engine_runs(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     assert not language(open_gate(engines[0])).parts.runners
     (line,) = caplog.messages
-    assert line.startswith("on torch run the checkpoint's own vision tower and guard head (judging with TensorRT needs")
+    assert line.startswith("torch runs the checkpoint's own vision tower and guard head (judging with TensorRT needs")
 
 
 def test_what_cannot_be_had_is_told(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,9 +210,9 @@ def test_what_cannot_be_had_is_told(exported: Path, caplog: pytest.LogCaptureFix
     assert not select_parts(bundle).runners and not caplog.messages, "there is no engine to say anything of"
     with pytest.raises(BundleError, match="has no engine file"):
         select_parts(bundle, "tensorrt")
-    with pytest.raises(InputError, match="no vision file of precision fp16; there is: fp32"):
+    with pytest.raises(InputError, match="no vision file of precision fp16; it has: fp32"):
         select_parts(bundle, "onnxruntime", precision="fp16")
-    with pytest.raises(InputError, match=r"runtime openvino runs whole guards.*use auto, tensorrt"):
+    with pytest.raises(InputError, match=r"runtime openvino runs only standalone guards.*Use auto, tensorrt"):
         select_parts(bundle, "openvino")
 
 

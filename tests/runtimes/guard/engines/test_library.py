@@ -24,10 +24,13 @@ from tests.runtimes.guard.fake_tensorrt import FakeCuda, install, install_rtx
 
 HERE = {"operating_system": platform.system().lower(), "machine": platform.machine()}
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "operating system": (HERE | {"operating_system": "windows"}, "built for the operating system windows, here is"),
-    "processor": (HERE | {"machine": "riscv64"}, "built for the kind of processor riscv64, here is"),
-    "version": ({"tensorrt_version": "1.8.0"}, "built with TensorRT-RTX 1.8.0, here is 1.7.1.116"),
-    "targets": ({"targets": ("sm80", "sm120")}, r"built for sm80, sm120, here is Orin \(sm87\)"),
+    "operating system": (
+        HERE | {"operating_system": "windows"},
+        "built for the operating system windows, but this one is",
+    ),
+    "processor": (HERE | {"machine": "riscv64"}, "built for the processor type riscv64, but this one is"),
+    "version": ({"tensorrt_version": "1.8.0"}, "built with TensorRT-RTX 1.8.0, but 1.7.1.116 is installed"),
+    "targets": ({"targets": ("sm80", "sm120")}, r"built for sm80, sm120, but this GPU is Orin \(sm87\)"),
     "module": (
         {
             "module": "tensorrt",

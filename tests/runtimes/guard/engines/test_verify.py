@@ -209,7 +209,7 @@ def test_where_no_proof_can_be_kept_every_opening_compares_and_says_so(
     for _ in range(2):
         caplog.clear()
         assert compares(engine, bundle)
-        assert any("the proof of an engine cannot be kept" in line for line in caplog.messages)
+        assert any("the proof of an engine cannot be saved" in line for line in caplog.messages)
 
 
 def test_an_engine_that_has_nothing_to_be_compared_with_is_refused(
@@ -226,7 +226,7 @@ def test_an_engine_of_more_than_its_manifest_says_is_refused(
     engine: FakeRtxEngine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeRtxEngine, "most", 32)
-    with pytest.raises(BundleError, match="of 32 images at once, its manifest says logits, probs of 4"):
+    with pytest.raises(BundleError, match="of 32 images at once, but its manifest says logits, probs of 4"):
         TensorRTRunner(bundle).activate()
 
 
@@ -293,4 +293,4 @@ def test_verify_passes_engines_of_other_devices_over(
     folder = tmp_path / "bundle"
     bundle = open_bundle(write_bundle(folder, engine_file(folder, **(RTX | {"targets": ("sm120",)}))))
     assert verify(bundle) == 2
-    assert "it was built for sm120, here is Orin (sm87)" in capsys.readouterr().out
+    assert "it was built for sm120, but this GPU is Orin (sm87)" in capsys.readouterr().out
