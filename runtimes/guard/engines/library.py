@@ -122,12 +122,15 @@ def find_library(module: EngineModule = "tensorrt") -> Library:
     return Library(module, trt, cuda, gpu, driver_version(cuda))
 
 
-def needs_proof(info: EngineInfo) -> bool:
+def needs_proof(info: EngineInfo, library: Library) -> bool:
     """Say whether an engine must first be compared with its ONNX file on this device.
 
-    One that was never run, and one for several GPUs, which is compiled anew on each.
+    One that was never run, one of TensorRT-RTX, which is compiled anew on each GPU, and a portable one that was
+    verified on another GPU or with another version than there is here.
     """
-    return not info.verified or bool(info.targets)
+    verified_on = info.module, info.tensorrt_version, info.gpu_name, info.compute_capability
+    here = "tensorrt", library.version, library.gpu.name, library.gpu.compute_capability
+    return not info.verified or verified_on != here
 
 
 def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:
