@@ -290,7 +290,10 @@ def test_every_version_from_8_6_on_has_its_api(version: str, index: int) -> None
     [
         ({"max_batch": 2, "opt_batch": 4}, "1 <= opt-batch <= max-batch is allowed"),
         ({"max_batch": 0}, "1 <= opt-batch <= max-batch is allowed"),
-        ({"workspace_mib": 0}, "--workspace-mib 0: at least 1 is allowed"),
+        ({"max_batch": 4_097}, "an engine of 4097 images at once: at most 4096 are allowed"),
+        ({"opt_batch": 10**12}, "at most 4096 are allowed"),
+        ({"workspace_mib": 0}, "--workspace-mib 0: 1 to 8796093022207 is allowed"),
+        ({"workspace_mib": 2**43}, "--workspace-mib 8796093022208: 1 to 8796093022207 is allowed"),
         ({"precision": "int4"}, "'int4': fp16, fp32, int8 are allowed"),
     ],
 )
