@@ -290,7 +290,7 @@ def test_an_integrated_gpu_has_what_the_system_would_give_back(
     cuda: FakeCuda, available: int, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda.integrated = 1
-    monkeypatch.setattr("runtimes.guard.cuda.available_memory", lambda: available * 2**30)
+    monkeypatch.setattr("safevlm.machine.available_memory", lambda: available * 2**30)
     assert free_memory(CudaRuntime(cuda)) == free * 2**30
 
 
