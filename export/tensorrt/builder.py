@@ -20,9 +20,9 @@ import numpy as np
 from export.rewrites.opset17 import lower_to_opset17
 from export.rewrites.standard_operators import to_standard
 from export.rewrites.wide_values import FLOAT32
-from export.tensorrt.messages import build_failure, collecting_logger, module_of, parser_failure, title_of
+from export.tensorrt.messages import build_failure, module_of, parser_failure, title_of
 from export.tensorrt.targets import set_targets
-from runtimes.guard.engines.library import EngineModule
+from runtimes.guard.engines.library import EngineModule, collecting_logger
 from safevlm.contract.manifest import TensorSpec
 from safevlm.contract.manifest_fields import MAX_BATCH
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError, StorageError
