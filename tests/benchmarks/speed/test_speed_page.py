@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.report.text import visible
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.page import ROOM, Bar, bar_plot, read_records, shortened, write_speed_page
+from benchmarks.speed.page import KINDS, ROOM, Bar, bar_plot, read_records, shortened, write_speed_page
 from safevlm.errors import InputError
 from safevlm.terminal.commandline import run
 from tests.benchmarks.report.chromium import BINARY, Chromium
