@@ -19,6 +19,7 @@ from safevlm.errors import InputError, SafeVLMError
 __all__ = [
     "available_memory",
     "core_count",
+    "free_on_gpu",
     "machine_name",
     "memory_advice",
     "memory_problem",
@@ -93,6 +94,15 @@ def available_memory() -> int:
     if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
         found = min(found, int(limit.read_text(encoding="utf-8")))
     return found
+
+
+def free_on_gpu(free: int, total: int, *, integrated: bool) -> int:
+    """Return how many bytes a GPU could give now, of which CUDA calls ``free``.
+
+    An integrated GPU, a Jetson's, has the machine's memory: ``cudaMemGetInfo`` leaves out what the system keeps in it
+    for files and would give back (CUDA for Tegra, "Memory Management").
+    """
+    return min(total, max(free, available_memory())) if integrated else free
 
 
 def memory_problem(error: BaseException) -> str | None:

@@ -20,10 +20,11 @@ import numpy as np
 from export.rewrites.opset17 import lower_to_opset17
 from export.rewrites.standard_operators import to_standard
 from export.rewrites.wide_values import FLOAT32
-from export.tensorrt.messages import build_failure, collecting_logger, module_of, parser_failure, title_of
+from export.tensorrt.messages import build_failure, module_of, parser_failure, title_of
 from export.tensorrt.targets import set_targets
-from runtimes.guard.engines.library import EngineModule
+from runtimes.guard.engines.library import EngineModule, collecting_logger
 from safevlm.contract.manifest import TensorSpec
+from safevlm.contract.manifest_fields import MAX_BATCH
 from safevlm.errors import EngineUnavailableError, InputError, SafeVLMError, StorageError
 from safevlm.files.json_file import replace_file
 from safevlm.files.regular_file import read_regular
@@ -48,6 +49,8 @@ Report = Callable[[str], None]
 OLDEST = (8, 6)
 MIB = 2**20
 USUAL_BATCH = 8
+MOST_WORKSPACE_MIB = 2**63 // MIB - 1
+"""That bytes in 64 bits can state."""
 MAX_CACHE_BYTES = 2**30
 
 
@@ -77,8 +80,12 @@ class EngineOptions:
                 f"--opt-batch {self.opt_batch} with --max-batch {self.largest_batch} is not allowed. "
                 "Give 1 <= opt-batch <= max-batch."
             )
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise InputError(f"--workspace-mib {self.workspace_mib} is not allowed. Give at least 1.")
+        if self.largest_batch > MAX_BATCH:
+            raise InputError(
+                f"an engine of {self.largest_batch} images at once is not allowed. Give at most {MAX_BATCH}."
+            )
+        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= MOST_WORKSPACE_MIB:
+            raise InputError(f"--workspace-mib {self.workspace_mib} is not allowed. Give 1 to {MOST_WORKSPACE_MIB}.")
 
     @property
     def largest_batch(self) -> int:

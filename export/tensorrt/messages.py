@@ -1,23 +1,18 @@
-"""What TensorRT says: its name and version, its log, and the errors that its failures become."""
+"""What TensorRT says: its name and version, and the errors that its failures become."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtimes.guard.engines.library import NAMES, EngineModule
+from runtimes.guard.engines.library import NAMES, EngineModule, as_line
 from safevlm.errors import EngineUnavailableError, SafeVLMError
-from safevlm.terminal.printable import one_line
 
-__all__ = ["build_failure", "collecting_logger", "module_of", "parser_failure", "said", "title_of"]
+__all__ = ["build_failure", "module_of", "parser_failure", "said", "title_of"]
 
 _MEMORY = re.compile(r"out ?of ?memory|insufficient (memory|workspace)|MemoryAllocation", re.IGNORECASE)
-
-_log = logging.getLogger(__name__)
 
 
 def module_of(trt: Any) -> EngineModule:
@@ -28,26 +23,6 @@ def module_of(trt: Any) -> EngineModule:
 def title_of(trt: Any) -> str:
     """Return ``TensorRT 10.3.0`` or ``TensorRT-RTX 1.7.1``."""
     return f"{NAMES[module_of(trt)]} {trt.__version__}"
-
-
-@lru_cache(maxsize=8)
-def collecting_logger(trt: Any) -> Any:
-    """Return one logger a module: TensorRT keeps a pointer to the first that it is given."""
-
-    class CollectingLogger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
-        """Pass messages on to ``logging`` and keep the errors for the message of a failure."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                _log.info("TensorRT: %s", one_line(message))
-
-    return CollectingLogger()
 
 
 def parser_failure(trt: Any, parser: Any, onnx_file: Path) -> EngineUnavailableError:
@@ -78,12 +53,12 @@ def _node(onnx_file: Path, index: int) -> tuple[str, str]:
     return (nodes[index].op_type, nodes[index].name) if 0 <= index < len(nodes) else ("", "")
 
 
-def said(errors: Sequence[str]) -> str:
+def said(errors: Iterable[str]) -> str:
     """Return the errors that TensorRT logged, each once, as one line."""
-    return "; ".join(dict.fromkeys(" ".join(error.split()) for error in errors)) or "it gave no reason"
+    return as_line(errors) or "it gave no reason"
 
 
-def build_failure(trt: Any, errors: list[str], max_batch: int, targets: Sequence[str]) -> SafeVLMError:
+def build_failure(trt: Any, errors: Collection[str], max_batch: int, targets: Sequence[str]) -> SafeVLMError:
     """Return what a failed build raises, with what TensorRT said."""
     reason = said(errors)
     if targets:

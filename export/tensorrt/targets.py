@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from export.tensorrt.messages import collecting_logger, said, title_of
+from export.tensorrt.messages import said, title_of
+from runtimes.guard.engines.library import collecting_logger
 from safevlm.errors import InputError
 
 __all__ = ["DEFAULT_TARGETS", "check_targets", "parse_targets", "set_targets", "shown_targets"]

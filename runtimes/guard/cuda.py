@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safevlm.errors import InputError, MissingExtraError, SafeVLMError
-from safevlm.machine import available_memory
+from safevlm.machine import free_on_gpu
 
 __all__ = [
     "CudaRuntime",
@@ -123,14 +123,10 @@ def current_gpu(cuda: CudaRuntime) -> Gpu:
 
 
 def free_memory(cuda: CudaRuntime) -> int:
-    """Return how many bytes of memory the GPU could give now.
-
-    An integrated GPU, a Jetson's, has the machine's memory: ``cudaMemGetInfo`` leaves out what the system keeps in it
-    for files and would give back (CUDA for Tegra, "Memory Management").
-    """
+    """Return how many bytes of memory the GPU could give now."""
     free, total = cuda.call("cudaMemGetInfo")
     properties = cuda.call("cudaGetDeviceProperties", cuda.call("cudaGetDevice"))
-    return min(int(total), max(int(free), available_memory())) if properties.integrated else int(free)
+    return free_on_gpu(int(free), int(total), integrated=bool(properties.integrated))
 
 
 def driver_version(cuda: CudaRuntime) -> str:

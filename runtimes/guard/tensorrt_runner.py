@@ -73,7 +73,7 @@ class TensorRTRunner(FileRunner):
         loaded.allocate()
         self.role, self.gives_embeddings = file.role, file.role == "guard" and EMBEDDINGS in loaded.outputs
         self.proof = None
-        if self.verify or needs_proof(info):
+        if self.verify or needs_proof(info, library):
             self.proof = prove(library, self.bundle, file, loaded, again=self.verify)
         loaded.save_cache()
         self._loaded = loaded
@@ -132,7 +132,8 @@ def misplaced(file: GuardFile) -> str | None:
 def _refusal(bundle: Bundle, file: GuardFile) -> str | None:
     """Return why an engine that must be proven is refused here, None where it is not; one without a proof is tried."""
     assert file.engine is not None
-    if not needs_proof(file.engine) or is_proven(find_library(file.engine.module), bundle, file):
+    library = find_library(file.engine.module)
+    if not needs_proof(file.engine, library) or is_proven(library, bundle, file):
         return None
     try:
         with TensorRTRunner(bundle, file):

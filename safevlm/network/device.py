@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from safevlm.errors import InputError
+from safevlm.machine import free_on_gpu
 
 __all__ = ["GpuUse", "gpu_room", "gpu_use", "reset_gpu_peak", "torch_device"]
 
@@ -71,8 +72,9 @@ def gpu_room(device: torch.device) -> int | None:
     """Return the bytes of a GPU that this process's tensors take or could take; None for a CPU."""
     if device.type == "cpu":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    integrated = bool(torch.cuda.get_device_properties(device).is_integrated)
+    return min(total, free_on_gpu(free, total, integrated=integrated) + torch.cuda.memory_reserved(device))
 
 
 def reset_gpu_peak(device: torch.device) -> None:

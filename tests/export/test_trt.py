@@ -290,7 +290,10 @@ def test_every_version_from_8_6_on_has_its_api(version: str, index: int) -> None
     [
         ({"max_batch": 2, "opt_batch": 4}, "Give 1 <= opt-batch <= max-batch"),
         ({"max_batch": 0}, "Give 1 <= opt-batch <= max-batch"),
-        ({"workspace_mib": 0}, "--workspace-mib 0 is not allowed. Give at least 1"),
+        ({"max_batch": 4_097}, "an engine of 4097 images at once is not allowed. Give at most 4096"),
+        ({"opt_batch": 10**12}, "Give at most 4096"),
+        ({"workspace_mib": 0}, "--workspace-mib 0 is not allowed. Give 1 to 8796093022207"),
+        ({"workspace_mib": 2**43}, "--workspace-mib 8796093022208 is not allowed. Give 1 to 8796093022207"),
         ({"precision": "int4"}, "--precision int4 is not allowed. Give one of fp16, fp32, int8"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -27,6 +28,8 @@ __all__ = [
     "VERSION_COMPATIBLE",
     "EngineModule",
     "Library",
+    "as_line",
+    "collecting_logger",
     "engine_mismatch",
     "find_library",
     "import_tensorrt",
@@ -44,6 +47,8 @@ PYTHON_MODULES: dict[EngineModule, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),  # the metapackage, and what it installs
 }
+
+MOST_ERRORS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -71,25 +76,33 @@ class Library:
     @property
     def log(self) -> Any:
         """What the module reports to; ``errors`` are the last ones."""
-        return _logger(self.trt)
+        return collecting_logger(self.trt)
 
     def said(self) -> str:
         """Return and forget the errors that the module has reported, in brackets after a space; empty without any."""
-        errors = list(dict.fromkeys(" ".join(error.split()) for error in self.log.errors))
+        told = as_line(self.log.errors)
         self.log.errors.clear()
-        return f" ({'; '.join(errors)})" if errors else ""
+        return f" ({told})" if told else ""
+
+
+def as_line(errors: Iterable[str]) -> str:
+    """Return what a module has reported, each error once, as one line."""
+    return "; ".join(dict.fromkeys(" ".join(error.split()) for error in errors))
 
 
 @lru_cache(maxsize=8)
-def _logger(trt: Any) -> Any:
-    """Return one logger a module, which keeps a pointer to the first that it is given. Its own prints to stdout."""
+def collecting_logger(trt: Any) -> Any:
+    """Return the one logger of a module, which keeps a pointer to the first that it is given, whoever builds or runs.
+
+    TensorRT's own prints to stdout.
+    """
 
     class CollectingLogger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
         """Keep errors for the message of a failure, and pass warnings on to ``logging``."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=4)
+            self.errors: deque[str] = deque(maxlen=MOST_ERRORS)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
@@ -122,12 +135,15 @@ def find_library(module: EngineModule = "tensorrt") -> Library:
     return Library(module, trt, cuda, gpu, driver_version(cuda))
 
 
-def needs_proof(info: EngineInfo) -> bool:
+def needs_proof(info: EngineInfo, library: Library) -> bool:
     """Say whether an engine must first be compared with its ONNX file on this device.
 
-    One that was never run, and one for several GPUs, which is compiled anew on each.
+    One that was never run, one of TensorRT-RTX, which is compiled anew on each GPU, and a portable one that was
+    verified on another GPU or with another version than there is here.
     """
-    return not info.verified or bool(info.targets)
+    verified_on = info.module, info.tensorrt_version, info.gpu_name, info.compute_capability
+    here = "tensorrt", library.version, library.gpu.name, library.gpu.compute_capability
+    return not info.verified or verified_on != here
 
 
 def engine_mismatch(info: EngineInfo, version: str, gpu: Gpu) -> str | None:

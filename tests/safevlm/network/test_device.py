@@ -86,6 +86,17 @@ def test_a_gpu_has_a_name_and_a_peak_and_a_cpu_none(monkeypatch: pytest.MonkeyPa
     assert use is not None and use.name == GPU and use.peak_bytes == 3 * 2**30
 
 
+@pytest.mark.parametrize(("available", "room"), [(1, 5), (7, 7), (64, 10)])
+def test_an_integrated_gpu_has_room_where_the_system_would_give_memory_back(
+    monkeypatch: pytest.MonkeyPatch, available: int, room: int
+) -> None:
+    monkeypatch.setattr("safevlm.machine.available_memory", lambda: available)
+    install(monkeypatch, 1, free=5, integrated=True)
+    assert gpu_room(torch.device("cuda")) == room
+    install(monkeypatch, 1, free=5)
+    assert gpu_room(torch.device("cuda")) == 5, "one with memory of its own has what it says"
+
+
 def test_no_other_file_makes_devices_or_asks_torch_about_gpus() -> None:
     """So none forgets to check the name, or computes in TF32. The line-up only asks whether a peer can run."""
     asks = re.compile(r"\btorch\.(device\([^)|]|cuda\.)|\.cuda\(\)|\.to\(['\"]cuda")

@@ -6,10 +6,12 @@ import logging
 import platform
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from export.tensorrt.builder import read_graph
 from runtimes.gateway.gateway import Gateway
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.cuda import DRIVER_FILE, CudaRuntime, driver_version
@@ -112,6 +114,26 @@ def test_the_metapackage_comes_before_what_it_installs(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingExtraError, match=r"'tensorrt-rtx'.*\[rtx\]"):
         find_library("tensorrt_rtx")
+
+
+def test_who_builds_and_who_runs_hear_a_module_through_one_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the first one that it is given: of two, the second would stay silent."""
+    install_rtx(monkeypatch)
+    library = find_library("tensorrt_rtx")
+    heard: list[Any] = []
+    monkeypatch.setattr(library.trt, "OnnxParser", lambda *_: SimpleNamespace(parse_from_file=lambda _: True), False)
+    monkeypatch.setattr(library.trt, "NetworkDefinitionCreationFlag", None, raising=False)
+
+    def builder(log: Any) -> Any:
+        heard.append(log)
+        return SimpleNamespace(create_network=lambda _: None)
+
+    monkeypatch.setattr(library.trt, "Builder", builder, raising=False)
+    read_graph(library.trt, Path("guard.onnx"))
+    assert heard == [library.log]
+    library.log.log(library.trt.ILogger.ERROR, "no\n kernel")
+    library.log.log(library.trt.ILogger.ERROR, "no kernel")
+    assert library.said() == " (no kernel)" and library.said() == ""
 
 
 def test_the_driver_is_told_by_both_its_numbers_where_it_says_them(

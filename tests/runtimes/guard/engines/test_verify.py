@@ -24,7 +24,7 @@ from safevlm.errors import BundleError, EngineRefusedError
 from safevlm.files.user_cache import user_cache
 from safevlm.images.drawn import drawn_images
 from tests.runtimes.bundles import PREPROCESSING, RTX, SIZE, engine_file, part_files, write_bundle, write_parts
-from tests.runtimes.guard.fake_tensorrt import FakeCuda, FakeRtxEngine, install_rtx, mean_colour
+from tests.runtimes.guard.fake_tensorrt import FakeCuda, FakeRtxEngine, install, install_rtx, mean_colour
 from tests.runtimes.guard.hanging_runners import judged
 
 RGB = np.random.default_rng(2).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
@@ -228,6 +228,50 @@ def test_an_engine_of_more_than_its_manifest_says_is_refused(
     monkeypatch.setattr(FakeRtxEngine, "most", 32)
     with pytest.raises(BundleError, match="of 32 images at once, but its manifest says logits, probs of 4"):
         TensorRTRunner(bundle).activate()
+
+
+STATED: dict[str, dict[str, Any]] = {
+    "verified by hand": RTX | {"verified": True},
+    "its targets taken out": RTX
+    | {"verified": True, "targets": (), "gpu_name": "Orin", "compute_capability": "8.7", "parity_seed": None},
+}
+PORTABLE: dict[str, dict[str, Any]] = {
+    "of another GPU": {"gpu_name": "A10", "compute_capability": "8.6", "options": {"hardware_compatible": True}},
+    "of the same name and another capability": {"compute_capability": "8.9", "options": {"hardware_compatible": True}},
+    "of an older version": {"tensorrt_version": "10.2.0", "options": {"version_compatible": True}},
+}
+
+
+@pytest.mark.parametrize("info", STATED.values(), ids=STATED)
+def test_what_a_manifest_says_of_an_engine_of_rtx_replaces_no_comparison(
+    engine: FakeRtxEngine, tmp_path: Path, info: dict[str, Any]
+) -> None:
+    bundle = open_bundle(write_bundle(tmp_path / "b", engine_file(tmp_path / "b", **info)))
+    assert compares(engine, bundle) and not compares(engine, bundle)
+    engine.answer = mean_colour
+    with pytest.raises(EngineRefusedError, match="it differs from ONNX Runtime"):
+        TensorRTRunner(bundle, verify=True).activate()
+    with pytest.raises(EngineRefusedError, match="it differs from ONNX Runtime"):
+        usable_engine(bundle)
+
+
+@pytest.mark.parametrize("info", PORTABLE.values(), ids=PORTABLE)
+def test_a_portable_engine_is_compared_where_it_was_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, info: dict[str, Any]
+) -> None:
+    _, engine = install(monkeypatch)
+    engine.answer = mean_colour  # type: ignore[method-assign]
+    at_home, elsewhere = (
+        open_bundle(write_bundle(tmp_path / name, engine_file(tmp_path / name, **stated)))
+        for name, stated in (("home", {}), ("elsewhere", info))
+    )
+    assert usable_engine(at_home) and engine.runs == 0
+    with pytest.raises(EngineRefusedError, match="it differs from ONNX Runtime"):
+        usable_engine(elsewhere)
+    engine.answer = right  # type: ignore[method-assign]
+    with TensorRTRunner(elsewhere, elsewhere.file(kind="engine"), verify=True):
+        assert engine.runs
+    assert usable_engine(elsewhere)
 
 
 # -- the parts of a guard behind the language model -------------------------------------------------------
