@@ -172,7 +172,7 @@ def choose_bits(
     fewest = min(row.bits for row in found)
     if cost(fewest) > target:
         raise InputError(
-            f"--target-bits {target:g}: {fewest} bits take {cost(fewest):.2f} bits a weight with their scales. Give "
+            f"--target-bits {target:g}: {fewest} bits take {cost(fewest):.2f} bits per weight with their scales. Give "
             "more, or a larger --group-size."
         )
     effects = {(row.layer, row.part, row.bits): row.effect(safety_weight) for row in found}

@@ -161,7 +161,7 @@ def describe(found: Compressed, command: str) -> list[str]:
         ]
     summary, measured = record["summary"], record["measured"]
     lines = [
-        f"{found.out}: {record['source']['name']} at {summary['bits_per_weight']:.2f} bits a weight of the decoder, "
+        f"{found.out}: {record['source']['name']} at {summary['bits_per_weight']:.2f} bits per weight of the decoder, "
         f"{shown_bytes(summary['bytes'])} ({shown_bytes(summary['bytes_in_16_bit'])} in 16 bit)",
         _answers_line(record["answers"]),
         _guard_line(record["guard"]),

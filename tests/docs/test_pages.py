@@ -90,7 +90,7 @@ def test_what_the_commands_print_is_what_the_pages_promise(said: list[tuple[str,
     assert output(said, "safevlm chat") == answer, "llama.cpp says what torch says"
     assert output(said, "open_gate", "build/docs/gguf") == answer
     assert output(said, "open_gate", "result.verdict") == f"allow guard {answer}"
-    assert "tiny-safellava at 8.00 bits a weight" in output(said, "quantize int8")
+    assert "tiny-safellava at 8.00 bits per weight" in output(said, "quantize int8")
 
 
 def test_compressed_and_not_are_compared(said: list[tuple[str, str]]) -> None:
