@@ -77,9 +77,9 @@ def read_lines(path: Path) -> list[Line]:
     """
     if not path.is_file():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     try:
-        found = [json.loads(line) for line in whole]
+        there = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        found = [json.loads(line) for line in there if line.endswith("\n")]
         for line in found:
             if not line.keys() >= NEEDED:
                 raise ValueError(f"no {', '.join(sorted(NEEDED - line.keys()))}")

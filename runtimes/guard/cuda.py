@@ -86,15 +86,18 @@ class DeviceBuffer:
             self._cuda.call("cudaFree", pointer)
 
 
-def load_cuda(purpose: str) -> CudaRuntime:
-    """Import cuda-python; MissingExtraError, saying what it is needed for, where it is not installed."""
+def load_cuda(purpose: str, extra: str | None = None) -> CudaRuntime:
+    """Import cuda-python; MissingExtraError, saying what it is needed for, where it is not installed.
+
+    ``extra`` is the one that brings it, by default TensorRT's.
+    """
     try:
         return CudaRuntime(import_module("cuda.bindings.runtime"))
     except ImportError:
         try:
             return CudaRuntime(import_module("cuda.cudart"))
         except ImportError as error:
-            raise MissingExtraError("cuda-python", tensorrt_extra(), purpose) from error
+            raise MissingExtraError("cuda-python", extra or tensorrt_extra(), purpose) from error
 
 
 def is_jetson() -> bool:

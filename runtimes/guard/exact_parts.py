@@ -41,6 +41,11 @@ class ExactParts:
         """What they run on, for records: ``tensorrt``; empty without any."""
         return ", ".join(dict.fromkeys(each.runtime for each in self.runners))
 
+    @property
+    def gpu(self) -> str | None:
+        """Name of the GPU that they run on, where one does; known from activation on."""
+        return next((each.gpu for each in self.runners if each.gpu is not None), None)
+
     def activate(self) -> None:
         """Load both; none is held when one cannot be."""
         with ExitStack() as taken:
@@ -49,9 +54,10 @@ class ExactParts:
             taken.pop_all()
 
     def deactivate(self) -> None:
-        """Give both back."""
-        for runner in self.runners:
-            runner.deactivate()
+        """Give both back, the second one whatever becomes of the first."""
+        with ExitStack() as taken:
+            for runner in self.runners:
+                taken.callback(runner.deactivate)
 
 
 def select_parts(

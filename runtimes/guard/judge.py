@@ -76,6 +76,13 @@ class Guard:
         runner = select_runner(bundle, runtime, precision=precision, threads=threads)
         file = getattr(runner, "file", None)
         thresholds = None if file is None else bundle.manifest.thresholds_of(file.path)
+        if file is not None and thresholds is None and bundle.manifest.thresholds:
+            _log.warning(
+                "%s judges, and the bundle's thresholds were fitted on %s. Without thresholds of its own, or limits of "
+                "a policy, it blocks from 0.5 up. Fit them here: python -m calibration.thresholds.",
+                file.path,
+                ", ".join(entry.file for entry in bundle.manifest.thresholds),
+            )
         return cls(runner, bundle.manifest.classes, thresholds, batch=batch, view=view)
 
     def __enter__(self) -> Self:

@@ -71,6 +71,7 @@ class TensorRTRunner(FileRunner):
         loaded = LoadedEngine(library, self.bundle, file)
         self._frees.callback(loaded.free)
         loaded.allocate()
+        self.gpu = library.gpu.name
         self.role, self.gives_embeddings = file.role, file.role == "guard" and EMBEDDINGS in loaded.outputs
         self.proof = None
         if self.verify or needs_proof(info, library):

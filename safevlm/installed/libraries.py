@@ -64,6 +64,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
         "rtx": Extra(
             purpose="build TensorRT-RTX engines, without a GPU",
             needs={
+                "cuda-python": ">=12,<13",
                 "onnx": ">=1.19",
                 "onnxruntime": ">=1.22",
                 "tensorrt-rtx-cu12-bindings": ">=1.7",

@@ -24,6 +24,7 @@ from benchmarks.runs.answering.torch_model import torch_runtime
 from benchmarks.runs.record import Artifact, Row, Runtime
 from runtimes.gate.open import open_gate
 from runtimes.guard.bundle import Bundle, open_bundle
+from runtimes.guard.exact_parts import ExactParts
 from runtimes.guard.judge import Guard
 from runtimes.images.tiling import ViewMode
 from runtimes.language.language import LanguageRunner
@@ -164,7 +165,8 @@ class GatedAnswerer:
         bundle, answers = bundle_artifact(self.bundle), _described(self.gate.language)
         model, guard = answers.artifact, self.gate.guard
         runner = None if guard is None else guard.runner
-        judges = _parts_run_on(self.gate.language) if runner is None else runner.runtime
+        parts = _parts(self.gate.language)
+        judges = parts.runtimes if runner is None else runner.runtime
         return Description(
             artifact=model.model_copy(
                 update={
@@ -179,7 +181,7 @@ class GatedAnswerer:
                 update={
                     "name": " + ".join(name for name in (judges, answers.runtime.name) if name),
                     "provider": answers.runtime.provider if runner is None else runner.provider,
-                    "gpu": answers.runtime.gpu or (None if runner is None else runner.gpu),
+                    "gpu": answers.runtime.gpu or (parts if runner is None else runner).gpu,
                 }
             ),
             prompt=answers.prompt,
@@ -230,9 +232,9 @@ def _described(language: LanguageRunner | None) -> Description:
     )
 
 
-def _parts_run_on(language: LanguageRunner | None) -> str:
-    """Return what the parts of a guard behind the language model run on, empty where that is the model itself."""
-    return language.parts.runtimes if isinstance(language, TorchLanguageRunner) else ""
+def _parts(language: LanguageRunner | None) -> ExactParts:
+    """Return the parts of a guard behind the language model; none where the model itself has them."""
+    return language.parts if isinstance(language, TorchLanguageRunner) else ExactParts()
 
 
 def _threshold(guard: Guard) -> float | None:

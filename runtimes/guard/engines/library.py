@@ -120,8 +120,12 @@ def import_tensorrt(module: EngineModule = "tensorrt") -> Any:
             return import_module(name)
         except ImportError as error:  # noqa: PERF203
             missing = error
-    extra = "rtx" if module == "tensorrt_rtx" else tensorrt_extra()
-    raise MissingExtraError(NAMES[module].lower(), extra, PURPOSE) from missing
+    raise MissingExtraError(NAMES[module].lower(), _extra(module), PURPOSE) from missing
+
+
+def _extra(module: EngineModule) -> str:
+    """Return the extra that brings a module and what it needs on a GPU."""
+    return "rtx" if module == "tensorrt_rtx" else tensorrt_extra()
 
 
 def find_library(module: EngineModule = "tensorrt") -> Library:
@@ -130,7 +134,7 @@ def find_library(module: EngineModule = "tensorrt") -> Library:
     Raises MissingExtraError without the libraries, InputError without a GPU.
     """
     trt = import_tensorrt(module)
-    cuda = load_cuda(PURPOSE)
+    cuda = load_cuda(PURPOSE, _extra(module))
     gpu = current_gpu(cuda)  # before any TensorRT object: creating one without a GPU can crash
     return Library(module, trt, cuda, gpu, driver_version(cuda))
 

@@ -84,10 +84,10 @@ def test_lines_are_read_as_they_were_written_and_a_cut_one_is_left_out(tmp_path:
     assert latest(read_lines(path))[STEPS[0].name]["outcome"] == FAILED
 
 
-@pytest.mark.parametrize("content", ["no JSON\n", "[]\n", '{"step": "cuda"}\n'])
-def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [b"no JSON\n", b"[]\n", b'{"step": "cuda"}\n', b"\xff\n"])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "proof.jsonl"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(InputError, match="does not hold the lines of a proof"):
         read_lines(path)
 

@@ -61,11 +61,11 @@ def test_a_model_that_the_gpu_has_no_room_for_is_not_loaded_onto_it(
     monkeypatch.setattr(samples_module, "own_answers", load)
     ask = partial(answers_of, checkpoint, chosen.samples, options, max_memory=2**50, device="cuda", say=said.append)
     if answers == "own":
-        with pytest.raises(InputError, match=r"fit into the free memory of the GPU \(1\.0 GiB\) to answer"):
+        with pytest.raises(InputError, match=r"exceeds the free memory of the GPU \(1\.0 GiB\)"):
             ask()
     else:
         assert all(answer is None or answer.ids is None for answer in ask())
-        assert "of free GPU memory to answer by itself" in said[0]
+        assert "of free GPU memory so it cannot answer" in said[0]
 
 
 def test_the_host_s_memory_does_not_bound_what_a_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,7 +257,7 @@ def torch_guard(place: Place) -> Subject:
 def reference(place: Place) -> Subject:
     from benchmarks.speed import reference_runner
 
-    place.monkeypatch.setattr(reference_runner, "_build", lambda subject: (_Scratch(place.hang), None))
+    place.monkeypatch.setattr(reference_runner, "build_guard", lambda subject: (_Scratch(place.hang), 0, ""))
     subject: Any = None
     return Subject(runner=reference_runner.ReferenceRunner(subject, "cpu"), images=coloured())
 

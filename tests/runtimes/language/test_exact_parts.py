@@ -29,7 +29,7 @@ from runtimes.guard.tensorrt_runner import TensorRTRunner
 from runtimes.language.torch_language import TorchLanguageRunner
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import GuardFile, Manifest
-from safevlm.errors import BundleError, InputError
+from safevlm.errors import BundleError, InputError, SafeVLMError
 from tests.runtimes.bundles import RTX, engine_file
 from tests.runtimes.gateway.servers import SAFE, UNSAFE, data_url, messages, png, serving
 from tests.runtimes.guard.fake_tensorrt import FakeRtxEngine, FakeRtxRuntime, install_rtx
@@ -183,6 +183,28 @@ def test_a_part_that_is_busy_or_breaks_blocks(engines: tuple[Path, dict[str, Par
         assert gate.ask(images[0], QUESTION, max_new_tokens=1).stage == "exact"
 
 
+def test_a_part_that_cannot_be_given_back_keeps_the_other_one_from_nothing(
+    engines: tuple[Path, dict[str, PartEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = select_parts(open_bundle(engines[0]), "tensorrt")
+    parts.activate()
+    assert parts.gpu == "Orin"
+
+    def broken() -> None:
+        raise SafeVLMError("CUDA: cudaFree failed")
+
+    for runner in parts.runners:
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "_deactivate", broken)
+            with pytest.raises(SafeVLMError, match="cudaFree"):
+                parts.deactivate()
+        for each in parts.runners:
+            with pytest.raises(SafeVLMError, match="is not active"):
+                each.run_file(np.zeros(1))
+        parts.activate()
+    parts.deactivate()
+
+
 def test_parts_of_another_checkpoint_are_not_used(
     engines: tuple[Path, dict[str, PartEngine]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +247,7 @@ def test_a_run_records_what_the_parts_ran_on(
     with GatedAnswerer(folder, NAME, classes, max_new_tokens=2) as answerer:
         description, found = answerer.describe(), answerer.answer(rows, images)
     assert description.runtime.name == "tensorrt + torch" and description.threshold is None
+    assert description.runtime.gpu == "Orin", "the language model is on the CPU, and its guard is not"
     probs = [dict(zip(classes, row.probs or (), strict=True)) for row in found]
     assert apart(probs, exact) < 1e-4
     assert [row.blocked for row in found] == ["exact" if one["safe"] <= 0.5 else None for one in exact]

@@ -21,6 +21,7 @@ from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.guard.select import select_runner
 from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
 from safevlm.errors import InputError, MissingExtraError
+from safevlm.installed.libraries import EXTRAS
 from tests.runtimes.bundles import RTX, engine_file, write_bundle
 from tests.runtimes.guard.fake_tensorrt import FakeCuda, install, install_rtx
 
@@ -114,6 +115,15 @@ def test_the_metapackage_comes_before_what_it_installs(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingExtraError, match=r"'tensorrt-rtx'.*\[rtx\]"):
         find_library("tensorrt_rtx")
+
+
+def test_what_is_missing_for_a_module_comes_with_its_own_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_rtx(monkeypatch)
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"'cuda-python'.*safevlm-edge\[rtx\]"):
+        find_library("tensorrt_rtx")
+    assert "cuda-python" in EXTRAS["rtx"].needs
 
 
 def test_who_builds_and_who_runs_hear_a_module_through_one_logger(monkeypatch: pytest.MonkeyPatch) -> None:

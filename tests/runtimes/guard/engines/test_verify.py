@@ -23,7 +23,17 @@ from runtimes.guard.tensorrt_runner import TensorRTRunner, usable_engine
 from safevlm.errors import BundleError, EngineRefusedError
 from safevlm.files.user_cache import user_cache
 from safevlm.images.drawn import drawn_images
-from tests.runtimes.bundles import PREPROCESSING, RTX, SIZE, engine_file, part_files, write_bundle, write_parts
+from tests.runtimes.bundles import (
+    PREPROCESSING,
+    RTX,
+    SIZE,
+    engine_file,
+    fitted,
+    onnx_file,
+    part_files,
+    write_bundle,
+    write_parts,
+)
 from tests.runtimes.guard.fake_tensorrt import FakeCuda, FakeRtxEngine, install, install_rtx, mean_colour
 from tests.runtimes.guard.hanging_runners import judged
 
@@ -87,6 +97,21 @@ def test_the_first_opening_compares_and_the_next_one_need_not(
     assert np.allclose(found.logits, judged(RGB)[1], atol=1e-5)
     assert content(bundle.folder) == before, "a bundle is not changed by who opens it"
     assert runner.proof.parity.max_abs_prob_delta == pytest.approx(1e-3, abs=1e-4)
+
+
+def test_an_engine_that_judges_without_the_bundle_s_thresholds_says_so(
+    engine: FakeRtxEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "b"
+    thresholds = (fitted(onnx_file(folder), block=0.05, allow=0.01),)
+    bundle = open_bundle(write_bundle(folder, engine_file(folder, **RTX), thresholds=thresholds))
+    assert Guard.open(bundle).thresholds is None
+    (line,) = [line for line in caplog.messages if "thresholds" in line]
+    assert line.startswith("engines/guard.fp16.plan judges, and the bundle's thresholds were fitted on guard.fp32.onnx")
+    caplog.clear()
+    assert Guard.open(bundle, "onnxruntime").thresholds == thresholds[0]
+    Guard.open(write_bundle(tmp_path / "plain", engine_file(tmp_path / "plain", **RTX)))
+    assert not any("thresholds" in line for line in caplog.messages)
 
 
 def test_every_batch_size_judges_every_image(engine: FakeRtxEngine, bundle: Bundle) -> None:
