@@ -82,7 +82,7 @@ def test_embeddings_that_an_engine_has_not_or_leaves_open_are_refused(
         runner.infer(RGB[:1], embeddings=True)
     monkeypatch.setattr(FakeEngine, "names", ("rgb", "probs", "logits", "embeddings"))
     monkeypatch.setattr(FakeEngine, "embedding", (-1, 2))
-    with pytest.raises(BundleError, match=r"N x T x D with T and D fixed, not N x N x 2"):
+    with pytest.raises(BundleError, match=r"N x T x D with fixed T and D, not N x N x 2"):
         TensorRTRunner(bundle).activate()
     assert not cuda.held
 
