@@ -219,7 +219,7 @@ class Stated(GuardRunner):
     ("probs", "logits", "message"),
     [
         (np.full((2, 3), 0.5, np.float32), None, "not probabilities .sums 1.5"),
-        (np.array([[1.5, -0.5, 0]] * 2, np.float32), None, "least -0.5"),
+        (np.array([[1.5, -0.5, 0]] * 2, np.float32), None, "minimum -0.5"),
         (np.full((1, 3), 1 / 3, np.float32), None, r"probs of float32 \(1, 3\), not float32 \(2, 3\)"),
         (np.full((2, 4), 1 / 4, np.float32), None, r"\(2, 4\)"),
         (np.full((2, 3), 1 / 3), None, "probs of float64"),

@@ -343,10 +343,10 @@ def test_verify_compares_anew_and_prints_the_figures(
 ) -> None:
     assert compares(engine, bundle)
     assert verify(bundle) == 0 and engine.context.batches
-    assert "verified     engines/guard.fp16.plan: 8 images, max |Δp| 1.00e-03 (at most 2e-02" in capsys.readouterr().out
+    assert "verified engines/guard.fp16.plan: 8 images, max |Δp| 1.00e-03 (at most 2e-02" in capsys.readouterr().out
     engine.answer = mean_colour
     assert verify(bundle) == 2
-    assert "refused      engines/guard.fp16.plan: on Orin it differs" in capsys.readouterr().out
+    assert "refused  engines/guard.fp16.plan: on Orin it differs" in capsys.readouterr().out
     with pytest.raises(EngineRefusedError):
         TensorRTRunner(bundle).activate()
     engine.answer = right
