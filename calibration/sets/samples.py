@@ -125,7 +125,7 @@ def answers_of(
     if options.answers == "auto":
         say(
             f"the 16-bit model ({shown_bytes(size)}) does not fit into {shown_bytes(room)} of "
-            f"{'memory' if free is None else 'free GPU memory'} so it cannot answer the samples: "
+            f"{'memory' if free is None else 'free GPU memory'}, so it cannot answer the samples: "
             f"{sum(answer is not None for answer in given)} of {len(given)} have an answer in the file, and "
             "the others stay without one. To have them answered on a larger machine: python -m calibration.answers"
         )

@@ -75,5 +75,5 @@ def test_without_a_gguf_table_that_export_is_refused(tmp_path: Path) -> None:
 
 def test_without_its_tables_it_is_no_family(tmp_path: Path) -> None:
     write_tiny(tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="SafeLLaVA would need"):
+    with pytest.raises(CheckpointError, match="SafeLLaVA needs"):
         open_checkpoint(str(tmp_path / "checkpoint"))

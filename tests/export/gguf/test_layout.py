@@ -80,7 +80,7 @@ def test_columns_of_several_layers_are_put_in_llama_cpps_order() -> None:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llava", {"text": {"num_key_value_heads": 3}}, "4 attention heads and 3 key-value heads"),
-    ("llava", {"text": {"head_dim": 47}}, "heads 47 wide"),
+    ("llava", {"text": {"head_dim": 47}}, "heads of width 47"),
     ("llava", {"text": {"hidden_act": "gelu"}}, "activation 'gelu' of the language model"),
     ("llava", {"vision": {"hidden_act": "relu"}}, "hidden_act = 'relu' of the vision tower"),
     ("llava", {"top": {"vision_feature_select_strategy": "full"}}, "vision_feature_select_strategy = 'full'"),

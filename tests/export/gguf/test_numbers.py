@@ -127,5 +127,5 @@ def test_what_passes_is_finite_and_not_all_lost(numbers: list[float], kind: str)
 
 def test_what_a_runtime_computes_is_finite() -> None:
     check_finite(np.ones(3, np.float32), "the guard", "torch", "")
-    with pytest.raises(CheckpointError, match=r"the guard gives NaN or infinity on llama\.cpp: .* use bf16"):
+    with pytest.raises(CheckpointError, match=r"the guard gives NaN or infinity on llama\.cpp, because .* use bf16"):
         check_finite(np.array([1, np.nan], np.float32), "the guard", "llama.cpp", "use bf16")

@@ -75,7 +75,7 @@ def test_vocabularies_that_llama_cpp_ends_the_process_on_are_refused(tmp_path: P
 
 def test_a_tokenizer_model_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = write_geometry("llava", tmp_path / "checkpoint", text={"vocab_size": 700})
-    with pytest.raises(CheckpointError, match="the embedding has 700 rows"):
+    with pytest.raises(CheckpointError, match="the embedding has only 700 rows"):
         export_gguf(open_checkpoint(folder), tmp_path / "out", GgufOptions(type="f16"))
     folder = write_geometry("llava", tmp_path / "torn")
     (folder / "tokenizer.model").write_bytes(b"torn")

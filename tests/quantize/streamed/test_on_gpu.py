@@ -65,7 +65,7 @@ def test_a_model_that_the_gpu_has_no_room_for_is_not_loaded_onto_it(
             ask()
     else:
         assert all(answer is None or answer.ids is None for answer in ask())
-        assert "of free GPU memory so it cannot answer" in said[0]
+        assert "of free GPU memory, so it cannot answer" in said[0]
 
 
 def test_the_host_s_memory_does_not_bound_what_a_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
