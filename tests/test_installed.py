@@ -208,7 +208,7 @@ def test_the_doctor_names_what_hides_ours_in_this_folder(project: Project) -> No
         told = json.loads(done.stdout)
         assert done.returncode == 0 and told["folder"] == str(project.installed)
         assert told["hidden"] == {name: str(project.folder / name) for name in ("calibration", "export", "benchmarks")}
-    assert "use safevlm export … here" in project.safevlm("doctor").stdout
+    assert "run safevlm export … instead" in project.safevlm("doctor").stdout
 
 
 def test_on_a_device_with_safevlm_and_runtimes_alone_the_rest_is_named(installed: Path, tmp_path: Path) -> None:

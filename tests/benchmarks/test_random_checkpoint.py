@@ -83,6 +83,6 @@ def test_holes_take_no_disk_and_read_as_zeros(tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_hold_it_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 2**30))  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"about 13\.\d GiB are needed, .* has 1\.0 GiB free\. .*--sparse"):
+    with pytest.raises(InputError, match=r"about 13\.\d GiB are needed, .* has only 1\.0 GiB free\. .*--sparse"):
         write_random_checkpoint(find_shape("SafeLLaVA-7B"), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -48,8 +48,8 @@ def test_the_command_keeps_what_was_measured_and_tells_what_breaks(
         assert ended.value.code == 1
         rows = json.loads(capsys.readouterr().out)["rows"]
         assert [row["step"] for row in rows] == ["write", "guard"] and rows[0]["problem"] is None
-        assert "; 1.0 MiB are promised" in rows[1]["problem"]
+        assert "; at most 1.0 MiB are promised" in rows[1]["problem"]
         steps["write"] = Step(name="write", arguments=("-c", "raise SystemExit(3)"))  # a step that is done is not run
     with pytest.raises(SystemExit) as ended:
         run(command.main, ["--steps", "write,dance", "--work", str(tmp_path)])
-    assert ended.value.code == 2 and "dance: no such step" in capsys.readouterr().err
+    assert ended.value.code == 2 and "dance is unknown" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_bad_schemes_are_refused(bad: dict[str, int], said: str) -> None:
 
 def test_a_group_size_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(
-        InputError, match=r"128 does not divide the 192 input columns of model.x; .*: 96 and 192, or -1"
+        InputError, match=r"128 does not divide the 192 input columns of model.x\. .*: 96 and 192, or -1"
     ):
         Scheme(group_size=128).columns(192, "model.x")
     assert Scheme(group_size=-1).columns(192, "x") == 192

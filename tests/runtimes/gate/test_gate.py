@@ -488,7 +488,7 @@ def _png() -> bytes:
 
 
 def test_bad_calls() -> None:
-    with pytest.raises(InputError, match="neither was given"):
+    with pytest.raises(InputError, match="a guard, a language model, or both"):
         Gate(None, None)
     for timeout in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="above 0"):
