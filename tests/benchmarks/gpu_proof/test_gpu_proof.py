@@ -64,7 +64,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: War
         try:
             return in_process(function, request, threads=threads)
         except Killed:
-            monkeypatch.setattr(Unfinished, "save_layer", save_layer)
+            Unfinished.save_layer = save_layer  # type: ignore[method-assign]  # what dies was put there for good
             return Outcome(answers=(), problem="the process was ended by SIGKILL", exit_code=1)
 
     save_layer = Unfinished.save_layer
