@@ -23,22 +23,13 @@ from export.tensorrt.targets import DEFAULT_TARGETS, check_targets, parse_target
 from export.trt import build_into
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.cuda import Gpu
-from runtimes.guard.engines.library import import_tensorrt
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import GuardFile
-from safevlm.errors import BundleError, EngineUnavailableError, InputError, MissingExtraError, ParityError
+from safevlm.errors import BundleError, EngineUnavailableError, InputError, ParityError
 from tests.export.fake_tensorrt import make_tensorrt
 from tests.export.test_trt import content, write_bundle
 from tests.safevlm.checkpoint.random_checkpoints import write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    try:
-        return import_tensorrt("tensorrt_rtx")
-    except MissingExtraError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,9 @@ from export.rewrites.opset17 import lower_to_opset17
 from export.rewrites.standard_operators import to_standard
 from export.tensorrt.builder import EngineOptions, Tensors, build_engine, network_tensors, read_graph
 from export.tensorrt.targets import DEFAULT_TARGETS
-from runtimes.guard.engines.library import import_tensorrt
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.contract.manifest import TensorSpec
-from safevlm.errors import EngineUnavailableError, MissingExtraError, SafeVLMError
+from safevlm.errors import EngineUnavailableError, SafeVLMError
 from safevlm.images.drawn import drawn_images
 from safevlm.network.head import build_head
 from safevlm.network.reference import build_reference_guard, build_vision
@@ -56,14 +55,6 @@ def lowered(source: Path, target: Path) -> None:
 
 
 REWRITES: dict[str, Rewrite] = {"as shipped": as_shipped, "standard": to_standard, "opset 17": lowered}
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    try:
-        return import_tensorrt("tensorrt_rtx")
-    except MissingExtraError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,13 @@ from safevlm.errors import EngineRefusedError, InputError
 from safevlm.files.user_cache import user_cache
 from tests.runtimes.bundles import RTX, SIZE, engine_file, guard_graph, write_bundle
 from tests.runtimes.guard import fake_tensorrt
-from tests.runtimes.guard.engines.test_verify import RGB, right
+from tests.runtimes.guard.engines.test_verify import RGB
 from tests.runtimes.guard.fake_tensorrt import (
     EngineInvalidityDiagnostics,
     EngineValidity,
     FakeCuda,
     FakeRtxEngine,
     FakeRtxRuntime,
-    install_rtx,
 )
 
 
@@ -33,23 +32,6 @@ from tests.runtimes.guard.fake_tensorrt import (
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return user_cache() / runtime_cache.FOLDER
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeCuda, FakeRtxEngine]:
-    cuda, engine = install_rtx(monkeypatch)
-    engine.answer = right
-    return cuda, engine
-
-
-@pytest.fixture
-def engine(installed: tuple[FakeCuda, FakeRtxEngine]) -> FakeRtxEngine:
-    return installed[1]
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return open_bundle(write_bundle(tmp_path / "bundle", engine_file(tmp_path / "bundle", **RTX)))
 
 
 def open_once(bundle: Bundle) -> None:

@@ -34,7 +34,7 @@ from tests.runtimes.bundles import (
     write_bundle,
     write_parts,
 )
-from tests.runtimes.guard.fake_tensorrt import FakeCuda, FakeRtxEngine, install, install_rtx, mean_colour
+from tests.runtimes.guard.fake_tensorrt import FakeCuda, FakeRtxEngine, install, mean_colour
 from tests.runtimes.guard.hanging_runners import judged
 
 RGB = np.random.default_rng(2).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
@@ -51,23 +51,6 @@ def right(rgb: Any) -> dict[str, Any]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return user_cache()
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeCuda, FakeRtxEngine]:
-    cuda, engine = install_rtx(monkeypatch)
-    engine.answer = right
-    return cuda, engine
-
-
-@pytest.fixture
-def engine(installed: tuple[FakeCuda, FakeRtxEngine]) -> FakeRtxEngine:
-    return installed[1]
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return open_bundle(write_bundle(tmp_path / "bundle", engine_file(tmp_path / "bundle", **RTX)))
 
 
 def content(folder: Path) -> dict[str, bytes]:
