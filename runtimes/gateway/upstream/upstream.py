@@ -35,6 +35,7 @@ __all__ = ["Events", "HttpUpstream", "Passed"]
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,200}", re.ASCII)
 CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 2.0  # servers close an idle connection after five (uvicorn, Node): a request must not meet that
 MAX_LINE = 4 * 2**20
 FIELDS = (b"event:", b"id:", b"retry:")
 """Of server-sent events, beside ``data``: nothing that a client of chat completions reads."""
@@ -77,7 +78,8 @@ class HttpUpstream:
         self._reached = (-math.inf, False)
 
     async def __aenter__(self) -> HttpUpstream:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.options.max_concurrent)
+        kept = self.options.max_concurrent
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=IDLE_SECONDS)
         self._client = httpx.AsyncClient(verify=self._trusted, limits=limits, trust_env=False, follow_redirects=False)
         return self
 

@@ -64,6 +64,11 @@ def honest(asked: Asked) -> Sent:
     return verdict(("Sorry" in asked.user) == asked.unsafe)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # of the default five, a burst of questions is broken off by the operating system
+
+
 class JudgeServer:
     """A running server and all that it was asked."""
 
@@ -74,8 +79,7 @@ class JudgeServer:
         self._now = 0
         self._lock = threading.Lock()
         self.stop = threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.http.daemon_threads = True
+        self.http = _Server(("127.0.0.1", 0), self._handler())
 
     @property
     def url(self) -> str:

@@ -57,6 +57,7 @@ class Upstream(ThreadingHTTPServer):
     """An OpenAI-compatible server; ``behave`` writes the answer of a chat request, ``requests`` are those that came."""
 
     daemon_threads = True
+    request_queue_size = 256  # of the default five, a burst of requests is broken off by the operating system
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Upstream)

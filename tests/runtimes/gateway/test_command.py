@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,18 @@ def test_what_was_accepted_before_the_end_is_finished_or_told(bundle: Path, upst
     upstream.behave = slow
     body = json.dumps({"messages": messages(SAFE_URL)}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
-    with gateway("--bundle", str(bundle), "--upstream", upstream.url) as (process, url):
+    with ExitStack() as opened, gateway("--bundle", str(bundle), "--upstream", upstream.url) as (process, url):
         host, port = url.removeprefix("http://").split(":")
-        served, half = (socket.create_connection((host, int(port)), 600) for _ in range(2))
+
+        def connected() -> socket.socket:
+            return opened.enter_context(socket.create_connection((host, int(port)), 600))
+
+        served, half = connected(), connected()
         served.sendall(head + body)
         half.sendall(b"GET /healthz HTTP/1.1\r\n")
         assert begun.wait(600)
         process.send_signal(signal.SIGSTOP)  # what comes now waits in the socket's queue
-        queued = [socket.create_connection((host, int(port)), 600) for _ in range(30)]
+        queued = [connected() for _ in range(30)]
         for each in queued:
             each.sendall(head + body)
         process.send_signal(signal.SIGTERM)
