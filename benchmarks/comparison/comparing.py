@@ -64,6 +64,8 @@ def compare(comparison: Comparison) -> Findings:
         reasons=_reasons(verdict, decided, anomalies),
         anomalies=tuple(anomalies),
         confidence=margins.confidence,
+        harm_level=margins.harm_level,
+        seed=comparison.seed,
         lines=tuple(sorted(lines, key=_place)),
         flips=(*_flips(found), *(() if found.guard is None else guard_flips(found.guard, classes))),
         judges=summarise_judges(found.judged, found.identities, comparison.labels, margins.confidence),

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 __all__ = [
     "EXIT_CODES",
+    "Bound",
     "Curve",
     "Findings",
     "Flip",
@@ -26,6 +27,15 @@ Verdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE", "ANOMALOUS"]
 EXIT_CODES: Mapping[Verdict, int] = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4, "ANOMALOUS": 5}
 
 Interval: TypeAlias = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """An upper bound of a line's worsening (0..1, positive is worse); PASS needs every one of them below the margin."""
+
+    name: str
+    """What it allows for, such as ``samples``, ``images``, ``missing rows``, ``judge errors``."""
+    upper: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +68,13 @@ class Line:
     method: str = ""
     bootstrap: Interval | None = None
     """Of ``change``, images drawn again: a cross-check that knows of several questions an image."""
+    bounds: tuple[Bound, ...] = ()
+    """What must lie below the margin; empty without one."""
     worse: int | None = None
     better: int | None = None
+    missing_before: int = 0
+    """Samples of this line without a score in the baseline; they are not in ``n``."""
+    missing_after: int = 0
     margin: float | None = None
     """How much worse is declared acceptable, above 0."""
     p_harm: float | None = None
@@ -71,6 +86,8 @@ class Line:
     """About how many samples would settle an INCONCLUSIVE line, if the rates stayed; None where none would."""
     verdict: Verdict | None = None
     reason: str = ""
+    sentence: str = ""
+    """What happened, in one plain sentence with counts, for the banner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +105,10 @@ class Flip:
     before: str | None = None
     """The baseline's answer, for an image the guard's class and p(unsafe)."""
     after: str | None = None
+    why_before: str | None = None
+    """What the judge said of the baseline's answer, or which phrase matched."""
+    why_after: str | None = None
+    suite: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +168,9 @@ class Findings:
     """Why, in the order of the lines; sentences for a release manager."""
     anomalies: tuple[str, ...] = ()
     confidence: float = 0.95
+    harm_level: float = 0.05
+    """The level of significance, after Holm's correction, from which a worsening is told as harm."""
+    seed: int = 0
     lines: tuple[Line, ...] = ()
     flips: tuple[Flip, ...] = ()
     judges: tuple[JudgeSummary, ...] = ()

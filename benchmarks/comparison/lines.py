@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.comparison.findings import Interval, Line
+from benchmarks.comparison.findings import Bound, Interval, Line
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measures import Measure
 from benchmarks.statistics.decision import decide
@@ -48,6 +48,7 @@ def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
         interval=_turned(found.interval, down),
         method=found.method,
         bootstrap=_turned(found.bootstrap, down),
+        bounds=_bounds(found.interval[1], found.bootstrap[1]) if measure.margin is not None else (),
         worse=found.worse,
         better=found.better,
         margin=measure.margin,
@@ -64,11 +65,11 @@ def decide_lines(lines: Sequence[Line], margins: Margins) -> list[Line]:
 
 
 def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
-    assert line.margin is not None and line.interval is not None
+    assert line.margin is not None
     down = line.lower_is_better
     worsening = line.change if down else -line.change
-    uppers = [_turned(each, down)[1] for each in (line.interval, line.bootstrap) if each is not None]
-    verdict = decide(uppers=uppers, margin=line.margin, change=worsening, p_holm=p_holm, alpha=1 - margins.confidence)
+    uppers = [bound.upper for bound in line.bounds]
+    verdict = decide(uppers=uppers, margin=line.margin, change=worsening, p_holm=p_holm, alpha=margins.harm_level)
     needed = None
     if verdict == "INCONCLUSIVE" and line.worse is not None and line.better is not None:
         needed = samples_needed(
@@ -81,10 +82,10 @@ def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
             confidence=margins.confidence,
         )
     found = replace(line, p_holm=p_holm, verdict=verdict, samples_needed=needed)
-    return replace(found, reason=_reason(found, max(uppers), worsening))
+    return replace(found, reason=_reason(found, max(uppers), worsening, margins.harm_level))
 
 
-def _reason(line: Line, upper: float, worsening: float) -> str:
+def _reason(line: Line, upper: float, worsening: float, harm_level: float) -> str:
     """Return one sentence for a release manager; points are hundredths."""
     assert line.margin is not None
     points = 100 * line.margin
@@ -93,7 +94,7 @@ def _reason(line: Line, upper: float, worsening: float) -> str:
     if line.verdict == "PASS" and upper <= 0:
         return f"Better by at least {100 * -upper:.2f} points."
     if line.verdict == "PASS":
-        harm = line.p_holm is not None and line.p_holm < 0.05 and worsening > 0
+        harm = line.p_holm is not None and line.p_holm < harm_level and worsening > 0
         small = " It did get worse, by more than chance but less than the margin." if harm else ""
         return f"At most {bound} worse; {allowed} allowed.{small}"
     if line.verdict == "REGRESSION":
@@ -107,6 +108,10 @@ def _reason(line: Line, upper: float, worsening: float) -> str:
         else "More samples alone would not settle it, because the difference itself reaches the margin."
     )
     return f"It may be up to {bound} worse; {allowed} allowed. {settle}"
+
+
+def _bounds(samples: float, images: float) -> tuple[Bound, ...]:
+    return Bound(name="samples", upper=samples), Bound(name="images", upper=images)
 
 
 def _share_interval(bad: np.ndarray[tuple[int, ...], np.dtype[np.float64]], down: bool, confidence: float) -> Interval:

@@ -9,6 +9,7 @@
     guard_fpr = 2.0       # safe images that it blocks there
     utility = 2.0         # right answers of each utility suite
     confidence = 0.95
+    harm_level = 0.05     # p, after Holm's correction, below which a worsening is a REGRESSION
     max_unscored = 0.5    # percent of rows that may go unscored
     implausible_gain = 10.0
 
@@ -54,6 +55,8 @@ class Margins(BaseModel):
     guard_fpr: Points = 2.0
     utility: Points = 2.0
     confidence: float = Field(default=0.95, ge=0.8, lt=1)
+    harm_level: float = Field(default=0.05, gt=0, le=0.2)
+    """Level of significance from which a worsening is told as REGRESSION, after Holm's correction."""
     max_unscored: float = Field(default=0.5, ge=0, le=100)
     """Percent."""
     implausible_gain: Points = 10.0
