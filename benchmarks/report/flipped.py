@@ -126,9 +126,7 @@ def changed_samples(flips: Sequence[Flip]) -> list[Sample]:
     return sorted((Sample(tuple(own)) for own in found.values()), key=lambda sample: not sample.first.worse)
 
 
-def group_samples(
-    samples: Sequence[Sample], pictures: Mapping[str, tuple[str, str]]
-) -> tuple[tuple[Group, ...], int]:
+def group_samples(samples: Sequence[Sample], pictures: Mapping[str, tuple[str, str]]) -> tuple[tuple[Group, ...], int]:
     """Return groups in the report's order, and how many samples had no room.
 
     ``pictures`` gives, by image name, a data URL and why there is none (one of them empty).
@@ -170,7 +168,7 @@ def _changed(sample: Sample, longest: int, picture: str, missing: str) -> Change
     sides = (good, bad) if flip.worse else (bad, good)
     return Changed(
         id=visible(flip.id),
-        name=json.dumps(flip.id) if flip.kind == "pair" else "",
+        name=json.dumps(flip.id) if flip.kind == "pair" and _can_be_named(flip.id) else "",
         suite=visible(flip.suite or ""),
         suite_name=json.dumps(flip.suite) if flip.suite else "",
         kind=flip.kind,
@@ -189,6 +187,11 @@ def _changed(sample: Sample, longest: int, picture: str, missing: str) -> Change
         picture=picture,
         picture_missing=visible(missing),
     )
+
+
+def _can_be_named(id_: str) -> bool:
+    """Say whether a file of labels can hold the id: the empty one, and half a surrogate pair, it cannot."""
+    return bool(id_) and not any(0xD800 <= ord(sign) < 0xE000 for sign in id_)
 
 
 def _said(flip: Flip, longest: int) -> Said:

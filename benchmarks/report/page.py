@@ -68,7 +68,9 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
     deciding = [line for line in findings.lines if line.margin is not None]
     scale = scale_of(deciding)
     samples = changed_samples(findings.flips)
-    pictures = read_pictures(images, [each.first.image for each in samples if each.first.image]) if images is not None else {}
+    pictures = (
+        read_pictures(images, [each.first.image for each in samples if each.first.image]) if images is not None else {}
+    )
     groups, unshown = group_samples(samples, pictures)
     script = "".join(map(asset, SCRIPTS))
     verdicts = Counter(line.verdict for line in deciding)

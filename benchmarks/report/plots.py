@@ -145,7 +145,7 @@ def _reliability(before: GuardCurves, after: GuardCurves) -> Plot:
     return Plot(
         name="reliability",
         title="Guard: are its probabilities calibrated?",
-        caption="On the diagonal they are calibrated. A dot for each tenth or so of p(unsafe), with its 95 % interval "
+        caption="On the diagonal they are calibrated. A dot for each bin of p(unsafe), with its 95 % interval "
         "(Wilson); the two runs stand side by side.",
         told=f"Reliability. {_bins_told('before', before)}; {_bins_told('after', after)}",
         svg=svg("reliability", draw, height=3.9),
