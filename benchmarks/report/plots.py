@@ -19,8 +19,25 @@ BROAD: dict[str, Any] = {"color": BEFORE, "lw": 6, "alpha": 0.4, "label": "befor
 NARROW: dict[str, Any] = {"color": AFTER, "lw": 1.6, "label": "after"}
 """Two curves that may coincide: the second runs inside the first."""
 DOT: dict[str, Any] = {"ls": "none", "ms": 6, "mew": 1.6, "elinewidth": 1.4, "capsize": 2.5, "zorder": 3}
-HOLLOW: dict[str, Any] = {**DOT, "fmt": "o", "mfc": SURFACE, "mec": BEFORE, "ecolor": BEFORE, "label": "before"}
-SOLID: dict[str, Any] = {**DOT, "fmt": "D", "ms": 5, "mfc": AFTER, "mec": AFTER, "ecolor": AFTER, "label": "after"}
+HOLLOW: dict[str, Any] = {
+    **DOT,
+    "fmt": "o",
+    "color": BEFORE,
+    "mfc": SURFACE,
+    "mec": BEFORE,
+    "ecolor": BEFORE,
+    "label": "before",
+}
+SOLID: dict[str, Any] = {
+    **DOT,
+    "fmt": "D",
+    "color": AFTER,
+    "ms": 5,
+    "mfc": AFTER,
+    "mec": AFTER,
+    "ecolor": AFTER,
+    "label": "after",
+}
 APART = 1.1
 """Points that dots of the two runs are moved apart."""
 

@@ -151,12 +151,15 @@
     after.closest(".answer").after(make("p", "note", differ));
     if (flip.dataset.name) addButtons(flip);
   };
+  const blur = (flip) => {
+    for (const veil of flip.querySelectorAll(".veil")) veil.open = false;
+  };
   section.addEventListener(
     "toggle",
     ({ target }) => {
       if (!target.matches(".flip")) return;
       if (target.open) opened(target);
-      else for (const veil of target.querySelectorAll(".veil")) veil.open = false;
+      else blur(target);
     },
     true,
   );
@@ -173,11 +176,13 @@
       place.textContent = way > 0 ? "This was the last sample." : "This was the first sample.";
       return;
     }
-    if (current) current.open = false;
-    current = next;
+    if (current) {
+      current.open = false;
+      blur(current);
+    }
     next.closest(".samples").open = true;
     next.open = true;
-    opened(next); // not only when its event comes: the next key may come first
+    opened(next); // at once: its event comes later, perhaps after the next key
     next.querySelector("summary").focus({ preventScroll: true });
     next.scrollIntoView({ block: "start", behavior: "instant" });
     const shown = flips.filter((flip) => !hidden(flip));
