@@ -19,6 +19,8 @@ MOST = 3_000
 """Samples that one page holds; worse ones come first, report.json holds all."""
 TEXT_BUDGET = 2_500_000
 """Characters of all samples together, so that the page stays a few MB."""
+PICTURE_BUDGET = 24_000_000
+"""Characters of all images together; what comes later says that there was no room."""
 CUTS = (8_000, 4_000, 2_000, 1_000, 500, 250)
 """Characters a text is cut to when all of them would not fit."""
 
@@ -134,9 +136,13 @@ def group_samples(samples: Sequence[Sample], pictures: Mapping[str, tuple[str, s
     shown = samples[:MOST]
     longest = _longest(shown)
     groups: dict[str, list[Changed]] = {}
+    room = PICTURE_BUDGET
     for sample in shown:
-        picture = pictures.get(sample.first.image or "", ("", ""))
-        groups.setdefault(_key(sample.first), []).append(_changed(sample, longest, *picture))
+        url, missing = pictures.get(sample.first.image or "", ("", ""))
+        room -= len(url)
+        if url and room < 0:
+            url, missing = "", "the page holds no more images"
+        groups.setdefault(_key(sample.first), []).append(_changed(sample, longest, url, missing))
     return tuple(_group(key, groups[key]) for key in sorted(groups, key=_place)), len(samples) - len(shown)
 
 

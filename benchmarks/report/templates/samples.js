@@ -113,7 +113,10 @@
   };
   const label = (flip, run, ok) => {
     const name = nameOf(flip);
-    labels.set(...name, run, labels.get(...name, run) === ok ? undefined : ok);
+    const taken = labels.get(...name, run) === ok;
+    labels.set(...name, run, taken ? undefined : ok);
+    const side = run === "baseline" ? "before" : "after";
+    place.textContent = `Answer ${side}: ${taken ? "not labelled" : ok === good(flip, run) ? "agreed" : "disagreed"}`;
     for (const same of flips) if (same.dataset.name === flip.dataset.name) paint(same); // judges may disagree
     count();
   };
@@ -147,6 +150,7 @@
     textOfSample(flip); // before anything is added
     const [before, after] = flip.querySelectorAll(".words");
     const { removed, added, kept } = markWords(before, after);
+    flip.classList.toggle("apart", 4 * kept < Math.min(removed, added) + kept); // long passages stay legible
     const differ = `Words: ${number(removed)} only before, ${number(added)} only after, ${number(kept)} in both.`;
     after.closest(".answer").after(make("p", "note", differ));
     if (flip.dataset.name) addButtons(flip);

@@ -161,6 +161,25 @@ def test_figures_are_told_in_words_too(read: Read) -> None:
     assert "stated 95 %, true 95 % (93 to 96 %) of 861" in text
 
 
+def test_both_runs_stay_visible_in_the_reliability_plot_where_they_are_equal() -> None:
+    findings = sample_findings()
+    made = page(replace(findings, guard_after=findings.guard_before))
+    drawing = re.search(r'<svg[^>]*aria-labelledby="reliability-title".*?</svg>', made, re.DOTALL)
+    assert drawing is not None and findings.guard_before is not None
+    dots: dict[str, set[str]] = {}
+    for mark, x, style in re.findall(
+        r'<use href="#(reliability-m[0-9a-f]+)" x="([0-9.]+)"[^>]*style="([^"]*)"', drawing[0]
+    ):
+        dots.setdefault(f"{mark} {'after' if 'var(--after)' in style else 'before'}", set()).add(x)
+    before, after = (
+        [xs for name, xs in dots.items() if name.endswith(side) and len(xs) >= len(findings.guard_before.bins)]
+        for side in ("before", "after")
+    )
+    assert before and after and not set.union(*before) & set.union(*after)  # side by side, never one over the other
+    told = " ".join(Read(made).text.split())
+    assert "stated 5 %, true 5 % (4 to 7 %) of 700" in told
+
+
 def test_figures_take_their_colours_from_the_page() -> None:
     drawn = re.findall(r"<figure.*?</figure>", page(sample_findings()), re.DOTALL)
     assert len(drawn) == 4
