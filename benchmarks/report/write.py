@@ -29,7 +29,7 @@ def write_report(findings: Findings, out: Path, *, images: Path | None = None) -
     page, blurred until asked for; without it no image is.
 
     Raises InputError when ``out`` exists or cannot be written (a full disk leaves nothing behind), or when ``images``
-    has none of the images; MissingExtraError without jinja2 or matplotlib; SafeVLMError for a figure that is no
+    has none of the images; MissingExtraError without jinja2, matplotlib or PyYAML; SafeVLMError for a figure that is no
     number.
     """
     if out.exists() or out.is_symlink():
