@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.comparison.findings import Findings, Verdict
-from benchmarks.report.flipped import MOST, changed_samples, choices, group_samples
+from benchmarks.report.flipped import MOST, PICTURE_BUDGET, changed_samples, choices, group_samples
 from benchmarks.report.page import page
 from benchmarks.report.text import sentence_of
 from safevlm.errors import InputError
@@ -306,6 +306,15 @@ def test_long_texts_are_cut_visibly_only_where_all_would_not_fit() -> None:
     assert set(texts(10, 5000)) == {"x" * 5000}
     cut = texts(1500, 5000)
     assert all(text.endswith("x…") for text in cut) and sum(map(len, cut)) < 2_600_000
+
+
+def test_images_beyond_the_budget_say_that_there_was_no_room() -> None:
+    samples = changed_samples(flips(100))
+    url = "data:image/jpeg;base64," + "A" * (PICTURE_BUDGET // 50)
+    groups, _ = group_samples(samples, {each.first.image or "": (url, "") for each in samples})
+    shown = [one for group in groups for one in (*group.worse, *group.better)]
+    assert 40 < sum(bool(one.picture) for one in shown) <= 50
+    assert all(bool(one.picture) != bool(one.picture_missing) for one in shown)
 
 
 def test_pictures_are_there_only_when_asked_for(tmp_path: Path) -> None:
