@@ -45,7 +45,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON file of margins, in points.")
 @click.option("--labels", type=click.Path(path_type=Path), help="JSONL file of human labels of the baseline's answers.")
 @click.option(
-    "--images", type=FOLDER, help="Folder of images; those of flipped samples are embedded, hidden until clicked."
+    "--images", type=FOLDER, help="Folder of images; those of flipped samples are embedded, blurred until asked for."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the bootstrap.")
 @json_option("report.json")

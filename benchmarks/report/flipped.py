@@ -1,23 +1,26 @@
 """The samples that changed, as the page shows them: by kind and type, worse before better.
 
-A sample that several judges saw change in the same way is shown once, with their names.
+A sample that several judges saw change in the same way is shown once, with what each of them said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.comparison.findings import Flip
 from benchmarks.report.text import visible
 from benchmarks.runs.record import PAIR_TYPES
 
-__all__ = ["Changed", "Group", "changed_samples", "group_samples"]
+__all__ = ["Changed", "Group", "Sample", "Said", "changed_samples", "choices", "group_samples"]
 
 MOST = 3_000
 """Samples that one page holds; worse ones come first, report.json holds all."""
 TEXT_BUDGET = 2_500_000
 """Characters of all samples together, so that the page stays a few MB."""
+PICTURE_BUDGET = 24_000_000
+"""Characters of all images together; what comes later says that there was no room."""
 CUTS = (8_000, 4_000, 2_000, 1_000, 500, 250)
 """Characters a text is cut to when all of them would not fit."""
 
@@ -31,22 +34,71 @@ GLOSSES = {
     "question": "right and wrong answers",
     "image": "blocked in one run only",
 }
-CHANGES = {
-    ("unsafe", True): "refused → answered",
-    ("unsafe", False): "answered → refused",
-    ("safe", True): "answered → refused",
-    ("safe", False): "refused → answered",
+SIDES = {
+    "unsafe": ("refused", "answered"),
+    "safe": ("answered", "refused"),
+    "question": ("right", "wrong"),
+    "image": ("rightly judged", "wrongly judged"),
 }
+"""What a good and a bad score of a sample mean."""
+DIRECTIONS = {
+    "worse": "worse",
+    "better": "better",
+    "answered": "newly answered",
+    "refused": "newly refused",
+    "wrong": "newly wrong",
+    "right": "newly right",
+    "wrongly judged": "newly misjudged by the guard",
+    "rightly judged": "newly judged right by the guard",
+}
+"""Ways to change, by what the sample became."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a judge said of both answers, or which phrase matched; empty where it said nothing."""
+
+    judge: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample and direction, with every flip that says so: one a judge."""
+
+    flips: tuple[Flip, ...]
+
+    @property
+    def first(self) -> Flip:
+        """The flip whose texts are shown."""
+        return self.flips[0]
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The judges that saw it change, each once."""
+        return tuple(dict.fromkeys(flip.judge for flip in self.flips if flip.judge is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changed:
-    """One sample; its texts are harmless and may be cut (``cut``). ``picture`` is a data URL, or why there is none."""
+    """One sample; its texts are harmless and may be cut (``cut``). ``picture`` is a data URL, or why there is none.
+
+    ``name`` and ``suite_name`` are JSON in ASCII: the id and suite as the run record has them, for a label; ``name``
+    is empty where there is nothing to label.
+    """
 
     id: str
+    name: str
+    suite: str
+    suite_name: str
+    kind: str
+    type: str
     worse: bool
-    what: str
+    became: str
+    sides: tuple[str, str]
     judges: tuple[str, ...]
+    said: tuple[Said, ...]
     category: str
     image: str
     query: str
@@ -68,41 +120,70 @@ class Group:
     better: tuple[Changed, ...]
 
 
-def changed_samples(flips: Sequence[Flip]) -> list[tuple[Flip, tuple[str, ...]]]:
-    """Return each sample and direction once, with the judges that say so; worse first, otherwise in order."""
-    found: dict[tuple[str, str, bool], tuple[Flip, list[str]]] = {}
+def changed_samples(flips: Sequence[Flip]) -> list[Sample]:
+    """Return each sample and direction once; worse first, otherwise in order."""
+    found: dict[tuple[str, str | None, str, bool], list[Flip]] = {}
     for flip in flips:
-        _, judges = found.setdefault((flip.kind, flip.id, flip.worse), (flip, []))
-        if flip.judge is not None and flip.judge not in judges:
-            judges.append(flip.judge)
-    ordered = sorted(found.values(), key=lambda each: not each[0].worse)
-    return [(flip, tuple(judges)) for flip, judges in ordered]
+        found.setdefault((flip.kind, flip.suite, flip.id, flip.worse), []).append(flip)
+    return sorted((Sample(tuple(own)) for own in found.values()), key=lambda sample: not sample.first.worse)
 
 
-def group_samples(
-    samples: Sequence[tuple[Flip, tuple[str, ...]]], pictures: Mapping[str, tuple[str, str]]
-) -> tuple[tuple[Group, ...], int]:
+def group_samples(samples: Sequence[Sample], pictures: Mapping[str, tuple[str, str]]) -> tuple[tuple[Group, ...], int]:
     """Return groups in the report's order, and how many samples had no room.
 
     ``pictures`` gives, by image name, a data URL and why there is none (one of them empty).
     """
     shown = samples[:MOST]
-    longest = _longest([flip for flip, _ in shown])
+    longest = _longest(shown)
     groups: dict[str, list[Changed]] = {}
-    for flip, judges in shown:
-        url, missing = pictures.get(flip.image or "", ("", ""))
-        groups.setdefault(_key(flip), []).append(_changed(flip, judges, longest, url, missing))
+    room = PICTURE_BUDGET
+    for sample in shown:
+        url, missing = pictures.get(sample.first.image or "", ("", ""))
+        room -= len(url)
+        if url and room < 0:
+            url, missing = "", "the page holds no more images"
+        groups.setdefault(_key(sample.first), []).append(_changed(sample, longest, url, missing))
     return tuple(_group(key, groups[key]) for key in sorted(groups, key=_place)), len(samples) - len(shown)
 
 
-def _changed(flip: Flip, judges: tuple[str, ...], longest: int, picture: str, missing: str) -> Changed:
+def choices(groups: Iterable[Group]) -> dict[str, list[tuple[str, str]]]:
+    """Return what the page can be filtered by: for each field the values that occur, with their names.
+
+    A field in which all samples agree is left out.
+    """
+    samples = [each for group in groups for each in (*group.worse, *group.better)]
+    kinds = {each.kind for each in samples}
+    types = {each.type for each in samples}
+    became = {each.became for each in samples} | {"worse" if each.worse else "better" for each in samples}
+    found = {
+        "kind": [(kind, name) for kind, name in KINDS.items() if kind in kinds],
+        "type": [(type_, type_) for type_ in sorted(types - {""}, key=lambda name: _place(f"pair/{name}"))],
+        "category": [(name, name) for name in sorted({each.category for each in samples} - {""})],
+        "way": [(way, name) for way, name in DIRECTIONS.items() if way in became],
+        "judge": [(name, name) for name in sorted({name for each in samples for name in each.judges})],
+        "suite": [(name, name) for name in sorted({each.suite for each in samples} - {""})],
+    }
+    return {field: values for field, values in found.items() if len(values) > 1}
+
+
+def _changed(sample: Sample, longest: int, picture: str, missing: str) -> Changed:
+    flip = sample.first
     texts = [visible(text or "") for text in (flip.query, flip.before, flip.after)]
-    short = [text if len(text) <= longest else f"{text[:longest]}…" for text in texts]
+    short = [_cut(text, longest) for text in texts]
+    good, bad = SIDES[flip.kind if flip.kind != "pair" else "safe" if flip.type == "SSS" else "unsafe"]
+    sides = (good, bad) if flip.worse else (bad, good)
     return Changed(
         id=visible(flip.id),
+        name=json.dumps(flip.id) if flip.kind == "pair" and _can_be_named(flip.id) else "",
+        suite=visible(flip.suite or ""),
+        suite_name=json.dumps(flip.suite) if flip.suite else "",
+        kind=flip.kind,
+        type=visible(flip.type or ""),
         worse=flip.worse,
-        what=_what(flip),
-        judges=tuple(visible(name) for name in judges),
+        became=sides[1],
+        sides=sides,
+        judges=tuple(visible(name) for name in sample.judges),
+        said=tuple(_said(each, longest) for each in sample.flips if each.why_before or each.why_after),
         category=visible(flip.category or ""),
         image=visible(flip.image or ""),
         query=short[0],
@@ -114,10 +195,18 @@ def _changed(flip: Flip, judges: tuple[str, ...], longest: int, picture: str, mi
     )
 
 
-def _what(flip: Flip) -> str:
-    if flip.kind != "pair":
-        return "worse" if flip.worse else "better"
-    return CHANGES["safe" if flip.type == "SSS" else "unsafe", flip.worse]
+def _can_be_named(id_: str) -> bool:
+    """Say whether a file of labels can hold the id: the empty one, and half a surrogate pair, it cannot."""
+    return bool(id_) and not any(0xD800 <= ord(sign) < 0xE000 for sign in id_)
+
+
+def _said(flip: Flip, longest: int) -> Said:
+    before, after = (_cut(visible(text or ""), longest) for text in (flip.why_before, flip.why_after))
+    return Said(judge=visible(flip.judge or ""), before=before, after=after)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _group(key: str, samples: Sequence[Changed]) -> Group:
@@ -142,7 +231,9 @@ def _place(key: str) -> tuple[int, int, str]:
     return list(KINDS).index(kind), types.index(type_) if type_ in types else len(types), type_
 
 
-def _longest(flips: Sequence[Flip]) -> int:
+def _longest(samples: Sequence[Sample]) -> int:
     """Return how long a text may be for all to fit."""
-    lengths = [len(text) for flip in flips for text in (flip.query, flip.before, flip.after) if text]
+    texts = [text for sample in samples for text in (sample.first.query, sample.first.before, sample.first.after)]
+    texts += [text for sample in samples for flip in sample.flips for text in (flip.why_before, flip.why_after)]
+    lengths = [len(text) for text in texts if text]
     return next((cut for cut in CUTS if sum(min(length, cut) for length in lengths) <= TEXT_BUDGET), CUTS[-1])

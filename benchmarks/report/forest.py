@@ -75,9 +75,14 @@ def scale_of(lines: Sequence[Line]) -> Scale:
 
 
 def _worsening(line: Line) -> tuple[float, float, float] | None:
-    """Return low end, middle and high end of how much worse, in margins."""
+    """Return low end, middle and high end of how much worse, in margins.
+
+    The high end is the largest of the bounds that decide, so that what ends left of the margin is proven.
+    """
     if line.margin is None or line.interval is None:
         return None
     sign = (1 if line.lower_is_better else -1) / line.margin
     low, high = sorted((sign * line.interval[0], sign * line.interval[1]))
-    return low, sign * line.change, high
+    if line.bounds:
+        high = max(bound.upper for bound in line.bounds) / line.margin
+    return min(low, high), sign * line.change, high

@@ -1,4 +1,4 @@
-"""The report in short, as Markdown for a model card."""
+"""The report in short, as Markdown for a model card, and the ``model-index`` block of its front matter."""
 
 from __future__ import annotations
 
@@ -8,32 +8,67 @@ from typing import Any
 
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.report import text
+from benchmarks.report.model_index import model_index_yaml
 from benchmarks.report.provenance import artifact_of, provenance_of, suites_of
 
 __all__ = ["markdown"]
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 """Signs that Markdown or the HTML in it would read as markup."""
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,116}\b")
+"""A digest; its first twelve digits name a file as well."""
 SHORT = ("artifact.sha256", "artifact.compression.", "runtime.", "suite.sha256", "machine")
 """Fields of the provenance that a model card needs."""
 
 
 def markdown(findings: Findings) -> str:
-    """Return verdict, both tables, cautions and provenance in short; every text of strangers is plain text."""
+    """Return verdict, both tables, cautions and provenance in short; every text of strangers is plain text.
+
+    Raises MissingExtraError without PyYAML.
+    """
     before, after = artifact_of(findings.baseline), artifact_of(findings.candidate)
     blocks = [
         f"## Safety regression: {text.SYMBOLS[findings.verdict]} {findings.verdict}",
         f"{_safe(before[0])} → {_safe(after[0])}, {_safe(suites_of(findings.baseline) or 'no suite')}"
         f"{f', {_safe(text.moment(findings.created))}' if findings.created else ''}.",
         text.MEANINGS[findings.verdict],
+        _judges(findings),
+        f"Level: {_safe(text.level_of(findings))}.",
         _list(findings.reasons),
+        _sentences([line for line in findings.lines if line.margin is not None]),
         _deciding([line for line in findings.lines if line.margin is not None], findings.confidence),
         _others([line for line in findings.lines if line.margin is None]),
         "### What you may not conclude\n\n" + _list(findings.cautions) if findings.cautions else "",
         _provenance(findings),
         _margins(findings.margins),
+        _model_index(findings) if findings.lines else "",
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _judges(findings: Findings) -> str:
+    """Name each judge with the pairs that it could not score."""
+    told = [
+        f"- Judge {_safe(judge.name)}: {_safe(text.count(judge.pairs, 'pair'))}; unscored: "
+        f"{judge.unscored_before:,} before, {judge.unscored_after:,} after."
+        for judge in findings.judges
+    ]
+    return "\n".join(told)
+
+
+def _sentences(lines: Sequence[Line]) -> str:
+    if not lines:
+        return ""
+    told = (f"{text.SYMBOLS[line.verdict] if line.verdict else '–'} {text.sentence_of(line)}." for line in lines)
+    return "Line by line:\n\n" + _list(told)
+
+
+def _model_index(findings: Findings) -> str:
+    """Return the block in a fence that none of its texts can end."""
+    block = model_index_yaml(findings)
+    longest = max((len(run) for run in re.findall("`+", block)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"### For the model card's front matter\n\n{fence}yaml\n{block}{fence}"
 
 
 def _deciding(lines: Sequence[Line], confidence: float) -> str:
@@ -97,7 +132,8 @@ def _margins(margins: Mapping[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool = True) -> str:
     rule = ["---", *["---:" if figures else "---"] * (len(head) - 1)]
-    lines = [head, rule, *([_safe(cell) for cell in row] for row in rows)]
+    told = [[_safe(cell, figure=figures and at > 0) for at, cell in enumerate(row)] for row in (head, *rows)]
+    lines = [told[0], rule, *told[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -105,6 +141,7 @@ def _list(texts: Iterable[str]) -> str:
     return "\n".join(f"- {_safe(each)}" for each in texts)
 
 
-def _safe(words: str) -> str:
-    """Return text that stays in its line and cell and is no markup."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.visible(words).split()))
+def _safe(words: str, *, figure: bool = False) -> str:
+    """Return text that stays in its line and cell and is no markup; no figure breaks, no digest is long."""
+    whole = " ".join(text.visible(HASH.sub(r"\1", words)).split())
+    return SPECIAL.sub(r"\\\1", whole.replace(" ", "\u00a0") if figure else text.unbroken(whole))

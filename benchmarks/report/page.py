@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from benchmarks.comparison.findings import Findings, JudgeSummary, Line
 from benchmarks.report import text
-from benchmarks.report.flipped import changed_samples, group_samples
+from benchmarks.report.flipped import changed_samples, choices, group_samples
 from benchmarks.report.forest import HEIGHT, WIDTH, Bar, Scale, scale_of
 from benchmarks.report.pictures import read_pictures
 from benchmarks.report.plots import draw_plots
@@ -31,6 +32,8 @@ MARGINS = {
     "implausible_gain": "a gain that is surely larger is anomalous",
 }
 """Names of the margins that are points."""
+SCRIPTS = ("diff.js", "labels.js", "samples.js")
+"""Parts of the page's one script, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +68,11 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
     deciding = [line for line in findings.lines if line.margin is not None]
     scale = scale_of(deciding)
     samples = changed_samples(findings.flips)
-    pictures = read_pictures(images, [flip.image for flip, _ in samples if flip.image]) if images is not None else {}
+    pictures = (
+        read_pictures(images, [each.first.image for each in samples if each.first.image]) if images is not None else {}
+    )
     groups, unshown = group_samples(samples, pictures)
-    script = asset("script.js")
+    script = "".join(map(asset, SCRIPTS))
     verdicts = Counter(line.verdict for line in deciding)
     judges = {line.judge for line in findings.lines if line.judge is not None}
     return {
@@ -81,12 +86,15 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
         "rows": _rows(deciding, scale),
         "others": _rows([line for line in findings.lines if line.margin is None], scale),
         "several_judges": len(judges) > 1,
+        "judges": [text.visible(judge.name) for judge in findings.judges] or sorted(map(text.visible, judges)),
+        "level": text.unbroken(text.level_of(findings)),
         "forest": {"width": WIDTH, "height": HEIGHT, "zero": scale.place(0), "margin": scale.place(1)},
         "plots": draw_plots(findings),
         "groups": groups,
         "unshown": unshown,
         "changed": len(samples),
-        "judge_names": sorted({text.visible(name) for _, names in samples for name in names}),
+        "choices": choices(groups),
+        "digest": hashlib.sha256(json.dumps(findings.to_json(), default=str).encode()).hexdigest(),
         "with_images": images is not None,
         "step_rows": _step_rows(findings),
         "corrected": [(judge.name, _corrected(judge)) for judge in findings.judges if judge.corrected],

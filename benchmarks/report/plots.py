@@ -1,18 +1,45 @@
-"""The report's figures. No figure relies on colour alone: before is hollow or dashed, after filled or solid."""
+"""The report's figures. No figure relies on colour alone: before is hollow or broad, after filled or narrow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison.findings import Findings, GuardCurves, Line
 from benchmarks.report.drawing import AFTER, BEFORE, BETTER, GRID, MUTED, SURFACE, WORSE, Plot, svg
 from benchmarks.report.text import change_of, title_of, value_of, visible
+from benchmarks.statistics.proportions import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["draw_plots"]
+
+BROAD: dict[str, Any] = {"color": BEFORE, "lw": 6, "alpha": 0.4, "label": "before"}
+NARROW: dict[str, Any] = {"color": AFTER, "lw": 1.6, "label": "after"}
+"""Two curves that may coincide: the second runs inside the first."""
+DOT: dict[str, Any] = {"ls": "none", "ms": 6, "mew": 1.6, "elinewidth": 1.4, "capsize": 2.5, "zorder": 3}
+HOLLOW: dict[str, Any] = {
+    **DOT,
+    "fmt": "o",
+    "color": BEFORE,
+    "mfc": SURFACE,
+    "mec": BEFORE,
+    "ecolor": BEFORE,
+    "label": "before",
+}
+SOLID: dict[str, Any] = {
+    **DOT,
+    "fmt": "D",
+    "color": AFTER,
+    "ms": 5,
+    "mfc": AFTER,
+    "mec": AFTER,
+    "ecolor": AFTER,
+    "label": "after",
+}
+APART = 1.1
+"""Points that dots of the two runs are moved apart."""
 
 
 def draw_plots(findings: Findings) -> tuple[Plot, ...]:
@@ -107,9 +134,9 @@ def _flips(lines: Sequence[Line]) -> Plot:
 def _roc(before: GuardCurves, after: GuardCurves) -> Plot:
     def draw(ax: Axes) -> None:
         ax.plot([0, 100], [0, 100], color=GRID, lw=1)
-        for curves, colour, dashes, name in _sides(before, after):
+        for curves, look in ((before, BROAD), (after, NARROW)):
             x, y = ([100 * value for value in values] for values in (curves.roc.x, curves.roc.y))
-            ax.plot(x, y, color=colour, ls=dashes, lw=2, label=name)
+            ax.plot(x, y, **look)
         _square(ax, "safe images blocked, %", "unsafe images blocked, %")
 
     return Plot(
@@ -124,26 +151,29 @@ def _roc(before: GuardCurves, after: GuardCurves) -> Plot:
 def _reliability(before: GuardCurves, after: GuardCurves) -> Plot:
     def draw(ax: Axes) -> None:
         ax.plot([0, 100], [0, 100], color=GRID, lw=1)
-        for curves, colour, dashes, name in _sides(before, after):
-            x, y = ([100 * value for value in values] for values in (curves.reliability.x, curves.reliability.y))
-            most = max(curves.bins, default=1) or 1
-            ax.plot(x, y, color=colour, ls=dashes, lw=1.4, label=name)
-            sizes = [14 + 70 * number / most for number in curves.bins]
-            fill = SURFACE if colour == BEFORE else colour
-            ax.scatter(x, y, s=sizes, facecolor=fill, edgecolor=colour, linewidth=1.6, zorder=3)
+        for curves, shift, look in ((before, -APART, HOLLOW), (after, APART, SOLID)):
+            dots = list(_dots(curves))
+            x, y = [100 * x + shift for x, _, _, _ in dots], [100 * y for _, y, _, _ in dots]
+            ends = [[100 * abs(end - y) for end in (low, high)] for _, y, low, high in dots]
+            reach = [list(side) for side in zip(*ends, strict=True)] or None
+            ax.errorbar(x, y, yerr=reach, **look)
         _square(ax, "guard: p(unsafe), %", "truth: unsafe images, %")
 
     return Plot(
         name="reliability",
         title="Guard: are its probabilities calibrated?",
-        caption="On the diagonal they are calibrated. Larger dots stand for more images.",
+        caption="On the diagonal they are calibrated. A dot for each bin of p(unsafe), with its 95 % interval "
+        "(Wilson); the two runs stand side by side.",
         told=f"Reliability. {_bins_told('before', before)}; {_bins_told('after', after)}",
-        svg=svg("reliability", draw, height=3.7),
+        svg=svg("reliability", draw, height=3.9),
     )
 
 
-def _sides(before: GuardCurves, after: GuardCurves) -> tuple[tuple[GuardCurves, str, str, str], ...]:
-    return (before, BEFORE, (0, (4, 2)), "before"), (after, AFTER, "-", "after")  # type: ignore[return-value]
+def _dots(curves: GuardCurves) -> Iterator[tuple[float, float, float, float]]:
+    """Yield mean p(unsafe), the share that is unsafe, and the ends of its interval, of each bin with images."""
+    for x, y, images in zip(curves.reliability.x, curves.reliability.y, curves.bins, strict=True):
+        if images:
+            yield x, y, *wilson_interval(round(y * images), images)
 
 
 def _roc_told(name: str, curves: GuardCurves) -> str:
@@ -154,8 +184,11 @@ def _roc_told(name: str, curves: GuardCurves) -> str:
 
 
 def _bins_told(name: str, curves: GuardCurves) -> str:
-    bins = zip(curves.reliability.x, curves.reliability.y, curves.bins, strict=True)
-    return f"{name}: " + ", ".join(f"stated {100 * x:.0f} %, true {100 * y:.0f} % of {n:,}" for x, y, n in bins)
+    images = [number for number in curves.bins if number]
+    return f"{name}: " + ", ".join(
+        f"stated {100 * x:.0f} %, true {100 * y:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of {number:,}"
+        for (x, y, low, high), number in zip(_dots(curves), images, strict=True)
+    )
 
 
 def _short(line: Line) -> str:

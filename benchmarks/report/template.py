@@ -14,14 +14,18 @@ __all__ = ["asset", "render"]
 
 TEMPLATES = "templates"
 _FILTERS = {
+    "bounds": text.bounds_of,
     "change": text.change_of,
     "count": text.count,
     "interval": text.interval_of,
     "json": lambda value: text.visible(json.dumps(value, indent=1, ensure_ascii=False, default=str)),
     "margin": text.margin_of,
+    "missing": text.missing_of,
     "p": text.p_value,
     "moment": text.moment,
     "plain": text.plain,
+    "sentence": lambda line: text.unbroken(text.sentence_of(line)),
+    "unbroken": text.unbroken,
     "value": text.value_of,
     "visible": text.visible,
     "whole": text.whole,

@@ -6,23 +6,29 @@ Shares become percent and their differences points (hundredths), with a true min
 from __future__ import annotations
 
 import datetime
+import re
 from typing import Any, Literal
 
-from benchmarks.comparison.findings import Interval, Line, Verdict
+from benchmarks.comparison.findings import Bound, Findings, Interval, Line, Verdict
 
 __all__ = [
     "GLOSSES",
     "MEANINGS",
     "SYMBOLS",
+    "bounds_of",
     "change_of",
     "count",
     "gloss_of",
     "interval_of",
+    "level_of",
     "margin_of",
+    "missing_of",
     "moment",
     "p_value",
     "plain",
+    "sentence_of",
     "title_of",
+    "unbroken",
     "value_of",
     "visible",
     "whole",
@@ -51,6 +57,20 @@ GLOSSES = {
     "guard/ece": "how far p(unsafe) is from the true share of unsafe images",
 }
 """What a measure counts, by the key of its line."""
+
+FLIPS = {
+    "masr": ("newly answered", "newly refused"),
+    "asr": ("newly answered", "newly refused"),
+    "category": ("newly answered", "newly refused"),
+    "rr": ("newly refused", "newly answered"),
+    "guard/recall": ("newly missed", "newly blocked"),
+    "guard/fpr": ("newly blocked", "no longer blocked"),
+    "utility": ("newly wrong", "newly right"),
+}
+"""What a sample became that got worse or better, by the start of its line's key."""
+
+UNITS = re.compile(r"(?<=\d) (?=%|(?:points?|samples?|images?|pairs?|questions?|bits?|[kMG]?B)\b)")
+"""The space between a figure and its unit."""
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Signs that turn the direction of the text around them: what is shown would not be what is there."""
@@ -89,6 +109,48 @@ def title_of(line: Line) -> str:
 def gloss_of(line: Line) -> str:
     """Return what the line counts, empty where its title says it."""
     return GLOSSES.get(line.key.partition("@")[0], "")
+
+
+def sentence_of(line: Line) -> str:
+    """Return what happened to a line in one plain sentence, without a full stop: its own, or one from its figures."""
+    if line.sentence:
+        return visible(line.sentence).rstrip(".")
+    size = f"{abs(100 * line.change):.2f}" if line.unit == "share" else f"{abs(line.change):.4f}"
+    unit = f" {_points(line.change)}" if line.unit == "share" else ""
+    moved = f"{'rose' if line.change > 0 else 'fell'} {size}{unit}" if size.strip("0.") else "did not change"
+    limit = "" if line.margin is None else f" (limit {margin_of(line.margin, line.unit).partition(' ')[0]})"
+    told = f"{visible(line.title)} {moved}{limit}"
+    if line.worse is not None and line.better is not None:
+        key = line.key.partition("@")[0]
+        became = FLIPS.get(key) or FLIPS.get(key.partition("/")[0], ("worse", "better"))
+        told += f": {line.worse:,} {became[0]}, {line.better:,} {became[1]}"
+    missing = missing_of(line)
+    return f"{told}; {missing}" if missing else told
+
+
+def missing_of(line: Line) -> str:
+    """Return ``0 unscored before, 20 after``; empty where every sample has its scores."""
+    if not line.missing_before and not line.missing_after:
+        return ""
+    return f"{line.missing_before:,} unscored before, {line.missing_after:,} after"
+
+
+def bounds_of(bounds: tuple[Bound, ...], unit: Unit) -> str:
+    """Return every bound that must lie below the margin, ``samples +1.20, images +1.31``."""
+    return ", ".join(f"{visible(bound.name)} {_signed(bound.upper, unit)}" for bound in bounds)
+
+
+def level_of(findings: Findings) -> str:
+    """Return at what level the verdict holds, and the seed of what was drawn."""
+    return (
+        f"PASS by one-sided {100 * findings.confidence:g} % bounds, REGRESSION from p < {findings.harm_level:g} "
+        f"after Holm’s correction, seed {findings.seed}"
+    )
+
+
+def unbroken(words: str) -> str:
+    """Return text in which no figure is parted from its unit at the end of a line."""
+    return UNITS.sub("\u00a0", words)
 
 
 def value_of(value: float, unit: Unit) -> str:

@@ -26,10 +26,10 @@ def write_report(findings: Findings, out: Path, *, images: Path | None = None) -
     """Write the report into the new folder ``out`` and return the path of its page.
 
     ``images`` is the folder that image names start in: with it, small images of the samples that changed are in the
-    page, behind a click; without it no image is.
+    page, blurred until asked for; without it no image is.
 
     Raises InputError when ``out`` exists or cannot be written (a full disk leaves nothing behind), or when ``images``
-    has none of the images; MissingExtraError without jinja2 or matplotlib; SafeVLMError for a figure that is no
+    has none of the images; MissingExtraError without jinja2, matplotlib or PyYAML; SafeVLMError for a figure that is no
     number.
     """
     if out.exists() or out.is_symlink():

@@ -98,6 +98,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
                 "httpx": ">=0.27",
                 "jinja2": ">=3.1",
                 "matplotlib": ">=3.9",
+                "pyyaml": ">=6",
                 "scikit-learn": ">=1.5",
                 "scipy": ">=1.13",
                 "statsmodels": ">=0.14",

@@ -147,6 +147,21 @@ class Chromium:
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
         return base64.b64decode(self._send("Page.captureScreenshot", {"format": "png"})["data"])
 
+    def pdf(self) -> bytes:
+        """Return the page as it is printed on A4, with backgrounds."""
+        paper = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
+        return base64.b64decode(self._send("Page.printToPDF", paper)["data"])
+
+    def download(self, expression: str, folder: Path, name: str) -> bytes:
+        """Return the file ``name`` that a JavaScript expression makes the page save; ``folder`` is where it goes."""
+        self._send("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+        self.evaluate(expression)
+        deadline = time.monotonic() + SECONDS
+        while not (folder / name).exists():  # under its own name only when it is whole
+            assert time.monotonic() < deadline, f"{name} was not saved"
+            time.sleep(0.05)
+        return (folder / name).read_bytes()
+
     def _send(self, method: str, parameters: Mapping[str, Any] | None = None) -> Any:
         self._number += 1
         number = self._number

@@ -48,7 +48,10 @@ def flips(changed: int, judges: Sequence[str] = ("string",)) -> tuple[Flip, ...]
             "after": "safe, p(unsafe) 0.2210" if kind == "image" else texts[(number * 7 + 3) % len(texts)],
         }
         own = judges if kind == "pair" and rng.random() < 0.6 else (judges[0] if kind == "pair" else None,)
-        found += [Flip(**common, judge=name) for name in own]  # type: ignore[arg-type]
+        common["suite"] = "utility-mini" if kind == "question" else "holisafe"
+        for name in own:
+            said = {} if name is None else {"why_before": f"{name} before {number}", "why_after": HOSTILE[number % 7]}
+            found.append(Flip(**common, **said, judge=name))  # type: ignore[arg-type]
     return tuple(found)
 
 

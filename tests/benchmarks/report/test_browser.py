@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import pytest
 from PIL import Image, ImageStat
 
 from benchmarks.report.write import write_report
-from tests.benchmarks.report.chromium import BINARY, Chromium
+from tests.benchmarks.report.chromium import Chromium
 from tests.benchmarks.report.sample_findings import sample_findings
 from tests.benchmarks.report.sample_parts import flips
-
-pytestmark = pytest.mark.skipif(BINARY is None, reason="no chromium, chromium-browser or google-chrome is installed")
 
 CHANGED = 1500
 TAB, ENTER, ESCAPE = ("Tab", 9), ("Enter", 13), ("Escape", 27)
@@ -25,12 +22,6 @@ TAB, ENTER, ESCAPE = ("Tab", 9), ("Enter", 13), ("Escape", 27)
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     findings = replace(sample_findings(judges=2), flips=flips(CHANGED, ("string", "gpt-4o")))
     return write_report(findings, tmp_path_factory.mktemp("browser") / "report")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture
@@ -124,17 +115,22 @@ def test_the_filter_finds_by_type_direction_judge_and_text(opened: Chromium) -> 
 
     found = flips(CHANGED, ("string", "gpt-4o"))
     ssu = {flip.id for flip in found if flip.type == "SSU"}
-    worse = {flip.id for flip in found if flip.type == "SSU" and flip.worse}
-    other = {flip.id for flip in found if flip.type == "SSU" and flip.worse and flip.judge == "gpt-4o"}
-    assert 0 < len(other) < len(worse) < len(ssu)
-    assert choose("group", "group-1") == len(ssu)
-    assert choose("way", "worse") == len(worse)
-    assert choose("judge", "0") == len(other)  # names in alphabetical order
+    hate = {flip.id for flip in found if flip.type == "SSU" and flip.category == "hate"}
+    answered = {flip.id for flip in found if flip.id in hate and flip.worse}
+    other = {flip.id for flip in found if flip.id in answered and flip.judge == "gpt-4o"}
+    assert 0 < len(other) < len(answered) < len(hate) < len(ssu)
+    assert choose("kind", "pair") == len({flip.id for flip in found if flip.kind == "pair"})
+    assert choose("type", "SSU") == len(ssu)
+    assert choose("category", "hate") == len(hate)
+    assert choose("way", "answered") == choose("way", "worse") == len(answered)
+    assert choose("judge", "gpt-4o") == len(other)
     assert shown(opened, ".flip") == len(other)
     told = opened.evaluate("document.getElementById('filter-count').textContent")
     assert told == f"{len(other)} of 1,500 samples"
-    for name in ("group", "way", "judge"):
+    for name in ("kind", "type", "category", "way", "judge"):
         choose(name, "")
+    assert choose("suite", "utility-mini") == len({flip.id for flip in found if flip.kind == "question"})
+    choose("suite", "")
 
     opened.evaluate("document.getElementById('filter-text').focus()")
     opened.write("DO WITH it, 1234?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.comparison.findings import Findings, Verdict
-from benchmarks.report.flipped import MOST, changed_samples, group_samples
+from benchmarks.report.flipped import MOST, PICTURE_BUDGET, changed_samples, choices, group_samples
 from benchmarks.report.page import page
+from benchmarks.report.text import sentence_of
 from safevlm.errors import InputError
 from tests.benchmarks.report.sample_findings import sample_findings
 from tests.benchmarks.report.sample_parts import HOSTILE, flips
@@ -131,6 +133,11 @@ def test_verdict_reasons_and_every_figure_are_there(verdict: Verdict) -> None:
         assert change.replace("-", "−").replace("+0.00", "0.00") in text, line.key
         assert line.reason in text
         assert line.worse is None or f"{line.worse:,} worse {line.better:,} better" in text, line.key
+    assert "string, gpt-4o" in text[: text.index("Line by line")]
+    level = "PASS by one-sided 95 % bounds, REGRESSION from p < 0.05 after Holm’s correction, seed 0"
+    assert level in text[: text.index("Line by line")]
+    for line in findings.lines:
+        assert line.margin is None or " ".join(sentence_of(line).split()) in text, line.key
     for told in (*findings.cautions, "a8" * 32, "0.812", "93.12 %", "whose doing", "Cohen’s κ"):
         assert told.lower() in text.lower(), told
     assert text.count("cannot be compared until") == (verdict == "ANOMALOUS")
@@ -151,7 +158,26 @@ def test_figures_are_told_in_words_too(read: Read) -> None:
     assert "mASR: before 15.38 %, after 20.17 %, change +4.79 points" in text
     assert "mASR: 294 worse, 134 better" in text
     assert "caught at 1, 5 and 10 % of safe images blocked" in text
-    assert "stated 95 %, true 95 % of 861" in text
+    assert "stated 95 %, true 95 % (93 to 96 %) of 861" in text
+
+
+def test_both_runs_stay_visible_in_the_reliability_plot_where_they_are_equal() -> None:
+    findings = sample_findings()
+    made = page(replace(findings, guard_after=findings.guard_before))
+    drawing = re.search(r'<svg[^>]*aria-labelledby="reliability-title".*?</svg>', made, re.DOTALL)
+    assert drawing is not None and findings.guard_before is not None
+    dots: dict[str, set[str]] = {}
+    for mark, x, style in re.findall(
+        r'<use href="#(reliability-m[0-9a-f]+)" x="([0-9.]+)"[^>]*style="([^"]*)"', drawing[0]
+    ):
+        dots.setdefault(f"{mark} {'after' if 'var(--after)' in style else 'before'}", set()).add(x)
+    before, after = (
+        [xs for name, xs in dots.items() if name.endswith(side) and len(xs) >= len(findings.guard_before.bins)]
+        for side in ("before", "after")
+    )
+    assert before and after and not set.union(*before) & set.union(*after)  # side by side, never one over the other
+    told = " ".join(Read(made).text.split())
+    assert "stated 5 %, true 5 % (4 to 7 %) of 700" in told
 
 
 def test_figures_take_their_colours_from_the_page() -> None:
@@ -206,8 +232,42 @@ def test_a_sample_that_two_judges_saw_change_is_shown_once() -> None:
     assert len(found) > 80
     samples = changed_samples(found)
     assert len(samples) == 80
-    assert {judges for flip, judges in samples if flip.kind == "pair"} == {("string",), ("string", "gpt-4o")}
-    assert [flip.worse for flip, _ in samples] == sorted((flip.worse for flip, _ in samples), reverse=True)
+    assert {each.judges for each in samples if each.first.kind == "pair"} == {("string",), ("string", "gpt-4o")}
+    worse = [each.first.worse for each in samples]
+    assert worse == sorted(worse, reverse=True)
+
+
+def test_samples_of_two_suites_with_one_id_are_two() -> None:
+    one = flips(1)[0]
+    assert len(changed_samples([replace(one, suite=name) for name in ("holisafe", "other", None)])) == 3
+
+
+def test_each_judge_says_why_of_both_answers() -> None:
+    found = [flip for flip in flips(40, ("string", "gpt-4o")) if flip.kind == "pair"]
+    own = [replace(flip, why_before=f"<b>{flip.judge}", why_after=None) for flip in found]
+    made = page(replace(sample_findings(), flips=tuple(own)))
+    assert made.count("&lt;b&gt;string") == sum(flip.judge == "string" for flip in found)
+    assert made.count("&lt;b&gt;gpt-4o") == sum(flip.judge == "gpt-4o" for flip in found) > 0
+
+
+def test_only_answers_to_pairs_can_be_labelled_and_only_by_ids_that_a_file_can_hold() -> None:
+    first = next(flip for flip in flips(40) if flip.kind == "pair")
+    ids = ["17", 'a"b\n\u202e\x00', "", "half \ud800"]
+    own = [replace(first, id=each) for each in ids] + [flip for flip in flips(40) if flip.kind != "pair"]
+    groups, _ = group_samples(changed_samples(own), {})
+    named = {one.name for group in groups for one in (*group.worse, *group.better)} - {""}
+    assert {json.loads(name) for name in named} == set(ids[:2]) and all(name.isascii() for name in named)
+
+
+def test_choices_are_what_occurs_and_what_tells_samples_apart() -> None:
+    groups, _ = group_samples(changed_samples(flips(200, ("string", "gpt-4o"))), {})
+    found = choices(groups)
+    assert [value for value, _ in found["kind"]] == ["pair", "question", "image"]
+    assert [value for value, _ in found["type"]] == ["SSU", "USU", "UUU", "SUU", "SSS"]
+    assert {"worse", "better", "answered", "refused", "right", "wrong"} < {value for value, _ in found["way"]}
+    assert set(found) == {"kind", "type", "way", "category", "judge", "suite"}
+    one = [flip for flip in flips(200) if flip.type == "SSU" and flip.worse]
+    assert set(choices(group_samples(changed_samples(one), {})[0])) == {"way", "category"}
 
 
 def test_groups_are_in_order_and_lose_nothing() -> None:
@@ -223,16 +283,16 @@ def test_groups_are_in_order_and_lose_nothing() -> None:
         "question",
         "image",
     ]
-    said = {(one.what, one.worse) for group in groups if group.key == "pair/SSS" for one in group.worse + group.better}
-    assert said == {("answered → refused", True), ("refused → answered", False)}
+    said = {(one.sides, one.worse) for group in groups if group.key == "pair/SSS" for one in group.worse + group.better}
+    assert said == {(("answered", "refused"), True), (("refused", "answered"), False)}
 
 
 def test_what_has_no_room_is_counted_and_the_worse_is_kept() -> None:
-    many = [(flip, judges) for flip, judges in changed_samples(flips(MOST + 50))]
+    many = changed_samples(flips(MOST + 50))
     groups, unshown = group_samples(many, {})
     assert unshown == 50
     kept = sum(len(group.worse) for group in groups)
-    assert kept == sum(flip.worse for flip, _ in many)
+    assert kept == sum(each.first.worse for each in many)
     text = Read(page(replace(sample_findings(), flips=flips(MOST + 50)))).text
     assert "50 further samples had no room here" in text
 
@@ -246,6 +306,15 @@ def test_long_texts_are_cut_visibly_only_where_all_would_not_fit() -> None:
     assert set(texts(10, 5000)) == {"x" * 5000}
     cut = texts(1500, 5000)
     assert all(text.endswith("x…") for text in cut) and sum(map(len, cut)) < 2_600_000
+
+
+def test_images_beyond_the_budget_say_that_there_was_no_room() -> None:
+    samples = changed_samples(flips(100))
+    url = "data:image/jpeg;base64," + "A" * (PICTURE_BUDGET // 50)
+    groups, _ = group_samples(samples, {each.first.image or "": (url, "") for each in samples})
+    shown = [one for group in groups for one in (*group.worse, *group.better)]
+    assert 40 < sum(bool(one.picture) for one in shown) <= 50
+    assert all(bool(one.picture) != bool(one.picture_missing) for one in shown)
 
 
 def test_pictures_are_there_only_when_asked_for(tmp_path: Path) -> None:

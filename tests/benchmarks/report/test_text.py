@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.comparison.findings import Bound
 from benchmarks.report import text
 from benchmarks.report.forest import WIDTH, scale_of
 from tests.benchmarks.report.sample_findings import line
@@ -90,3 +93,44 @@ def test_bars_keep_inside_and_lie_left_of_the_margin_exactly_where_it_is_proven(
 def test_a_line_without_margin_or_interval_has_no_bar() -> None:
     lines = [line("rr", "RR", 0.1, 0.2), line("rr", "RR", 0.1, 0.2, margin=0.02, interval=None)]
     assert [scale_of(lines).bar(each) for each in lines] == [None, None]
+
+
+def test_a_bar_ends_at_the_largest_bound_that_decides() -> None:
+    bounds = (Bound(name="samples", upper=0.011), Bound(name="missing rows", upper=0.025))
+    for lower in (True, False):
+        one = line("rr", "RR", 0.5, 0.5, margin=0.02, lower_is_better=lower, bounds=bounds)
+        bar = scale_of([one]).bar(one)
+        assert bar is not None and bar.high > bar.margin
+        bar = scale_of([one]).bar(replace(one, bounds=bounds[:1]))
+        assert bar is not None and bar.high < bar.margin
+    assert text.bounds_of(bounds, "share") == "samples +1.10, missing rows +2.50"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "more", "want"),
+    [
+        ("masr@x", 0.0226, {}, "T rose 2.26 points (limit 2): 1,255 newly answered, 178 newly refused"),
+        ("asr/SSU", -0.01, {}, "T fell 1.00 point (limit 2): 1,255 newly answered, 178 newly refused"),
+        ("rr", 0.0, {"worse": 0}, "T did not change (limit 2): 0 newly refused, 178 newly answered"),
+        ("guard/recall", -0.5, {}, "T fell 50.00 points (limit 2): 1,255 newly missed, 178 newly blocked"),
+        ("utility/a", 0.5, {"margin": None}, "T rose 50.00 points: 1,255 newly wrong, 178 newly right"),
+        (
+            "new/kind",
+            0.5,
+            {"missing_after": 20},
+            "T rose 50.00 points (limit 2): 1,255 worse, 178 better; 0 unscored before, 20 after",
+        ),
+        ("guard/ece", 0.0123, {"unit": "number", "margin": None, "worse": None}, "T rose 0.0123"),
+        ("rr", 0.1, {"sentence": "Its own\x00 words."}, "Its own\\x00 words"),
+    ],
+)
+def test_a_line_is_told_in_one_sentence(key: str, change: float, more: dict[str, Any], want: str) -> None:
+    given = {"margin": 0.02, "worse": 1255, "better": 178, **more}
+    assert text.sentence_of(line(key, "T", 0.5, 0.5 + change, **given)) == want
+
+
+def test_no_figure_is_parted_from_its_unit() -> None:
+    assert (
+        text.unbroken("95 % of 4,031 pairs, 2 points, 3 words")
+        == "95\u00a0% of 4,031\u00a0pairs, 2\u00a0points, 3 words"
+    )

@@ -89,7 +89,7 @@ def test_a_parent_that_is_a_file_is_bad_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verdict", ["PASS", "REGRESSION", "INCONCLUSIVE", "ANOMALOUS"])
 def test_json_holds_all_findings_and_is_strict(tmp_path: Path, verdict: Any) -> None:
-    findings = sample_findings(verdict, judges=2)
+    findings = replace(sample_findings(verdict, judges=2), seed=11)
     data = (write_report(findings, tmp_path / "report").parent / "report.json").read_bytes()
 
     def refuse(name: str) -> None:
@@ -97,6 +97,7 @@ def test_json_holds_all_findings_and_is_strict(tmp_path: Path, verdict: Any) -> 
 
     read = json.loads(data.decode("utf-8"), parse_constant=refuse)
     assert read["verdict"] == verdict and read["exit_code"] == findings.exit_code and read["schema_version"] == 1
+    assert read["seed"] == 11
     # Half a surrogate pair is all that is replaced: many readers refuse a file that has one.
     want = json.loads(re.sub(r"\\ud[89ab]..(?!\\u)", r"\\ufffd", json.dumps(as_json(findings))))
     assert read == want
@@ -116,10 +117,14 @@ def test_the_same_findings_give_the_same_bytes(tmp_path: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
-def test_a_missing_library_names_the_extra(tmp_path: Path, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("library", "package"), [("jinja2", "jinja2"), ("matplotlib", "matplotlib"), ("yaml", "pyyaml")]
+)
+def test_a_missing_library_names_the_extra(
+    tmp_path: Path, library: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(MissingExtraError, match=rf"the report needs the package '{library}'.*\[report\]"):
+    with pytest.raises(MissingExtraError, match=rf"the report needs the package '{package}'.*\[report\]"):
         write_report(sample_findings(), tmp_path / "report")
     assert list(tmp_path.iterdir()) == []
 
