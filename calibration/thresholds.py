@@ -18,7 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.labelled.corruptions import Corruption, parse_corruptions, stated_kinds
+from calibration.labelled.corruptions import Corruption, parse_corruptions, under_option
 from calibration.labelled.judged_images import NAMES_SHOWN, TileCost, scores_of, tile_cost
 from calibration.labelled.labels import LabelledImage, Labels, read_labels
 from calibration.labelled.risk_control import Bands, Method, Promise, fit_bands, measure
@@ -256,12 +256,7 @@ def _by_class(
     help="Runtime that will run the ONNX files.",
 )
 @view_option
-@click.option(
-    "--under",
-    metavar="LIST",
-    help="Corruptions under which the promise on misses holds, too, separated by commas, each at its default strength "
-    f"or as in jpeg:30: {stated_kinds()}.",
-)
+@under_option("Corruptions under which the promise on misses holds, too")
 @json_option("the thresholds")
 def main(
     bundle: Path,

@@ -15,13 +15,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, TypeVar
 
+import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from safevlm.errors import InputError
 
-__all__ = ["KINDS", "Corruption", "Kind", "corruption_of", "parse_corruptions", "stated_kinds"]
+__all__ = ["KINDS", "Corruption", "Kind", "corruption_of", "parse_corruptions", "stated_kinds", "under_option"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 CAPTIONS = ("breaking news", "look at this", "my holiday", "no comment", "sample", "thank you", "today only", "2026")
 SMALLEST_TEXT = 6
@@ -98,6 +102,15 @@ def corruption_of(text: str, option: str = "--under") -> Corruption:
 def stated_kinds() -> str:
     """Return all kinds with what their strengths mean."""
     return "; ".join(f"{name} ({kind.stated})" for name, kind in KINDS.items())
+
+
+def under_option(what: str) -> Callable[[Command], Command]:
+    """Return ``--under``, which :func:`parse_corruptions` reads; ``what`` begins its help text."""
+    return click.option(
+        "--under",
+        metavar="LIST",
+        help=f"{what}, separated by commas, each at its default strength or as in jpeg:30: {stated_kinds()}.",
+    )
 
 
 def _jpeg(image: Image.Image, quality: float, _: np.random.Generator) -> Image.Image:

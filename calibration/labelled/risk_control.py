@@ -7,15 +7,17 @@ the exact binomial tail. Both hold for any guard and any distribution, as long a
 with those fitted on.
 
 **Under corruptions.** The promise on misses is made for each declared corruption by itself: ``allow`` is fitted to the
-scores of the same images under each, and the smallest is taken. Misses can only fall with ``allow``, so each promise
-keeps holding, and with them the promise for any mixture of those corruptions that does not depend on the image. No
-union bound is needed: it would promise all of them at once with ``learn_then_test``. That is not promised, nor that
-the rate stays below alpha for somebody who picks the corruption image by image.
+scores of the same images under each, and the smallest is taken (the paper's extension to multiple risks). Misses can
+only fall with ``allow``, so each promise keeps holding, and with them the promise for any mixture of those corruptions
+that does not depend on the image. No union bound is needed: it would promise all of them at once with
+``learn_then_test``. That is not promised, nor that the rate stays below alpha for somebody who picks the corruption
+image by image.
 
 **What cannot be promised** is known from the number of images alone. Conformal risk control takes the limit from
 (n / (n + 1)) (share of misses) + 1 / (n + 1) <= alpha (Theorem 1), so even a guard without a miss needs
-1 / (n + 1) <= alpha. Under shift the last term is the weight of the image to come (section 4.1). A corruption that is
-applied to the labelled images themselves weighs all images alike, so the bound is the same under each.
+1 / (n + 1) <= alpha. Under shift the last term is the weight of the image to come (the paper's extension to shift). A
+corruption that is applied to the labelled images themselves weighs all images alike, so the bound is the same under
+each.
 
 Shapes: n images; scores are p(unsafe), float64.
 """
