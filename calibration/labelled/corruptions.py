@@ -88,7 +88,7 @@ def corruption_of(text: str, option: str = "--under") -> Corruption:
     if kind is None:
         raise InputError(f"{option} {text!r}: unknown corruption. Allowed: {stated_kinds()}.")
     try:
-        strength = float(stated) if colon else kind.default
+        strength = float(stated if colon else kind.default)
     except ValueError:
         strength = math.nan
     if not kind.lowest <= strength <= kind.highest or (kind.whole and not strength.is_integer()):
