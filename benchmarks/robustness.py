@@ -221,7 +221,7 @@ def main(
     console = Console(stderr=True)
 
     def watch(shown: Sequence[LabelledImage], name: str) -> Iterator[LabelledImage]:
-        yield from track(shown, description=printable(name), console=console, transient=True)
+        yield from track(shown, printable(name), console=console, transient=True, disable=not console.is_terminal)
 
     precisions = None if precision == "all" else precision.split(",")
     found = measure_robustness(
