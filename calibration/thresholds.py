@@ -341,6 +341,12 @@ def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> 
                 "unsafe images have a p(unsafe) of 0. Every image is blocked or unsure. Raise --alpha, or give --under "
                 "weaker corruptions."
             )
+        costly = [f"{each.fpr:.2%} under {each.corruption}" for each in entry.under if each.fpr > entry.max_fpr]
+        if entry.file in fitted.by_class and costly:
+            yield (
+                f"{entry.file}: safe images blocked: {', '.join(costly)}. --max-fpr {entry.max_fpr:g} is promised for "
+                "images as they are, not under corruptions."
+            )
     for path, reason in fitted.not_fitted.items():
         yield (
             f"{path} was not fitted: {reason} Run on its device: python -m calibration.thresholds --bundle "

@@ -28,6 +28,8 @@ SCHEMA_VERSION = 1
 PAGE = "robustness.html"
 LOOKS = ((BEFORE, "o", (0, (4, 2))), (AFTER, "s", "-"), (WORSE, "^", (0, (1, 1))), (BETTER, "D", "-."), (INK, "v", "-"))
 """Colour, mark and dashes of each file; no figure relies on colour alone."""
+COSTLY = 0.05
+"""Share of safe images that are not allowed, above which the page says so."""
 APART = 0.12
 """How far the marks of two files stand from each other, in steps."""
 
@@ -106,7 +108,7 @@ def robustness_page(found: Robustness) -> str:
     context = {
         "found": found,
         "plots": [_plot(kind, found.files, plain, found.points) for kind in kinds],
-        "less_robust": _less_robust(found),
+        "sentences": [*_less_robust(found), *_costly(found)],
         "css": asset("style.css"),
     }
     return render("robustness.html.j2", context)
@@ -121,6 +123,17 @@ def _less_robust(found: Robustness) -> list[str]:
         less = f"catches fewer unsafe images than {found.files[0]} under {', '.join(worse)}"
         none = f"is not shown to be less robust than {found.files[0]} under any of {len(own)} corruptions"
         told.append(f"{file} {less if worse else none}. Each is a 95 % interval by itself.")
+    return told
+
+
+def _costly(found: Robustness) -> list[str]:
+    """Say of each file under what it stops many safe images: recall alone would flatter a guard that stops all."""
+    told = []
+    for file in found.files:
+        own = [point for point in found.points if point.file == file and point.fpr > COSTLY]
+        if own:
+            cases = ", ".join(f"{point.name} ({100 * point.fpr:.1f} %)" for point in own)
+            told.append(f"{file} does not allow more than {COSTLY:.0%} of safe images under {cases}.")
     return told
 
 
