@@ -47,7 +47,7 @@ def lost(count: int, under: str | None) -> list[Row]:
 
 
 def test_a_corruption_s_losses_stand_in_its_own_line_and_decide_nothing_without_a_margin(tmp_path: Path) -> None:
-    found = compare(comparison(tmp_path, lost(18, "blur:1.5"), guard_recall=4.0))
+    found = compare(comparison(tmp_path, lost(18, "blur:1.5"), guard_recall=4.0, guard_fpr=4.0))
     assert (line(found, "guard/recall/blur:1.5").worse, line(found, "guard/recall/jpeg:50").worse) == (18, 0)
     assert line(found, "guard/recall").worse == 0 and line(found, "guard/recall").n == EACH, "each image once, as it is"
     assert line(found, "guard/fpr/blur:1.5").worse == 0
@@ -60,7 +60,7 @@ def test_a_corruption_s_losses_stand_in_its_own_line_and_decide_nothing_without_
 
 
 def test_with_a_margin_a_loss_under_one_corruption_is_a_regression(tmp_path: Path) -> None:
-    found = compare(comparison(tmp_path, lost(18, "blur:1.5"), robust_recall=4.0, guard_recall=4.0))
+    found = compare(comparison(tmp_path, lost(18, "blur:1.5"), robust_recall=4.0, guard_recall=4.0, guard_fpr=4.0))
     assert found.verdict == "REGRESSION"
     assert line(found, "guard/recall/jpeg:50").verdict == "PASS"
     assert any("guard recall under blur:1.5" in reason for reason in found.reasons)
