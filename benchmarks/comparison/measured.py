@@ -27,6 +27,12 @@ from benchmarks.runs.record import Run
 __all__ = ["Comparison", "Measured", "measure"]
 
 
+NO_CORRUPTIONS = (
+    "--margins declares robust_recall, but no images were judged under corruptions. Run both sides with --under, or "
+    "set robust_recall to false"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What to compare, and how; runs are one a suite. Without ``judges`` the suites' own are taken."""
@@ -81,6 +87,8 @@ def measure(
         unscored.append(unjudged)
         measures += robust
         unscored += unjudged_under
+        if comparison.margins.robust_recall is not None and not robust:
+            anomalies.append(NO_CORRUPTIONS)
     elif unjudged.before < unjudged.rows and comparison.margins.guard_recall is not None:
         anomalies.append(
             "the baseline's guard was measured, but the candidate's was not. Run both with the guard, or set "

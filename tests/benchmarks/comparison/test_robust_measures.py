@@ -78,3 +78,13 @@ def test_rows_without_probabilities_are_counted_for_their_corruption(tmp_path: P
 def test_rows_of_another_corruption_are_not_paired(tmp_path: Path) -> None:
     asked = comparison(tmp_path, changed(rows(), lambda row: row.under == "jpeg:50", under="jpeg:51"))
     assert any(": under " in each for each in measure(asked.baseline, asked.candidate, asked).anomalies)
+
+
+def test_a_declared_margin_without_corrupted_images_is_an_anomaly(tmp_path: Path) -> None:
+    plain = [row for row in rows() if row.under is None]
+    run = stored(tmp_path / "run", plain, record_of(plain, suite="guard"))
+    asked = Comparison(baseline=[run], candidate=[run], margins=Margins(robust_recall=2.0))
+    assert any("robust_recall" in each for each in measure([run], [run], asked).anomalies)
+    assert not any(
+        "robust_recall" in each for each in measure([run], [run], Comparison(baseline=[run], candidate=[run])).anomalies
+    )
