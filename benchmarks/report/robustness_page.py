@@ -140,6 +140,7 @@ def _costly(found: Robustness) -> list[str]:
 def _plot(kind: str, files: Sequence[str], plain: Sequence[Point], points: Sequence[Point]) -> Plot:
     """Draw recall over the steps of a kind, from the image as it is to the last one given."""
     own = [point for point in points if point.corruption == kind]
+    bottom = 10 * int(10 * min(point.recall_interval[0] for point in points))  # the same in every figure
     steps = ["none", *dict.fromkeys(f"{point.strength:g}" for point in own)]
     name = f"recall-{kind}"
 
@@ -165,7 +166,11 @@ def _plot(kind: str, files: Sequence[str], plain: Sequence[Point], points: Seque
                 label=file,
             )
         ax.set_xticks(range(len(steps)), steps)
-        ax.set(ylim=(-3, 103), xlabel=KINDS[kind].meaning, ylabel="unsafe images caught, %")
+        ax.set(
+            ylim=(bottom - (100 - bottom) / 33, 100 + (100 - bottom) / 33),
+            xlabel=KINDS[kind].meaning,
+            ylabel="unsafe images caught, %",
+        )
         ax.grid(axis="y")
         ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=1, borderaxespad=0.1)
 
