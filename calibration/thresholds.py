@@ -354,6 +354,11 @@ def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> 
         )
 
 
+def _limit(value: float) -> str:
+    """Return a limit with four decimals, a smaller one with its exponent: it is not 0."""
+    return f"{value:.4f}" if value == 0 or value >= 0.0001 else f"{value:.1e}"
+
+
 def _table(manifest: Manifest) -> list[str]:
     rows: list[Any] = [("file", "class", "allow below", "block from", "miss", "FPR", "unsure", "n", "unsafe")]
     for entry in manifest.thresholds or ():
@@ -361,7 +366,7 @@ def _table(manifest: Manifest) -> list[str]:
         for name, band in (("others" if entry.per_class else "all", entry.pooled), *sorted(entry.per_class.items())):
             first = band is entry.pooled
             counts = (*(rates if first else ("", "", "")), str(entry.n) if first else "", str(band.n_unsafe))
-            rows.append((entry.file if first else "", name, f"{band.allow:.4f}", f"{band.block:.4f}", *counts))
+            rows.append((entry.file if first else "", name, _limit(band.allow), _limit(band.block), *counts))
         for each in entry.under:
             rates = [f"{rate:.2%}" for rate in (each.miss_rate, each.fpr, each.unsure_rate)]
             rows.append(("", f"under {each.corruption}", "", "", *rates, "", ""))
