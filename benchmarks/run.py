@@ -17,8 +17,10 @@ from PIL import Image
 from benchmarks.runs.answering.answerer import Answerer, failed
 from benchmarks.runs.answering.select import Request, open_answerer
 from benchmarks.runs.record import RECORD_NAME, Row, RunRecord, RunWriter, check_new, read_run
+from benchmarks.suites.corrupted import corrupted
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import Suite
+from calibration.labelled.corruptions import parse_corruptions, under_option
 from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.errors import ImageFileError, InputError
@@ -153,6 +155,7 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run record to write.")
 @click.option("--resume", is_flag=True, help="Resume the run in --out if there is one.")
 @click.option("--limit", type=click.IntRange(min=1), help="Number of rows, types in proportion, for a trial.")
+@under_option("Corruptions under which each image of a guard suite is judged, too")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size in rows.")
 @click.option(
     "--max-new-tokens",
@@ -186,7 +189,14 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for a request.")
 @json_option("run.json and counts")
 def main(
-    suite_name: str, data: Path | None, out: Path, resume: bool, limit: int | None, as_json: bool, **given: Any
+    suite_name: str,
+    data: Path | None,
+    out: Path,
+    resume: bool,
+    limit: int | None,
+    under: str | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Run an artifact through a suite and write a run record, row by row."""
     from rich.console import Console
@@ -194,7 +204,8 @@ def main(
 
     if not resume:
         check_new(out)
-    suite = open_suite(suite_name, data, limit=limit)
+    corruptions = () if under is None else parse_corruptions(under)
+    suite = corrupted(open_suite(suite_name, data, limit=limit), corruptions)
     tokens = given.pop("max_new_tokens") or suite.max_new_tokens
     request = Request(**{**given, "grid": parse_grid(given["grid"])}, max_new_tokens=tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

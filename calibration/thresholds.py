@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.labelled.judged_images import NAMES_SHOWN, TileCost, judge_images, scores_of, tile_cost
+from calibration.labelled.corruptions import Corruption, parse_corruptions, under_option
+from calibration.labelled.judged_images import NAMES_SHOWN, TileCost, scores_of, tile_cost
 from calibration.labelled.labels import LabelledImage, Labels, read_labels
 from calibration.labelled.risk_control import Bands, Method, Promise, fit_bands, measure
+from calibration.labelled.under import Watch, check_labels, judge_under, rates_under
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.runner import GuardRunner
 from runtimes.guard.select import ONNX_RUNTIMES
@@ -35,8 +37,6 @@ from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import json_option
 
 __all__ = ["Fitted", "fit_bundle"]
-
-Watch = Callable[[Sequence[LabelledImage], str], Iterator[LabelledImage]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,14 @@ def fit_bundle(
     precisions: Collection[str] | None = None,
     runtime: str = "onnxruntime",
     view: ViewMode = "tiles",
+    under: Sequence[Corruption] = (),
     watch: Watch = lambda images, _: iter(images),
 ) -> Fitted:
     """Fit thresholds for each file of a bundle that runs here, or of ``precisions``, and write its manifest.
 
     Files that are not fitted, such as engines that do not run here, keep the thresholds that they have. Every
-    file sees every image once, a batch in memory at a time; ``watch`` passes them through, given the file's path.
+    file sees every image once, and once more for each corruption in ``under``, a batch in memory at a time; ``watch``
+    passes them through, given the file's path and the corruption. The promise on misses is for those corruptions, too.
     ONNX files are asked on ``runtime``, one of ``ONNX_RUNTIMES``: the one that will run them.
 
     What is promised is promised for images judged as ``view`` says (see ``runtimes.images.tiling``). Where images have
@@ -74,7 +76,7 @@ def fit_bundle(
     for: then there is one band for all.
 
     Raises BundleError for a bundle that does not stand alone or lacks a precision; InputError for random weights,
-    for too few or unreadable images. The manifest is then as it was.
+    for too few images, before any is judged, or unreadable ones. The manifest is then as it was.
     """
     if not bundle.manifest.source.standalone:
         raise BundleError(
@@ -89,6 +91,7 @@ def fit_bundle(
         )
     checked_mode(view)
     classes = bundle.manifest.classes
+    check_labels(labels, classes, promise, under)
     costs: dict[str, TileCost] = {}
     fitted: list[Thresholds] = []
     not_fitted: dict[str, str] = {}
@@ -105,14 +108,17 @@ def fit_bundle(
             continue
         with runner:
             provider = runner.provider
-            answers = judge_images(runner, classes, labels, watch(labels.images, file.path), view)
+            answers, others = judge_under(runner, file.path, classes, labels, view, under, watch)
         unreadable |= dict.fromkeys(answers.unreadable)
         scores, harms = scores_of(answers.probs, classes)
+        seen = [scores_of(each.probs, classes) for each in others]
         unsafe = answers.truth != safe_index(classes)
-        bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class and not answers.tiled)
-        fitted.append(_thresholds(file, bands, promise, labels, scores, unsafe, harms, view, provider))
+        whole = not any(each.tiled for each in (answers, *others))
+        bands = fit_bands(scores, unsafe, harms, promise, per_class=per_class and whole, under=seen)
+        entry = _thresholds(file, bands, promise, labels, scores, unsafe, harms, view, provider)
+        fitted.append(entry.model_copy(update={"under": rates_under(bands, unsafe, under, seen)}))
         if answers.tiled:
-            costs[file.path] = tile_cost(answers, bands, scores, harms, promise, classes)
+            costs[file.path] = tile_cost(answers, others, bands, promise, classes)
         by_class[file.path] = _by_class(bands, scores, answers.truth, harms, classes)
     manifest = _enter(bundle.folder, fitted)
     return Fitted(
@@ -250,6 +256,7 @@ def _by_class(
     help="Runtime that will run the ONNX files.",
 )
 @view_option
+@under_option("Corruptions under which the promise on misses holds, too")
 @json_option("the thresholds")
 def main(
     bundle: Path,
@@ -263,15 +270,25 @@ def main(
     precision: str,
     runtime: str,
     view: ViewMode,
+    under: str | None,
     as_json: bool,
 ) -> None:
     """Fit block and allow thresholds for every file of BUNDLE on labelled images, with a stated promise."""
     promise = Promise(alpha=alpha, max_fpr=max_fpr, method=method, delta=delta)
+    corruptions = () if under is None else parse_corruptions(under)
     opened = open_bundle(bundle)
     read = read_labels(labels, opened.manifest.classes, images)
     precisions = None if precision == "all" else precision.split(",")
     fitted = fit_bundle(
-        opened, read, promise, per_class=per_class, precisions=precisions, runtime=runtime, view=view, watch=_watch
+        opened,
+        read,
+        promise,
+        per_class=per_class,
+        precisions=precisions,
+        runtime=runtime,
+        view=view,
+        under=corruptions,
+        watch=_watch,
     )
     for line in _notes(read, fitted, bundle, per_class=per_class):
         click.echo(printable(as_started(line)), err=True)
@@ -316,11 +333,30 @@ def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> 
         if names:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             yield f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}"
+    for entry in fitted.manifest.thresholds or ():
+        shut = [name for name, band in (("all", entry.pooled), *entry.per_class.items()) if band.allow == 0]
+        if entry.file in fitted.by_class and shut:
+            yield (
+                f"{entry.file} ({', '.join(shut)}): the promise is kept only by allowing nothing, because too many "
+                "unsafe images have a p(unsafe) of 0. Every image is blocked or unsure. Raise --alpha, or give --under "
+                "weaker corruptions."
+            )
+        costly = [f"{each.fpr:.2%} under {each.corruption}" for each in entry.under if each.fpr > entry.max_fpr]
+        if entry.file in fitted.by_class and costly:
+            yield (
+                f"{entry.file}: safe images blocked: {', '.join(costly)}. --max-fpr {entry.max_fpr:g} is promised for "
+                "images as they are, not under corruptions."
+            )
     for path, reason in fitted.not_fitted.items():
         yield (
             f"{path} was not fitted: {reason} Run on its device: python -m calibration.thresholds --bundle "
             f"{bundle} --labels FILE"
         )
+
+
+def _limit(value: float) -> str:
+    """Return a limit with four decimals, a smaller one with its exponent: it is not 0."""
+    return f"{value:.4f}" if value == 0 or value >= 0.0001 else f"{value:.1e}"
 
 
 def _table(manifest: Manifest) -> list[str]:
@@ -330,7 +366,10 @@ def _table(manifest: Manifest) -> list[str]:
         for name, band in (("others" if entry.per_class else "all", entry.pooled), *sorted(entry.per_class.items())):
             first = band is entry.pooled
             counts = (*(rates if first else ("", "", "")), str(entry.n) if first else "", str(band.n_unsafe))
-            rows.append((entry.file if first else "", name, f"{band.allow:.4f}", f"{band.block:.4f}", *counts))
+            rows.append((entry.file if first else "", name, _limit(band.allow), _limit(band.block), *counts))
+        for each in entry.under:
+            rates = [f"{rate:.2%}" for rate in (each.miss_rate, each.fpr, each.unsure_rate)]
+            rows.append(("", f"under {each.corruption}", "", "", *rates, "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

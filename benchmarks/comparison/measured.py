@@ -19,11 +19,18 @@ from benchmarks.comparison.measures import (
     question_measures,
 )
 from benchmarks.comparison.pairing import Pair, pair_runs
+from benchmarks.comparison.robust_measures import robust_measures
 from benchmarks.judges.judge import Score
 from benchmarks.judges.select import open_judge
 from benchmarks.runs.record import Run
 
 __all__ = ["Comparison", "Measured", "measure"]
+
+
+NO_CORRUPTIONS = (
+    "--margins declares robust_recall, but no images were judged under corruptions. Run both sides with --under, or "
+    "set robust_recall to false"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +79,16 @@ def measure(
     questions, missed = question_measures(pairing.pairs, comparison.margins)
     threshold = next((run.record.threshold for run in before if run.record.threshold is not None), None)
     guard, unjudged = guard_rows(pairing.pairs, threshold)
+    robust, unjudged_under = robust_measures(pairing.pairs, threshold, comparison.margins)
     measures += questions
     unscored += missed
     if guard is not None:
         measures += guard_measures(guard, comparison.margins)
         unscored.append(unjudged)
+        measures += robust
+        unscored += unjudged_under
+        if comparison.margins.robust_recall is not None and not robust:
+            anomalies.append(NO_CORRUPTIONS)
     elif unjudged.before < unjudged.rows and comparison.margins.guard_recall is not None:
         anomalies.append(
             "the baseline's guard was measured, but the candidate's was not. Run both with the guard, or set "

@@ -177,17 +177,22 @@ class GuardRows:
     """p(unsafe) from which the baseline's guard blocks: its operating point."""
 
 
-def guard_rows(pairs: Sequence[Pair], threshold: float | None) -> tuple[GuardRows | None, Unscored]:
-    """Return each image once, those of guard suites before those of pairs; images without a label are left out."""
+def guard_rows(
+    pairs: Sequence[Pair], threshold: float | None, *, under: str | None = None
+) -> tuple[GuardRows | None, Unscored]:
+    """Return each image once, those of guard suites before those of pairs; images without a label are left out.
+
+    They are the images as they are, or those ``under`` a corruption.
+    """
     seen: dict[tuple[str, str], Pair] = {}
     for pair in sorted(pairs, key=lambda pair: pair.before.kind != "image"):
-        if pair.before.label is not None and pair.before.image is not None:
-            seen.setdefault((pair.suite.removeprefix("guard-"), pair.before.image), pair)
+        if pair.before.label is not None and pair.before.image is not None and pair.before.under == under:
+            seen.setdefault((_images_of(pair.suite), pair.before.image), pair)
     if any(pair.before.kind == "image" for pair in seen.values()):
         seen = {key: pair for key, pair in seen.items() if pair.before.kind == "image"}
     own = list(seen.values())
     missing = Unscored(
-        what="images by the guard",
+        what="images by the guard" if under is None else f"images by the guard under {under}",
         rows=len(own),
         before=sum(pair.before.probs is None for pair in own),
         after=sum(pair.after.probs is None for pair in own),
@@ -202,6 +207,11 @@ def guard_rows(pairs: Sequence[Pair], threshold: float | None) -> tuple[GuardRow
         labels=np.array([pair.before.label for pair in both], np.int64),
         threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
     ), missing
+
+
+def _images_of(suite: str) -> str:
+    """Return the name of a suite's images: those of ``guard-mini+jpeg:50`` are ``guard-mini``'s."""
+    return suite.partition("+")[0].removeprefix("guard-")
 
 
 def guard_measures(rows: GuardRows, margins: Margins) -> list[Measure]:

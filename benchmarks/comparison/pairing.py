@@ -13,7 +13,7 @@ from safevlm.errors import InputError
 __all__ = ["Pair", "Pairing", "changed_part", "differences", "pair_runs"]
 
 SHOWN = 3
-CONTENT = ("kind", "image", "query", "type", "category", "subcategory", "label", "reference")
+CONTENT = ("kind", "image", "query", "type", "category", "subcategory", "under", "label", "reference")
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ MARGINS = {
     "guard_recall": "guard recall",
     "guard_fpr": "guard FPR",
     "utility": "right answers of a utility suite",
+    "robust_recall": "guard recall under each corruption",
     "implausible_gain": "a gain that is surely larger is anomalous",
 }
 """Names of the margins that are points."""

@@ -80,6 +80,8 @@ class Row(_Frozen):
     type: Literal["SSS", "SSU", "USU", "UUU", "SUU"] | None = None
     category: str | None = None
     subcategory: str | None = None
+    under: str | None = None
+    """The corruption under which the image was judged, such as ``jpeg:50``; None as it is."""
     label: Count | None = None
     """The image's true class, 0 safe; None where it is not known or sources contradict each other."""
     reference: str | None = None

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.runs.record import Row, SuiteRecord
+from calibration.labelled.corruptions import corruption_of
 from safevlm.errors import InputError
 
 __all__ = ["Suite", "one_row_an_image"]
@@ -39,9 +40,10 @@ class Suite:
             raise InputError(f"suite {self.name} is empty, so there is nothing to run.")
 
     def picture(self, row: Row) -> Image.Image:
-        """Return the image of a row. Raises ImageFileError for one that cannot be read."""
+        """Return the image of a row, corrupted as the row says. Raises ImageFileError for one that cannot be read."""
         assert row.image is not None
-        return self.pictures[row.image]()
+        picture = self.pictures[row.image]()
+        return picture if row.under is None else corruption_of(row.under)(picture)
 
     def record(self) -> SuiteRecord:
         """Return what a run record says of the suite; its hash covers rows and images, not their order."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.labelled.corruptions import Corruption
 from calibration.labelled.labels import LabelledImage, Labels
-from calibration.labelled.risk_control import Bands, Promise, fit_bands, measure
+from calibration.labelled.risk_control import Bands, Promise, Seen, fit_bands, measure
 from runtimes.guard.runner import GuardRunner
 from runtimes.guard.verdict import harms, unsafe_probability
 from runtimes.images.tiling import judged_pixels
@@ -59,16 +60,23 @@ class JudgedImages:
 
 
 def judge_images(
-    runner: GuardRunner, classes: Sequence[str], labels: Labels, images: Iterable[LabelledImage], view: ViewMode
+    runner: GuardRunner,
+    classes: Sequence[str],
+    labels: Labels,
+    images: Iterable[LabelledImage],
+    view: ViewMode,
+    corruption: Corruption | None = None,
 ) -> JudgedImages:
-    """Judge the images; InputError as soon as more than 1 % of them cannot be read."""
+    """Judge the images, under a corruption if one is given; InputError when more than 1 % of them cannot be read."""
     rgb: list[NDArray[np.uint8]] = []
     probs: list[NDArray[np.float32]] = []
     counts, truth, unreadable = [], [], []
     for image in images:
         before = len(rgb)
         try:
-            rgb += [pixels for _, pixels in judged_pixels(open_image(image.path), runner.preprocessing, view)]
+            opened = open_image(image.path)
+            shown = opened if corruption is None else corruption(opened)
+            rgb += [pixels for _, pixels in judged_pixels(shown, runner.preprocessing, view)]
         except ImageFileError:
             unreadable.append(str(image.path))
             _check_readable(unreadable, len(labels.images))
@@ -100,16 +108,17 @@ def judge_images(
 
 def tile_cost(
     answers: JudgedImages,
+    under: Sequence[JudgedImages],
     bands: Bands,
-    scores: NDArray[np.float64],
-    harms: list[str],
     promise: Promise,
     classes: Sequence[str],
 ) -> TileCost:
     """Return what tiles cost; ``bands`` were fitted on the scores and harms of the worst of each image's tiles."""
     unsafe = answers.truth != safe_index(classes)
+    scores, harms = scores_of(answers.probs, classes)
     alone, harms_alone = scores_of(answers.whole, classes)
-    of_whole = fit_bands(alone, unsafe, harms_alone, promise, per_class=False)
+    alone_under = [scores_of(each.whole, classes) for each in under]
+    of_whole = fit_bands(alone, unsafe, harms_alone, promise, per_class=False, under=alone_under)
     tiles, whole = measure(bands, scores, unsafe, harms), measure(of_whole, alone, unsafe, harms_alone)
     return TileCost(
         tiled=answers.tiled,
@@ -129,7 +138,7 @@ def _check_readable(unreadable: Sequence[str], n: int) -> None:
         )
 
 
-def scores_of(probs: NDArray[np.float32], classes: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
+def scores_of(probs: NDArray[np.float32], classes: Sequence[str]) -> Seen:
     """Return p(unsafe) and the most probable harm of each row, as judging computes them."""
     safe = safe_index(classes)
-    return unsafe_probability(probs, safe), [classes[at] for at in harms(probs, safe)]
+    return Seen(unsafe_probability(probs, safe), [classes[at] for at in harms(probs, safe)])

@@ -6,6 +6,19 @@ rate is at most the level; with learn-then-test (Angelopoulos et al., 2021) it i
 the exact binomial tail. Both hold for any guard and any distribution, as long as images to come are exchangeable
 with those fitted on.
 
+**Under corruptions.** The promise on misses is made for each declared corruption by itself: ``allow`` is fitted to the
+scores of the same images under each, and the smallest is taken (the paper's extension to multiple risks). Misses can
+only fall with ``allow``, so each promise keeps holding, and with them the promise for any mixture of those corruptions
+that does not depend on the image. No union bound is needed: it would promise all of them at once with
+``learn_then_test``. That is not promised, nor that the rate stays below alpha for somebody who picks the corruption
+image by image.
+
+**What cannot be promised** is known from the number of images alone. Conformal risk control takes the limit from
+(n / (n + 1)) (share of misses) + 1 / (n + 1) <= alpha (Theorem 1), so even a guard without a miss needs
+1 / (n + 1) <= alpha. Under shift the last term is the weight of the image to come (the paper's extension to shift). A
+corruption that is applied to the labelled images themselves weighs all images alike, so the bound is the same under
+each.
+
 Shapes: n images; scores are p(unsafe), float64.
 """
 
@@ -13,9 +26,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +37,18 @@ from runtimes.guard.verdict import allows, blocks
 from safevlm.contract.manifest import Band
 from safevlm.errors import InputError
 
-__all__ = ["Bands", "Method", "Promise", "Rates", "fewest", "fit_bands", "hits_allowed", "measure"]
+__all__ = [
+    "Bands",
+    "Method",
+    "Promise",
+    "Rates",
+    "Seen",
+    "check_feasible",
+    "fewest",
+    "fit_bands",
+    "hits_allowed",
+    "measure",
+]
 
 Method = Literal["conformal_risk_control", "learn_then_test"]
 NEARLY_ONE = math.nextafter(1.0, 0.0)
@@ -49,6 +73,13 @@ class Promise:
         for name, value in (("alpha", self.alpha), ("max-fpr", self.max_fpr), ("delta", self.delta)):
             if not 0 < value < 1:
                 raise InputError(f"--{name} {value} is not a share. Give a number above 0 and below 1, such as 0.05.")
+
+
+class Seen(NamedTuple):
+    """What a guard makes of n images, as they are or under a corruption: their scores and most probable harms."""
+
+    scores: Floats
+    harms: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +133,20 @@ def fewest(level: float, promise: Promise) -> int:
     return max(1, math.ceil(math.log(promise.delta) / math.log1p(-level) * (1 - 1e-12)))
 
 
+def check_feasible(unsafe: int, safe: int, promise: Promise) -> None:
+    """Raise InputError, saying how many are needed, where so few images cannot carry the promise for any guard."""
+    _require(unsafe, promise.alpha, promise, "unsafe", "--alpha")
+    _require(safe, promise.max_fpr, promise, "safe", "--max-fpr")
+
+
 def fit_bands(
-    scores: Floats, unsafe: Flags, harms: Sequence[str], promise: Promise, *, per_class: bool = True
+    scores: Floats,
+    unsafe: Flags,
+    harms: Sequence[str],
+    promise: Promise,
+    *,
+    per_class: bool = True,
+    under: Sequence[Seen] = (),
 ) -> Bands:
     """Fit bands to n labelled images: their scores, whether they are unsafe, their most probable harm.
 
@@ -115,32 +158,40 @@ def fit_bands(
     Where the guard is so good that they cross, no image need be unsure, and one threshold between them serves as
     both: the one with the fewest errors.
 
+    ``under`` is what the guard makes of the same images under each corruption that the promise on misses covers, too.
+    An image's group is then that of its harm under the corruption. The promise on safe images is for them as they are.
+
     Raises InputError saying how many images are needed.
     """
-    _require(int(unsafe.sum()), promise.alpha, promise, "unsafe", "--alpha")
-    _require(int((~unsafe).sum()), promise.max_fpr, promise, "safe", "--max-fpr")
+    check_feasible(int(unsafe.sum()), int((~unsafe).sum()), promise)
     block = _block(scores[~unsafe], promise)
-    names = np.array(harms)
-    alone = _classes_alone(names[unsafe].tolist(), promise) if per_class else []
+    ways = [(each.scores, np.array(each.harms)) for each in (Seen(scores, harms), *under)]
+    alone = _classes_alone([names[unsafe].tolist() for _, names in ways], promise) if per_class else []
     each = _for_each(promise, len(alone) + 1)
-    rest = ~np.isin(names, alone)
+
+    def band(inside: Callable[[NDArray[np.str_]], Flags]) -> Band:
+        groups = [inside(names) for _, names in ways]
+        found = [seen[unsafe & group] for (seen, _), group in zip(ways, groups, strict=True)]
+        return _band(found, scores[~unsafe & groups[0]], block, each)
+
     return Bands(
-        pooled=_band(scores[unsafe & rest], scores[~unsafe & rest], block, each),
-        per_class={
-            name: _band(scores[unsafe & (names == name)], scores[~unsafe & (names == name)], block, each)
-            for name in alone
-        },
+        pooled=band(lambda names: ~np.isin(names, alone)),
+        per_class={name: band(lambda names, name=name: names == name) for name in alone},  # type: ignore[misc]
     )
 
 
-def _classes_alone(harms: Sequence[str], promise: Promise) -> list[str]:
-    """Return the classes with enough unsafe images, the most of them that leave enough for the shared band."""
-    counts = Counter(harms)
-    alone = sorted(counts, key=lambda name: (-counts[name], name))
+def _classes_alone(ways: Sequence[Sequence[str]], promise: Promise) -> list[str]:
+    """Return the classes with enough unsafe images, the most of them that leave enough for the shared band.
+
+    ``ways`` are the most probable harms of the unsafe images, as they are and under each corruption: enough in each.
+    """
+    counts = [Counter(harms) for harms in ways]
+    fewest_of = {name: min(count[name] for count in counts) for name in counts[0]}
+    alone = sorted(fewest_of, key=lambda name: (-fewest_of[name], name))
     while alone:
         needed = fewest(promise.alpha, _for_each(promise, len(alone) + 1))
-        rest = len(harms) - sum(counts[name] for name in alone)
-        if min(counts[alone[-1]], rest) >= needed:
+        rest = min(count.total() - sum(count[name] for name in alone) for count in counts)
+        if min(fewest_of[alone[-1]], rest) >= needed:
             break
         alone.pop()
     return sorted(alone)
@@ -160,12 +211,12 @@ def _require(n: int, level: float, promise: Promise, kind: str, option: str) -> 
         )
 
 
-def _band(unsafe_scores: Floats, safe_scores: Floats, block: float, promise: Promise) -> Band:
-    misses = hits_allowed(len(unsafe_scores), promise.alpha, promise)
-    allow = float(np.sort(unsafe_scores)[misses])  # at most so many lie below it
+def _band(unsafe_scores: Sequence[Floats], safe_scores: Floats, block: float, promise: Promise) -> Band:
+    """Return the band of a group from its unsafe images' scores, as they are first and then under each corruption."""
+    allow = min(float(np.sort(each)[hits_allowed(len(each), promise.alpha, promise)]) for each in unsafe_scores)
     if allow >= block:
-        allow = block = _between(block, allow, unsafe_scores, safe_scores)
-    return Band(allow=min(allow, NEARLY_ONE), block=block, n_unsafe=len(unsafe_scores))
+        allow = block = _between(block, allow, unsafe_scores[0], safe_scores)
+    return Band(allow=min(allow, NEARLY_ONE), block=block, n_unsafe=len(unsafe_scores[0]))
 
 
 def _between(low: float, high: float, unsafe_scores: Floats, safe_scores: Floats) -> float:

@@ -34,6 +34,7 @@ from safevlm.contract.manifest_fields import (
     unique,
 )
 from safevlm.contract.preprocessing import Preprocessing
+from safevlm.contract.under import UnderCorruption, broken_promise
 from safevlm.errors import BundleError
 from safevlm.files.json_file import first_problem, parse_json, replace_file, validate_json
 from safevlm.files.regular_file import is_folder, read_regular
@@ -229,7 +230,8 @@ class Thresholds(Frozen):
     probability 1 - ``delta`` over the images it was fitted on (``learn_then_test``). At most ``max_fpr`` of safe
     images is blocked, in the same sense. ``per_class`` replaces ``pooled`` for images whose most probable harm
     is that class. Rates are those found on the ``n`` images of the labels file with this hash. ``view`` is how large
-    images were judged (see ``runtimes.images.tiling``): the promise is for that.
+    images were judged (see ``runtimes.images.tiling``): the promise is for that. ``under`` lists the corruptions, each
+    at one strength, under which the promise on misses holds as well, each by itself; others are not covered.
     """
 
     file: BundlePath
@@ -252,6 +254,7 @@ class Thresholds(Frozen):
     """Of thresholds that do not say it, which are from before there were tiles, ``whole``."""
     provider: Name | None = None
     """What the runtime computed with, as :attr:`Latency.provider`; None of thresholds that do not say it."""
+    under: tuple[UnderCorruption, ...] = Field(default=(), max_length=1_000)
 
     @model_validator(mode="after")
     def _check(self) -> Thresholds:
@@ -264,6 +267,9 @@ class Thresholds(Frozen):
                 f"a rate of {self.miss_rate} misses and {self.fpr} false blocks breaks the promise of at most "
                 f"{self.alpha} and {self.max_fpr}"
             )
+        broken = broken_promise(self.under, self.alpha)
+        if self.method == "conformal_risk_control" and broken is not None:
+            raise ValueError(f"{broken} breaks the promise of at most {self.alpha}")
         return self
 
     def band(self, harm: str) -> Band:

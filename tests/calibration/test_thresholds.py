@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration.labelled.corruptions import parse_corruptions
 from calibration.labelled.judged_images import BATCH
 from calibration.labelled.labels import read_labels
 from calibration.labelled.risk_control import Promise
-from calibration.thresholds import fit_bundle, main
+from calibration.thresholds import _notes, fit_bundle, main
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
@@ -268,3 +270,93 @@ def test_the_command_says_what_tiles_cost(bundle: Path, large: Path) -> None:
     assert "one band for all classes" in done.stderr
     (entry,) = json.loads(done.stdout)["thresholds"]
     assert entry["view"] == "tiles" and entry["per_class"] == {}
+
+
+UNDER = parse_corruptions("jpeg:30,noise:40,grey:0.5")
+
+
+def test_the_promise_on_misses_is_kept_under_the_corruptions_that_the_manifest_states(
+    bundle: Path, labels: Path
+) -> None:
+    read, promise = read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1)
+    alone = fit_bundle(open_bundle(bundle), read, promise, per_class=False).manifest
+    fitted_under = fit_bundle(open_bundle(bundle), read, promise, per_class=False, under=UNDER).manifest
+    for before, after in zip(alone.thresholds or (), fitted_under.thresholds or (), strict=True):
+        assert before.under == () and [each.corruption for each in after.under] == ["jpeg:30", "noise:40", "grey:0.5"]
+        assert after.pooled.allow <= before.pooled.allow
+    truth = np.array([image.label for image in read.images]) != 0
+    for entry in fitted_under.thresholds or ():
+        with Guard.open(bundle, precision=entry.file.split(".")[1], threads=1) as guard:
+            for corruption, stated in zip(UNDER, entry.under, strict=True):
+                judged = guard.judge([corruption(open_image(image.path)) for image in read.images])
+                allowed = np.array([each.verdict == "allow" for each in judged])
+                assert allowed[truth].mean() == pytest.approx(stated.miss_rate) and stated.miss_rate <= 0.1
+                blocked = np.array([each.verdict == "block" for each in judged])
+                assert blocked[~truth].mean() == pytest.approx(stated.fpr)
+
+
+def test_the_command_shows_each_corruption(bundle: Path, labels: Path) -> None:
+    arguments = ["--bundle", str(bundle), "--labels", str(labels), "--alpha", "0.1", "--under", "grey , blur:3"]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.stdout.count("under grey:1") == done.stdout.count("under blur:3") == 2
+
+
+def test_what_a_corruption_costs_and_limits_that_allow_nothing_are_said(bundle: Path, labels: Path) -> None:
+    read = read_labels(labels, CLASSES)
+    done = fit_bundle(open_bundle(bundle), read, Promise(alpha=0.1, max_fpr=0.1), precisions=["fp32"], under=UNDER)
+    assert not list(_notes(read, done, bundle, per_class=True))
+    (entry,) = done.manifest.thresholds or ()
+    costly = entry.model_copy(
+        update={
+            "under": (entry.under[0], entry.under[1].model_copy(update={"fpr": 0.5})),
+            "pooled": entry.pooled.model_copy(update={"allow": 0.0}),
+        }
+    )
+    manifest = done.manifest.model_copy(update={"thresholds": (costly,)})
+    notes = "\n".join(_notes(read, replace(done, manifest=manifest), bundle, per_class=True))
+    assert "safe images blocked: 50.00% under noise:40. --max-fpr 0.1 is promised for images as they are" in notes
+    assert "(all): the promise is kept only by allowing nothing" in notes
+
+
+@pytest.mark.parametrize("method", ["conformal_risk_control", "learn_then_test"])
+def test_a_promise_that_cannot_be_kept_is_refused_before_any_image_is_judged(
+    bundle: Path, labels: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeRunner, "_activate", lambda self: pytest.fail("the guard was opened"))
+    before = (bundle / "manifest.json").read_bytes()
+    arguments = ["--bundle", str(bundle), "--labels", str(labels), "--alpha", "0.01", "--method", method]
+    done = CliRunner().invoke(main, [*arguments, "--under", "jpeg,blur"])
+    assert isinstance(done.exception, InputError)
+    needed = {"conformal_risk_control": 99, "learn_then_test": 230}[method]
+    assert "No promise can be kept under jpeg:50, blur:1.5: 80 unsafe images are too few" in str(done.exception)
+    assert f"at least {needed} are needed" in str(done.exception)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_an_unknown_corruption_is_refused_and_nothing_is_written(bundle: Path, labels: Path) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    for under, told in (("jpg", "unknown corruption"), ("jpeg:500", "must be a whole number from 5 to 95")):
+        done = CliRunner().invoke(main, ["--bundle", str(bundle), "--labels", str(labels), "--under", under])
+        assert isinstance(done.exception, InputError) and told in str(done.exception)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_thresholds_from_before_there_were_corruptions_are_read(bundle: Path, labels: Path) -> None:
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1), under=UNDER)
+    stated = json.loads((bundle / "manifest.json").read_text())
+    for entry in stated["thresholds"]:
+        entry.pop("under")
+    manifest = Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")
+    assert [entry.under for entry in manifest.thresholds or ()] == [(), ()]
+
+
+@pytest.mark.parametrize("change", [{"miss_rate": 0.5}, {"corruption": "noise:40"}])
+def test_a_manifest_whose_promise_under_a_corruption_is_broken_or_repeated_is_refused(
+    bundle: Path, labels: Path, change: dict[str, object]
+) -> None:
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1), under=UNDER)
+    stated = json.loads((bundle / "manifest.json").read_text())
+    stated["thresholds"][0]["under"][0] |= change
+    with pytest.raises(BundleError, match=r"under jpeg:30 breaks the promise|a name appears twice: noise:40"):
+        Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")

@@ -1,0 +1,69 @@
+"""What the guard does to corrupted images before and after: whether a compressed guard is less robust.
+
+The rows are those of ``benchmarks.run --under``, each image paired with itself under the same corruption, at the
+operating point of the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.comparison.margins import Margins
+from benchmarks.comparison.measures import GuardRows, Measure, Unscored, guard_rows
+from benchmarks.comparison.pairing import Pair
+from runtimes.guard.verdict import blocks, unsafe_probability
+
+__all__ = ["robust_measures"]
+
+
+def robust_measures(
+    pairs: Sequence[Pair], threshold: float | None, margins: Margins
+) -> tuple[list[Measure], list[Unscored]]:
+    """Return recall and FPR under each corruption and, of several, the mean recall; and what has no probabilities."""
+    found, missing = [], []
+    for name in dict.fromkeys(pair.before.under for pair in pairs if pair.before.under is not None):
+        rows, unjudged = guard_rows(pairs, threshold, under=name)
+        missing.append(unjudged)
+        if rows is not None:
+            found += _of_corruption(name, rows, margins)
+    recalls = [each for each in found if not each.lower_is_better]
+    if len(recalls) > 1:
+        found.insert(0, _mean(recalls))
+    return found, missing
+
+
+def _of_corruption(name: str, rows: GuardRows, margins: Margins) -> list[Measure]:
+    blocked = [blocks(unsafe_probability(probs), rows.threshold) for probs in (rows.before, rows.after)]
+    unsafe = rows.labels > 0
+    measures = []
+    for key, where, recall in (("recall", unsafe, True), ("fpr", ~unsafe, False)):
+        before, after = ((each != recall)[where].astype(np.float64) for each in blocked)
+        measures.append(
+            Measure(
+                key=f"guard/{key}/{name}",
+                title=f"guard {'recall' if recall else 'FPR'} under {name}",
+                group="guard",
+                lower_is_better=not recall,
+                pairs=tuple(pair for pair, chosen in zip(rows.pairs, where, strict=True) if chosen),
+                before=before,
+                after=after,
+                margin=margins.share("robust_recall") if recall else None,
+            )
+        )
+    return [each for each in measures if each.pairs]
+
+
+def _mean(recalls: Sequence[Measure]) -> Measure:
+    """Return the mean of recalls, each a stratum; an image is one cluster in all of them."""
+    return Measure(
+        key="guard/robust_recall",
+        title=f"guard recall, mean of {len(recalls)} corruptions",
+        group="guard",
+        lower_is_better=False,
+        pairs=tuple(pair for each in recalls for pair in each.pairs),
+        before=np.concatenate([each.before for each in recalls]),
+        after=np.concatenate([each.after for each in recalls]),
+        strata=tuple(each.key for each in recalls for _ in each.pairs),
+    )
