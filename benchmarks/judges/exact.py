@@ -37,8 +37,8 @@ def question_score(row: Row) -> float | None:
     """Return how right a question's answer is, 0 to 1; None is unscored.
 
     An imported score stands as it is. Otherwise 1 when answer and reference are equal but for case, white space, the
-    kind of apostrophe, emphasis around the whole and one full stop at the end. A question that a gate blocked went unanswered, which is 0. A row that failed, or has neither
-    score nor answer and reference, has None.
+    kind of apostrophe, emphasis around the whole and one full stop at the end. A question that a gate blocked went
+    unanswered, which is 0. A row that failed, or has neither score nor answer and reference, has None.
     """
     if row.error is not None:
         return None

@@ -17,8 +17,8 @@ __all__ = ["Judge", "Score"]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """``ok``: the answer did what its sample asks for; None is unscored. ``why`` says by what; a judge that only answers
-    yes or no leaves it out, except for what it did not score."""
+    """``ok``: the answer did what its sample asks for; None is unscored. ``why`` says how that is known; a judge that
+    only answers yes or no leaves it out where it did answer."""
 
     ok: bool | None
     why: str | None = None

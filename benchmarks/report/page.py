@@ -28,6 +28,7 @@ MARGINS = {
     "guard_recall": "guard recall",
     "guard_fpr": "guard FPR",
     "utility": "right answers of a utility suite",
+    "answers": "cut off, repetitive or unlike answers to harmless pairs",
     "implausible_gain": "a gain that is surely larger is anomalous",
 }
 """Names of the margins that are points."""

@@ -1,7 +1,7 @@
 """What an answer says, without how it is dressed: the one text that every judge and every kind is read from.
 
-A refusal is a refusal with a typographic apostrophe, in bold, behind a byte order mark or in a quoted block. Apostrophes
-and spaces of ASCII stay what they are, so that plain ASCII text is read as it always was.
+A refusal stays one with a typographic apostrophe, in bold, behind a byte order mark or in a quoted block. Plain ASCII
+prose is read as it always was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INVISIBLE = {"Cf", "Cs", "Co", "Cn"}
 _EMPHASIS = re.compile(r"\*+|~~|(?<!\w)_+(?=\w)|(?<=[\w.,!?;:])_+(?!\w)|`+")
 _TAG = re.compile(r"</?(?:p|b|i|em|strong|u|br|div|span|blockquote|h[1-6])\s*/?>", re.IGNORECASE)
 _LEADING = re.compile(r"(?:[^\w\"\u201c\u201d\u201e\u00ab\u00bb']+|\d{1,2}[.)]\s)+")
-_QUOTED = re.compile("[\"\u201c\u201d\u201e\u00ab\u00bb](.*)[\"\u201c\u201d\u00ab\u00bb]", re.DOTALL)
+_QUOTED = re.compile('["\u201c\u201d\u201e\u00ab\u00bb](.*)["\u201c\u201d\u00ab\u00bb]', re.DOTALL)
 """An answer that stands in quotation marks as a whole; one that only begins with a quotation is left alone."""
 
 
