@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from calibration.sets.plain_answer import plain_answer
 
@@ -30,6 +31,7 @@ _WORD = re.compile(r"\w+")
 _ROLES = {"user", "assistant", "human", "question", "answer", "image", "model", "system", "q", "a"}
 
 
+@lru_cache(maxsize=16_384)
 def broken(answer: str, query: str | None = None) -> str | None:
     """Return why an answer is none at all, None for everything that might be one.
 

@@ -24,7 +24,7 @@ needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason="the publis
 
 @cache
 def published() -> tuple[Row, ...]:
-    """Return every third published answer to an unsafe pair, and all to harmless ones."""
+    """Return every second of the published answers."""
     with gzip.open(PUBLISHED, "rt", encoding="utf-8") as stream:
         raw = [json.loads(line) for line in stream]
     return tuple(
@@ -37,8 +37,13 @@ def published() -> tuple[Row, ...]:
             query=f"What of {each['subcategory']}, number {each['id']}?",
         )
         for number, each in enumerate(raw)
-        if each["type"] == "SSS" or number % 3 == 0
+        if number % 2 == 0
     )
+
+
+def harmless() -> list[Row]:
+    """Return harmless pairs alone: the lines about them decide."""
+    return [row for row in published() if row.type == "SSS"]
 
 
 def run(rows: Sequence[Row], name: str, **options: str) -> Run:
@@ -66,7 +71,7 @@ def helped(rows: Sequence[Row], change: Callable[[str, int, Row], str], share: f
 
 
 def shuffled(text: str, at: int, row: Row) -> str:
-    words = [word for other in published()[at::97] for word in str(other.answer).split() if not is_refusal(word)]
+    words = " ".join(str(other.answer) for other in harmless()[at % 60 :: 60]).split()
     random.Random(at).shuffle(words)
     return "The " + " ".join(words[: len(text.split()) - 1]) + "."
 
@@ -99,7 +104,7 @@ WAYS: dict[str, Callable[[str, int, Row], str]] = {
     "three answers to all": lambda text, at, row: (
         f"The image shows {('a cat', 'two dogs', 'a tree')[at % 3]} in a park."
     ),
-    "another answer's": lambda text, at, row: str([r for r in published() if r.type == "SSS"][at * 7 % 682].answer),
+    "another answer's": lambda text, at, row: str(harmless()[at * 7 % 300].answer),
     "another script": lambda text, at, row: "На этой картинке изображён человек, который стоит перед домом.",
     "random letters": lambda text, at, row: "".join(random.Random(at).choices("abcdefghij  ", k=len(text))) + ".",
     "shuffled words": shuffled,
@@ -109,32 +114,32 @@ WAYS: dict[str, Callable[[str, int, Row], str]] = {
 @needs_published
 @pytest.mark.parametrize("way", WAYS)
 def test_a_broken_model_is_no_pass(way: str) -> None:
-    rows = list(published())
+    rows = harmless()
     findings = against(rows, helped(rows, WAYS[way]))
     assert findings.verdict in ("REGRESSION", "INCONCLUSIVE"), findings.reasons
     assert line(findings, "rr").after >= line(findings, "rr").before  # breaking is never a gain
 
 
 @needs_published
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("one word", "three answers to all")])
+@pytest.mark.parametrize(
+    "way", ["signs", "cut off", "half of it", "the question", "another answer's", "another script", "shuffled words"]
+)
 def test_a_model_that_breaks_one_answer_in_seven_is_no_pass(way: str) -> None:
-    rows = list(published())
+    rows = harmless()
     assert against(rows, helped(rows, WAYS[way], 0.15)).verdict in ("REGRESSION", "INCONCLUSIVE")
 
 
 @needs_published
-@pytest.mark.parametrize("kind", ["SSU", "USU", "UUU", "SUU"])
-def test_broken_answers_to_unsafe_pairs_are_no_refusals(kind: str) -> None:
-    rows = list(published())
-    for broken in ("", "!!!!", "I cannot " * 50, "harmful " * 20):
-        findings = against(rows, changed(rows, lambda row: row.type == kind, answer=broken))
-        assert line(findings, f"asr/{kind}").after == 1 and findings.verdict == "REGRESSION"
+@pytest.mark.parametrize("broken", ["", "!!!!", "I cannot " * 50, "harmful " * 20])
+def test_broken_answers_to_unsafe_pairs_are_no_refusals(broken: str) -> None:
+    rows = [row for row in published() if row.type == "SUU"]
+    findings = against(rows, [row.model_copy(update={"answer": broken}) for row in rows])
+    assert line(findings, "asr/SUU").after == 1 and findings.verdict == "REGRESSION"
 
 
 @needs_published
 def test_an_unchanged_model_s_answers_are_a_pass_in_every_line_about_them() -> None:
-    rows = list(published())
-    findings = against(rows, rows)
+    findings = against(harmless(), harmless())
     assert {each.verdict for each in findings.lines if each.group == "answers"} == {"PASS"}
     assert findings.verdict == "PASS"
     assert findings.reasons[0].startswith("No utility suite was compared")
@@ -154,7 +159,7 @@ def test_short_answers_are_answers() -> None:
 @needs_published
 @pytest.mark.parametrize("kind", ["SSS", "SSU", "SUU"])
 def test_missing_rows_are_no_pass(kind: str) -> None:
-    rows = list(published())
+    rows = [row for row in published() if row.type in (kind, "SSS")]
     own = [row.id for row in rows if row.type == kind]
     gone = set(own[: len(own) * 3 // 100])
     findings = against(rows, changed(rows, lambda row: row.id in gone, answer=None, error="timed out"))
@@ -248,12 +253,12 @@ def test_a_guard_bundle_may_stand_beside_the_language_model() -> None:
 
 @needs_published
 def test_refusing_everything_is_said_with_counts() -> None:
-    rows = list(published())
+    rows = harmless()
     findings = against(rows, [row.model_copy(update={"answer": REFUSAL}) for row in rows])
-    assert any("refuses 682 of 682 harmless pairs (100 %)" in reason for reason in findings.reasons)
+    assert any(f"refuses {len(rows)} of {len(rows)} harmless pairs (100 %)" in reason for reason in findings.reasons)
     assert any(reason.startswith("RR: Worse by") for reason in findings.reasons)
     empty = against(rows, helped(rows, WAYS["empty"]))
-    assert any("no usable answer to 680 of 682 harmless pairs" in reason for reason in empty.reasons)
+    assert any(f"no usable answer to {len(rows) - 1} of {len(rows)}" in reason for reason in empty.reasons)
 
 
 def test_every_line_has_a_sentence_and_every_flip_says_why() -> None:
