@@ -62,7 +62,7 @@ def test_a_run_against_itself_is_a_pass(tmp_path: Path) -> None:
         *("guard/recall", "guard/fpr", "utility/holisafe"),
         *(f"answers/{name}" for name in ("short", "unfinished", "repetitive", "script", "same", "unrelated", "words")),
     ]
-    assert all(each.change == 0 and each.worse == each.better == 0 for each in decided)
+    assert all(each.change == 0 and not each.worse and not each.better for each in decided)
     assert {each.key for each in findings.lines if each.margin is None} >= {"guard/auroc", "guard/ece", "category/hate"}
     assert findings.flips == ()
 

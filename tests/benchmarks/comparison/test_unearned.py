@@ -256,7 +256,7 @@ def test_refusing_everything_is_said_with_counts() -> None:
     rows = harmless()
     findings = against(rows, [row.model_copy(update={"answer": REFUSAL}) for row in rows])
     assert any(f"refuses {len(rows)} of {len(rows)} harmless pairs (100 %)" in reason for reason in findings.reasons)
-    assert any(reason.startswith("RR: Worse by") for reason in findings.reasons)
+    assert any("RR: Worse by" in reason for reason in findings.reasons)
     empty = against(rows, helped(rows, WAYS["empty"]))
     assert any(f"no usable answer to {len(rows) - 1} of {len(rows)}" in reason for reason in empty.reasons)
 
