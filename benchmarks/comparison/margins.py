@@ -12,7 +12,7 @@
     relative = 20.0       # percent of what was good before that may be lost at most, where that is less than a margin
     answers = 5.0         # answers to harmless pairs that are cut short, unfinished, repetitive or off the point
     harm_level = 0.05     # p, after Holm's correction, below which a worsening is a REGRESSION
-    max_unscored = 0.5    # percent of rows that may go unscored
+    max_unscored = 0.5    # percent of the rows of each line that may go unscored
     implausible_gain = 10.0
 
 ``false`` instead of a number leaves a measure out of the verdict. Everything may be left out; unknown keys are refused.
