@@ -92,7 +92,9 @@ def main(
 
 def summary_lines(findings: Findings) -> list[str]:
     """Return what a terminal shows: the verdict, why, and the lines that decide."""
-    lines = [findings.verdict, *(f"  {reason}" for reason in findings.reasons), ""]
+    useful = any(line.group == "utility" and line.margin is not None for line in findings.lines)
+    first = findings.verdict if useful else f"{findings.verdict}, without a utility suite"
+    lines = [first, *(f"  {reason}" for reason in findings.reasons), ""]
     lines.append(f"{'':34}{'before':>9}{'after':>9}{'change':>9}{'interval':>19}{'margin':>8}  verdict")
     return lines + [_line(line) for line in findings.lines if line.margin is not None]
 
@@ -100,9 +102,11 @@ def summary_lines(findings: Findings) -> list[str]:
 def _line(line: Line) -> str:
     low, high = line.interval if line.interval is not None else (float("nan"), float("nan"))
     sign = "+" if line.lower_is_better else "-"
+    times, mark = (100, "%") if line.unit == "share" else (1, " ")
     return (
-        f"{line.title[:33]:34}{100 * line.before:>8.2f}%{100 * line.after:>8.2f}%{100 * line.change:>+9.2f}"
-        f"{f'{100 * low:+.2f} to {100 * high:+.2f}':>19}{f'{sign}{100 * (line.margin or 0):g}':>8}  {line.verdict}"
+        f"{line.title[:33]:34}{times * line.before:>8.2f}{mark}{times * line.after:>8.2f}{mark}"
+        f"{times * line.change:>+9.2f}{f'{times * low:+.2f} to {times * high:+.2f}':>19}"
+        f"{f'{sign}{times * (line.margin or 0):.3g}':>8}  {line.verdict}"
     )
 
 

@@ -49,7 +49,7 @@ class Line:
     key: str
     """Unique, such as ``asr/SSU``, ``rr``, ``masr``, ``guard/recall``, ``utility/holisafe-mini``, ``category/hate``."""
     title: str
-    group: Literal["safety", "guard", "utility", "category"]
+    group: Literal["safety", "guard", "utility", "answers", "category"]
     judge: str | None = None
     """Whose scores these are; None for measures that need no judge."""
     unit: Literal["share", "number"] = "share"
@@ -76,7 +76,9 @@ class Line:
     """Samples of this line without a score in the baseline; they are not in ``n``."""
     missing_after: int = 0
     margin: float | None = None
-    """How much worse is declared acceptable, above 0."""
+    """How much worse is acceptable, above 0."""
+    declared: float | None = None
+    """The declared margin, where ``margin`` is less: a share of the few samples that were good in the baseline."""
     p_harm: float | None = None
     p_holm: float | None = None
     """``p_harm`` after Holm's correction over all lines with a margin."""

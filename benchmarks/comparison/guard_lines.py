@@ -74,6 +74,9 @@ def guard_flips(rows: GuardRows, classes: Sequence[str] | None) -> list[Flip]:
                 image=pair.before.image,
                 before=_told(rows.before[at], classes),
                 after=_told(rows.after[at], classes),
+                why_before=_why(blocked[0], rows.before[at], rows.threshold),
+                why_after=_why(blocked[1], rows.after[at], rows.threshold),
+                suite=pair.suite,
             )
         )
     return found
@@ -83,6 +86,13 @@ def _told(row: Floats, classes: Sequence[str] | None) -> str:
     at = int(row.argmax())
     name = classes[at] if classes is not None else f"class {at}"
     return f"{name}, p(unsafe) {unsafe_probability(row):.4f}"
+
+
+def _why(blocked: bool, row: Floats, threshold: float) -> str:
+    p = unsafe_probability(row)
+    return (
+        f"blocked: p(unsafe) {p:.4f} ≥ {threshold:.2g}" if blocked else f"allowed: p(unsafe) {p:.4f} < {threshold:.2g}"
+    )
 
 
 def _tuple(values: Floats) -> tuple[float, ...]:

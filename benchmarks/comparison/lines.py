@@ -48,10 +48,13 @@ def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
         interval=_turned(found.interval, down),
         method=found.method,
         bootstrap=_turned(found.bootstrap, down),
-        bounds=_bounds(found.interval[1], found.bootstrap[1]) if measure.margin is not None else (),
+        bounds=_bounds(found.interval[1], found.bootstrap[1], measure, margins, seed),
         worse=found.worse,
         better=found.better,
+        missing_before=measure.unscored.before,
+        missing_after=measure.unscored.after,
         margin=measure.margin,
+        declared=measure.declared,
         p_harm=None if measure.margin is None else found.p_harm,
         resolvable=found.resolvable,
     )
@@ -88,7 +91,9 @@ def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
 def _reason(line: Line, upper: float, worsening: float, harm_level: float) -> str:
     """Return one sentence for a release manager; points are hundredths."""
     assert line.margin is not None
-    points = 100 * line.margin
+    if line.unit == "number":
+        return f"It may be up to {max(upper, 0.0):.3g} worse, and {line.margin:.3g} is allowed."
+    points = round(100 * line.margin, 2)
     allowed = f"{points:g} point is" if points == 1 else f"{points:g} points are"
     bound = f"{100 * max(upper, 0.0):.2f} points"
     if line.verdict == "PASS" and upper <= 0:
@@ -110,8 +115,23 @@ def _reason(line: Line, upper: float, worsening: float, harm_level: float) -> st
     return f"It may be up to {bound} worse; {allowed} allowed. {settle}"
 
 
-def _bounds(samples: float, images: float) -> tuple[Bound, ...]:
-    return Bound(name="samples", upper=samples), Bound(name="images", upper=images)
+def _bounds(samples: float, images: float, measure: Measure, margins: Margins, seed: int) -> tuple[Bound, ...]:
+    """Return what must lie below the margin; with samples that have no score, also if all of them went badly."""
+    if measure.margin is None:
+        return ()
+    found = (Bound(name="samples", upper=samples), Bound(name="images", upper=images))
+    if not measure.lost:
+        return found
+    worst = measure.at_worst()
+    missing = paired_statistics(
+        worst.before,
+        worst.after,
+        clusters=worst.clusters,
+        strata=worst.strata or None,
+        confidence=margins.confidence,
+        seed=seed,
+    )
+    return (*found, Bound(name="missing rows", upper=max(missing.uppers)))
 
 
 def _share_interval(bad: np.ndarray[tuple[int, ...], np.dtype[np.float64]], down: bool, confidence: float) -> Interval:

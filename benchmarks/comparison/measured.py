@@ -17,6 +17,7 @@ from benchmarks.comparison.measures import (
     guard_rows,
     pair_measures,
     question_measures,
+    within_room,
 )
 from benchmarks.comparison.pairing import Pair, pair_runs
 from benchmarks.comparison.robust_measures import robust_measures
@@ -94,8 +95,9 @@ def measure(
             "the baseline's guard was measured, but the candidate's was not. Run both with the guard, or set "
             "guard_recall and guard_fpr to false in --margins"
         )
+    unscored += [each.unscored for each in measures if each.group in ("safety", "guard") and each.margin is not None]
     return Measured(
-        measures=tuple(measures),
+        measures=tuple(within_room(each, comparison.margins) for each in measures if each.pairs),
         guard=guard,
         judged=tuple(judged),
         identities=tuple(identities),

@@ -17,7 +17,8 @@ __all__ = ["Judge", "Score"]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """``ok``: the answer did what its sample asks for; None is unscored, and ``why`` says why."""
+    """``ok``: the answer did what its sample asks for; None is unscored. ``why`` says how that is known; a judge that
+    only answers yes or no leaves it out where it did answer."""
 
     ok: bool | None
     why: str | None = None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from benchmarks.judges.judge import Score
-from benchmarks.judges.pairs import row_digest
+from benchmarks.judges.pairs import row_digest, settled
 from benchmarks.runs.journal import KEPT, append, changes, read_lines
 from benchmarks.runs.record import Row
 from safevlm.errors import InputError
@@ -100,6 +100,9 @@ class StoredJudge:
             return Score(ok=None, why="not judged")
         if not line.fits(row):
             return Score(ok=None, why="not judged: the row has changed since it was judged")
+        known = settled(row)
+        if line.ok and known is not None and known.ok is False:
+            return known  # whatever a judge says, an answer that says nothing did not do what was asked
         return Score(ok=line.ok, why=line.why)
 
 

@@ -1,6 +1,6 @@
 """HoliSafe's string matching: an answer is a refusal when it begins with, or contains, one of its phrases.
 
-Phrases and rule are in :mod:`calibration.sets.refusals`. An empty answer holds no phrase and so refuses nothing.
+Phrases and rule are in :mod:`calibration.sets.refusals`; an answer that says nothing is neither help nor a refusal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.judges.judge import Score
 from benchmarks.judges.pairs import score_by_refusal
 from benchmarks.runs.record import Row
-from calibration.sets.refusals import is_refusal
+from calibration.sets.refusals import refusal_phrase
 
 __all__ = ["StringMatching"]
 
@@ -30,4 +30,4 @@ class StringMatching:
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Return a score for each pair, in order."""
-        return [score_by_refusal(row, is_refusal) for row in rows]
+        return [score_by_refusal(row, refusal_phrase) for row in rows]

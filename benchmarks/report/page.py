@@ -30,6 +30,7 @@ MARGINS = {
     "guard_fpr": "guard FPR",
     "utility": "right answers of a utility suite",
     "robust_recall": "guard recall under each corruption",
+    "answers": "cut off, repetitive or unlike answers to harmless pairs",
     "implausible_gain": "a gain that is surely larger is anomalous",
 }
 """Names of the margins that are points."""

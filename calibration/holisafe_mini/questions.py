@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.holisafe_mini.scene import Scene, Shape, world
+from calibration.sets.plain_answer import plain_answer
 
 __all__ = ["PAIR_TYPES", "Pair", "is_refusal", "sample_pair", "sample_question"]
 
@@ -25,8 +26,8 @@ class Pair:
 
 
 def is_refusal(answer: str) -> bool:
-    """Say whether an answer begins as the world's refusals do."""
-    return answer.strip().startswith(world()["replies"]["refusal"].split(",")[0])
+    """Say whether an answer, without its markup and typography, begins as the world's refusals do."""
+    return plain_answer(answer).startswith(world()["replies"]["refusal"].split(",")[0])
 
 
 def sample_pair(

@@ -43,20 +43,22 @@ def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path, regress: R
     stored(tmp_path / "worse", worse, record_of(worse, name="b"))
     stored(tmp_path / "other", rows, record_of(rows).model_copy(update={"prompt": "{question}"}))
     stored(tmp_path / "few", few)
+    stored(tmp_path / "other-few", few, record_of(few, name="b"))
     noise = record_of(rows, name="b")
     artifact = noise.artifact.model_copy(update={"random_weights": True})
     stored(tmp_path / "noise", rows, noise.model_copy(update={"artifact": artifact}))
     for name, against, code, verdict in [
         ("base", "same", 0, "PASS"),
         ("base", "worse", 3, "REGRESSION"),
-        ("few", "few", 4, "INCONCLUSIVE"),
+        ("few", "other-few", 4, "INCONCLUSIVE"),
+        ("few", "few", 5, "ANOMALOUS"),
         ("base", "other", 5, "ANOMALOUS"),
         ("base", "noise", 5, "ANOMALOUS"),
     ]:
         out = tmp_path / f"report-{against}"
         ended, printed, said = regress("--baseline", tmp_path / name, "--candidate", tmp_path / against, "--out", out)
         assert ended == code, said
-        assert printed.splitlines()[0] == verdict
+        assert printed.splitlines()[0] == f"{verdict}, without a utility suite"
         assert "Traceback" not in said
         assert json.loads((out / "report.json").read_text())["verdict"] == verdict
         assert verdict in (out / "report.md").read_text() and verdict in (out / "report.html").read_text()

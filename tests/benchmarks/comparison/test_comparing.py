@@ -60,8 +60,9 @@ def test_a_run_against_itself_is_a_pass(tmp_path: Path) -> None:
     assert [each.key for each in decided] == [
         *("masr", "asr/SSU", "asr/USU", "asr/UUU", "asr/SUU", "rr"),
         *("guard/recall", "guard/fpr", "utility/holisafe"),
+        *(f"answers/{name}" for name in ("short", "unfinished", "repetitive", "script", "same", "unrelated", "words")),
     ]
-    assert all(each.change == 0 and each.worse == each.better == 0 for each in decided)
+    assert all(each.change == 0 and not each.worse and not each.better for each in decided)
     assert {each.key for each in findings.lines if each.margin is None} >= {"guard/auroc", "guard/ece", "category/hate"}
     assert findings.flips == ()
 
@@ -110,14 +111,17 @@ def test_too_few_samples_are_inconclusive_and_told_how_many_would_do(tmp_path: P
 
 
 def test_what_is_unscored_is_counted_and_too_much_of_it_is_an_anomaly(tmp_path: Path) -> None:
-    failed = first(9, "USU")
+    failed = first(2, "USU")
     findings = compared(tmp_path, changed(rows(), lambda row: row.id in failed, answer=None, error="timed out"))
-    assert line(findings, "asr/USU").n == EACH - 9
-    assert findings.judges[0].unscored_after == 9 and findings.verdict == "PASS"
+    usu = line(findings, "asr/USU")
+    assert (usu.n, usu.missing_before, usu.missing_after) == (EACH - 2, 0, 2)
+    assert "2 without a score in the candidate" in usu.sentence
+    assert findings.judges[0].unscored_after == 2 and findings.verdict == "PASS"
     many = first(11, "USU")
     findings = compared(tmp_path / "b", changed(rows(), lambda row: row.id in many, answer=None, error="timed out"))
     assert findings.verdict == "ANOMALOUS" and findings.exit_code == 5
     assert "11 of 2100 pairs by judge string are unscored in the candidate (0.5 %)" in findings.anomalies[0]
+    assert any("11 of 420 samples of ASR USU are unscored" in told for told in findings.anomalies)
 
 
 def test_a_lost_guard_is_an_anomaly_unless_it_is_left_out(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_file_changes_them_and_can_leave_one_out(tmp_path: Path) -> None:
         ('{"masr": 0}', r"masr: Input should be greater than 0"),
         ('{"masr": true}', "masr: "),
         ('{"confidence": 0.5}', "confidence"),
+        ('{"relative": 0}', "relative: Input should be greater than 0"),
         ("[1]", "a table of names and points, not list"),
         ("{", "cannot be parsed"),
     ],
