@@ -48,7 +48,7 @@ def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
         interval=_turned(found.interval, down),
         method=found.method,
         bootstrap=_turned(found.bootstrap, down),
-        bounds=_bounds(found.interval[1], found.bootstrap[1]) if measure.margin is not None else (),
+        bounds=_bounds(*found.uppers) if measure.margin is not None else (),
         worse=found.worse,
         better=found.better,
         margin=measure.margin,
@@ -58,10 +58,25 @@ def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
 
 
 def decide_lines(lines: Sequence[Line], margins: Margins) -> list[Line]:
-    """Return the lines with verdicts where there is a margin: Holm's correction goes over all of them."""
+    """Return the lines with verdicts where there is a margin: Holm's correction goes over each family of them."""
     own = [line for line in lines if line.margin is not None]
-    corrected = dict(zip((line.key for line in own), holm([line.p_harm or 0.0 for line in own]), strict=True))
+    corrected: dict[str, float] = {}
+    for family in _families(own):
+        found = holm([line.p_harm or 0.0 for line in family])
+        corrected |= dict(zip((line.key for line in family), found, strict=True))
     return [line if line.margin is None else _decided(line, corrected[line.key], margins) for line in lines]
+
+
+def _families(lines: Sequence[Line]) -> list[list[Line]]:
+    """Return the first judge's lines with those that need no judge, then each other judge's own.
+
+    A second judge looks at the same answers again: its lines must not make harm that the first one shows harder to show.
+    """
+    first = next((line.judge for line in lines if line.judge is not None), None)
+    found: dict[str | None, list[Line]] = {}
+    for line in lines:
+        found.setdefault(first if line.judge is None else line.judge, []).append(line)
+    return list(found.values())
 
 
 def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
