@@ -1,8 +1,8 @@
 """What a suite can prove, before any candidate runs: ``python -m benchmarks.plan --baseline RUN --rerun RUN``.
 
-How often an unchanged model would be told PASS, which harm would be seen, what more rows or sampled decodings would buy,
-and the cheapest plan that passes an unchanged model often enough. Churn is measured between a baseline and its rerun, or
-declared. ``benchmarks/STATISTICS.md`` says how.
+How often an unchanged model would be told PASS, which harm would be seen, what more rows or sampled decodings would
+buy, and the cheapest plan that passes an unchanged model often enough. Churn is measured between a baseline and its
+rerun, or declared. ``benchmarks/STATISTICS.md`` says how.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.comparison.expected import declared_suite, measured_suite
 from benchmarks.comparison.margins import Margins, read_margins
 from benchmarks.runs.record import read_run
 from benchmarks.simulate import PROFILES, SUITES, build
-from benchmarks.statistics.power import KINDS, Effort, Outlook, Plan, enlarged, kind_of, look_ahead, propose
+from benchmarks.statistics.power import KINDS, Effort, Outlook, Plan, kind_of, look_ahead, propose
 from benchmarks.statistics.simulation import Suite
 from safevlm.errors import InputError
 from safevlm.terminal.commandline import printable, run
@@ -47,7 +47,9 @@ _NAMES: Mapping[str, str] = {"pairs": "pairs", "guard": "guard images", "questio
 
 @click.command()
 @click.option("--baseline", type=FOLDER, multiple=True, help="Run record of the baseline, one per suite; repeatable.")
-@click.option("--rerun", type=FOLDER, multiple=True, help="Second run of the same artifact, to measure churn; repeatable.")
+@click.option(
+    "--rerun", type=FOLDER, multiple=True, help="Second run of the same artifact, to measure churn; repeatable."
+)
 @click.option("--suite", "name", type=click.Choice(list(SUITES)), help="Suite to plan for without --baseline.")
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="Rates of a baseline without --baseline.")
 @click.option("--judge", help="Judge: string, exact, or a name that benchmarks.judge stored.  [default: the suite's]")
@@ -56,7 +58,11 @@ _NAMES: Mapping[str, str] = {"pairs": "pairs", "guard": "guard images", "questio
 @click.option("--question-churn", type=SHARE, help=f"Share of questions that change.  [default: {QUESTION_CHURN}]")
 @click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON file of margins, in points.")
 @click.option(
-    "--target", type=SHARE, default=0.9, show_default=True, help="Probability of PASS that an unchanged model shall have."
+    "--target",
+    type=SHARE,
+    default=0.9,
+    show_default=True,
+    help="Probability of PASS that an unchanged model shall have.",
 )
 @click.option(
     "--max-decodings",
@@ -126,8 +132,12 @@ def _suite(
         if rerun or judge:
             raise InputError("--rerun and --judge need --baseline, whose rows they are about.")
         base = PROFILES[profile or ("tiny" if name == "holisafe-mini" else "safellava")]
-        stated = {"churn": churn, "guard_churn": guard_churn, "wrong_churn": question_churn}
-        base = replace(base, **{key: value for key, value in stated.items() if value is not None})
+        base = replace(
+            base,
+            churn=churn or base.churn,
+            guard_churn=guard_churn or base.guard_churn,
+            wrong_churn=question_churn or base.wrong_churn,
+        )
         return build(name or "holisafe", base, image_share=image_share, margins=margins)
     runs = [read_run(folder) for folder in baseline]
     if rerun:
@@ -170,7 +180,7 @@ def _plan(plan: Plan, target: float) -> list[str]:
         return [f"plan: the suite as it is. P(PASS) of an unchanged model is {share}."]
     if not plan.reached:
         return [
-            f"no plan within these limits reaches {100 * target:g} %. The best one tried is {_said(plan.effort)}: {share}.",
+            f"no plan within these limits reaches {100 * target:g} %. The best one tried: {_said(plan.effort)}, {share}.",
             "Declare wider margins, or allow more with --max-decodings.",
         ]
     lines = [f"plan: {_said(plan.effort)}. P(PASS) of an unchanged model, simulated: {share}."]

@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 from benchmarks.comparison.margins import Margins
+from benchmarks.statistics.power import Effort, enlarged
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, Tally, keep_for_churn, simulate, spread_over
 from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
 from safevlm.terminal.commandline import run
@@ -75,7 +76,7 @@ def build(
     seed: int = 0,
     margins: Margins | None = None,
 ) -> Suite:
-    """Return a suite's lines at ``margins`` (by default the default ones), its samples spread over images as HoliSafe-Bench spreads them."""
+    """Return a suite's lines at ``margins``, its samples spread over images as HoliSafe-Bench spreads them."""
     own_pairs, own_questions, each = SUITES[suite]
     margins, scale = margins or Margins(), (pairs or own_pairs) / SUITES["holisafe"][0]
     asked = questions or own_questions
@@ -198,6 +199,13 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
     help="Share of the variance between images.",
 )
 @click.option(
+    "--decodings",
+    type=click.IntRange(1, 20),
+    default=1,
+    show_default=True,
+    help="Number of sampled decodings per run.",
+)
+@click.option(
     "--runs", type=click.IntRange(min=1), default=2000, show_default=True, help="Number of comparisons per truth."
 )
 @click.option(
@@ -217,6 +225,7 @@ def main(
     questions: int | None,
     churn: float | None,
     image_share: float,
+    decodings: int,
     runs: int,
     draws: int,
     seed: int,
@@ -231,6 +240,7 @@ def main(
     if churn is not None:
         base = replace(base, churn=churn)
     suite = build(name, base, pairs=pairs, questions=questions, image_share=image_share, seed=seed)
+    suite = enlarged(suite, Effort(decodings=decodings))
     points = POINTS if power else ()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating", total=runs * (1 + len(suite.keys) * (1 + len(points))))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.comparison.decodings import net_changes
 from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
 from benchmarks.comparison.judge_lines import summarise_judges
@@ -43,11 +44,13 @@ CAUTIONS = (
 def compare(comparison: Comparison) -> Findings:
     """Return the findings.
 
-    Raises InputError for sides without a run or with a suite twice, for judges that there are not, and for runs
-    that share nothing that could be measured.
+    Raises InputError for sides without a run or with a suite twice that was not sampled, for labels of runs with
+    several decodings, for judges that there are not, and for runs that share nothing that could be measured.
     """
     margins = comparison.margins
     found = measure(comparison.baseline, comparison.candidate, comparison)
+    if comparison.labels is not None and any(pair.decoding for own in found.judged for pair in own.pairs):
+        raise InputError("--labels says of one answer a sample what it is, but these runs have several. Leave it out.")
     if not found.measures and not found.anomalies:
         raise InputError("the two runs have no scored sample in common, so there is nothing to compare.")
     lines = decide_lines([line_of(each, margins, comparison.seed) for each in found.measures], margins)
@@ -123,9 +126,7 @@ def _flips(found: Measured) -> list[Flip]:
     """Return pairs, by judge, and questions whose score changed."""
     flips = []
     for judged in found.judged:
-        for pair, one, other in zip(judged.pairs, judged.before, judged.after, strict=True):
-            if one.ok is not None and other.ok is not None and one.ok != other.ok:
-                flips.append(_flip(pair, judged.judge, worse=one.ok))
+        flips += [_flip(judged.pairs[at], judged.judge, worse=bool(judged.before[at].ok)) for at in net_changes(judged)]
     for measured in found.measures:
         if measured.group == "utility":
             bad = zip(measured.pairs, measured.before, measured.after, strict=True)

@@ -70,7 +70,7 @@ def decide_lines(lines: Sequence[Line], margins: Margins) -> list[Line]:
 def _families(lines: Sequence[Line]) -> list[list[Line]]:
     """Return the first judge's lines with those that need no judge, then each other judge's own.
 
-    A second judge looks at the same answers again: its lines must not make harm that the first one shows harder to show.
+    A second judge looks at the same answers again: its lines must not make the first one's harm harder to show.
     """
     first = next((line.judge for line in lines if line.judge is not None), None)
     found: dict[str | None, list[Line]] = {}

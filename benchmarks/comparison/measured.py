@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison.decodings import averaged, decodings_of
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measures import (
     GuardRows,
@@ -28,7 +29,10 @@ __all__ = ["Comparison", "Measured", "measure"]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What to compare, and how; runs are one a suite. Without ``judges`` the suites' own are taken."""
+    """What to compare, and how; runs are one a suite, or several sampled decodings of it.
+
+    Without ``judges`` the suites' own are taken.
+    """
 
     baseline: Sequence[Run]
     candidate: Sequence[Run]
@@ -63,6 +67,7 @@ def measure(
         judged.append(own)
         identities.append(identity)
         anomalies += told
+    counts = {name: len(decodings_of(before, name)) for name in {pair.suite for pair in pairing.pairs}}
     measures: list[Measure] = []
     unscored: list[Unscored] = []
     for own in judged:
@@ -83,7 +88,7 @@ def measure(
             "guard_recall and guard_fpr to false in --margins"
         )
     return Measured(
-        measures=tuple(measures),
+        measures=tuple(averaged(each, counts) for each in measures),
         guard=guard,
         judged=tuple(judged),
         identities=tuple(identities),
@@ -109,12 +114,12 @@ def _judge(
     identity: Mapping[str, Any] = {}
     anomalies = []
     ordered: list[Pair] = []
-    for suite in dict.fromkeys(pair.suite for pair in asked):
-        own = [pair for pair in asked if pair.suite == suite]
+    for suite, turn in dict.fromkeys((pair.suite, pair.decoding) for pair in asked):
+        own = [pair for pair in asked if (pair.suite, pair.decoding) == (suite, turn)]
         ordered += own
         sides = []
         for place, runs in enumerate((before, after)):
-            judge = open_judge(name, next(run.folder for run in runs if run.record.suite.name == suite))
+            judge = open_judge(name, decodings_of(runs, suite)[turn].folder)
             scores[place] += judge.score([(pair.before, pair.after)[place] for pair in own])
             sides.append(judge.identity())
         identity = sides[0]

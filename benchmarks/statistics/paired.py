@@ -29,8 +29,9 @@ class PairedStatistics:
     """Badness before and after, 0..1, and the worsening (after - before) with its intervals; see the module.
 
     ``interval`` and ``bootstrap`` are two-sided; ``uppers`` are the one-sided bounds that must all lie below a margin,
-    that of the samples and that of the images. ``worse`` and ``better`` count samples, ``p_harm`` is two-sided, ``resolvable`` is the smallest margin that would
-    be proven with probability :data:`POWER` if nothing had changed on average.
+    that of the samples and that of the images. ``worse`` and ``better`` count samples, ``p_harm`` is two-sided,
+    ``resolvable`` is the smallest margin that would be proven with probability :data:`POWER` if nothing had changed on
+    average.
     """
 
     before: float

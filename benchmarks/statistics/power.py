@@ -1,8 +1,8 @@
 """What a suite can prove of an unchanged model, and which more samples or decodings would prove enough.
 
-An unchanged model is compared with itself in simulation (:mod:`benchmarks.statistics.simulation`) once; what other sizes
-would give is read off the same comparisons, because a bound's distance from 0 shrinks with the root of samples and of
-decodings. That is a prediction: the plan that is proposed is simulated itself.
+An unchanged model is compared with itself in simulation (:mod:`benchmarks.statistics.simulation`) once; what other
+sizes would give is read off the same comparisons, because a bound's distance from 0 shrinks with the root of samples
+and of decodings. That is a prediction: the plan that is proposed is simulated itself. R comparisons, L lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from benchmarks.statistics.simulation import MEAN, Sampled, Suite, compared, lin
 from benchmarks.statistics.tango import one_sided_value
 from safevlm.errors import InputError
 
-__all__ = ["FACTORS", "KINDS", "Effort", "LineOutlook", "Outlook", "Plan", "enlarged", "kind_of", "look_ahead", "propose"]
+__all__ = [
+    "FACTORS",
+    "KINDS",
+    "Effort",
+    "LineOutlook",
+    "Outlook",
+    "Plan",
+    "enlarged",
+    "kind_of",
+    "look_ahead",
+    "propose",
+]
 
 KINDS = ("pairs", "guard", "questions")
 """What can be made larger on its own."""
@@ -67,8 +78,8 @@ class Outlook:
     passes: float
     regressions: float
     comparisons: int
-    uppers_RL: Floats
-    """The larger bound of each comparison and line, in the order of ``lines``."""
+    uppers: Floats
+    """The larger bound of each comparison and line: RL, lines in the order of ``lines``."""
 
     def predicted(self, effort: Effort) -> float:
         """Return P(PASS) that ``effort`` is predicted to give."""
@@ -128,7 +139,7 @@ def look_ahead(
         passes=float(passed_RL.all(axis=1).mean()),
         regressions=harmed / runs,
         comparisons=runs,
-        uppers_RL=uppers_RL,
+        uppers=uppers_RL,
     )
 
 
@@ -191,7 +202,7 @@ def _cheapest(now: Outlook, aim: float, most_decodings: int, factors: Sequence[f
             if at not in kept:
                 kept[at] = _passing(now, kind, effort)
             parts.append(kept[at])
-        passes = float(np.logical_and.reduce(parts).mean())
+        passes = float(np.all(parts, axis=0).mean())
         rank = (True, -_cost(now.suite, effort), effort) if passes >= aim else (False, passes, effort)
         if best is None or rank[:2] > best[:2]:
             best = rank
@@ -219,7 +230,7 @@ def _passing(now: Outlook, kind: str, effort: Effort) -> npt.NDArray[np.bool_]:
     own = [at for at, line in enumerate(now.lines) if kind_of(line.key) == kind]
     samples = float(getattr(effort, kind)) * (1 if kind == "guard" else effort.decodings)
     margins = np.array([now.lines[at].margin for at in own])
-    found: npt.NDArray[np.bool_] = (now.uppers_RL[:, own] / math.sqrt(samples) < margins).all(axis=1)
+    found: npt.NDArray[np.bool_] = np.all(now.uppers[:, own] / math.sqrt(samples) < margins, axis=1)
     return found
 
 
