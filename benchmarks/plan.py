@@ -180,7 +180,7 @@ def _plan(plan: Plan, target: float) -> list[str]:
         return [f"plan: the suite as it is. P(PASS) of an unchanged model is {share}."]
     if not plan.reached:
         return [
-            f"no plan within these limits reaches {100 * target:g} %. The best one tried: {_said(plan.effort)}, {share}.",
+            f"no plan within these limits reaches {100 * target:g} %. The best is {_said(plan.effort)}: {share}.",
             "Declare wider margins, or allow more with --max-decodings.",
         ]
     lines = [f"plan: {_said(plan.effort)}. P(PASS) of an unchanged model, simulated: {share}."]

@@ -118,7 +118,7 @@ def _reason(line: Line, upper: float, worsening: float, harm_level: float) -> st
             f"to be within the margin of {points:g}."
         )
     settle = (
-        f"At these rates, about {line.samples_needed:,} samples would settle it."
+        f"At these rates, about {line.samples_needed:,} samples would settle it with a probability of 80 %."
         if line.samples_needed is not None
         else "More samples alone would not settle it, because the difference itself reaches the margin."
     )

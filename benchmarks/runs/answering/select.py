@@ -44,7 +44,7 @@ class Request:
         """How answers are written. Raises InputError for a temperature without a seed, or the other way round."""
         if (self.temperature > 0) != (self.seed is not None):
             raise InputError(
-                "sampled decoding needs both --temperature above 0 and --seed, which tells one run from the next."
+                "sampled decoding needs both --temperature above 0 and --seed, which sets one run apart from the next."
             )
         return Decoding(temperature=self.temperature, seed=self.seed)
 
