@@ -2,8 +2,8 @@
 
 A line with a margin is PASS when its worsening is proven to lie below the margin, REGRESSION when harm is shown,
 otherwise INCONCLUSIVE. The whole is PASS when every line is (an intersection-union test, which needs no correction),
-REGRESSION when any line is (Holm's correction goes over the lines of a judge), and ANOMALOUS, whatever the lines say, when the two
-runs cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
+REGRESSION when any line is (Holm's correction goes over the lines of a judge), and ANOMALOUS, whatever the lines say,
+when the two runs cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a comparison of two runs found: the content of every report, whatever it is written as.
 
-Shares are 0..1 and differences are after - before; a point is 0.01. Intervals are two-sided, bounds one-sided, at ``Findings.confidence``.
+Shares are 0..1 and differences are after - before; a point is 0.01. Intervals are two-sided, bounds one-sided, at
+``Findings.confidence``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Interval: TypeAlias = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """A one-sided upper bound of a line's worsening (0..1, positive is worse); PASS needs every one of them below the margin."""
+    """A one-sided upper bound of a line's worsening (0..1, positive is worse); PASS needs each below the margin."""
 
     name: str
     """What it allows for, such as ``samples``, ``images``, ``missing rows``, ``judge errors``."""
@@ -84,7 +85,7 @@ class Line:
     resolvable: float | None = None
     """The smallest margin that so many samples could prove, at power 0.8, if nothing had changed on average."""
     samples_needed: int | None = None
-    """About how many samples would settle an INCONCLUSIVE line with a probability of 0.8, if the rates stayed; None where
+    """About how many samples would settle an INCONCLUSIVE line with probability 0.8, if the rates stayed; None where
     none would."""
     verdict: Verdict | None = None
     reason: str = ""
