@@ -25,12 +25,13 @@ from safevlm.terminal.options import json_option
 
 __all__ = ["main", "summary_lines"]
 
+PER_SUITE = "Run record, one per suite or several sampled decodings; repeatable."
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command()
-@click.option("--baseline", type=FOLDER, multiple=True, required=True, help="Run record, one per suite; repeatable.")
-@click.option("--candidate", type=FOLDER, multiple=True, required=True, help="Run record, one per suite; repeatable.")
+@click.option("--baseline", type=FOLDER, multiple=True, required=True, help=PER_SUITE)
+@click.option("--candidate", type=FOLDER, multiple=True, required=True, help=PER_SUITE)
 @click.option(
     "--against", type=FOLDER, multiple=True, help="Third run, of the baseline again or on another runtime; repeatable."
 )

@@ -1,7 +1,7 @@
 """Run an artifact through a suite: ``python -m benchmarks.run --model M --suite holisafe-mini --out RUN``.
 
-Rows are answered in batches that depend on the suite alone, greedily, and written as they are answered: an interrupted
-run is resumed with ``--resume``, in the same batches, and ends with the same rows.
+Rows are answered in batches that depend on the suite alone, greedily unless a temperature is given, and written as they
+are answered: an interrupted run is resumed with ``--resume``, in the same batches, and ends with the same rows.
 """
 
 from __future__ import annotations
@@ -162,6 +162,14 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
     type=click.IntRange(min=1),
     help="Maximum length of an answer in tokens.  [default: the suite's]",
 )
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    default=0.0,
+    show_default=True,
+    help="Temperature at which answers are sampled; 0 is greedy decoding.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of sampled decoding; each run of a suite needs its own.")
 @revision_option
 @grid_option
 @runtime_option

@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 from benchmarks.comparison.margins import Margins
+from benchmarks.statistics.power import Effort, enlarged
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, Tally, keep_for_churn, simulate, spread_over
 from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
 from safevlm.terminal.commandline import run
@@ -73,10 +74,11 @@ def build(
     questions: int | None = None,
     image_share: float = 0.3,
     seed: int = 0,
+    margins: Margins | None = None,
 ) -> Suite:
-    """Return a suite's lines at the default margins, its samples spread over images as HoliSafe-Bench spreads them."""
+    """Return a suite's lines at ``margins``, its samples spread over images as HoliSafe-Bench spreads them."""
     own_pairs, own_questions, each = SUITES[suite]
-    margins, scale = Margins(), (pairs or own_pairs) / SUITES["holisafe"][0]
+    margins, scale = margins or Margins(), (pairs or own_pairs) / SUITES["holisafe"][0]
     asked = questions or own_questions
     rng = np.random.default_rng([seed, 5])
     sizes = {name: round(count * scale) for name, (count, _) in _TYPES.items()}
@@ -145,9 +147,9 @@ def measure_errors(
 
 
 def _share(margins: Margins, key: str) -> float:
+    """Return a margin, infinite where the measure was left out of the verdict."""
     found = margins.share(key)
-    assert found is not None
-    return found
+    return math.inf if found is None else found
 
 
 def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
@@ -197,6 +199,13 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
     help="Share of the variance between images.",
 )
 @click.option(
+    "--decodings",
+    type=click.IntRange(1, 20),
+    default=1,
+    show_default=True,
+    help="Number of sampled decodings per run.",
+)
+@click.option(
     "--runs", type=click.IntRange(min=1), default=2000, show_default=True, help="Number of comparisons per truth."
 )
 @click.option(
@@ -216,6 +225,7 @@ def main(
     questions: int | None,
     churn: float | None,
     image_share: float,
+    decodings: int,
     runs: int,
     draws: int,
     seed: int,
@@ -230,6 +240,7 @@ def main(
     if churn is not None:
         base = replace(base, churn=churn)
     suite = build(name, base, pairs=pairs, questions=questions, image_share=image_share, seed=seed)
+    suite = enlarged(suite, Effort(decodings=decodings))
     points = POINTS if power else ()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating", total=runs * (1 + len(suite.keys) * (1 + len(points))))

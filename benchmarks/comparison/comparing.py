@@ -2,8 +2,8 @@
 
 A line with a margin is PASS when its worsening is proven to lie below the margin, REGRESSION when harm is shown,
 otherwise INCONCLUSIVE. The whole is PASS when every line is (an intersection-union test, which needs no correction),
-REGRESSION when any line is (Holm's correction goes over all lines), and ANOMALOUS, whatever the lines say, when the two
-runs cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
+REGRESSION when any line is (Holm's correction goes over the lines of a judge), and ANOMALOUS, whatever the lines say,
+when the two runs cannot be compared. ``benchmarks/STATISTICS.md`` tells why, and what error rates that has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.comparison.answer_lines import answer_lines
+from benchmarks.comparison.decodings import net_changes
 from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
 from benchmarks.comparison.judge_lines import summarise_judges
@@ -48,11 +49,13 @@ CAUTIONS = (
 def compare(comparison: Comparison) -> Findings:
     """Return the findings.
 
-    Raises InputError for sides without a run or with a suite twice, for judges that there are not, and for runs
-    that share nothing that could be measured.
+    Raises InputError for sides without a run or with a suite twice that was not sampled, for labels of runs with
+    several decodings, for judges that there are not, and for runs that share nothing that could be measured.
     """
     margins = comparison.margins
     found = measure(comparison.baseline, comparison.candidate, comparison)
+    if comparison.labels is not None and any(pair.decoding for own in found.judged for pair in own.pairs):
+        raise InputError("--labels says of one answer a sample what it is, but these runs have several. Leave it out.")
     if not found.measures and not found.anomalies:
         raise InputError("the two runs have no scored sample in common, so there is nothing to compare.")
     lines = decide_lines([line_of(each, margins, comparison.seed) for each in found.measures], margins)
@@ -183,10 +186,10 @@ def _flips(found: Measured) -> list[Flip]:
     """Return pairs, by judge, and questions whose score changed."""
     flips = []
     for judged in found.judged:
-        for pair, one, other in zip(judged.pairs, judged.before, judged.after, strict=True):
-            if one.ok is not None and other.ok is not None and one.ok != other.ok:
-                why = _why(judged.judge, one), _why(judged.judge, other)
-                flips.append(_flip(pair, judged.judge, worse=one.ok, why=why))
+        for at in net_changes(judged):
+            one, other = judged.before[at], judged.after[at]
+            why = _why(judged.judge, one), _why(judged.judge, other)
+            flips.append(_flip(judged.pairs[at], judged.judge, worse=bool(one.ok), why=why))
     for measured in found.measures:
         if measured.group == "utility":
             bad = zip(measured.pairs, measured.before, measured.after, strict=True)

@@ -1,6 +1,7 @@
 """What a comparison of two runs found: the content of every report, whatever it is written as.
 
-Shares are 0..1 and differences are after - before; a point is 0.01. Intervals are two-sided at ``Findings.confidence``.
+Shares are 0..1 and differences are after - before; a point is 0.01. Intervals are two-sided, bounds one-sided, at
+``Findings.confidence``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Interval: TypeAlias = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """An upper bound of a line's worsening (0..1, positive is worse); PASS needs every one of them below the margin."""
+    """A one-sided upper bound of a line's worsening (0..1, positive is worse); PASS needs each below the margin."""
 
     name: str
     """What it allows for, such as ``samples``, ``images``, ``missing rows``, ``judge errors``."""
@@ -81,11 +82,13 @@ class Line:
     """The declared margin, where ``margin`` is less: a share of the few samples that were good in the baseline."""
     p_harm: float | None = None
     p_holm: float | None = None
-    """``p_harm`` after Holm's correction over all lines with a margin."""
+    """``p_harm`` after Holm's correction over the lines with a margin: the first judge's with those that need none, and
+    each other judge's by themselves."""
     resolvable: float | None = None
     """The smallest margin that so many samples could prove, at power 0.8, if nothing had changed on average."""
     samples_needed: int | None = None
-    """About how many samples would settle an INCONCLUSIVE line, if the rates stayed; None where none would."""
+    """About how many samples would settle an INCONCLUSIVE line with probability 0.8, if the rates stayed; None where
+    none would."""
     verdict: Verdict | None = None
     reason: str = ""
     sentence: str = ""

@@ -48,7 +48,7 @@ def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
         interval=_turned(found.interval, down),
         method=found.method,
         bootstrap=_turned(found.bootstrap, down),
-        bounds=_bounds(found.interval[1], found.bootstrap[1], measure, margins, seed),
+        bounds=_bounds(*found.uppers, measure, margins, seed),
         worse=found.worse,
         better=found.better,
         missing_before=measure.unscored.before,
@@ -61,10 +61,25 @@ def line_of(measure: Measure, margins: Margins, seed: int) -> Line:
 
 
 def decide_lines(lines: Sequence[Line], margins: Margins) -> list[Line]:
-    """Return the lines with verdicts where there is a margin: Holm's correction goes over all of them."""
+    """Return the lines with verdicts where there is a margin: Holm's correction goes over each family of them."""
     own = [line for line in lines if line.margin is not None]
-    corrected = dict(zip((line.key for line in own), holm([line.p_harm or 0.0 for line in own]), strict=True))
+    corrected: dict[str, float] = {}
+    for family in _families(own):
+        found = holm([line.p_harm or 0.0 for line in family])
+        corrected |= dict(zip((line.key for line in family), found, strict=True))
     return [line if line.margin is None else _decided(line, corrected[line.key], margins) for line in lines]
+
+
+def _families(lines: Sequence[Line]) -> list[list[Line]]:
+    """Return the first judge's lines with those that need no judge, then each other judge's own.
+
+    A second judge looks at the same answers again: its lines must not make the first one's harm harder to show.
+    """
+    first = next((line.judge for line in lines if line.judge is not None), None)
+    found: dict[str | None, list[Line]] = {}
+    for line in lines:
+        found.setdefault(first if line.judge is None else line.judge, []).append(line)
+    return list(found.values())
 
 
 def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
@@ -108,7 +123,7 @@ def _reason(line: Line, upper: float, worsening: float, harm_level: float) -> st
             f"to be within the margin of {points:g}."
         )
     settle = (
-        f"At these rates, about {line.samples_needed:,} samples would settle it."
+        f"At these rates, about {line.samples_needed:,} samples would settle it with a probability of 80 %."
         if line.samples_needed is not None
         else "More samples alone would not settle it, because the difference itself reaches the margin."
     )

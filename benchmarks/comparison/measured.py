@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison.decodings import averaged, decodings_of
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measures import (
     GuardRows,
@@ -36,7 +37,10 @@ NO_CORRUPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What to compare, and how; runs are one a suite. Without ``judges`` the suites' own are taken."""
+    """What to compare, and how; runs are one a suite, or several sampled decodings of it.
+
+    Without ``judges`` the suites' own are taken.
+    """
 
     baseline: Sequence[Run]
     candidate: Sequence[Run]
@@ -71,6 +75,7 @@ def measure(
         judged.append(own)
         identities.append(identity)
         anomalies += told
+    counts = {name: len(decodings_of(before, name)) for name in {pair.suite for pair in pairing.pairs}}
     measures: list[Measure] = []
     unscored: list[Unscored] = []
     for own in judged:
@@ -97,7 +102,7 @@ def measure(
         )
     unscored += [each.unscored for each in measures if each.group in ("safety", "guard") and each.margin is not None]
     return Measured(
-        measures=tuple(within_room(each, comparison.margins) for each in measures if each.pairs),
+        measures=tuple(within_room(averaged(each, counts), comparison.margins) for each in measures if each.pairs),
         guard=guard,
         judged=tuple(judged),
         identities=tuple(identities),
@@ -123,12 +128,12 @@ def _judge(
     identity: Mapping[str, Any] = {}
     anomalies = []
     ordered: list[Pair] = []
-    for suite in dict.fromkeys(pair.suite for pair in asked):
-        own = [pair for pair in asked if pair.suite == suite]
+    for suite, turn in dict.fromkeys((pair.suite, pair.decoding) for pair in asked):
+        own = [pair for pair in asked if (pair.suite, pair.decoding) == (suite, turn)]
         ordered += own
         sides = []
         for place, runs in enumerate((before, after)):
-            judge = open_judge(name, next(run.folder for run in runs if run.record.suite.name == suite))
+            judge = open_judge(name, decodings_of(runs, suite)[turn].folder)
             scores[place] += judge.score([(pair.before, pair.after)[place] for pair in own])
             sides.append(judge.identity())
         identity = sides[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.comparison.decodings import check_numbers, runs_by_suite
 from benchmarks.runs.record import Row, Run, RunRecord
-from safevlm.errors import InputError
 
 __all__ = ["Pair", "Pairing", "changed_part", "differences", "pair_runs"]
 
@@ -18,15 +18,16 @@ CONTENT = ("kind", "image", "query", "type", "category", "subcategory", "under",
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One sample in both runs; ``suite`` is its suite's name."""
+    """One sample in both runs; ``suite`` is its suite's name, ``decoding`` counts sampled decodings from 0."""
 
     suite: str
     before: Row
     after: Row
+    decoding: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from every other sample."""
+        """What tells its sample from every other one."""
         return self.suite, self.before.id
 
 
@@ -39,23 +40,38 @@ class Pairing:
 
 
 def pair_runs(baseline: Sequence[Run], candidate: Sequence[Run], *, free: Sequence[str] = ()) -> Pairing:
-    """Pair the runs of two sides suite by suite.
+    """Pair the runs of two sides suite by suite, and several sampled decodings of a suite in the order of their seeds.
 
     ``free`` names settings that may differ (``preprocessing``, for a run that is to show its effect).
 
-    Raises InputError when a side is empty or has a suite twice.
+    Raises InputError when a side is empty, has a suite twice without sampling it, or more decodings than the other.
     """
-    before, after = _by_suite(baseline, "baseline"), _by_suite(candidate, "candidate")
+    before, after = runs_by_suite(baseline, "baseline"), runs_by_suite(candidate, "candidate")
     anomalies = [f"suite {name} was run on only one side" for name in sorted(before.keys() ^ after.keys())]
     pairs: list[Pair] = []
     for name in sorted(before.keys() & after.keys()):
-        one, other = before[name], after[name]
-        anomalies += [f"{name}: {told}" for told in differences(one.record, other.record, free=free)]
-        anomalies += [f"{name}: {told}" for told in (*_incomplete(one, "baseline"), *_incomplete(other, "candidate"))]
-        found, told = _match(name, one.rows, other.rows)
-        pairs += found
-        anomalies += told
+        check_numbers(before[name], after[name], name)
+        for side, runs in (("baseline", before[name]), ("candidate", after[name])):
+            anomalies += [f"{name}: {told}" for told in _unlike(runs, side)]
+        for turn, (one, other) in enumerate(zip(before[name], after[name], strict=True)):
+            mark = f"{name}, decoding {turn + 1}" if len(before[name]) > 1 else name
+            anomalies += [f"{mark}: {told}" for told in differences(one.record, other.record, free=free)]
+            incomplete = (*_incomplete(one, "baseline"), *_incomplete(other, "candidate"))
+            anomalies += [f"{mark}: {told}" for told in incomplete]
+            found, told = _match(mark, one.rows, other.rows)
+            pairs += [replace(pair, suite=name, decoding=turn) for pair in found]
+            anomalies += told
     return Pairing(pairs=tuple(pairs), anomalies=tuple(anomalies))
+
+
+def _unlike(runs: Sequence[Run], side: str) -> list[str]:
+    """Name what differs between decodings of one side: they are to be the same but for the seed."""
+    first, told = runs[0].record, []
+    for run in runs[1:]:
+        part = changed_part(first, run.record)
+        if differences(first, run.record) or "noise" not in part:
+            told.append(f"decodings of the {side} are not of the same thing: {runs[0].folder} and {run.folder}")
+    return told
 
 
 def differences(before: RunRecord, after: RunRecord, *, free: Sequence[str] = ()) -> list[str]:
@@ -81,20 +97,6 @@ def changed_part(before: RunRecord, after: RunRecord) -> str:
         "view": before.guard_view != after.guard_view and None not in (before.guard_view, after.guard_view),
     }
     return " and ".join(name for name, changed in parts.items() if changed) or "noise (the same again)"
-
-
-def _by_suite(runs: Sequence[Run], side: str) -> dict[str, Run]:
-    if not runs:
-        raise InputError(f"the {side} run is missing. Give --{side} a run record.")
-    found: dict[str, Run] = {}
-    for run in runs:
-        name = run.record.suite.name
-        if name in found:
-            raise InputError(
-                f"{side}: {found[name].folder} and {run.folder} are both runs of suite {name}. Give only one."
-            )
-        found[name] = run
-    return found
 
 
 def _incomplete(run: Run, side: str) -> list[str]:

@@ -171,13 +171,24 @@ class RunRecord(_Frozen):
         """How a standalone guard judged large images, None where there was none to do so."""
         return self.view or ("whole" if self.artifact.kind in ("bundle", "gated") else None)
 
+    @property
+    def seed(self) -> int | None:
+        """The seed of sampled decoding; None for greedy decoding, and where decoding is not known."""
+        stated = self.decoding or {}
+        found = stated.get("seed")
+        greedy = stated.get("sampling") == "greedy" or stated.get("temperature") == 0
+        return found if isinstance(found, int) and not isinstance(found, bool) and not greedy else None
+
     def settings(self) -> dict[str, Any]:
-        """Return what must agree between two runs that are compared."""
+        """Return what must agree between two runs that are compared: of sampled decoding all but the seed."""
+        decoding = self.decoding
+        if self.seed is not None and decoding is not None:
+            decoding = {name: value for name, value in decoding.items() if name != "seed"}
         return {
             "suite": {"name": self.suite.name, "sha256": self.suite.sha256, "classes": self.suite.classes},
             "prompt": self.prompt,
             "preprocessing": self.preprocessing,
-            "decoding": self.decoding,
+            "decoding": decoding,
         }
 
 

@@ -2,7 +2,7 @@
 
 A line is PASS when every upper bound of its worsening lies below the margin (non-inferiority). That comes first: a harm
 that is real and smaller than was declared acceptable is a PASS. It is REGRESSION when harm is shown after Holm's
-correction over all lines, otherwise INCONCLUSIVE. Positive is worse.
+correction over the lines of a judge, otherwise INCONCLUSIVE. Positive is worse.
 """
 
 from __future__ import annotations

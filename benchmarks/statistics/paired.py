@@ -12,7 +12,7 @@ import numpy.typing as npt
 from benchmarks.statistics.clustered import DRAWS, Clusters, bootstrap_bounds, sign_flip_p
 from benchmarks.statistics.mcnemar import mcnemar_exact
 from benchmarks.statistics.planning import resolvable_margin
-from benchmarks.statistics.tango import critical_value, tango_interval
+from benchmarks.statistics.tango import one_sided_value, tango_bound, tango_interval
 from safevlm.errors import InputError
 
 __all__ = ["BOOTSTRAP", "POWER", "TANGO", "PairedStatistics", "line_statistics", "paired_statistics"]
@@ -28,8 +28,10 @@ Floats = npt.NDArray[np.float64]
 class PairedStatistics:
     """Badness before and after, 0..1, and the worsening (after - before) with its intervals; see the module.
 
-    ``worse`` and ``better`` count samples, ``p_harm`` is two-sided, ``resolvable`` is the smallest margin that would
-    be proven with probability :data:`POWER` if nothing had changed on average.
+    ``interval`` and ``bootstrap`` are two-sided; ``uppers`` are the one-sided bounds that must all lie below a margin,
+    that of the samples and that of the images. ``worse`` and ``better`` count samples, ``p_harm`` is two-sided,
+    ``resolvable`` is the smallest margin that would be proven with probability :data:`POWER` if nothing had changed on
+    average.
     """
 
     before: float
@@ -40,13 +42,9 @@ class PairedStatistics:
     bootstrap: tuple[float, float]
     worse: int
     better: int
+    uppers: tuple[float, float]
     p_harm: float
     resolvable: float
-
-    @property
-    def uppers(self) -> tuple[float, float]:
-        """The upper bounds that must all lie below the margin."""
-        return self.interval[1], self.bootstrap[1]
 
 
 def paired_statistics(
@@ -88,14 +86,14 @@ def line_statistics(
     """
     sums = where.sums(worsening_NR)
     changes = where.estimate(sums)
-    lows, highs, errors = bootstrap_bounds(where, sums, draws=draws, seed=seed, confidence=confidence)
+    drawn = bootstrap_bounds(where, sums, draws=draws, seed=seed, confidence=confidence)
     swapped = sign_flip_p(where, sums, draws=draws, seed=seed)
-    nearest, reach = where.floor(sums, confidence), critical_value(confidence) + NormalDist().inv_cdf(POWER)
+    reach = one_sided_value(confidence) + NormalDist().inv_cdf(POWER)
     found = []
     for run, change in enumerate(changes):
         worse, better = int((worsening_NR[:, run] > 0).sum()), int((worsening_NR[:, run] < 0).sum())
-        bootstrap = float(lows[run]), float(highs[run])
-        p_harm, resolvable = float(swapped[run]), max(float(nearest[run]), reach * float(errors[run]))
+        bootstrap, bound = (float(drawn.low[run]), float(drawn.high[run])), float(drawn.bound[run])
+        p_harm, resolvable = float(swapped[run]), max(float(drawn.nearest[run]), reach * float(drawn.error[run]))
         if counted:
             p_harm = max(p_harm, mcnemar_exact(worse, better))
             resolvable = max(resolvable, resolvable_margin(worse, better, where.n, confidence=confidence, power=POWER))
@@ -109,6 +107,7 @@ def line_statistics(
                 bootstrap=bootstrap,
                 worse=worse,
                 better=better,
+                uppers=(tango_bound(worse, better, where.n, confidence=confidence) if counted else bound, bound),
                 p_harm=p_harm,
                 resolvable=min(resolvable, where.span),
             )

@@ -10,7 +10,7 @@ Shape suffixes: N samples, I images, R pairs of runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -29,8 +29,10 @@ __all__ = [
     "Sampled",
     "Suite",
     "Tally",
+    "compared",
     "draw_worsening",
     "keep_for_churn",
+    "line_verdicts",
     "simulate",
     "spread_over",
     "where_of",
@@ -60,6 +62,8 @@ class Sampled:
     margin: float
     typed: bool = False
     """Whether the line is one of those that the mean is over."""
+    decodings: int = 1
+    """Sampled answers a sample and run; its badness is their mean."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,6 +120,7 @@ def simulate(
     seed: int = 0,
     draws: int = 2000,
     confidence: float = 0.95,
+    harm_level: float = 0.05,
     rule: Decide = decide,
     report: Callable[[int], None] = lambda _: None,
 ) -> Tally:
@@ -124,34 +129,53 @@ def simulate(
     Lines, bounds, p-values and ``rule`` are those of the report. ``report`` gets the number of comparisons done since
     its last call.
     """
+    tally = Tally()
+    for found in compared(suite, worsening, runs=runs, seed=seed, draws=draws, confidence=confidence):
+        size = len(next(iter(found.values())))
+        for run in range(size):
+            tally.add(line_verdicts(suite, {key: each[run] for key, each in found.items()}, rule, harm_level))
+        report(size)
+    return tally
+
+
+def compared(
+    suite: Suite,
+    worsening: Mapping[str, float],
+    *,
+    runs: int,
+    seed: int = 0,
+    draws: int = 2000,
+    confidence: float = 0.95,
+) -> Iterator[dict[str, list[PairedStatistics]]]:
+    """Yield the statistics of ``runs`` simulated comparisons by line, some hundreds at a time."""
     rng = np.random.default_rng([seed, 11])
     typed = np.concatenate([np.full(len(line.images), line.typed) for line in suite.lines])
     places = [where_of(line) for line in suite.lines]
     mean = _mean_where(suite)
-    tally = Tally()
-    while tally.runs < runs:
-        size = min(_BATCH, runs - tally.runs)
+    for start in range(0, runs, _BATCH):
+        size = min(_BATCH, runs - start)
         drawn = draw_worsening(suite, worsening, size, rng)
         found = {
-            line.key: line_statistics(where, own, counted=True, confidence=confidence, seed=0, draws=draws)
+            line.key: line_statistics(
+                where, own, counted=line.decodings == 1, confidence=confidence, seed=0, draws=draws
+            )
             for line, where, own in zip(suite.lines, places, drawn, strict=True)
         }
         if mean is not None:
             all_NR = np.concatenate(drawn)[typed]
             found[MEAN] = line_statistics(mean, all_NR, counted=False, confidence=confidence, seed=0, draws=draws)
-        for run in range(size):
-            tally.add(_verdicts(suite, {key: each[run] for key, each in found.items()}, rule, confidence))
-        report(size)
-    return tally
+        yield found
 
 
 def draw_worsening(suite: Suite, worsening: Mapping[str, float], runs: int, rng: np.random.Generator) -> list[Floats]:
-    """Draw badness after - before of each line: NR, -1, 0 or 1."""
+    """Draw badness after - before of each line: NR, -1, 0 or 1, of several decodings the mean."""
     pools = {line.pool: 0 for line in suite.lines}
     for line in suite.lines:
         pools[line.pool] = max(pools[line.pool], int(line.images.max()) + 1)
-    kept, first, second = (
-        {pool: rng.standard_normal((size, runs), dtype=np.float32) for pool, size in pools.items()} for _ in range(3)
+    most = max(line.decodings for line in suite.lines)
+    kept, *fresh = (
+        {pool: rng.standard_normal((size, runs), dtype=np.float32) for pool, size in pools.items()}
+        for _ in range(1 + 2 * most)
     )
     own = np.float32(np.sqrt(suite.image_share)), np.float32(np.sqrt(1 - suite.image_share))
 
@@ -164,9 +188,15 @@ def draw_worsening(suite: Suite, worsening: Mapping[str, float], runs: int, rng:
     for line in suite.lines:
         common = np.float32(np.sqrt(line.keep)) * part(kept, line)
         new = np.float32(np.sqrt(1 - line.keep))
-        before = common + new * part(first, line) < _NORMAL.inv_cdf(line.rate)
-        after = common + new * part(second, line) < _NORMAL.inv_cdf(line.rate + worsening.get(line.key, 0.0))
-        found.append(after.astype(np.float64) - before)
+        edges = _NORMAL.inv_cdf(line.rate), _NORMAL.inv_cdf(line.rate + worsening.get(line.key, 0.0))
+        total = np.zeros((len(line.images), runs))
+        for turn in range(line.decodings):
+            before, after = (
+                common + new * part(images, line) < edge
+                for images, edge in zip(fresh[2 * turn : 2 * turn + 2], edges, strict=True)
+            )
+            total += after.astype(np.float64) - before
+        found.append(total / line.decodings)
     return found
 
 
@@ -223,11 +253,12 @@ def _mean_where(suite: Suite) -> Clusters | None:
     return Clusters(strata, np.concatenate(images), np.full(len(typed), 1 / len(typed)))
 
 
-def _verdicts(
-    suite: Suite, found: Mapping[str, PairedStatistics], rule: Decide, confidence: float
+def line_verdicts(
+    suite: Suite, found: Mapping[str, PairedStatistics], rule: Decide, harm_level: float
 ) -> dict[str, LineVerdict]:
+    """Return the verdict of each line of one comparison, Holm's correction over all of them."""
     corrected = holm([each.p_harm for each in found.values()])
     return {
-        key: rule(uppers=each.uppers, margin=suite.margin(key), change=each.change, p_holm=p, alpha=1 - confidence)
+        key: rule(uppers=each.uppers, margin=suite.margin(key), change=each.change, p_holm=p, alpha=harm_level)
         for (key, each), p in zip(found.items(), corrected, strict=True)
     }

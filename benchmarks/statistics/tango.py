@@ -15,18 +15,25 @@ from statistics import NormalDist
 
 from safevlm.errors import InputError, MissingExtraError
 
-__all__ = ["critical_value", "tango_interval", "tango_z", "unchanged_width"]
+__all__ = ["critical_value", "one_sided_value", "tango_bound", "tango_interval", "tango_z"]
 
 _NORMAL = NormalDist()
 _OFF = 1e-13
 """How far from the estimate the search begins: where nothing changed the estimate itself solves the equation, too."""
+_SPARE = 0.1
+"""Of a sample; see :func:`tango_bound`."""
 
 
 def critical_value(confidence: float) -> float:
     """Return the normal quantile of a two-sided interval. Raises InputError outside 0 to 1."""
+    return one_sided_value((1 + confidence) / 2) if confidence > 0 else one_sided_value(confidence)
+
+
+def one_sided_value(confidence: float) -> float:
+    """Return the normal quantile of a one-sided bound. Raises InputError outside 0 to 1."""
     if not 0 < confidence < 1:
         raise InputError(f"confidence {confidence} is not allowed. Give a number above 0 and below 1, such as 0.95.")
-    return _NORMAL.inv_cdf((1 + confidence) / 2)
+    return _NORMAL.inv_cdf(confidence)
 
 
 def tango_z(worse: float, better: float, n: float, difference: float) -> float:
@@ -53,10 +60,20 @@ def tango_interval(worse: float, better: float, n: float, *, confidence: float =
     return -_upper(better, worse, n, z), _upper(worse, better, n, z)
 
 
-def unchanged_width(n: float, *, confidence: float = 0.95) -> float:
-    """Return how far the interval reaches when none of n pairs changed: the least that n pairs can ever prove."""
-    z = critical_value(confidence)
-    return z * z / (n + z * z)
+@lru_cache(maxsize=65_536)
+def tango_bound(worse: float, better: float, n: float, *, confidence: float = 0.95) -> float:
+    """Return the one-sided upper bound, in -1 to 1, that a proof of non-inferiority needs.
+
+    It is the score interval's, with part of a sample more that became worse: counts are whole, and the plain bound of
+    a handful lies below the truth in up to 6.6 % of cases instead of 5 (exact enumeration). The part makes the bound of
+    data without a change the exact binomial one, and a tenth of a sample more keeps all tables at or below the level.
+
+    Raises InputError for counts that are not counts of n pairs.
+    """
+    _check(worse, better, n)
+    z, rare = one_sided_value(confidence), -math.log(1 - confidence)
+    more = max(rare - z * math.sqrt(rare), 0.0) + _SPARE
+    return _upper(min(worse + more, n - better), better, n, z)
 
 
 def _check(worse: float, better: float, n: float) -> None:

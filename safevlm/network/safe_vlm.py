@@ -277,15 +277,21 @@ class SafeVLM(nn.Module):
         """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
         return self._decode(self._begin(prefill)[1], max_new_tokens)
 
-    def finish(self, begun: Begun, max_new_tokens: int = 32) -> list[str]:
-        """Answer the prompts of :meth:`begin` by greedy decoding: one pass for every token after the first."""
-        written = self._decode(begun, max_new_tokens)
+    def finish(self, begun: Begun, max_new_tokens: int = 32, choose: Callable[[Any], int] | None = None) -> list[str]:
+        """Answer the prompts of :meth:`begin`, one pass for every token after the first; ``choose`` as below."""
+        written = self._decode(begun, max_new_tokens, choose)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
 
-    def answer(self, images_NHWC: Tensor, questions: Sequence[str], max_new_tokens: int = 32) -> list[Answer]:
-        """Answer one question an image by greedy decoding, judging the images in the same prefill."""
+    def answer(
+        self,
+        images_NHWC: Tensor,
+        questions: Sequence[str],
+        max_new_tokens: int = 32,
+        choose: Callable[[Any], int] | None = None,
+    ) -> list[Answer]:
+        """Answer one question an image, judging the images in the same prefill; ``choose`` as in decoding_steps."""
         begun = self.begin(images_NHWC, questions)
-        texts = self.finish(begun, max_new_tokens)
+        texts = self.finish(begun, max_new_tokens, choose)
         return [Answer(text, begun.guard_probs[row]) for row, text in enumerate(texts)]
 
     def decoding_steps(
@@ -322,10 +328,10 @@ class SafeVLM(nn.Module):
                     table(chosen_N1), {"attention_mask": attention}, position, begun.cache
                 )
 
-    def _decode(self, begun: Begun, max_new_tokens: int) -> list[list[int]]:
-        """Return the ids that greedy decoding adds to each prompt, without the one that ended it."""
+    def _decode(self, begun: Begun, max_new_tokens: int, choose: Callable[[Any], int] | None = None) -> list[list[int]]:
+        """Return the ids that decoding adds to each prompt, without the one that ended it."""
         written: list[list[int]] = [[] for _ in begun.last_hidden]
-        for ids in self.decoding_steps(begun, max_new_tokens):
+        for ids in self.decoding_steps(begun, max_new_tokens, choose):
             for row, token in enumerate(ids):
                 if token is not None:
                     written[row].append(token)

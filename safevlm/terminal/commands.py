@@ -52,6 +52,7 @@ _GROUPED = {
     "benchmarks regress": "benchmarks.regress",
     "benchmarks import": "benchmarks.runs.importing.command",
     "benchmarks robustness": "benchmarks.robustness",
+    "benchmarks plan": "benchmarks.plan",
     "benchmarks simulate": "benchmarks.simulate",
     "benchmarks speed": "benchmarks.speed.__main__",
     "benchmarks large_images": "benchmarks.large_images",

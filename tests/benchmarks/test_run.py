@@ -23,6 +23,7 @@ from benchmarks.suites.suite import Suite
 from calibration.holisafe_mini.questions import is_refusal
 from export.guard.heads import HeadRequest
 from export.onnx import export_with_progress
+from runtimes.language.writing import Decoding
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.guard_head import standard_classes
 from safevlm.errors import ImageFileError, InputError
@@ -176,6 +177,37 @@ def test_a_gated_pair_refuses_what_the_guard_blocks(guard_bundle: Path, tmp_path
     assert record.runtime.provider == "CPUExecutionProvider"
 
 
+@pytest.mark.parametrize("kind", ["torch", "gguf", "gated"])
+def test_sampled_answers_go_by_the_seed_and_the_row_alone(
+    kind: str, guard_bundle: Path, gguf_folder: Callable[[str], Path], suite: Suite
+) -> None:
+    rows = [row for row in suite.rows if row.kind == "question"][:6]
+    pictures = [suite.picture(row) for row in rows]
+    options: dict[str, Any] = {"max_new_tokens": 8}
+
+    def answers(seed: int, order: list[int]) -> list[str | None]:
+        decoding = Decoding(temperature=2.0, seed=seed)
+        if kind == "torch":
+            answerer: Any = TorchAnswerer(
+                open_checkpoint("tiny-safegem"), suite.classes, decoding=decoding, batch=len(order), **options
+            )
+        elif kind == "gguf":
+            answerer = GgufAnswerer(gguf_folder("tiny-safegem"), suite.classes, decoding=decoding, **options)
+        else:
+            answerer = GatedAnswerer(guard_bundle, "tiny-safegem", suite.classes, decoding=decoding, **options)
+        with answerer:
+            assert answerer.describe().decoding == {
+                "sampling": "temperature", "temperature": 2.0, "seed": seed, "max_new_tokens": 8
+            }
+            done = answerer.answer([rows[at] for at in order], [pictures[at] for at in order])
+        assert all(row.error is None for row in done)
+        return [row.answer for row in done]
+
+    forth, back = list(range(6)), list(range(5, -1, -1))
+    assert answers(1, forth) == answers(1, back)[::-1]
+    assert answers(1, forth) != answers(2, forth)
+
+
 def test_random_weights_are_recorded_whatever_runs_them(
     guard_bundle: Path, gguf_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +247,12 @@ def test_what_cannot_be_run_is_told(tmp_path: Path, suite: Suite) -> None:
         open_answerer(Request(**request), CLASSES)
     with pytest.raises(InputError, match="--server needs --model"):
         open_answerer(Request(**request, server="http://127.0.0.1:1/v1"), CLASSES)
+    for half in ({"temperature": 0.7}, {"seed": 1}):
+        with pytest.raises(InputError, match="needs both --temperature above 0 and --seed"):
+            open_answerer(Request(**request, **half, model="tiny-safegem"), CLASSES)
     bundle = write_bundle(tmp_path / "bundle")
+    with pytest.raises(InputError, match="a guard bundle alone writes no answers"):
+        open_answerer(Request(**request, bundle=bundle, temperature=0.7, seed=1), CLASSES)
     with pytest.raises(InputError, match="differ from the suite's"):
         open_answerer(Request(**request, bundle=bundle), CLASSES)
     with (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.runs.record import Artifact, Row, Runtime
+from runtimes.language.writing import Decoding
 from safevlm.checkpoint.family import PromptFormat
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import CheckpointError, InputError
@@ -24,7 +26,17 @@ if TYPE_CHECKING:
 
     from safevlm.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["Answerer", "Description", "answered", "checkpoint_artifact", "class_order", "failed", "prompt_text"]
+__all__ = [
+    "Answerer",
+    "Description",
+    "answered",
+    "checkpoint_artifact",
+    "class_order",
+    "decoding_of",
+    "failed",
+    "for_row",
+    "prompt_text",
+]
 
 COMPRESSION_NAME = "compression.json"
 SHORT_NAMES = {
@@ -46,6 +58,22 @@ class Description:
     decoding: Mapping[str, Any] | None = None
     threshold: float | None = None
     view: ViewMode | None = None
+
+
+def decoding_of(decoding: Decoding, max_new_tokens: int) -> dict[str, Any]:
+    """Return what a run record says of how answers are written."""
+    if decoding.temperature == 0:
+        return {"sampling": "greedy", "max_new_tokens": max_new_tokens}
+    sampled = {"sampling": "temperature", "temperature": decoding.temperature, "seed": decoding.seed}
+    return {**sampled, "max_new_tokens": max_new_tokens}
+
+
+def for_row(decoding: Decoding, row: Row) -> Decoding:
+    """Return the decoding with the row's own seed: a row's answer then does not depend on the rows before it."""
+    if decoding.temperature == 0:
+        return decoding
+    drawn = hashlib.sha256(f"{decoding.seed}\0{row.id}".encode()).digest()
+    return replace(decoding, seed=int.from_bytes(drawn[:4], "big") >> 1)
 
 
 class Answerer(Protocol):

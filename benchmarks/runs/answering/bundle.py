@@ -16,7 +16,9 @@ from benchmarks.runs.answering.answerer import (
     answered,
     checkpoint_artifact,
     class_order,
+    decoding_of,
     failed,
+    for_row,
     prompt_text,
 )
 from benchmarks.runs.answering.gguf import gguf_artifact, gguf_runtime
@@ -30,6 +32,7 @@ from runtimes.images.tiling import ViewMode
 from runtimes.language.language import LanguageRunner
 from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
 from runtimes.language.torch_language import TorchLanguageRunner
+from runtimes.language.writing import Decoding
 from safevlm.errors import QuestionError
 
 if TYPE_CHECKING:
@@ -135,9 +138,11 @@ class GatedAnswerer:
         runtime: str = "auto",
         precision: str | None = None,
         view: ViewMode = "tiles",
+        decoding: Decoding | None = None,
     ) -> None:
         self.bundle = open_bundle(bundle)
         self.max_new_tokens = max_new_tokens
+        self.decoding = decoding or Decoding()
         self.gate = open_gate(
             self.bundle,
             model,
@@ -186,7 +191,7 @@ class GatedAnswerer:
             ),
             prompt=answers.prompt,
             preprocessing=answers.preprocessing,
-            decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
+            decoding=decoding_of(self.decoding, self.max_new_tokens),
             threshold=None if guard is None else _threshold(guard),
             view=None if guard is None else guard.view,
         )
@@ -197,7 +202,9 @@ class GatedAnswerer:
 
     def _one(self, row: Row, picture: Image.Image) -> Row:
         try:
-            result = self.gate.ask(picture, row.query or "", max_new_tokens=self.max_new_tokens)
+            result = self.gate.ask(
+                picture, row.query or "", max_new_tokens=self.max_new_tokens, decoding=for_row(self.decoding, row)
+            )
         except QuestionError as error:
             return failed(row, str(error))
         if result.error is not None:

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from benchmarks.runs.answering.answerer import Description, answered, class_order, failed, prompt_text
+from benchmarks.runs.answering.answerer import (
+    Description,
+    answered,
+    class_order,
+    decoding_of,
+    failed,
+    for_row,
+    prompt_text,
+)
 from benchmarks.runs.record import Artifact, Row, Runtime
 from runtimes.language.gguf_artifact import GgufArtifact
 from runtimes.language.llamacpp_language import LlamaCppLanguageRunner
+from runtimes.language.writing import Decoding, Writing
 from safevlm.errors import SafeVLMError
 
 if TYPE_CHECKING:
@@ -61,8 +70,15 @@ class GgufAnswerer:
     batch = 1
 
     def __init__(
-        self, model: str | Path, classes: Sequence[str], *, max_new_tokens: int, threads: int | None = None
+        self,
+        model: str | Path,
+        classes: Sequence[str],
+        *,
+        max_new_tokens: int,
+        threads: int | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
+        self.decoding = decoding or Decoding()
         self.runner = LlamaCppLanguageRunner(model, threads=threads)
         self.max_new_tokens = max_new_tokens
         self._order = class_order(self.runner.artifact.manifest.classes, classes, str(model))
@@ -77,14 +93,14 @@ class GgufAnswerer:
         self.runner.deactivate()
 
     def describe(self) -> Description:
-        """Return the files, llama.cpp, the family's prompt, greedy decoding."""
+        """Return the files, llama.cpp, the family's prompt, how answers are written."""
         manifest = self.runner.artifact.manifest
         return Description(
             artifact=gguf_artifact(self.runner.artifact),
             runtime=gguf_runtime(),
             prompt=prompt_text(manifest.prompt.format()),
             preprocessing=manifest.preprocessing.model_dump(mode="json"),
-            decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
+            decoding=decoding_of(self.decoding, self.max_new_tokens),
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
@@ -98,7 +114,9 @@ class GgufAnswerer:
                 self.runner.check_question(row.query or "", self.max_new_tokens)
             rgb = self.runner.artifact.manifest.preprocessing.apply(picture)
             prefilled = self.runner.prefill(rgb, row.query or "")
-            text = None if row.kind == "image" else self.runner.generate(prefilled.handle, self.max_new_tokens)
+            writing = Writing(decoding=for_row(self.decoding, row))
+            pieces = () if row.kind == "image" else self.runner.stream(prefilled.handle, self.max_new_tokens, writing)
+            text = None if row.kind == "image" else "".join(pieces)
         except SafeVLMError as error:
             return failed(row, str(error))
         ms = (time.perf_counter() - begun) * 1000

@@ -10,6 +10,7 @@ from typing import Literal
 from benchmarks.runs.answering.answerer import Answerer
 from runtimes.images.tiling import ViewMode
 from runtimes.language.gguf_artifact import is_gguf
+from runtimes.language.writing import Decoding
 from safevlm.errors import InputError, MissingExtraError
 
 __all__ = ["Request", "open_answerer"]
@@ -35,6 +36,17 @@ class Request:
     api_key_env: str = "OPENAI_API_KEY"
     timeout: float = 120.0
     view: ViewMode = "tiles"
+    temperature: float = 0.0
+    seed: int | None = None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How answers are written. Raises InputError for a temperature without a seed, or the other way round."""
+        if (self.temperature > 0) != (self.seed is not None):
+            raise InputError(
+                "sampled decoding needs both --temperature above 0 and --seed, which sets one run apart from the next."
+            )
+        return Decoding(temperature=self.temperature, seed=self.seed)
 
 
 def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
@@ -58,7 +70,13 @@ def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
 
         if request.grid is not None or request.revision is not None:
             raise InputError("--grid and --revision are fixed in GGUF files. Leave them out, or write the files again.")
-        return GgufAnswerer(request.model, classes, max_new_tokens=request.max_new_tokens, threads=request.threads)
+        return GgufAnswerer(
+            request.model,
+            classes,
+            max_new_tokens=request.max_new_tokens,
+            threads=request.threads,
+            decoding=request.decoding,
+        )
     from benchmarks.runs.answering.torch_model import TorchAnswerer
     from safevlm.checkpoint.checkpoint import open_checkpoint
 
@@ -70,6 +88,7 @@ def open_answerer(request: Request, classes: Sequence[str]) -> Answerer:
         device=request.device,
         dtype=request.dtype,
         grid=request.grid,
+        decoding=request.decoding,
     )
 
 
@@ -90,6 +109,7 @@ def _server(request: Request) -> Answerer:
         concurrency=request.concurrency,
         api_key_env=request.api_key_env,
         timeout=request.timeout,
+        decoding=request.decoding,
     )
 
 
@@ -97,6 +117,10 @@ def _bundled(request: Request, bundle: Path, classes: Sequence[str]) -> Answerer
     from benchmarks.runs.answering.bundle import BundleAnswerer, GatedAnswerer
 
     if request.model is None:
+        if request.temperature or request.seed is not None:
+            raise InputError(
+                "a guard bundle alone writes no answers. Leave out --temperature and --seed, or add --model."
+            )
         return BundleAnswerer(
             bundle,
             classes,
@@ -116,4 +140,5 @@ def _bundled(request: Request, bundle: Path, classes: Sequence[str]) -> Answerer
         runtime=request.runtime,
         precision=request.precision,
         view=request.view,
+        decoding=request.decoding,
     )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from benchmarks.judges.chat_endpoint import ChatEndpoint, ChatServer, Patience, Reply
-from benchmarks.runs.answering.answerer import Description, failed
+from benchmarks.runs.answering.answerer import Description, decoding_of, failed, for_row
 from benchmarks.runs.record import Artifact, Row, Runtime
+from runtimes.language.writing import Decoding
 from safevlm.terminal.api_key import read_key
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ ROUNDS = 8
 
 
 class ServerAnswerer:
-    """Ask a server's ``model``, greedily (temperature 0), ``concurrency`` questions at once.
+    """Ask a server's ``model``, by default greedily (temperature 0), ``concurrency`` questions at once.
 
     A server tells no guard's probabilities, and its artifact cannot be hashed: a report says so. What its content
     filter withholds counts as blocked. Images go as PNG in data URLs, at their own size.
@@ -47,8 +48,10 @@ class ServerAnswerer:
         timeout: float = 120.0,
         tries: int = 5,
         base: float = 1.0,
+        decoding: Decoding | None = None,
     ) -> None:
         self.model = model
+        self.decoding = decoding or Decoding()
         self.max_new_tokens = max_new_tokens
         self.concurrency = concurrency
         self.batch = ROUNDS * concurrency
@@ -72,7 +75,7 @@ class ServerAnswerer:
         return Description(
             artifact=Artifact(name=self.model, kind="server"),
             runtime=Runtime(name="OpenAI-compatible server", batch=self.concurrency),
-            decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
+            decoding=decoding_of(self.decoding, self.max_new_tokens),
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
@@ -92,6 +95,7 @@ class ServerAnswerer:
             return _done(row, reply, (time.perf_counter() - begun) * 1000)
 
     def _body(self, row: Row, picture: Image.Image) -> bytes:
+        own = for_row(self.decoding, row)
         content = [
             {"type": "image_url", "image_url": {"url": _data_url(picture)}},
             {"type": "text", "text": row.query or ""},
@@ -99,8 +103,9 @@ class ServerAnswerer:
         request = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
+            "temperature": own.temperature or 0,
             "max_tokens": self.max_new_tokens,
+            **({} if own.seed is None else {"seed": own.seed}),
         }
         return json.dumps(request).encode("ascii")
 

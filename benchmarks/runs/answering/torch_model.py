@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +16,15 @@ from benchmarks.runs.answering.answerer import (
     answered,
     checkpoint_artifact,
     class_order,
+    decoding_of,
     failed,
+    for_row,
     prompt_text,
 )
 from benchmarks.runs.record import Row, Runtime
 from runtimes.language.question import Reader, check_turns
 from runtimes.language.torch_language import reader_of
+from runtimes.language.writing import Decoding, Writing
 from safevlm.errors import SafeVLMError
 from safevlm.machine import memory_advice
 from safevlm.network.dialogue import as_turns
@@ -59,7 +63,9 @@ class TorchAnswerer:
         device: str = "cpu",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         grid: tuple[int, int] | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
+        self.decoding = decoding or Decoding()
         self.checkpoint = checkpoint
         self.batch = batch
         self.max_new_tokens = max_new_tokens
@@ -86,13 +92,13 @@ class TorchAnswerer:
         self._vlm = self._reader = None
 
     def describe(self) -> Description:
-        """Return the checkpoint, torch, the family's prompt, greedy decoding."""
+        """Return the checkpoint, torch, the family's prompt, how answers are written."""
         return Description(
             artifact=checkpoint_artifact(self.checkpoint),
             runtime=torch_runtime(self.device, self.dtype, self.batch),
             prompt=prompt_text(self.checkpoint.family.prompt),
             preprocessing=self._vlm.preprocessing.model_dump(mode="json"),
-            decoding={"sampling": "greedy", "max_new_tokens": self.max_new_tokens},
+            decoding=decoding_of(self.decoding, self.max_new_tokens),
         )
 
     def answer(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
@@ -111,6 +117,13 @@ class TorchAnswerer:
                 return [failed(rows[0], str(error))]
         return [self.answer([row], [picture])[0] for row, picture in zip(rows, pictures, strict=True)]
 
+    def _choose(self, rows: Sequence[Row]) -> Callable[[Any], int] | None:
+        """Return what takes each row's token in turn, None for the likeliest ones."""
+        if self.decoding.temperature == 0:
+            return None
+        turns = itertools.cycle([Writing(decoding=for_row(self.decoding, row)) for row in rows])
+        return lambda logits: next(turns).choose(logits)
+
     def _together(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row]:
         import torch
 
@@ -121,7 +134,8 @@ class TorchAnswerer:
             texts: list[str | None] = [None] * len(rows)
             probs = self._vlm.guard(images)[0].float().cpu().numpy()
         else:
-            found = self._vlm.answer(images, [row.query or "" for row in rows], self.max_new_tokens)
+            questions = [row.query or "" for row in rows]
+            found = self._vlm.answer(images, questions, self.max_new_tokens, choose=self._choose(rows))
             texts, probs = [each.text for each in found], np.stack([each.guard_probs for each in found])
         each_ms = (time.perf_counter() - begun) * 1000 / len(rows)
         return [

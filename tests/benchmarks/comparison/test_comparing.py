@@ -224,6 +224,7 @@ def test_published_answers_of_two_models_give_hand_checked_figures() -> None:
         both = (found.worse or 0) + (found.better or 0)
         assert found.p_harm is not None
         assert found.p_harm >= binomtest(found.worse or 0, both).pvalue - 1e-12  # McNemar's exact test, or stricter
-    assert line(findings, "rr").verdict == "REGRESSION"
+    rr = line(findings, "rr")  # more refusals, surely, and surely fewer than the margin allows
+    assert rr.verdict == "PASS" and rr.p_holm is not None and rr.p_holm < 0.05 and "It did get worse" in rr.reason
     assert findings.verdict == "ANOMALOUS" and "ASR USU improved by 18.3 points" in findings.anomalies[0]
     assert len(findings.flips) == sum(flips.values())

@@ -11,7 +11,7 @@ from safevlm.errors import InputError
 
 def test_the_defaults_are_the_declared_ones() -> None:
     margins = Margins()
-    assert (margins.masr, margins.rr, margins.type, margins.guard_recall, margins.utility) == (2, 2, 5, 1, 2)
+    assert (margins.masr, margins.rr, margins.type, margins.guard_recall, margins.utility) == (2, 3, 5, 1.5, 2.5)
     assert margins.share("type") == 0.05
 
 
@@ -21,7 +21,7 @@ def test_a_file_changes_them_and_can_leave_one_out(tmp_path: Path) -> None:
     margins = read_margins(path)
     assert margins.share("masr") == 0.015
     assert margins.share("guard_recall") is None
-    assert margins.share("rr") == 0.02
+    assert margins.share("rr") == 0.03
     toml = tmp_path / "m.toml"
     toml.write_text("masr = 1.5\nguard_recall = false\n")
     assert read_margins(toml) == margins

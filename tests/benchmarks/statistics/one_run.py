@@ -15,10 +15,11 @@ Weights = Mapping[int, float] | npt.ArrayLike
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapResult:
-    """A statistic, its two-sided interval and its standard error."""
+    """A statistic, its two-sided interval, its one-sided upper bound and its standard error."""
 
     estimate: float
     interval: tuple[float, float]
+    bound: float
     standard_error: float
 
     @property
@@ -38,9 +39,13 @@ def cluster_bootstrap(
 ) -> BootstrapResult:
     where = Clusters(strata, clusters, weights)
     sums = where.sums(np.asarray(differences, np.float64)[:, None])
-    low, high, error = bootstrap_bounds(where, sums, draws=draws, seed=seed, confidence=0.95)
-    estimate = float(where.estimate(sums)[0])
-    return BootstrapResult(estimate=estimate, interval=(float(low[0]), float(high[0])), standard_error=float(error[0]))
+    found = bootstrap_bounds(where, sums, draws=draws, seed=seed, confidence=0.95)
+    return BootstrapResult(
+        estimate=float(where.estimate(sums)[0]),
+        interval=(float(found.low[0]), float(found.high[0])),
+        bound=float(found.bound[0]),
+        standard_error=float(found.error[0]),
+    )
 
 
 def cluster_sign_flip(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import bootstrap
 
-from benchmarks.statistics.tango import unchanged_width
+from benchmarks.statistics.tango import tango_bound, tango_interval
 from safevlm.errors import InputError
 from tests.benchmarks.statistics.one_run import cluster_bootstrap, cluster_sign_flip
 
@@ -93,9 +93,12 @@ def test_worse_and_better_are_mirrored() -> None:
 def test_no_change_has_the_width_that_tango_gives_it() -> None:
     for n in (1, 5, 285):
         found = cluster_bootstrap(np.zeros(n), np.zeros(n), np.arange(n), [1.0])
-        assert found.upper == pytest.approx(unchanged_width(n))
+        assert found.upper == pytest.approx(tango_interval(0, 0, n)[1])
+        assert found.bound == pytest.approx(tango_bound(0, 0, n))
     one_image = cluster_bootstrap(np.zeros(1000), np.zeros(1000), np.zeros(1000), [1.0])
-    assert one_image.upper == pytest.approx(unchanged_width(1))  # a thousand questions about one image prove little
+    assert one_image.upper == pytest.approx(
+        tango_interval(0, 0, 1)[1]
+    )  # a thousand questions about one image prove little
 
 
 def test_a_stratum_that_a_draw_lacks_makes_no_nan() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.statistics.mcnemar import mcnemar_exact
 from benchmarks.statistics.paired import paired_statistics
-from benchmarks.statistics.tango import tango_interval, unchanged_width
+from benchmarks.statistics.tango import tango_bound, tango_interval
 from safevlm.errors import InputError
 from tests.benchmarks.statistics.one_run import cluster_bootstrap, cluster_sign_flip
 
@@ -30,7 +30,9 @@ def test_a_share_has_tangos_interval_the_bootstrap_beside_it_and_the_larger_p() 
     swapped = cluster_sign_flip(AFTER - BEFORE, zeros, IMAGES, [1.0])
     assert found.p_harm == max(swapped, mcnemar_exact(worse, better))
     assert found.method.startswith("Tango")
-    assert found.uppers == (found.interval[1], found.bootstrap[1])
+    images = cluster_bootstrap(AFTER - BEFORE, zeros, IMAGES, [1.0]).bound
+    assert found.uppers == pytest.approx((tango_bound(worse, better, 300), images))
+    assert found.uppers[0] < found.interval[1] and found.uppers[1] < found.bootstrap[1]  # one-sided, so nearer
 
 
 def test_a_mean_over_types_weighs_types_alike_and_has_the_bootstraps_interval() -> None:
@@ -66,8 +68,8 @@ def test_equal_runs_have_p_1_and_prove_what_so_many_images_can(strata: np.ndarra
     found = paired_statistics(BEFORE, BEFORE, clusters=IMAGES, strata=strata)
     assert (found.change, found.worse, found.better, found.p_harm) == (0, 0, 0, 1)
     assert found.interval[1] > 0
-    assert found.bootstrap[1] >= (unchanged_width(80) if strata is None else unchanged_width(80) / 2)
-    assert found.resolvable >= found.bootstrap[1] - 1e-12
+    least = tango_bound(0, 0, 80) / (1 if strata is None else 2)
+    assert min(found.uppers[1], found.resolvable) >= least
 
 
 def test_the_same_seed_gives_the_same_and_confidence_widens() -> None:

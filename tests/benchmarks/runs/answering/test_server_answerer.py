@@ -12,6 +12,7 @@ from benchmarks.run import run_suite
 from benchmarks.runs.answering.server import ServerAnswerer
 from benchmarks.runs.record import read_run
 from benchmarks.suites.select import open_suite
+from runtimes.language.writing import Decoding
 from safevlm.errors import InputError
 from tests.benchmarks.judges.server import KEY, Asked, Sent, completion, judging
 
@@ -69,3 +70,19 @@ def test_a_server_that_is_down_stops_the_run(tmp_path: Path) -> None:
     with judging(lambda _: completion("Yes.")) as server, answerer(server.url, concurrency=1) as asking:
         run_suite(asking, SUITE, tmp_path / "run", resume=True)
     assert len(read_run(tmp_path / "run").rows) == len(SUITE.rows)
+
+
+def test_sampled_answers_have_a_seed_a_row_and_the_record_says_so(tmp_path: Path) -> None:
+    seeds: dict[int, list[int]] = {}
+    for seed in (1, 2):
+        with judging(lambda _: completion("Yes.")) as server:
+            decoding = Decoding(temperature=0.7, seed=seed)
+            with answerer(server.url, decoding=decoding) as asking:
+                record = run_suite(asking, SUITE, tmp_path / str(seed))
+            assert {asked.body["temperature"] for asked in server.asked} == {0.7}
+            seeds[seed] = sorted(asked.body["seed"] for asked in server.asked)
+        assert (record.seed, record.decoding) == (
+            seed,
+            {"sampling": "temperature", "temperature": 0.7, "seed": seed, "max_new_tokens": 16},
+        )
+    assert len({*seeds[1], *seeds[2]}) == 2 * len(SUITE.rows)
