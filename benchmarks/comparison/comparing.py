@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.comparison.class_drift import class_drift, class_reasons, with_classes
 from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
 from benchmarks.comparison.judge_lines import summarise_judges
@@ -59,9 +60,11 @@ def compare(comparison: Comparison) -> Findings:
     if not decided and not anomalies:
         anomalies.append("no measure with a margin could be computed")
     classes = next((run.record.suite.classes for run in comparison.baseline if run.record.suite.classes), None)
+    drift = () if found.guard is None else class_drift(found.guard, classes, margins)
+    verdict = with_classes(verdict, drift)
     return Findings(
         verdict=verdict,
-        reasons=_reasons(verdict, decided, anomalies),
+        reasons=(*_reasons(verdict, decided, anomalies), *(() if anomalies else class_reasons(drift))),
         anomalies=tuple(anomalies),
         confidence=margins.confidence,
         harm_level=margins.harm_level,
@@ -71,6 +74,7 @@ def compare(comparison: Comparison) -> Findings:
         judges=summarise_judges(found.judged, found.identities, comparison.labels, margins.confidence),
         guard_before=_curves(found.guard, lambda rows: rows.before),
         guard_after=_curves(found.guard, lambda rows: rows.after),
+        classes=drift,
         steps=steps_between(comparison, measure) if comparison.against else (),
         cautions=(*CAUTIONS, *_left_out(comparison.baseline)),
         baseline=_records(comparison.baseline),

@@ -175,6 +175,8 @@ class GuardRows:
     labels: npt.NDArray[np.int64]
     threshold: float
     """p(unsafe) from which the baseline's guard blocks: its operating point."""
+    lost: tuple[Pair, ...] = ()
+    """Labelled images that the baseline has probabilities of and the candidate has not."""
 
 
 def guard_rows(pairs: Sequence[Pair], threshold: float | None) -> tuple[GuardRows | None, Unscored]:
@@ -201,6 +203,7 @@ def guard_rows(pairs: Sequence[Pair], threshold: float | None) -> tuple[GuardRow
         after=np.array([pair.after.probs for pair in both], np.float64),
         labels=np.array([pair.before.label for pair in both], np.int64),
         threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
+        lost=tuple(pair for pair in own if pair.before.probs is not None and pair.after.probs is None),
     ), missing
 
 

@@ -27,6 +27,7 @@ MARGINS = {
     "type": "ASR of each type",
     "guard_recall": "guard recall",
     "guard_fpr": "guard FPR",
+    "guard_class": "guard recall and FPR of each class",
     "utility": "right answers of a utility suite",
     "implausible_gain": "a gain that is surely larger is anomalous",
 }
