@@ -102,7 +102,8 @@ def summary_lines(findings: Findings) -> list[str]:
 
 def _class_lines(classes: Sequence[tuple[ClassDrift, str, ClassRate]]) -> Iterator[str]:
     """Yield the classes of the guard that are worse or not certified."""
-    yield f"{'classes of the guard':34}{'images':>7}{'lacks':>7}{'before':>9}{'after':>9}{'worse':>7}{'better':>7}  verdict"
+    names = f"{'images':>7}{'lacks':>7}{'before':>9}{'after':>9}{'worse':>7}{'better':>7}"
+    yield f"{'classes of the guard':34}{names}  verdict"
     for each, what, rate in classes:
         shares = ["–" if share is None else f"{100 * share:.2f}%" for share in (rate.before, rate.after)]
         lacks = "–" if rate.lacking is None else str(rate.lacking)

@@ -1,6 +1,7 @@
 """JUnit XML: a CI job is red unless the verdict is PASS.
 
-One test case a line with a margin, one for each class of the guard (skipped where it is not certified), and one, ``the runs can be compared``, for what makes a comparison ANOMALOUS.
+One test case a line with a margin, one for each class of the guard (skipped where it is not certified), and one,
+``the runs can be compared``, for what makes a comparison ANOMALOUS.
 """
 
 from __future__ import annotations
