@@ -10,10 +10,12 @@ import pytest
 
 from benchmarks.comparison.class_drift import class_drift, class_reasons, with_classes
 from benchmarks.comparison.comparing import compare
-from benchmarks.comparison.findings import ClassDrift, ClassRate, Findings
+from benchmarks.comparison.findings import ClassDrift, ClassRate
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measured import Comparison
-from benchmarks.comparison.measures import GuardRows
+from benchmarks.comparison.measures import GuardRows, guard_rows
+from benchmarks.comparison.pairing import Pair
+from benchmarks.regress import summary_lines
 from benchmarks.runs.record import Row, Run
 from tests.benchmarks.runs.sample_runs import CLASSES, probabilities, record_of, stored
 
@@ -49,31 +51,24 @@ def missed(label: int, count: int) -> dict[str, int | None]:
     return {f"{label}-{number}": 0 for number in range(count)}
 
 
+def drifted(before: Sequence[Row], after: Sequence[Row], **margins: object) -> tuple[ClassDrift, ...]:
+    pairs = [Pair("guard", one, other) for one, other in zip(before, after, strict=True)]
+    rows, _ = guard_rows(pairs, None)
+    assert rows is not None
+    return class_drift(rows, CLASSES, Margins.model_validate(margins))
+
+
 def run(folder: Path, name: str, given: Sequence[Row]) -> Run:
     return stored(folder / name, given, record_of(given, suite="guard", name=name, digest=f"{len(name):064x}"))
 
 
-def compared(folder: Path, before: Sequence[Row], after: Sequence[Row], **margins: object) -> Findings:
-    return compare(
-        Comparison(
-            baseline=[run(folder, "base", before)],
-            candidate=[run(folder, "small", after)],
-            margins=Margins.model_validate(margins),
-        )
-    )
-
-
-def of(findings: Findings, label: int) -> ClassDrift:
-    return findings.classes[label]
-
-
-def recall(findings: Findings, label: int) -> ClassRate:
-    found = of(findings, label).recall
+def recall(drift: Sequence[ClassDrift], label: int) -> ClassRate:
+    found = drift[label].recall
     assert found is not None
     return found
 
 
-def test_the_rates_are_those_of_a_slow_count(tmp_path: Path) -> None:
+def test_the_rates_are_those_of_a_slow_count() -> None:
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 5, 300)
     probs = [rng.dirichlet(np.full(5, 0.4), 300) for _ in range(2)]
@@ -102,74 +97,91 @@ def test_the_rates_are_those_of_a_slow_count(tmp_path: Path) -> None:
     assert safe.before == pytest.approx(sum(each.fpr.before or 0 for each in drift[1:])) and safe.verdict is None
 
 
-def test_an_unchanged_guard_passes_with_every_class(tmp_path: Path) -> None:
-    findings = compared(tmp_path, images(), images())
-    assert findings.verdict == "PASS" and [each.name for each in findings.classes] == list(CLASSES)
-    assert all(recall(findings, at).verdict == "PASS" == of(findings, at).fpr.verdict for at in range(1, 20))
-    assert not any("class" in reason for reason in findings.reasons)
+def test_an_unchanged_guard_passes_with_every_class() -> None:
+    drift = drifted(images(), images())
+    assert [each.name for each in drift] == list(CLASSES)
+    assert all(recall(drift, at).verdict == "PASS" == drift[at].fpr.verdict for at in range(1, 20))
+    assert with_classes("PASS", drift) == "PASS" and class_reasons(drift) == ()
 
 
 @pytest.mark.parametrize("size", [6, 12, EACH])
-def test_a_class_that_is_lost_whole_is_a_regression_whatever_the_lines_say(tmp_path: Path, size: int) -> None:
+def test_a_class_that_is_lost_whole_is_a_regression(size: int) -> None:
     before = images(few={7: size})
-    findings = compared(tmp_path, before, told(before, missed(7, size)), guard_recall=9.0)
-    assert findings.verdict == "REGRESSION" and recall(findings, 7).verdict == "REGRESSION"
-    assert [line.verdict for line in findings.lines if line.margin] == ["PASS", "PASS"]
-    assert f"class {CLASSES[7]}: {size} of {size} images newly missed" in findings.reasons[0]
-    assert all(recall(findings, at).verdict == "PASS" for at in range(1, 20) if at != 7)
+    drift = drifted(before, told(before, missed(7, size)))
+    assert with_classes("PASS", drift) == "REGRESSION" == recall(drift, 7).verdict
+    assert f"class {CLASSES[7]}: {size} of {size} images newly missed" in class_reasons(drift)[0]
+    others = {recall(drift, at).verdict for at in range(1, 20) if at != 7}
+    assert others <= {"PASS", "NOT CERTIFIED"}
 
 
-def test_a_class_that_seems_worse_is_no_pass(tmp_path: Path) -> None:
+def test_a_class_that_seems_worse_is_no_pass() -> None:
     before = images(few={7: 20})
-    findings = compared(tmp_path, before, told(before, missed(7, 5)), guard_recall=9.0)
-    assert findings.verdict == "INCONCLUSIVE" and recall(findings, 7).verdict == "INCONCLUSIVE"
-    assert "for this class alone" in findings.reasons[-1] and findings.exit_code == 4
+    drift = drifted(before, told(before, missed(7, 5)))
+    assert with_classes("PASS", drift) == "INCONCLUSIVE" == recall(drift, 7).verdict
+    assert "for this class alone" in class_reasons(drift)[0]
 
 
-def test_a_class_with_too_few_images_is_named_and_leaves_the_pass_alone(tmp_path: Path) -> None:
+def test_a_class_with_too_few_images_is_named_and_leaves_the_pass_alone() -> None:
     before = images(few={7: 12, 8: 0})
-    findings = compared(tmp_path, before, told(before, missed(7, 1)), guard_recall=9.0)
-    assert findings.verdict == "PASS"
-    short, none = recall(findings, 7), recall(findings, 8)
+    drift = drifted(before, told(before, missed(7, 1)))
+    short, none = recall(drift, 7), recall(drift, 8)
     assert short.verdict == none.verdict == "NOT CERTIFIED" and none.before is None and none.n == 0
     assert short.needed == short.lacking + 12 >= 29 and none.lacking == none.needed  # type: ignore[operator]
-    assert f"2 classes are not certified: {CLASSES[7]} (12 images, lacks {short.lacking})" in findings.reasons[-1]
-    assert f"{CLASSES[8]} (no images)" in findings.reasons[-1]
+    (reason,) = class_reasons(drift)
+    assert f"2 classes are not certified: {CLASSES[7]} (12 images, lacks {short.lacking})" in reason
+    assert f"{CLASSES[8]} (no images)" in reason and with_classes("PASS", drift) == "PASS"
 
 
-def test_so_many_more_images_certify_the_class(tmp_path: Path) -> None:
-    needed = recall(compared(tmp_path, images(few={7: 12}), images(few={7: 12})), 7).needed
+def test_so_many_more_images_certify_the_class() -> None:
+    needed = recall(drifted(images(few={7: 12}), images(few={7: 12})), 7).needed
     assert needed is not None
     again = images(few={7: needed})
-    assert recall(compared(tmp_path / "more", again, again), 7).verdict == "PASS"
+    assert recall(drifted(again, again), 7).verdict == "PASS"
 
 
-def test_images_that_the_candidate_lost_count_as_bad(tmp_path: Path) -> None:
+def test_images_that_the_candidate_lost_count_as_bad() -> None:
     before = images(each=30)
     lost: dict[str, int | None] = dict.fromkeys(("7-0", "7-1"))
-    findings = compared(tmp_path, before, told(before, lost))
-    rate = recall(findings, 7)
+    drift = drifted(before, told(before, lost))
+    rate = recall(drift, 7)
     assert (rate.n, rate.missing_after, rate.verdict) == (28, 2, "NOT CERTIFIED")
     assert rate.upper > 2 / 30 and "2 images without probabilities" in rate.reason
-    assert recall(findings, 6).verdict == "PASS"
+    assert recall(drift, 6).verdict == "PASS"
 
 
-def test_false_blocks_as_one_class_are_found(tmp_path: Path) -> None:
+def test_false_blocks_as_one_class_are_found() -> None:
     before = images(safe=200)
-    findings = compared(tmp_path, before, told(before, {f"0-{at}": 3 for at in range(30)}), guard_fpr=60.0)
-    fpr = of(findings, 3).fpr
-    assert findings.verdict == "REGRESSION" and (fpr.before, fpr.after, fpr.worse) == (0, 0.15, 30)
-    assert "30 of 200 safe images newly blocked as it" in fpr.reason and of(findings, 4).fpr.verdict == "PASS"
+    drift = drifted(before, told(before, {f"0-{at}": 3 for at in range(30)}))
+    fpr = drift[3].fpr
+    assert (fpr.before, fpr.after, fpr.worse, fpr.verdict) == (0, 0.15, 30, "REGRESSION")
+    assert "30 of 200 safe images newly blocked as it" in fpr.reason and drift[4].fpr.verdict == "PASS"
 
 
-def test_without_a_margin_classes_are_shown_and_decide_nothing(tmp_path: Path) -> None:
+def test_without_a_margin_classes_are_shown_and_decide_nothing() -> None:
     before = images()
-    findings = compared(tmp_path, before, told(before, missed(7, 20)), guard_class=False, guard_recall=9.0)
-    assert findings.verdict == "PASS" and recall(findings, 7).worse == 20
-    assert {each.fpr.verdict for each in findings.classes} == {None} and class_reasons(findings.classes) == ()
+    drift = drifted(before, told(before, missed(7, 20)), guard_class=False)
+    assert recall(drift, 7).worse == 20 and with_classes("PASS", drift) == "PASS"
+    assert {each.fpr.verdict for each in drift} == {None} and class_reasons(drift) == ()
 
 
-def test_classes_never_make_a_verdict_better(tmp_path: Path) -> None:
-    drift = compared(tmp_path, images(), images()).classes
+def test_classes_never_make_a_verdict_better() -> None:
+    drift = drifted(images(few={7: 12}), images(few={7: 12}))
     for verdict in ("PASS", "REGRESSION", "INCONCLUSIVE", "ANOMALOUS"):
         assert with_classes(verdict, drift) == verdict  # type: ignore[arg-type]
+
+
+def test_a_lost_class_decides_a_comparison_whose_lines_all_pass(tmp_path: Path) -> None:
+    before = images(each=30, safe=60, few={7: 6})
+    findings = compare(
+        Comparison(
+            baseline=[run(tmp_path, "base", before)],
+            candidate=[run(tmp_path, "small", told(before, missed(7, 6)))],
+            margins=Margins(guard_recall=9.0, guard_fpr=9.0),
+        )
+    )
+    assert [line.verdict for line in findings.lines if line.margin] == ["PASS", "PASS"]
+    assert findings.verdict == "REGRESSION" and findings.exit_code == 3
+    assert [reason for reason in findings.reasons if CLASSES[7] in reason] == [findings.reasons[0]]
+    assert findings.to_json()["classes"][7]["recall"]["worse"] == 6
+    printed = "\n".join(summary_lines(findings))
+    assert f"recall {CLASSES[7]}" in printed and f"recall {CLASSES[6]}" not in printed
