@@ -71,8 +71,7 @@ def class_drift(rows: GuardRows, classes: Sequence[str] | None, margins: Margins
     sides = [_Side.of(probs, rows.threshold) for probs in (rows.before, rows.after)]
     recalls = [_recall(rows, sides, at) for at in range(1, count)]
     fprs = [_fpr(rows, sides, at) for at in range(1, count)]
-    images = sum(len(each.before) for each in recalls)
-    churn = sum(sum(each.changed) for each in recalls) / images if images else 0.0
+    churn = _churn(recalls, margins.harm_level)
     corrected = mcnemar_family([each.changed for each in (*recalls, *fprs)], margins.harm_level)
     rates = [
         _decided(_rate(each, margins.confidence), margins, p, churn if each.recall else None)
@@ -149,6 +148,14 @@ def _fpr(rows: GuardRows, sides: Sequence[_Side], at: int | None) -> _Counted:
     own = rows.labels == SAFE
     before, after = ((side.blocked & ((side.named == at) | (at is None)))[own] for side in sides)
     return _Counted(before=before, after=after, lost=_lost(rows, SAFE), recall=False)
+
+
+def _churn(recalls: Sequence[_Counted], harm_level: float) -> float:
+    """Return the share of harmful images that changed, either way, in classes in which no harm shows: one class has
+    too few images to say it of itself."""
+    quiet = [each for each in recalls if worse_p(*each.changed) >= harm_level]
+    images = sum(len(each.before) for each in quiet)
+    return sum(sum(each.changed) for each in quiet) / images if images else 0.0
 
 
 def _lost(rows: GuardRows, label: int) -> int:
