@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -171,6 +172,15 @@ def test_a_float32_file_that_gives_nan_is_refused(bundle: Path, images: Int8Imag
     onnx.save(written, str(tmp_path / source.path))
     with pytest.raises(CheckpointError, match="gives NaN or infinity for 300 of 300 held-out images"):
         add_int8(tmp_path, source, "int8-dynamic", images, classes=standard_classes(), head_layers=2)
+
+
+def test_the_manifest_names_classes_with_too_few_held_out_images(bundle: Path) -> None:
+    seen = Counter(int8_images(preprocessing(), 200).harms)
+    for file in Manifest.read(bundle).files:
+        if file.quantization is not None:
+            short = file.quantization["uncertified_classes"]
+            assert {name for name in standard_classes()[1:] if seen[name] < 29} <= short.keys()
+            assert all(each["drift_needs"] > each["n"] == seen[name] for name, each in short.items())
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
