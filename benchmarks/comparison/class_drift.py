@@ -67,7 +67,7 @@ class _Side:
 def class_drift(rows: GuardRows, classes: Sequence[str] | None, margins: Margins) -> tuple[ClassDrift, ...]:
     """Return every class in its order, the class safe first; one without an image, too."""
     count = rows.before.shape[1]
-    names = classes if classes is not None else [f"class {at}" for at in range(count)]
+    names = classes if classes is not None and len(classes) == count else [f"class {at}" for at in range(count)]
     sides = [_Side.of(probs, rows.threshold) for probs in (rows.before, rows.after)]
     recalls = [_recall(rows, sides, at) for at in range(1, count)]
     fprs = [_fpr(rows, sides, at) for at in range(1, count)]
@@ -224,14 +224,15 @@ def _verdict(rate: ClassRate, margin: float, p_holm: float, harm_level: float) -
 def _reason(rate: ClassRate, *, recall: bool) -> str:
     """Return one or two sentences; points are hundredths."""
     assert rate.margin is not None and rate.p_holm is not None
+    missing = f" {rate.missing_after} images have no probabilities in the candidate." if rate.missing_after else ""
     if rate.n == 0:
-        return f"No image of it was judged in both runs. {_needed(rate)}"
+        return f"No image of it was judged in both runs.{missing} {_needed(rate)}"
     lost, gained = ("newly missed", "newly blocked") if recall else ("newly blocked as it", "no longer")
     what = "images" if recall else "safe images"
     counts = f"{rate.worse} of {rate.n} {what} {lost}, {rate.better} {gained}"
     bound = f"It may be up to {100 * rate.upper:.1f} points worse, {100 * rate.margin:g} are allowed."
-    if rate.missing_after:
-        bound += f" {rate.missing_after} images without probabilities in the candidate count as bad."
+    if missing:
+        bound += f"{missing} They count as bad."
     if rate.verdict == "PASS":
         return f"{counts}. At most {100 * rate.upper:.1f} points worse, {100 * rate.margin:g} are allowed."
     if rate.verdict == "REGRESSION":

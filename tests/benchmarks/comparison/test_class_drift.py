@@ -145,7 +145,7 @@ def test_images_that_the_candidate_lost_count_as_bad() -> None:
     drift = drifted(before, told(before, lost))
     rate = recall(drift, 7)
     assert (rate.n, rate.missing_after, rate.verdict) == (28, 2, "NOT CERTIFIED")
-    assert rate.upper > 2 / 30 and "2 images without probabilities" in rate.reason
+    assert rate.upper > 2 / 30 and "2 images have no probabilities in the candidate. They count as bad." in rate.reason
     assert recall(drift, 6).verdict == "PASS"
 
 
