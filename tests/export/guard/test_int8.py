@@ -15,7 +15,7 @@ from PIL import Image
 from export.guard import int8 as int8_module
 from export.guard.images import PicturesOnDemand, int8_images
 from export.guard.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_float
-from export.onnx import ExportOptions, export_guard
+from export.onnx import INT8_CALIBRATION, ExportOptions, export_guard
 from export.rewrites.standard_operators import to_standard
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
@@ -175,7 +175,7 @@ def test_a_float32_file_that_gives_nan_is_refused(bundle: Path, images: Int8Imag
 
 
 def test_the_manifest_names_classes_with_too_few_held_out_images(bundle: Path) -> None:
-    seen = Counter(int8_images(preprocessing(), 200).harms)
+    seen = Counter(int8_images(preprocessing(), INT8_CALIBRATION).harms)
     for file in Manifest.read(bundle).files:
         if file.quantization is not None:
             short = file.quantization["uncertified_classes"]
