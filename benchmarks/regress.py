@@ -8,13 +8,14 @@ Exit codes: 0 PASS, 3 REGRESSION, 4 INCONCLUSIVE, 5 ANOMALOUS; 2 bad input.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
+from benchmarks.comparison.class_drift import decided_rates
 from benchmarks.comparison.comparing import compare
-from benchmarks.comparison.findings import Findings, Line
+from benchmarks.comparison.findings import ClassDrift, ClassRate, Findings, Line
 from benchmarks.comparison.margins import Margins, read_margins
 from benchmarks.comparison.measured import Comparison
 from benchmarks.runs.record import Run, read_run
@@ -92,12 +93,27 @@ def main(
 
 
 def summary_lines(findings: Findings) -> list[str]:
-    """Return what a terminal shows: the verdict, why, and the lines that decide."""
+    """Return what a terminal shows: the verdict, why, the lines that decide, and classes that do not pass."""
     useful = any(line.group == "utility" and line.margin is not None for line in findings.lines)
     first = findings.verdict if useful else f"{findings.verdict}, without a utility suite"
     lines = [first, *(f"  {reason}" for reason in findings.reasons), ""]
     lines.append(f"{'':34}{'before':>9}{'after':>9}{'change':>9}{'interval':>19}{'margin':>8}  verdict")
-    return lines + [_line(line) for line in findings.lines if line.margin is not None]
+    lines += [_line(line) for line in findings.lines if line.margin is not None]
+    classes = [row for row in decided_rates(findings.classes) if row[2].verdict != "PASS"]
+    return lines if not classes else [*lines, "", *_class_lines(classes)]
+
+
+def _class_lines(classes: Sequence[tuple[ClassDrift, str, ClassRate]]) -> Iterator[str]:
+    """Yield the classes of the guard that are worse or not certified."""
+    names = f"{'images':>7}{'lacks':>7}{'before':>9}{'after':>9}{'worse':>7}{'better':>7}"
+    yield f"{'classes of the guard':34}{names}  verdict"
+    for each, what, rate in classes:
+        shares = ["–" if share is None else f"{100 * share:.2f}%" for share in (rate.before, rate.after)]
+        lacks = "–" if rate.lacking is None else str(rate.lacking)
+        yield (
+            f"{f'{what} {each.name}'[:33]:34}{rate.n:>7}{lacks:>7}{shares[0]:>9}{shares[1]:>9}{rate.worse:>7}"
+            f"{rate.better:>7}  {rate.verdict}"
+        )
 
 
 def _line(line: Line) -> str:

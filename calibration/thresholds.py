@@ -18,6 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.labelled.class_claims import Allowed, uncertified_notes, with_uncertified
 from calibration.labelled.corruptions import Corruption, parse_corruptions, under_option
 from calibration.labelled.judged_images import NAMES_SHOWN, TileCost, scores_of, tile_cost
 from calibration.labelled.labels import LabelledImage, Labels, read_labels
@@ -97,6 +98,7 @@ def fit_bundle(
     not_fitted: dict[str, str] = {}
     by_class: dict[str, dict[str, dict[str, float]]] = {}
     unreadable: dict[str, None] = {}
+    allowed: dict[str, Allowed] = {}
     for file in _chosen(bundle, precisions):
         runner = _runner(bundle, file, runtime)
         try:
@@ -119,8 +121,9 @@ def fit_bundle(
         fitted.append(entry.model_copy(update={"under": rates_under(bands, unsafe, under, seen)}))
         if answers.tiled:
             costs[file.path] = tile_cost(answers, others, bands, promise, classes)
-        by_class[file.path] = _by_class(bands, scores, answers.truth, harms, classes)
-    manifest = _enter(bundle.folder, fitted)
+        allowed[file.path] = allows(scores, bands.limits(harms)[0]), answers.truth
+        by_class[file.path] = _by_class(*allowed[file.path], classes)
+    manifest = _enter(bundle.folder, with_uncertified(fitted, allowed, bundle.manifest, promise))
     return Fitted(
         manifest=manifest,
         not_fitted=not_fitted,
@@ -195,9 +198,8 @@ def _thresholds(
 
 
 def _by_class(
-    bands: Bands, scores: NDArray[np.float64], truth: NDArray[np.int64], harms: Sequence[str], classes: Sequence[str]
+    allowed: NDArray[np.bool_], truth: NDArray[np.int64], classes: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    allowed = allows(scores, bands.limits(harms)[0])
     safe = safe_index(classes)
     return {
         name: {"n": int((truth == k).sum()), "missed": float(allowed[truth == k].mean())}
@@ -347,6 +349,8 @@ def _notes(labels: Labels, fitted: Fitted, bundle: Path, *, per_class: bool) -> 
                 f"{entry.file}: safe images blocked: {', '.join(costly)}. --max-fpr {entry.max_fpr:g} is promised for "
                 "images as they are, not under corruptions."
             )
+        if entry.file in fitted.by_class:
+            yield from uncertified_notes(entry)
     for path, reason in fitted.not_fitted.items():
         yield (
             f"{path} was not fitted: {reason} Run on its device: python -m calibration.thresholds --bundle "

@@ -30,7 +30,6 @@ from export.guard.options import PARITY_IMAGES, checkpoint_options, model_option
 from export.guard.parts import Part, batches, describe_part, write_part
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.family import TapSource
-from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Head, Manifest
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError, ParityError, PrecisionError
@@ -258,12 +257,18 @@ def _int8_files(
     scales_from = min(INT8_CALIBRATION, options.int8_images)
     images = pictures_for_int8(preprocessing, scales_from, options.images, held_out=options.int8_images)
     widths = checkpoint.head.widths if options.distilled is None else options.distilled.widths
-    safe = safe_index(checkpoint.classes)
     files = []
     for flavour in FLAVOURS:
         try:
             files += add_int8(
-                draft, source, flavour, images, limits, safe=safe, head_layers=len(widths) - 1, report=report
+                draft,
+                source,
+                flavour,
+                images,
+                limits,
+                classes=checkpoint.classes,
+                head_layers=len(widths) - 1,
+                report=report,
             )
         except PrecisionError as error:  # noqa: PERF203
             left_out.add(flavour, str(error))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.comparison.answer_lines import answer_lines
+from benchmarks.comparison.class_drift import class_drift, class_reasons, with_classes
 from benchmarks.comparison.decodings import net_changes
 from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
@@ -77,9 +78,15 @@ def compare(comparison: Comparison) -> Findings:
     if not decided and not anomalies:
         anomalies.append("no measure with a margin could be computed")
     classes = next((run.record.suite.classes for run in comparison.baseline if run.record.suite.classes), None)
+    drift = () if found.guard is None else class_drift(found.guard, classes, margins)
+    verdict = with_classes(verdict, drift)
     return Findings(
         verdict=verdict,
-        reasons=(*_reasons(verdict, decided, anomalies), *_without_help(found.judged)),
+        reasons=(
+            *_reasons(verdict, decided, anomalies),
+            *_without_help(found.judged),
+            *(() if anomalies else class_reasons(drift)),
+        ),
         anomalies=tuple(anomalies),
         confidence=margins.confidence,
         harm_level=margins.harm_level,
@@ -89,6 +96,7 @@ def compare(comparison: Comparison) -> Findings:
         judges=summarise_judges(found.judged, found.identities, comparison.labels, margins.confidence),
         guard_before=_curves(found.guard, lambda rows: rows.before),
         guard_after=_curves(found.guard, lambda rows: rows.after),
+        classes=drift,
         steps=steps_between(comparison, measure) if comparison.against else (),
         cautions=(*CAUTIONS, *_left_out(comparison.baseline)),
         baseline=_records(comparison.baseline),

@@ -13,6 +13,9 @@ from typing import Any, Literal, TypeAlias
 __all__ = [
     "EXIT_CODES",
     "Bound",
+    "ClassDrift",
+    "ClassRate",
+    "ClassVerdict",
     "Curve",
     "Findings",
     "Flip",
@@ -28,6 +31,7 @@ Verdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE", "ANOMALOUS"]
 EXIT_CODES: Mapping[Verdict, int] = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4, "ANOMALOUS": 5}
 
 Interval: TypeAlias = tuple[float, float]
+ClassVerdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE", "NOT CERTIFIED"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +139,56 @@ class GuardCurves:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassRate:
+    """Recall or FPR of one class, before and after; every interval is exact. See ``benchmarks.comparison.class_drift``.
+
+    ``NOT CERTIFIED`` is no verdict on the model: so many images prove neither that it kept this class nor that it did
+    not. It leaves the whole verdict alone, which ``INCONCLUSIVE`` (the class seems worse) and ``REGRESSION`` do not.
+    """
+
+    n: int
+    """Images with probabilities in both runs that the rate is over; without any there is no rate."""
+    missing_after: int = 0
+    """Images that the candidate alone has no probabilities of: counted as bad in ``upper``."""
+    before: float | None = None
+    after: float | None = None
+    before_interval: Interval | None = None
+    after_interval: Interval | None = None
+    change: float | None = None
+    interval: Interval | None = None
+    worse: int = 0
+    better: int = 0
+    upper: float = 1.0
+    """One-sided bound of the worsening at ``Findings.confidence``; it must lie below the margin."""
+    margin: float | None = None
+    p_harm: float | None = None
+    """McNemar's exact p; None without a margin."""
+    p_holm: float | None = None
+    """After Holm's correction over the classes."""
+    verdict: ClassVerdict | None = None
+    needed: int | None = None
+    """Where not certified: how many images would be enough; None where more of them would not do."""
+    lacking: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassDrift:
+    """A class of the guard, before and after."""
+
+    name: str
+    images: int
+    """Images whose label it is, with probabilities in both runs."""
+    recall: ClassRate | None
+    """None for the class safe."""
+    fpr: ClassRate
+    """Of safe images; of the class safe, by whatever class, and without a verdict: the line ``guard/fpr`` has it."""
+    named_before: float | None = None
+    """Share of its blocked images whose most probable harm it is; None where none was blocked."""
+    named_after: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class JudgeSummary:
     """A judge, what it could not score, and how far it agrees with the first one."""
 
@@ -181,6 +235,8 @@ class Findings:
     judges: tuple[JudgeSummary, ...] = ()
     guard_before: GuardCurves | None = None
     guard_after: GuardCurves | None = None
+    classes: tuple[ClassDrift, ...] = ()
+    """The guard's, in their order; empty where no guard was measured."""
     steps: tuple[Step, ...] = ()
     cautions: tuple[str, ...] = ()
     """What a reader may not conclude."""

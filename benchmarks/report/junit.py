@@ -1,6 +1,7 @@
 """JUnit XML: a CI job is red unless the verdict is PASS.
 
-One test case a line with a margin, and one, ``the runs can be compared``, for what makes a comparison ANOMALOUS.
+One test case a line with a margin, one for each class of the guard (skipped where it is not certified), and one,
+``the runs can be compared``, for what makes a comparison ANOMALOUS.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.report import text
+from benchmarks.report.classes import class_cases
 
 __all__ = ["COMPARABLE", "junit"]
 
@@ -19,11 +21,13 @@ def junit(findings: Findings) -> bytes:
     """Return the document, UTF-8. REGRESSION and INCONCLUSIVE are failures of different types, ANOMALOUS an error."""
     cases = [_comparable(findings)]
     cases += [_line(line) for line in findings.lines if line.margin is not None]
+    cases += class_cases(findings)
     red = [_number(cases, kind) for kind in ("failure", "error")]
     if findings.verdict != "PASS" and not any(red):  # whatever the lines say, the verdict counts
         _red(cases[0], "failure", findings.verdict, "\n".join(findings.reasons))
         red = [_number(cases, kind) for kind in ("failure", "error")]
-    counts = {"tests": str(len(cases)), "failures": str(red[0]), "errors": str(red[1]), "skipped": "0", "time": "0"}
+    counts = {"tests": str(len(cases)), "failures": str(red[0]), "errors": str(red[1]), "time": "0"}
+    counts["skipped"] = str(_number(cases, "skipped"))
     root = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(root, "testsuite", {"name": f"safety regression: {findings.verdict}", **counts})
     if findings.created:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.comparison.class_drift import decided_rates
 from benchmarks.comparison.findings import Findings, Line
 from benchmarks.report import text
+from benchmarks.report.classes import CLASS_HEAD, class_rows
 from benchmarks.report.model_index import model_index_yaml
 from benchmarks.report.provenance import artifact_of, provenance_of, suites_of
 
@@ -38,6 +40,7 @@ def markdown(findings: Findings) -> str:
         _sentences([line for line in findings.lines if line.margin is not None]),
         _deciding([line for line in findings.lines if line.margin is not None], findings.confidence),
         _others([line for line in findings.lines if line.margin is None]),
+        _classes(findings),
         "### What you may not conclude\n\n" + _list(findings.cautions) if findings.cautions else "",
         _provenance(findings),
         _margins(findings.margins),
@@ -109,6 +112,13 @@ def _others(lines: Sequence[Line]) -> str:
     return "Further measures, which decide nothing:\n\n" + _table(
         ("measure", "before", "after", "change", "interval"), rows
     )
+
+
+def _classes(findings: Findings) -> str:
+    rows = class_rows(findings)
+    if not rows:
+        return "Each class of the guard passes." if any(decided_rates(findings.classes)) else ""
+    return "Classes of the guard that are worse or not certified:\n\n" + _table(CLASS_HEAD, rows)
 
 
 def _provenance(findings: Findings) -> str:

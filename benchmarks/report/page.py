@@ -28,6 +28,7 @@ MARGINS = {
     "type": "ASR of each type",
     "guard_recall": "guard recall",
     "guard_fpr": "guard FPR",
+    "guard_class": "guard recall and FPR of each class",
     "utility": "right answers of a utility suite",
     "robust_recall": "guard recall under each corruption",
     "answers": "cut off, repetitive or unlike answers to harmless pairs",

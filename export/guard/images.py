@@ -13,6 +13,7 @@ from PIL.Image import Image
 from calibration.holisafe_mini.scene import draw
 from calibration.holisafe_mini.suite import build_suite
 from export.guard.int8 import Int8Images
+from safevlm.checkpoint.guard_head import standard_classes
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import InputError
 from safevlm.images.image import open_image
@@ -67,14 +68,15 @@ def int8_images(
 
     Raises InputError for a folder with too few pictures, ImageFileError for an unreadable one.
     """
-    unsafe = None
+    harms = None
     makers: list[Callable[[], Image]]
     if folder is None:
         suite = build_suite("calibration", pairs=3000, questions=0).pictures
         rng = np.random.default_rng(0)
         chosen = [suite[i] for i in rng.permutation(len(suite))[: calibration + held_out]]
         makers = [partial(draw, picture.scene) for picture in chosen]
-        unsafe = np.array([picture.scene.label != 0 for picture in chosen[calibration:]])
+        names = (None, *standard_classes()[1:])
+        harms = tuple(names[picture.scene.label] for picture in chosen[calibration:])
     else:
         paths = image_files(folder)
         least = min(FEWEST_HELD_OUT, held_out)
@@ -90,5 +92,5 @@ def int8_images(
     return Int8Images(
         calibration=PicturesOnDemand(makers[:calibration], preprocessing),
         held_out=PicturesOnDemand(makers[calibration:], preprocessing),
-        unsafe=unsafe,
+        harms=harms,
     )

@@ -23,12 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.distilling.fidelity import auroc
+from calibration.labelled.class_claims import uncertified_classes
 from export.guard.batches import BATCH, batch_size
 from export.guard.bundle import data_beside
 from export.guard.int8_file import FLAVOURS, Flavour, Pictures, activation_ranges, quantizable, write_int8
 from export.guard.latency import latency_of
 from runtimes.guard.bundle import sha256_of
-from runtimes.guard.verdict import unsafe_probability
+from runtimes.guard.policy import DEFAULT_LIMITS
+from runtimes.guard.verdict import blocks, unsafe_probability
+from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest import GuardFile, Latency, Parity
 from safevlm.errors import CheckpointError, PrecisionError
 from safevlm.machine import times_ms
@@ -64,12 +67,18 @@ class Int8Limits:
 class Int8Images:
     """``calibration`` images set the static scales; on ``held_out`` ones the file is judged.
 
-    ``unsafe`` are the held-out images' true labels; without them those of the float32 file stand in.
+    ``harms`` are the held-out images' true classes by name, None for safe ones; without them those of the float32 file
+    stand in.
     """
 
     calibration: Pictures
     held_out: Pictures
-    unsafe: NDArray[np.bool_] | None = None
+    harms: tuple[str | None, ...] | None = None
+
+    @property
+    def unsafe(self) -> NDArray[np.bool_] | None:
+        """Whether each held-out image is truly unsafe, where that is known."""
+        return None if self.harms is None else np.array([harm is not None for harm in self.harms])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +99,19 @@ def add_int8(
     images: Int8Images,
     limits: Int8Limits = Int8Limits(),
     *,
-    safe: int,
+    classes: Sequence[str],
     head_layers: int,
     report: Report = lambda _: None,
 ) -> list[GuardFile]:
     """Write ``guard.<flavour>.onnx`` into ``folder`` from its float32 file; return the manifest's entries.
 
-    ``safe`` is the index of the class safe, ``head_layers`` how many Linears the head has: they compute in float32.
+    ``classes`` are the guard's, ``head_layers`` says how many Linears the head has: they compute in float32.
 
     Raises PrecisionError when the limits are not met even with all but one product in float32; CheckpointError when
     the float32 file's own answers are not finite.
     """
     path, float_path = folder / f"guard.{flavour}.onnx", folder / source.path
+    safe = safe_index(classes)
     maker = _Maker(float_path, flavour, images.calibration, head_layers)
     reference = _probs(float_path, images.held_out, BATCH)
     wrong = int((~np.isfinite(reference).all(axis=1)).sum())
@@ -116,7 +126,8 @@ def add_int8(
         count = len(maker.products) - len(kept)
         report(f"{path.name}: quantizing {count} of {len(maker.products)} products, judging {len(reference)} images")
         maker.write(path, kept)
-        judged = _judge(reference, _probs(path, images.held_out, _most(flavour)), images.unsafe, safe)
+        probs = _probs(path, images.held_out, _most(flavour))
+        judged = _judge(reference, probs, images.unsafe, safe)
         if judged.within(limits, len(reference)):
             break
         if count <= 1:
@@ -158,6 +169,7 @@ def add_int8(
                 "auroc": judged.auroc,
                 "auroc_change": judged.auroc_change,
                 "labels": "true" if images.unsafe is not None else "the float32 file's own",
+                "uncertified_classes": _uncertified(reference, probs, images, classes),
                 "calibration_images": len(images.calibration) if flavour == "int8" else 0,
                 "float32_median_ms": floats.median_ms,
             },
@@ -250,6 +262,20 @@ def _judge(reference: Floats, found: Floats, unsafe: NDArray[np.bool_] | None, s
         auroc=after,
         auroc_change=0.0 if before is None or after is None else abs(after - before),
     )
+
+
+def _uncertified(
+    reference: Floats, found: Floats, images: Int8Images, classes: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Return the classes of which the held-out images do not prove that at most a margin more is missed, from 0.5."""
+    safe = safe_index(classes)
+    truth = reference.argmax(axis=1).astype(np.int64)
+    if images.harms is not None:
+        place = {name: at for at, name in enumerate(classes)} | {None: safe}
+        truth = np.array([place.get(harm, -1) for harm in images.harms], np.int64)
+    before, after = (blocks(unsafe_probability(probs, safe), DEFAULT_LIMITS.block) for probs in (reference, found))
+    short = uncertified_classes(truth, classes, newly=before & ~after)
+    return {name: each.model_dump(exclude_none=True) for name, each in short.items()}
 
 
 def _embedding_delta(path: Path, floats: Path, source: GuardFile, images: Pictures, flavour: Flavour) -> float | None:

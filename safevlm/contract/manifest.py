@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from safevlm.checkpoint.family import TapSource
+from safevlm.contract.class_claims import Uncertified
 from safevlm.contract.graph_fit import Role, TensorSpec, misfit
 from safevlm.contract.manifest_fields import (
     Batch,
@@ -54,6 +55,7 @@ __all__ = [
     "Tap",
     "TensorSpec",
     "Thresholds",
+    "Uncertified",
     "manifest_bytes",
 ]
 
@@ -255,6 +257,8 @@ class Thresholds(Frozen):
     provider: Name | None = None
     """What the runtime computed with, as :attr:`Latency.provider`; None of thresholds that do not say it."""
     under: tuple[UnderCorruption, ...] = Field(default=(), max_length=1_000)
+    uncertified: Mapping[str, Uncertified] | None = None
+    """Harmful classes of which the images prove less than of all harm; None of thresholds that do not say it."""
 
     @model_validator(mode="after")
     def _check(self) -> Thresholds:
@@ -306,7 +310,7 @@ class Manifest(Frozen):
         fitted = self.thresholds or ()
         unique(tuple(entry.file for entry in fitted))
         for entry in fitted:
-            strangers = set(entry.per_class) - set(self.classes)
+            strangers = {*entry.per_class, *(entry.uncertified or ())} - set(self.classes)
             if strangers:
                 named = ", ".join(map(shortened, sorted(strangers)[:5]))
                 raise ValueError(f"thresholds for classes that do not exist: {named}")

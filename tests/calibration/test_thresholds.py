@@ -360,3 +360,31 @@ def test_a_manifest_whose_promise_under_a_corruption_is_broken_or_repeated_is_re
     stated["thresholds"][0]["under"][0] |= change
     with pytest.raises(BundleError, match=r"under jpeg:30 breaks the promise|a name appears twice: noise:40"):
         Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")
+
+
+def test_classes_that_are_not_certified_stand_in_the_manifest(bundle: Path, labels: Path) -> None:
+    lines = labels.read_text().splitlines()
+    few = [line for number, line in enumerate(lines) if number % 3 != 2 or number < 15]  # five images of drugs
+    labels.write_text("\n".join(few))
+    result = CliRunner().invoke(main, ["--bundle", str(bundle), "--labels", str(labels), "--pooled"])
+    assert result.exit_code == 0, result.output
+    manifest = open_bundle(bundle).manifest
+    fp32, fp16 = (manifest.thresholds_of(f"guard.{precision}.onnx") for precision in ("fp32", "fp16"))
+    assert fp32 is not None and fp16 is not None and fp32.uncertified is not None and fp16.uncertified is not None
+    drug = fp32.uncertified["drug"]
+    assert drug.n == 5 and drug.promise_needs == 19 + 20 * (drug.missed or 0) and drug.drift_needs is None
+    assert fp16.uncertified["drug"].drift_needs is not None, "drift is measured from the float32 file"
+    assert f"at most 5 % missed is not certified of drug ({drug.missed} of 5 missed" in result.stderr
+    assert "guard.fp16.onnx: at most 10 points more missed than in float32 is not certified of " in result.stderr
+
+
+def test_a_manifest_from_before_classes_were_named_is_read(bundle: Path, labels: Path) -> None:
+    fit_bundle(open_bundle(bundle), read_labels(labels, CLASSES), Promise(alpha=0.1, max_fpr=0.1))
+    stated = json.loads((bundle / "manifest.json").read_text())
+    for entry in stated["thresholds"]:
+        entry.pop("uncertified")
+    old = Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")
+    assert old.thresholds is not None and {entry.uncertified for entry in old.thresholds} == {None}
+    stated["thresholds"][0]["uncertified"] = {"gun": {"n": 1, "missed": 0, "promise_needs": 19}}
+    with pytest.raises(BundleError, match="classes that do not exist: gun"):
+        Manifest.from_bytes(json.dumps(stated).encode(), where="manifest.json")

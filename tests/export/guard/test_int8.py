@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from PIL import Image
 from export.guard import int8 as int8_module
 from export.guard.images import PicturesOnDemand, int8_images
 from export.guard.int8 import FLAVOURS, Int8Images, Int8Limits, add_int8, faster_than_float
-from export.onnx import ExportOptions, export_guard
+from export.onnx import INT8_CALIBRATION, ExportOptions, export_guard
 from export.rewrites.standard_operators import to_standard
 from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.guard.onnxruntime_runner import OnnxRuntimeRunner
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
+from safevlm.checkpoint.guard_head import standard_classes
 from safevlm.contract.manifest import GuardFile, Manifest
 from safevlm.contract.preprocessing import Preprocessing
 from safevlm.errors import CheckpointError, ImageFileError, InputError, PrecisionError
@@ -37,7 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images() -> Int8Images:
     whole = int8_images(preprocessing(), 16)
-    return Int8Images(calibration=whole.calibration, held_out=whole.held_out[:300], unsafe=whole.unsafe[:300])  # type: ignore[index]
+    return Int8Images(calibration=whole.calibration, held_out=whole.held_out[:300], harms=whole.harms[:300])  # type: ignore[index]
 
 
 def preprocessing() -> Preprocessing:
@@ -117,7 +119,9 @@ def test_static_int8_is_what_accelerators_build_from(bundle: Path) -> None:
 def test_products_that_hurt_go_back_to_float32(bundle: Path, images: Int8Images, tmp_path: Path) -> None:
     source = files_of(Manifest.read(bundle))["fp32"]
     (tmp_path / source.path).write_bytes((bundle / source.path).read_bytes())
-    loose = add_int8(tmp_path, source, "int8", images, Int8Limits(flips=1, auroc=1), safe=0, head_layers=2)[0]
+    loose = add_int8(
+        tmp_path, source, "int8", images, Int8Limits(flips=1, auroc=1), classes=standard_classes(), head_layers=2
+    )[0]
     floats, found = (
         int8_module._run(tmp_path / path, "logits", images.held_out, 8) for path in (source.path, loose.path)
     )
@@ -137,7 +141,7 @@ def test_products_that_hurt_go_back_to_float32(bundle: Path, images: Int8Images,
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(int8_module, "_judge", strict)
-        (tight,) = add_int8(tmp_path, source, "int8", images, safe=0, head_layers=2)
+        (tight,) = add_int8(tmp_path, source, "int8", images, classes=standard_classes(), head_layers=2)
     assert tight.quantization is not None and tight.quantization["left_in_float32"] == order[:4]
     after = int8_module._run(tmp_path / tight.path, "logits", images.held_out, 8)
     assert float(np.square(after - floats).mean()) < 0.8 * error, "the worst were taken out"
@@ -167,7 +171,16 @@ def test_a_float32_file_that_gives_nan_is_refused(bundle: Path, images: Int8Imag
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full(20, np.nan, np.float32), bias.name))
     onnx.save(written, str(tmp_path / source.path))
     with pytest.raises(CheckpointError, match="gives NaN or infinity for 300 of 300 held-out images"):
-        add_int8(tmp_path, source, "int8-dynamic", images, safe=0, head_layers=2)
+        add_int8(tmp_path, source, "int8-dynamic", images, classes=standard_classes(), head_layers=2)
+
+
+def test_the_manifest_names_classes_with_too_few_held_out_images(bundle: Path) -> None:
+    seen = Counter(int8_images(preprocessing(), INT8_CALIBRATION).harms)
+    for file in Manifest.read(bundle).files:
+        if file.quantization is not None:
+            short = file.quantization["uncertified_classes"]
+            assert {name for name in standard_classes()[1:] if seen[name] < 29} <= short.keys()
+            assert all(each["drift_needs"] > each["n"] == seen[name] for name, each in short.items())
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
