@@ -29,8 +29,10 @@ __all__ = [
     "Sampled",
     "Suite",
     "Tally",
+    "draw_badness",
     "draw_worsening",
     "keep_for_churn",
+    "mean_where",
     "simulate",
     "spread_over",
     "where_of",
@@ -127,7 +129,7 @@ def simulate(
     rng = np.random.default_rng([seed, 11])
     typed = np.concatenate([np.full(len(line.images), line.typed) for line in suite.lines])
     places = [where_of(line) for line in suite.lines]
-    mean = _mean_where(suite)
+    mean = mean_where(suite)
     tally = Tally()
     while tally.runs < runs:
         size = min(_BATCH, runs - tally.runs)
@@ -147,6 +149,13 @@ def simulate(
 
 def draw_worsening(suite: Suite, worsening: Mapping[str, float], runs: int, rng: np.random.Generator) -> list[Floats]:
     """Draw badness after - before of each line: NR, -1, 0 or 1."""
+    return [after.astype(np.float64) - before for before, after in draw_badness(suite, worsening, runs, rng)]
+
+
+def draw_badness(
+    suite: Suite, worsening: Mapping[str, float], runs: int, rng: np.random.Generator
+) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    """Draw whether each answer of each line is bad, before and after: two of NR."""
     pools = {line.pool: 0 for line in suite.lines}
     for line in suite.lines:
         pools[line.pool] = max(pools[line.pool], int(line.images.max()) + 1)
@@ -166,7 +175,7 @@ def draw_worsening(suite: Suite, worsening: Mapping[str, float], runs: int, rng:
         new = np.float32(np.sqrt(1 - line.keep))
         before = common + new * part(first, line) < _NORMAL.inv_cdf(line.rate)
         after = common + new * part(second, line) < _NORMAL.inv_cdf(line.rate + worsening.get(line.key, 0.0))
-        found.append(after.astype(np.float64) - before)
+        found.append((before, after))
     return found
 
 
@@ -212,7 +221,7 @@ def _churn(rates: Sequence[float], sizes: Sequence[int], keep: float) -> float:
     return changed / sum(sizes)
 
 
-def _mean_where(suite: Suite) -> Clusters | None:
+def mean_where(suite: Suite) -> Clusters | None:
     """Return clusters of the mean: images of different pools are different images."""
     typed = [line for line in suite.lines if line.typed]
     if not typed:
