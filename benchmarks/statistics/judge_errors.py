@@ -1,8 +1,8 @@
 """A change as a judge saw it, corrected for the judge's errors by a sample of answers that people labelled.
 
-The judge's words about an answer before and after put it into one of four cells; people's labels say which share of each
-cell is truly bad (double sampling: Tenenbein, J. Am. Stat. Assoc. 65, 1970, 1350-1361). Labels may be drawn in any way
-that looks at type and cell alone, so it does not matter that some cells were labelled more than others. Two designs:
+The judge's words about an answer before and after put it into one of four cells; people's labels say which share of
+each cell is truly bad (double sampling: Tenenbein, J. Am. Stat. Assoc. 65, 1970, 1350-1361). Labels may be drawn in any
+way that looks at type and cell alone, so it does not matter that some cells were labelled more than others. Two designs:
 
 - ``alike``, labels of the baseline only: sensitivity and specificity follow from the cells, and the true change is the
   observed one / (sensitivity + specificity - 1) (Rogan and Gladen, Am. J. Epidemiology 107, 1978, 71-76). That holds
@@ -37,6 +37,9 @@ DRAWS = 20_000
 FEWEST_OF_A_WORD = 10
 """Labels of each of the judge's words in the baseline, below which its errors are not estimated."""
 FEWEST_OF_A_CELL = 3
+BOUND_SHARE = 0.7
+"""Share of a bound's allowed error at which its quantile is taken. At the full share bounds of some judges were
+measured to lie below the truth up to a third more often than stated (``benchmarks/STATISTICS.md``)."""
 LARGE_CELL = 0.05
 """Share of a group's answers from which a cell needs labels; smaller ones may go without, as wholly unknown."""
 FEWEST_OF_A_TRUTH = 5
@@ -52,18 +55,21 @@ def bound_quantile(confidence: float) -> float:
 class Answers:
     """Pairs that ask for the same (all unsafe, or all harmless), as the judge and people see them.
 
-    ``labels_N2`` is NaN where nobody looked.
+    ``types`` and ``clusters`` (images) are N, the others N2, by run. ``labels`` is NaN where nobody looked. ``weights``
+    says how many answers a label stands for, where those of one cell were not drawn alike (by another judge's words):
+    such labels count as fewer (Kish, Survey Sampling, 1965).
     """
 
-    types_N: Whole
-    clusters_N: Whole
-    words_N2: npt.NDArray[np.bool_]
-    labels_N2: Floats
+    types: Whole
+    clusters: Whole
+    words: npt.NDArray[np.bool_]
+    labels: Floats
+    weights: Floats | None = None
 
     @property
-    def cells_N(self) -> Whole:
-        """The cell of each answer."""
-        found: Whole = 2 * self.words_N2[:, 0].astype(np.int64) + self.words_N2[:, 1]
+    def cells(self) -> Whole:
+        """The cell of each answer: N."""
+        found: Whole = 2 * self.words[:, 0].astype(np.int64) + self.words[:, 1]
         return found
 
 
@@ -91,15 +97,10 @@ class Correction:
 
     def __init__(self, answers: Answers, *, draws: int = DRAWS, seed: int = 0, factor: float = 1.0) -> None:
         self.answers = answers
-        self.types = int(answers.types_N.max()) + 1
+        self.types = int(answers.types.max()) + 1
         self._factor, self._draws, self._seed = factor, draws, seed
-        self.rows_KC = self._counts(np.ones(len(answers.types_N), bool))
-        self.labelled_2KC2 = np.stack(
-            [
-                np.stack([self._counts(answers.labels_N2[:, run] == value) for value in (0, 1)], axis=-1)
-                for run in (0, 1)
-            ]
-        )
+        self.rows_KC = self._counts(np.ones(len(answers.types), bool))
+        self.labelled_2KC2 = np.stack([self._weighed(answers.labels[:, run], run, (0, 1)) for run in (0, 1)])
 
     @cached_property
     def design(self) -> Design | None:
@@ -112,9 +113,8 @@ class Correction:
         """Return which labels a design lacks."""
         rows_C, labelled_2C = self.rows_KC.sum(axis=0), self.labelled_2KC2.sum(axis=(1, 3))
         found: list[Lacking] = []
-        for run, name in ((0, "baseline"), (1, "candidate")):
-            if run and design == "alike":
-                break
+        names: tuple[Literal["baseline", "candidate"], ...] = ("baseline", "candidate")
+        for run, name in enumerate(names[: 1 if design == "alike" else 2]):
             for cell in range(CELLS):
                 if rows_C[cell] >= LARGE_CELL * rows_C.sum():
                     words = bool(cell // 2), bool(cell % 2)
@@ -126,8 +126,8 @@ class Correction:
         return tuple(found)
 
     @cached_property
-    def quality_2DK(self) -> Floats:
-        """Draws of sensitivity and specificity in the baseline; a type's own, where it has labels for that."""
+    def quality(self) -> Floats:
+        """Draws of sensitivity and specificity in the baseline, 2DK; a type's own, where it has labels for that."""
         bad_DKC = self._shares(0)
         found = []
         for truth, own in ((1, slice(2, 4)), (0, slice(0, 2))):
@@ -140,20 +140,19 @@ class Correction:
         return np.stack(found)
 
     @cached_property
-    def _change_DKC(self) -> Floats:
-        """Draws of the true change in each cell, from answers labelled in both runs where these are the most."""
+    def _changes(self) -> Floats:
+        """Draws of the true change in each cell, DKC; from answers labelled in both runs where these are the most."""
         before_DKC, after_DKC = self._shares(0), self._shares(1)
-        labels = self.answers.labels_N2
-        pairs_KC3 = np.stack([self._counts(labels[:, 1] - labels[:, 0] == step) for step in (-1, 0, 1)], axis=-1)
+        labels = self.answers.labels
+        pairs_KC3 = self._weighed(labels[:, 1] - labels[:, 0], 0, (-1, 0, 1))
         fewer_KC = self.labelled_2KC2.sum(axis=-1).min(axis=0)
         paired_KC = 2 * pairs_KC3.sum(axis=-1) >= np.maximum(fewer_KC, 1)
-        pooled_C3 = pairs_KC3.sum(axis=0) + 1 / 3
-        prior_C3 = pooled_C3 / pooled_C3.sum(axis=-1, keepdims=True)
-        parts = self._rng(2).standard_gamma(self._factor * pairs_KC3 + prior_C3, (self._draws, *pairs_KC3.shape))
+        counts_KC3 = self._factor * pairs_KC3 + _prior(pairs_KC3)
+        parts = self._rng(2).standard_gamma(counts_KC3, (self._draws, *pairs_KC3.shape))
         parts /= parts.sum(axis=-1, keepdims=True)
         return np.where(paired_KC, parts[..., 2] - parts[..., 0], after_DKC - before_DKC)
 
-    def change(self, weights_K: Sequence[float], upper: float, confidence: float) -> Corrected | None:
+    def change(self, weights_K: npt.ArrayLike, upper: float, confidence: float) -> Corrected | None:
         """Return the corrected weighted sum of types' changes, whose observed one has this upper bound.
 
         None where the labels cannot correct it: too few of them, or a judge that may be no better than chance.
@@ -162,7 +161,7 @@ class Correction:
             return None
         weights, z = np.asarray(weights_K, np.float64), bound_quantile(confidence)
         draws_D = self._alike(weights, upper, z) if self.design == "alike" else self._each_run(weights)
-        level = NormalDist().cdf(z)
+        level = 1 - BOUND_SHARE * NormalDist().cdf(-z)
         middle = float(np.quantile(draws_D, 0.5))
         low = float(np.quantile(draws_D, 1 - level, method="lower"))
         high = float(np.quantile(draws_D, level, method="higher"))
@@ -176,17 +175,17 @@ class Correction:
         before_D = np.einsum("kc,dkc->d", share_C, self._shares(0))
         if self.design == "each run":
             return before_D, np.einsum("kc,dkc->d", share_C, self._shares(1))
-        se_D, sp_D = self.quality_2DK.mean(axis=2)
-        seen = self.answers.words_N2[:, 1].mean()
+        se_D, sp_D = self.quality.mean(axis=2)
+        seen = self.answers.words[:, 1].mean()
         with np.errstate(divide="ignore"):
             after_D = np.where(se_D + sp_D > 1, (seen + sp_D - 1) / (se_D + sp_D - 1), np.inf)
         return before_D, after_D
 
     def _alike(self, weights_K: Floats, upper: float, z: float) -> Floats:
         """Return draws of sum_k w_k d_k / J_k; d's own spread is that which its upper bound states."""
-        worsening_N = self.answers.words_N2[:, 1].astype(np.float64) - self.answers.words_N2[:, 0]
+        worsening_N = self.answers.words[:, 1].astype(np.float64) - self.answers.words[:, 0]
         mean_K = self._means(worsening_N)
-        skill_DK = self.quality_2DK.sum(axis=0) - 1
+        skill_DK = self.quality.sum(axis=0) - 1
         likely_K = np.median(skill_DK, axis=0)
         if (likely_K[weights_K > 0] <= 0).any():
             return np.full(self._draws, np.inf)
@@ -205,41 +204,61 @@ class Correction:
     def _each_run(self, weights_K: Floats) -> Floats:
         """Return draws of sum_k w_k sum_c share_kc * true change_kc; which cell an answer is in was drawn, too."""
         size_K1 = np.maximum(self.rows_KC.sum(axis=1, keepdims=True), 1)
-        drawn_D = np.einsum("k,kc,dkc->d", weights_K, self.rows_KC / size_K1, self._change_DKC)
-        mean_KC = self._change_DKC.mean(axis=0)
-        spread = self._error(mean_KC[self.answers.types_N, self.answers.cells_N], weights_K)
+        drawn_D = np.einsum("k,kc,dkc->d", weights_K, self.rows_KC / size_K1, self._changes)
+        mean_KC = self._changes.mean(axis=0)
+        spread = self._error(mean_KC[self.answers.types, self.answers.cells], weights_K)
         found: Floats = drawn_D + spread * self._rng(3).standard_normal(self._draws)
         return found
 
     def _shares(self, run: int) -> Floats:
         """Draw the share of truly bad answers in each type and cell of one run: DKC."""
         labelled_KC2 = self.labelled_2KC2[run]
-        pooled_C2 = labelled_KC2.sum(axis=0) + 0.5
-        prior_C2 = pooled_C2 / pooled_C2.sum(axis=-1, keepdims=True)  # weighs one label: what other types' labels say
-        good_KC, bad_KC = np.moveaxis(self._factor * labelled_KC2 + prior_C2, -1, 0)
+        good_KC, bad_KC = np.moveaxis(self._factor * labelled_KC2 + _prior(labelled_KC2), -1, 0)
         found: Floats = self._rng(run).beta(bad_KC, good_KC, (self._draws, *bad_KC.shape))
         return found
 
     def _rng(self, part: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, 17, part])
 
-    def _counts(self, chosen_N: npt.NDArray[np.bool_]) -> Floats:
-        places = (self.answers.types_N * CELLS + self.answers.cells_N)[chosen_N]
-        found: Floats = np.bincount(places, minlength=self.types * CELLS).reshape(self.types, CELLS).astype(np.float64)
+    def _weighed(self, said_N: Floats, run: int, values: Sequence[float]) -> Floats:
+        """Return how many labels say each of the ``values``, as of a sample in which all weigh alike: KC and values."""
+        weights = self.answers.weights
+        weight_N = np.ones(len(said_N)) if weights is None else weights[:, run]
+        sums = np.stack([self._counts(said_N == value, weight_N) for value in values], axis=-1)
+        squares_KC = self._counts(np.isin(said_N, values), weight_N**2)[..., None]
+        share = np.divide(
+            sums.sum(axis=-1, keepdims=True), squares_KC, out=np.zeros_like(squares_KC), where=squares_KC > 0
+        )
+        found: Floats = sums * share
+        return found
+
+    def _counts(self, chosen_N: npt.NDArray[np.bool_], weight_N: Floats | None = None) -> Floats:
+        places = (self.answers.types * CELLS + self.answers.cells)[chosen_N]
+        weights = None if weight_N is None else weight_N[chosen_N]
+        found: Floats = np.bincount(places, weights, self.types * CELLS).reshape(self.types, CELLS).astype(np.float64)
         return found
 
     def _means(self, values_N: Floats) -> Floats:
-        sums_K = np.bincount(self.answers.types_N, values_N, self.types)
-        found: Floats = sums_K / np.maximum(np.bincount(self.answers.types_N, minlength=self.types), 1)
+        sums_K = np.bincount(self.answers.types, values_N, self.types)
+        found: Floats = sums_K / np.maximum(np.bincount(self.answers.types, minlength=self.types), 1)
         return found
 
     def _error(self, values_N: Floats, weights_K: Floats) -> float:
         """Return the standard error of a weighted sum of types' means, images drawn."""
-        types = self.answers.types_N
+        types = self.answers.types
         off_N = (values_N - self._means(values_N)[types]) * (
             weights_K / np.maximum(np.bincount(types, minlength=self.types), 1)
         )[types]
-        return float(np.sqrt(np.square(np.bincount(self.answers.clusters_N, off_N)).sum()))
+        return float(np.sqrt(np.square(np.bincount(self.answers.clusters, off_N)).sum()))
+
+
+def _prior(counts: Floats) -> Floats:
+    """Return what is thought of each type's cell before its own labels, worth one: what other types' labels say.
+
+    Without other labels all outcomes (the last axis) are equally likely: of two, that is Jeffreys' prior.
+    """
+    others: Floats = counts.sum(axis=0) - counts + 1 / counts.shape[-1]
+    return others / others.sum(axis=-1, keepdims=True)
 
 
 def _lack(
@@ -250,4 +269,4 @@ def _lack(
     fewest: int,
 ) -> list[Lacking]:
     needed = int(min(fewest, rows))
-    return [Lacking(words=words, run=run, have=int(have), needed=needed)] if have < needed else []
+    return [Lacking(words=words, run=run, have=round(have), needed=needed)] if round(have) < needed else []

@@ -1,7 +1,7 @@
 """Pairs of runs whose truth is known, seen by a judge of known error and corrected by people's labels.
 
-Answers are those of :mod:`benchmarks.statistics.simulation`. The judge calls a bad answer bad with its sensitivity and a
-good one good with its specificity, in either run by itself: errors that both runs share would cost less. Labels are
+Answers are those of :mod:`benchmarks.statistics.simulation`. The judge calls a bad answer bad with its sensitivity and
+a good one good with its specificity, in either run by itself: errors that both runs share would cost less. Labels are
 drawn as ``benchmarks.labels`` draws them, or at random; bounds and rule are those of the report.
 """
 
@@ -145,6 +145,4 @@ def _answers(
     pools = sorted({line.pool for line in asked})
     clusters_N = np.concatenate([line.images * len(pools) + pools.index(line.pool) for line in asked])
     places = np.searchsorted(own, types_N[keep])
-    return Answers(
-        types_N=places, clusters_N=clusters_N[keep], words_N2=words_N2[keep], labels_N2=labels_N2[keep]
-    )
+    return Answers(types=places, clusters=clusters_N[keep], words=words_N2[keep], labels=labels_N2[keep])
