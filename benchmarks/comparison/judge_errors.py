@@ -41,9 +41,14 @@ class Corrections:
         return cls(found=found, seed=seed)
 
 
-def correct_lines(lines: Sequence[Line], corrections: Corrections, confidence: float) -> list[Line]:
-    """Return the lines, those of a judge and with a margin with the corrected change and its bound."""
-    return [_corrected(line, corrections, confidence) if _is_judged(line) else line for line in lines]
+def correct_lines(
+    lines: Sequence[Line], corrections: Corrections, confidence: float, *, explain: bool = True
+) -> list[Line]:
+    """Return the lines, those of a judge and with a margin with the corrected change and its bound.
+
+    ``explain``: also with what that says, and which labels are missing, which takes longer.
+    """
+    return [_corrected(line, corrections, confidence, explain) if _is_judged(line) else line for line in lines]
 
 
 def explain_lines(lines: Sequence[Line]) -> list[Line]:
@@ -81,7 +86,7 @@ def _is_judged(line: Line) -> bool:
     return line.judge is not None and line.margin is not None
 
 
-def _corrected(line: Line, corrections: Corrections, confidence: float) -> Line:
+def _corrected(line: Line, corrections: Corrections, confidence: float, explain: bool) -> Line:
     group = "rr" if line.key.startswith("rr") else "asr"
     correction = corrections.found.get((str(line.judge), group))
     if correction is None:
@@ -95,6 +100,8 @@ def _corrected(line: Line, corrections: Corrections, confidence: float) -> Line:
     told = replace(line, bounds=(*line.bounds, Bound(name=JUDGE_ERRORS, upper=upper)))
     if found is not None:
         told = replace(told, corrected=found.change, corrected_interval=(max(found.low, -1.0), min(found.high, 1.0)))
+    if not explain:
+        return told
     sentence = _sentence(correction, found, group)
     if upper >= margin:
         sentence += " " + _missing(correction, corrections.seed, weights, observed, margin - beyond, confidence, group)

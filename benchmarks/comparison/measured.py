@@ -114,7 +114,8 @@ def _judge(
         ordered += own
         sides = []
         for place, runs in enumerate((before, after)):
-            judge = open_judge(name, next(run.folder for run in runs if run.record.suite.name == suite))
+            run = next(run for run in runs if run.record.suite.name == suite)
+            judge = open_judge(name, run.folder, run.rows)
             scores[place] += judge.score([(pair.before, pair.after)[place] for pair in own])
             sides.append(judge.identity())
         identity = sides[0]

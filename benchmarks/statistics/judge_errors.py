@@ -1,8 +1,8 @@
 """A change as a judge saw it, corrected for the judge's errors by a sample of answers that people labelled.
 
 The judge's words about an answer before and after put it into one of four cells; people's labels say which share of
-each cell is truly bad (double sampling: Tenenbein, J. Am. Stat. Assoc. 65, 1970, 1350-1361). Labels may be drawn in any
-way that looks at type and cell alone, so it does not matter that some cells were labelled more than others. Two designs:
+each cell is truly bad (double sampling: Tenenbein, J. Am. Stat. Assoc. 65, 1970, 1350-1361). Labels may be drawn in
+any way that looks at type and cell alone: some cells may be labelled more than others. Two designs:
 
 - ``alike``, labels of the baseline only: sensitivity and specificity follow from the cells, and the true change is the
   observed one / (sensitivity + specificity - 1) (Rogan and Gladen, Am. J. Epidemiology 107, 1978, 71-76). That holds
@@ -162,10 +162,12 @@ class Correction:
         weights, z = np.asarray(weights_K, np.float64), bound_quantile(confidence)
         draws_D = self._alike(weights, upper, z) if self.design == "alike" else self._each_run(weights)
         level = 1 - BOUND_SHARE * NormalDist().cdf(-z)
-        middle = float(np.quantile(draws_D, 0.5))
-        low = float(np.quantile(draws_D, 1 - level, method="lower"))
-        high = float(np.quantile(draws_D, level, method="higher"))
-        return Corrected(change=middle, low=low, high=high) if np.isfinite([low, middle, high]).all() else None
+        unknown = np.isnan(draws_D)
+        low = float(np.quantile(np.where(unknown, -np.inf, draws_D), 1 - level, method="lower"))
+        high = float(np.quantile(np.where(unknown, np.inf, draws_D), level, method="higher"))
+        if not np.isfinite([low, high]).all():
+            return None
+        return Corrected(change=float(np.nanmedian(draws_D)), low=low, high=high)
 
     def rates(self) -> tuple[Floats, Floats] | None:
         """Return draws of the true share of bad answers in this group, before and after; None without a design."""
@@ -182,13 +184,16 @@ class Correction:
         return before_D, after_D
 
     def _alike(self, weights_K: Floats, upper: float, z: float) -> Floats:
-        """Return draws of sum_k w_k d_k / J_k; d's own spread is that which its upper bound states."""
+        """Return draws of sum_k w_k d_k / J_k, NaN for a judge no better than chance, behind whom any change may be.
+
+        The spread of d is that which its upper bound states.
+        """
         worsening_N = self.answers.words[:, 1].astype(np.float64) - self.answers.words[:, 0]
         mean_K = self._means(worsening_N)
         skill_DK = self.quality.sum(axis=0) - 1
         likely_K = np.median(skill_DK, axis=0)
         if (likely_K[weights_K > 0] <= 0).any():
-            return np.full(self._draws, np.inf)
+            return np.full(self._draws, np.nan)
         shown_K = np.divide(weights_K, likely_K, out=np.zeros_like(weights_K), where=weights_K > 0)
         plain = self._error(worsening_N, weights_K)
         scale = self._error(worsening_N, shown_K) / plain if plain > 0 else shown_K.max() / weights_K.max()
@@ -196,10 +201,9 @@ class Correction:
         normal_D = self._rng(3).standard_normal(self._draws)
         over_DK = mean_K + spread * likely_K * normal_D[:, None]
         used = weights_K > 0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found: Floats = (over_DK[:, used] / skill_DK[:, used]) @ weights_K[used]
-        chance_D = (skill_DK[:, used] <= 0).any(axis=1)  # no better than chance: any change may be behind what was seen
-        return np.where(chance_D, np.where(np.arange(self._draws) % 2, np.inf, -np.inf), found)
+        parts_DK = np.divide(over_DK, skill_DK, out=np.full_like(over_DK, np.nan), where=skill_DK > 0)
+        found: Floats = parts_DK[:, used] @ weights_K[used]
+        return found
 
     def _each_run(self, weights_K: Floats) -> Floats:
         """Return draws of sum_k w_k sum_c share_kc * true change_kc; which cell an answer is in was drawn, too."""
@@ -257,8 +261,9 @@ def _prior(counts: Floats) -> Floats:
 
     Without other labels all outcomes (the last axis) are equally likely: of two, that is Jeffreys' prior.
     """
-    others: Floats = counts.sum(axis=0) - counts + 1 / counts.shape[-1]
-    return others / others.sum(axis=-1, keepdims=True)
+    others = counts.sum(axis=0) - counts + 1 / counts.shape[-1]
+    found: Floats = others / others.sum(axis=-1, keepdims=True)
+    return found
 
 
 def _lack(

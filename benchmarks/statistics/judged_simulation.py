@@ -20,7 +20,16 @@ from benchmarks.statistics.paired import line_statistics
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, draw_badness, mean_where, where_of
 from safevlm.errors import InputError
 
-__all__ = ["DRAWINGS", "Drawing", "JudgeError", "Told", "judged_lines", "simulate_judged"]
+__all__ = [
+    "DRAWINGS",
+    "Drawing",
+    "JudgeError",
+    "Told",
+    "judged_lines",
+    "judged_summary",
+    "measure_judged",
+    "simulate_judged",
+]
 
 Drawing = Literal["random", "words", "both"]
 DRAWINGS: Mapping[Drawing, str] = {
@@ -35,11 +44,21 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeError:
-    """A judge of bad answers, 0..1. ``sensitivity_after`` is of the second run, where it is another one."""
+    """A judge of bad answers, 0..1. ``sensitivity_after`` is that in the second run, where it is another one.
+
+    Raises InputError for a judge no better than chance.
+    """
 
     sensitivity: float
     specificity: float
     sensitivity_after: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sensitivity + self.specificity <= 1:
+            raise InputError(
+                f"a judge of sensitivity {self.sensitivity:g} and specificity {self.specificity:g} is no better than "
+                "chance. Give two shares whose sum is above 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +165,50 @@ def _answers(
     clusters_N = np.concatenate([line.images * len(pools) + pools.index(line.pool) for line in asked])
     places = np.searchsorted(own, types_N[keep])
     return Answers(types=places, clusters=clusters_N[keep], words=words_N2[keep], labels=labels_N2[keep])
+
+
+def measure_judged(
+    suite: Suite,
+    judge: JudgeError,
+    *,
+    labels: int,
+    drawing: Drawing,
+    runs: int,
+    seed: int,
+    draws: int,
+    confidence: float = 0.95,
+    report: Callable[[int], None] = lambda _: None,
+) -> dict[str, dict[str, Told]]:
+    """Return for each judged line what is said of it where it is truly at its margin, and where nothing changed."""
+
+    def told(key: str, amount: float) -> Told:
+        return simulate_judged(
+            suite,
+            suite.worsening(key, amount),
+            key,
+            judge,
+            labels=labels,
+            drawing=drawing,
+            runs=runs,
+            seed=seed,
+            draws=draws,
+            confidence=confidence,
+            report=report,
+        )
+
+    return {
+        key: {"at_margin": told(key, suite.margin(key)), "unchanged": told(key, 0.0)} for key in judged_lines(suite)
+    }
+
+
+def judged_summary(found: Mapping[str, Mapping[str, Told]], labels: int, drawing: Drawing) -> str:
+    """Return a Markdown table, percent of comparisons."""
+    rows = [
+        "| line | at margin: PASS, no labels | with labels | same: PASS, no labels | with labels | correctable |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for key, own in found.items():
+        at, same = own["at_margin"], own["unchanged"]
+        shares = (at.uncorrected, at.passed, same.uncorrected, same.passed, same.corrected)
+        rows.append(f"| {key} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
+    return "\n".join([*rows, "", f"{labels} labels: {DRAWINGS[drawing]}."])

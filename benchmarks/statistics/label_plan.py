@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["spread_labels", "stratum_sizes"]
+__all__ = ["spread_labels", "strata_of", "stratum_sizes"]
 
 Whole = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -39,14 +39,20 @@ def spread_labels(
 
     ``both``: strata go by the judge's words of both runs, otherwise by its word of the baseline.
     """
+    strata_N, _ = strata_of(types_N, words_N2, both=both)
+    rows = np.bincount(strata_N)
     chosen: list[Whole] = []
-    word_N = 2 * words_N2[:, 0] + words_N2[:, 1] if both else words_N2[:, 0].astype(np.int64)
     parts = [part for part in (~harmless_N, harmless_N) if part.any()]
-    sizes = stratum_sizes(np.array([part.sum() for part in parts]) ** 0 * max(map(np.sum, parts)), labels)
-    for part, size in zip(parts, sizes, strict=True):
-        own = np.flatnonzero(part)
-        strata, which = np.unique(types_N[own] * 4 + word_N[own], return_inverse=True)
-        counts = stratum_sizes(np.bincount(which, minlength=len(strata)), int(size))
-        for stratum, count in enumerate(counts):
-            chosen.append(rng.permutation(own[which == stratum])[:count])
+    for place, part in enumerate(parts):
+        size = (labels - sum(map(len, chosen))) // (len(parts) - place)
+        own = np.unique(strata_N[part])
+        for stratum, count in zip(own, stratum_sizes(rows[own], size), strict=True):
+            chosen.append(rng.permutation(np.flatnonzero(strata_N == stratum))[:count])
     return np.concatenate(chosen)
+
+
+def strata_of(types_N: Whole, words_N2: Bools, *, both: bool) -> tuple[Whole, list[tuple[int, int]]]:
+    """Return each answer's stratum, and of each stratum its type and word (of both runs: 2 * before + after)."""
+    word_N = 2 * words_N2[:, 0] + words_N2[:, 1] if both else words_N2[:, 0].astype(np.int64)
+    names, strata_N = np.unique(types_N * 4 + word_N, return_inverse=True)
+    return strata_N, [(int(name) // 4, int(name) % 4) for name in names]
