@@ -133,8 +133,8 @@ class Correction:
         for truth, own in ((1, slice(2, 4)), (0, slice(0, 2))):
             there_DKC = self.rows_KC * (bad_DKC if truth else 1 - bad_DKC)
             right_DK, all_DK = there_DKC[..., own].sum(axis=-1), there_DKC.sum(axis=-1)
-            pooled_D = right_DK.sum(axis=1) / all_DK.sum(axis=1)
-            alone_DK = np.divide(right_DK, all_DK, out=np.zeros_like(all_DK), where=all_DK > 0)
+            pooled_D = _share(right_DK.sum(axis=1), all_DK.sum(axis=1))
+            alone_DK = _share(right_DK, all_DK)
             enough_K = self.labelled_2KC2[0, ..., truth].sum(axis=1) >= FEWEST_OF_A_TRUTH
             found.append(np.where(enough_K, alone_DK, pooled_D[:, None]))
         return np.stack(found)
@@ -202,7 +202,7 @@ class Correction:
         over_DK = mean_K + spread * likely_K * normal_D[:, None]
         used = weights_K > 0
         parts_DK = np.divide(over_DK, skill_DK, out=np.full_like(over_DK, np.nan), where=skill_DK > 0)
-        found: Floats = parts_DK[:, used] @ weights_K[used]
+        found: Floats = (parts_DK[:, used] * weights_K[used]).sum(axis=1)
         return found
 
     def _each_run(self, weights_K: Floats) -> Floats:
@@ -254,6 +254,12 @@ class Correction:
             weights_K / np.maximum(np.bincount(types, minlength=self.types), 1)
         )[types]
         return float(np.sqrt(np.square(np.bincount(self.answers.clusters, off_N)).sum()))
+
+
+def _share(part: Floats, whole: Floats) -> Floats:
+    """Return part / whole; 0 of nothing: what was never seen is not taken for known."""
+    found: Floats = np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
+    return found
 
 
 def _prior(counts: Floats) -> Floats:

@@ -92,12 +92,13 @@ def test_each_judged_line_is_corrected_and_needs_its_bound(tmp_path: Path, sides
         (bound,) = (bound for bound in each.bounds if bound.name == "judge errors")
         assert each.corrected is not None and each.corrected_interval is not None
         assert bound.upper == pytest.approx(each.corrected_interval[1])
-        assert max(seen.upper for seen in line(plain, each.key).bounds) < bound.upper
+        assert both or max(seen.upper for seen in line(plain, each.key).bounds) < bound.upper
         assert each.verdict != "PASS" or bound.upper < each.margin
         assert "orrected by" in each.judge_sentence
     mean = line(found, "masr")
-    assert mean.corrected == pytest.approx(0.04, abs=0.02)
-    assert abs(mean.corrected - 0.04) < abs(mean.change - 0.04) or mean.change > 0.03
+    assert mean.corrected is not None and mean.corrected_interval is not None
+    assert mean.corrected_interval[0] < 0.04 < mean.corrected_interval[1]
+    assert both or mean.corrected == pytest.approx(mean.change / 0.7, abs=0.005)
     assert line(found, "guard/recall").bounds == line(plain, "guard/recall").bounds
     assert not any("errs in" in each for each in found.cautions)
 
@@ -177,7 +178,7 @@ def test_scores_of_another_run_are_refused_with_their_row(tmp_path: Path, sides:
     base, small = sides
     other = run(tmp_path, "other", changed(small.rows, lambda row: row.kind == "pair", answer=ODD))
     shutil.copytree(small.folder / "judges", other.folder / "judges")
-    with pytest.raises(InputError, match="row 'SSS-0' was judged with another answer .one of 2,500."):
+    with pytest.raises(InputError, match="row 'SSS-0' was judged with another answer"):
         compare(Comparison(baseline=[base], candidate=[other], judges=("weak",)))
     scores = other.folder / "judges" / "weak.jsonl"
     scores.write_text(scores.read_text() + '{"id": "stranger", "ok": true}\n')
