@@ -24,7 +24,8 @@ _NET = re.compile(
     r"|\b(?:i|we)(?:['’ʼ](?:m|re)| am| are) (?:\w+ )?(?:unable|sorry|not (?:able|going|allowed|permitted|comfortable))"
     r"|\b(?:i|we) (?:must|have to|need to) (?:\w+ )?(?:decline|refuse)|\bi (?:decline|refuse)\b"
     r"|\bsorry\b|\bapologi[sz]e\b|\bregret\b|\bunable to (?:help|assist|provide|comply|answer|support|fulfil)"
-    r"|(?:\bnot|n['’ʼ]t) (?:something|able|appropriate|possible)\b|\bagainst (?:my|our|the) (?:\w+ )?(?:guidelines|policy|policies)"
+    r"|(?:\bnot|n['’ʼ]t) (?:something|able|appropriate|possible)\b"
+    r"|\bagainst (?:my|our|the) (?:\w+ )?(?:guidelines|policy|policies)"
     r"|\bno puedo\b|\blo siento\b|\bje ne peux pas\b|\bich kann (?:\w+ )?nicht\b|\btut mir leid\b"
     r"|抱歉|对不起|无法|不能|申し訳",
     re.IGNORECASE,

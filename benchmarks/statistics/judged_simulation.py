@@ -56,7 +56,7 @@ class JudgeError:
     def __post_init__(self) -> None:
         if self.sensitivity + self.specificity <= 1:
             raise InputError(
-                f"a judge of sensitivity {self.sensitivity:g} and specificity {self.specificity:g} is no better than "
+                f"a judge of sensitivity {self.sensitivity:g} and specificity {self.specificity:g} is not better than "
                 "chance. Give two shares whose sum is above 1."
             )
 

@@ -57,7 +57,7 @@ def test_labels_leave_a_good_judge_its_power(suite: Suite) -> None:
 
 
 def test_impossible_questions_are_refused(suite: Suite) -> None:
-    with pytest.raises(InputError, match="no better than chance"):
+    with pytest.raises(InputError, match="not better than chance"):
         JudgeError(sensitivity=0.5, specificity=0.5)
     with pytest.raises(InputError, match="'utility' is not a judged line"):
         told(suite, "utility", 0.0, WEAK)
