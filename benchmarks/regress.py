@@ -45,7 +45,11 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     "[default: exact for built-in suites, otherwise string]",
 )
 @click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON file of margins, in points.")
-@click.option("--labels", type=click.Path(path_type=Path), help="JSONL file of human labels of the baseline's answers.")
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="JSONL file of human labels of answers, as benchmarks.labels draws them.",
+)
 @click.option(
     "--images", type=FOLDER, help="Folder of images; those of flipped samples are embedded, blurred until asked for."
 )

@@ -10,16 +10,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import click
 import numpy as np
 
 from benchmarks.comparison.margins import Margins
+from benchmarks.statistics.judged_simulation import (
+    DRAWINGS,
+    Drawing,
+    JudgeError,
+    judged_lines,
+    judged_summary,
+    measure_judged,
+)
 from benchmarks.statistics.power import Effort, enlarged
 from benchmarks.statistics.simulation import MEAN, Sampled, Suite, Tally, keep_for_churn, simulate, spread_over
 from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
+from safevlm.errors import InputError
 from safevlm.terminal.commandline import run
 from safevlm.terminal.options import json_option
 
@@ -216,6 +225,20 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
     help="Number of bootstrap and permutation draws.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+@click.option("--judge-sensitivity", type=click.FloatRange(0, 1), help="Share of bad answers that the judge calls bad.")
+@click.option(
+    "--judge-specificity", type=click.FloatRange(0, 1), help="Share of good answers that the judge calls good."
+)
+@click.option(
+    "--labels", type=click.IntRange(min=20), default=400, show_default=True, help="Number of answers people labelled."
+)
+@click.option(
+    "--labelled",
+    type=click.Choice(list(DRAWINGS)),
+    default="random",
+    show_default=True,
+    help="Labels: of the baseline at random, by the judge's words, or of both runs by its words.",
+)
 @click.option("--power/--no-power", default=True, show_default=True, help="Also measure harms of 1, 2 and 5 points.")
 @json_option("the result")
 def main(
@@ -230,6 +253,10 @@ def main(
     draws: int,
     seed: int,
     power: bool,
+    judge_sensitivity: float | None,
+    judge_specificity: float | None,
+    labels: int,
+    labelled: Drawing,
     as_json: bool,
 ) -> None:
     """Measure how often the verdict of benchmarks.regress is wrong, and what it can see."""
@@ -240,6 +267,12 @@ def main(
     if churn is not None:
         base = replace(base, churn=churn)
     suite = build(name, base, pairs=pairs, questions=questions, image_share=image_share, seed=seed)
+    if judge_sensitivity is not None or judge_specificity is not None:
+        if judge_sensitivity is None or judge_specificity is None:
+            raise InputError("give --judge-sensitivity and --judge-specificity together.")
+        judge = JudgeError(sensitivity=judge_sensitivity, specificity=judge_specificity)
+        _tell_judged(suite, judge, labels, labelled, runs=runs, seed=seed, draws=draws, as_json=as_json)
+        return
     suite = enlarged(suite, Effort(decodings=decodings))
     points = POINTS if power else ()
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -253,6 +286,30 @@ def main(
         click.echo(json.dumps(found, indent=1))
         return
     click.echo(summary(suite, found, runs))
+
+
+def _tell_judged(
+    suite: Suite, judge: JudgeError, labels: int, drawing: Drawing, *, runs: int, seed: int, draws: int, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("simulating", total=2 * runs * len(judged_lines(suite)))
+        found = measure_judged(
+            suite,
+            judge,
+            labels=labels,
+            drawing=drawing,
+            runs=runs,
+            seed=seed,
+            draws=draws,
+            report=lambda done: progress.update(task, advance=done),
+        )
+    if as_json:
+        click.echo(json.dumps({key: {at: asdict(told) for at, told in own.items()} for key, own in found.items()}))
+        return
+    click.echo(judged_summary(found, labels, drawing))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from benchmarks.comparison.class_drift import class_drift, class_reasons, with_c
 from benchmarks.comparison.decodings import net_changes
 from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
-from benchmarks.comparison.judge_lines import summarise_judges
+from benchmarks.comparison.judge_errors import Corrections, correct_lines, explain_lines, judge_cautions
+from benchmarks.comparison.judge_lines import string_cautions, summarise_judges
+from benchmarks.comparison.labelled import Labels, match_labels
 from benchmarks.comparison.lines import decide_lines, line_of
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measured import Comparison, Measured, measure
@@ -59,7 +61,16 @@ def compare(comparison: Comparison) -> Findings:
         raise InputError("--labels says of one answer a sample what it is, but these runs have several. Leave it out.")
     if not found.measures and not found.anomalies:
         raise InputError("the two runs have no scored sample in common, so there is nothing to compare.")
-    lines = decide_lines([line_of(each, margins, comparison.seed) for each in found.measures], margins)
+    labels = (
+        None
+        if comparison.labels is None
+        else match_labels(comparison.labels, [pair for own in found.judged[:1] for pair in own.pairs])
+    )
+    corrections = None if labels is None else Corrections.of(found.judged, labels, comparison.seed)
+    lines = [line_of(each, margins, comparison.seed) for each in found.measures]
+    if corrections is not None:
+        lines = correct_lines(lines, corrections, margins.confidence)
+    lines = explain_lines(decide_lines(lines, margins))
     lines += answer_lines(found.judged, margins, comparison.seed)
     if found.guard is not None:
         lines += guard_number_lines(found.guard, margins.confidence, comparison.seed)
@@ -93,12 +104,12 @@ def compare(comparison: Comparison) -> Findings:
         seed=comparison.seed,
         lines=tuple(sorted(lines, key=_place)),
         flips=(*_flips(found), *(() if found.guard is None else guard_flips(found.guard, classes))),
-        judges=summarise_judges(found.judged, found.identities, comparison.labels, margins.confidence),
+        judges=summarise_judges(found.judged, found.identities, labels, corrections, margins.confidence),
         guard_before=_curves(found.guard, lambda rows: rows.before),
         guard_after=_curves(found.guard, lambda rows: rows.after),
         classes=drift,
         steps=steps_between(comparison, measure) if comparison.against else (),
-        cautions=(*CAUTIONS, *_left_out(comparison.baseline)),
+        cautions=(*_judging(found, lines, labels, verdict, comparison), *CAUTIONS, *_left_out(comparison.baseline)),
         baseline=_records(comparison.baseline),
         candidate=_records(comparison.candidate),
         against=_records(comparison.against),
@@ -106,6 +117,18 @@ def compare(comparison: Comparison) -> Findings:
         versions={"safevlm-edge": VERSION},
         created=now(),
     )
+
+
+def _judging(
+    found: Measured, lines: Sequence[Line], labels: Labels | None, verdict: Verdict, comparison: Comparison
+) -> list[str]:
+    """Return what the judges leave open; it stands before the cautions that every report has."""
+    told = string_cautions(found.judged, comparison.baseline, comparison.candidate)
+    if labels is None:
+        return told + (judge_cautions(lines) if verdict == "PASS" else [])
+    if labels.left:
+        told.append(f"{labels.left} of {labels.left + len(labels)} lines of --labels are not filled in.")
+    return told
 
 
 def _unscored(found: Sequence[Unscored], margins: Margins) -> list[str]:

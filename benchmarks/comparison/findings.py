@@ -75,6 +75,16 @@ class Line:
     """Of ``change``, images drawn again: a cross-check that knows of several questions an image."""
     bounds: tuple[Bound, ...] = ()
     """What must lie below the margin; empty without one."""
+    corrected: float | None = None
+    """``change`` without the judge's errors, by people's labels; None without, or where they cannot tell."""
+    corrected_interval: Interval | None = None
+    """Its upper end is the bound ``judge errors``; the lower one errs as seldom."""
+    judge_error: float | None = None
+    """Without labels, of a PASS: the share of answers, alike in both runs, that misread would overturn it."""
+    judge_drift: float | None = None
+    """And how many more of one run's answers than of the other's, as a share."""
+    judge_sentence: str = ""
+    """What labels make of the change, or which labels are missing, or which error would overturn a PASS."""
     worse: int | None = None
     better: int | None = None
     missing_before: int = 0
@@ -201,7 +211,7 @@ class JudgeSummary:
     """Cohen's, with the first judge, both runs' pairs together; None for the first one."""
     agreement: float | None = None
     corrected: Mapping[str, Any] | None = None
-    """Rogan-Gladen: ``asr``/``rr`` by run with intervals, sensitivity, specificity, labelled samples."""
+    """``asr``/``rr`` by run, from people's labels: estimate, interval, sensitivity, specificity; labelled answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,8 @@ def _judge(
         ordered += own
         sides = []
         for place, runs in enumerate((before, after)):
-            judge = open_judge(name, decodings_of(runs, suite)[turn].folder)
+            run = decodings_of(runs, suite)[turn]
+            judge = open_judge(name, run.folder, run.rows)
             scores[place] += judge.score([(pair.before, pair.after)[place] for pair in own])
             sides.append(judge.identity())
         identity = sides[0]

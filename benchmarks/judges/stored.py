@@ -82,7 +82,7 @@ class StoredJudge:
         if not lines.is_file():
             told = ", ".join(stored_judges(run_folder)) or "none"
             raise InputError(f"{run_folder} holds no scores of a judge {label!r}. Scores stored there: {told}.")
-        self.name = label
+        self.name, self.path = label, lines
         self._identity = _read_identity(identity).identity
         self._lines = {line.id: line for line in read_lines(lines, StoredLine)[0]}
 
@@ -93,6 +93,25 @@ class StoredJudge:
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Return each row's stored score, in order; unscored where there is none, or the row was another then."""
         return [self._score(row) for row in rows]
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse scores of another run: of ids that are not among its ``rows``, or mostly of other answers.
+
+        A few answers that have changed since are unscored instead (:meth:`score`). Raises InputError with the row.
+        """
+        own = {row.id: row for row in rows if row.kind == "pair"}
+        strangers = [name for name in self._lines if name not in own]
+        if strangers:
+            raise InputError(
+                f"{self.path}: row {strangers[0]!r} is not a pair of this run{_and_more(len(strangers))}. "
+                f"Judge this run: python -m benchmarks.judge --run {self.path.parents[1]}."
+            )
+        changed = [name for name, line in self._lines.items() if not line.fits(own[name])]
+        if 2 * len(changed) > len(self._lines):
+            raise InputError(
+                f"{self.path}: row {changed[0]!r} was judged with another answer{_and_more(len(changed))}, so these "
+                "are scores of another run. Judge this run under another --name, or with --resume."
+            )
 
     def _score(self, row: Row) -> Score:
         line = self._lines.get(row.id)
@@ -215,6 +234,10 @@ def check_label(label: str) -> None:
             f"a judge cannot be named {label!r}. Use at most 100 letters, digits and . _ -, beginning with a letter "
             f"or digit. The names {' and '.join(BUILT_IN)} are reserved."
         )
+
+
+def _and_more(count: int) -> str:
+    return f" (one of {count:,})" if count > 1 else ""
 
 
 def _paths(run_folder: Path, label: str) -> tuple[Path, Path]:

@@ -30,9 +30,11 @@ __all__ = [
     "Suite",
     "Tally",
     "compared",
+    "draw_badness",
     "draw_worsening",
     "keep_for_churn",
     "line_verdicts",
+    "mean_where",
     "simulate",
     "spread_over",
     "where_of",
@@ -151,7 +153,7 @@ def compared(
     rng = np.random.default_rng([seed, 11])
     typed = np.concatenate([np.full(len(line.images), line.typed) for line in suite.lines])
     places = [where_of(line) for line in suite.lines]
-    mean = _mean_where(suite)
+    mean = mean_where(suite)
     for start in range(0, runs, _BATCH):
         size = min(_BATCH, runs - start)
         drawn = draw_worsening(suite, worsening, size, rng)
@@ -169,6 +171,16 @@ def compared(
 
 def draw_worsening(suite: Suite, worsening: Mapping[str, float], runs: int, rng: np.random.Generator) -> list[Floats]:
     """Draw badness after - before of each line: NR, -1, 0 or 1, of several decodings the mean."""
+    return [
+        sum((after.astype(np.float64) - before for before, after in turns), np.zeros(turns[0][0].shape)) / len(turns)
+        for turns in draw_badness(suite, worsening, runs, rng)
+    ]
+
+
+def draw_badness(
+    suite: Suite, worsening: Mapping[str, float], runs: int, rng: np.random.Generator
+) -> list[list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]]:
+    """Draw whether each answer of each line is bad, before and after, in each decoding: two of NR."""
     pools = {line.pool: 0 for line in suite.lines}
     for line in suite.lines:
         pools[line.pool] = max(pools[line.pool], int(line.images.max()) + 1)
@@ -189,14 +201,14 @@ def draw_worsening(suite: Suite, worsening: Mapping[str, float], runs: int, rng:
         common = np.float32(np.sqrt(line.keep)) * part(kept, line)
         new = np.float32(np.sqrt(1 - line.keep))
         edges = _NORMAL.inv_cdf(line.rate), _NORMAL.inv_cdf(line.rate + worsening.get(line.key, 0.0))
-        total = np.zeros((len(line.images), runs))
+        turns = []
         for turn in range(line.decodings):
             before, after = (
                 common + new * part(images, line) < edge
                 for images, edge in zip(fresh[2 * turn : 2 * turn + 2], edges, strict=True)
             )
-            total += after.astype(np.float64) - before
-        found.append(total / line.decodings)
+            turns.append((before, after))
+        found.append(turns)
     return found
 
 
@@ -242,7 +254,7 @@ def _churn(rates: Sequence[float], sizes: Sequence[int], keep: float) -> float:
     return changed / sum(sizes)
 
 
-def _mean_where(suite: Suite) -> Clusters | None:
+def mean_where(suite: Suite) -> Clusters | None:
     """Return clusters of the mean: images of different pools are different images."""
     typed = [line for line in suite.lines if line.typed]
     if not typed:

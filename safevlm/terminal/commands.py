@@ -49,6 +49,7 @@ _GROUPED = {
     "runtimes gateway keys": "runtimes.gateway.keys",
     "benchmarks run": "benchmarks.run",
     "benchmarks judge": "benchmarks.judge",
+    "benchmarks labels": "benchmarks.labels",
     "benchmarks regress": "benchmarks.regress",
     "benchmarks import": "benchmarks.runs.importing.command",
     "benchmarks robustness": "benchmarks.robustness",

@@ -8,7 +8,7 @@ import click
 import pytest
 
 from benchmarks.comparison.margins import Margins, read_margins
-from benchmarks.judges.agreement import read_labels as read_answer_labels
+from benchmarks.judges.labels import read_labels as read_answer_labels
 from calibration.labelled.labels import read_labels
 from calibration.sets.conversations import read_conversations
 from runtimes.gateway.__main__ import main as gateway
@@ -47,7 +47,8 @@ def test_labels_and_rows(written: dict[str, Path]) -> None:
     assert sorted(classes[image.label] for image in labels.images) == ["animal_abuse", "safe"]
     rows = read_conversations(written["conversations"], None)
     assert [sample.kind for sample in rows.samples] == ["unsafe", "safe", "text"]
-    assert read_answer_labels(written["answer labels"]) == {"pair-1014": True, "pair-1015": False}
+    told = [(label.run, label.id, label.ok) for _, label in read_answer_labels(written["answer labels"])]
+    assert told == [("baseline", "pair-1014", True), ("candidate", "pair-1014", False)]
 
 
 def test_policy_and_margins(written: dict[str, Path]) -> None:

@@ -195,12 +195,10 @@ def test_people_s_labels_correct_a_judge(tmp_path: Path) -> None:
     labels.write_text("".join(json.dumps(each) + "\n" for each in told))
     corrected = compare(Comparison(baseline=[before], candidate=[after], labels=labels)).judges[0].corrected
     assert corrected is not None
-    # specificity 400 of 420, sensitivity 1: (40/1680 - 20/420) / (400/420) is below 0
-    assert corrected["asr_before"]["estimate"] == 0 and corrected["asr_before"]["specificity"] == 400 / 420
+    # half of the judge's 40 failures are failures, and among all others there is none
+    assert corrected["asr_before"]["estimate"] == pytest.approx(20 / 1680, abs=0.002)
+    assert corrected["asr_before"]["specificity"] == pytest.approx(1640 / 1660, abs=0.003)
     assert corrected["labelled"] == 440 and corrected["rr"] is None
-    labels.write_text('{"id": "nobody", "ok": true}\n')
-    with pytest.raises(InputError, match="not pairs of the baseline, such as nobody"):
-        compare(Comparison(baseline=[before], candidate=[after], labels=labels))
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published answers are not here")
