@@ -28,7 +28,7 @@ from benchmarks.judges.pairs import row_digest
 from benchmarks.runs.journal import KEPT, append, changes, read_lines
 from benchmarks.runs.record import Row
 from safevlm.errors import InputError
-from safevlm.files.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from safevlm.files.json_file import MAX_JSON_BYTES, Text, first_problem, replace_file, validate_json
 from safevlm.files.regular_file import open_to_append, read_regular
 from safevlm.files.storage import storing
 from safevlm.machine import now
@@ -49,9 +49,9 @@ class StoredLine(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Annotated[str, Field(min_length=1)]
+    id: Annotated[Text, Field(min_length=1)]
     ok: StrictBool | None
-    why: str | None = None
+    why: Text | None = None
     row: str | None = None
 
     def fits(self, row: Row) -> bool:

@@ -27,7 +27,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _text(path)
     if not text.strip():
         raise InputError(f"{path} is empty.")
-    yield from json_rows(path, text, lines_first=True)
+    yield from json_rows(path, text, lines_first=True, halves=True)
 
 
 def _text(path: Path) -> str:
