@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "ScoreWriter", "StoredJudge", "StoredLine", "check_label", "stored_judges"]
 
 FOLDER = "judges"
-BUILT_IN = ("string", "exact")
+BUILT_IN = ("string", "exact", "log")
 """Judges that need no stored scores; no label may claim to be one of them."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -210,7 +210,7 @@ def check_label(label: str) -> None:
     if _LABEL.fullmatch(label) is None or label in BUILT_IN:
         raise InputError(
             f"a judge cannot be named {label!r}. Use at most 100 letters, digits and . _ -, beginning with a letter "
-            f"or digit. The names {' and '.join(BUILT_IN)} are reserved."
+            f"or digit. The names {', '.join(BUILT_IN)} are reserved."
         )
 
 

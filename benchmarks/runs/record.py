@@ -45,6 +45,7 @@ __all__ = [
     "Runtime",
     "SuiteRecord",
     "check_new",
+    "read_record",
     "read_run",
     "write_run",
 ]
@@ -86,7 +87,10 @@ class Row(_Frozen):
     reference: Text | None = None
     answer: Text | None = None
     score: Probability | None = None
-    """What an evaluation library gave the answer, where its logs were imported."""
+    """What an evaluation library gave the answer, where its logs were imported; of a pair, 1 where the log's own judge
+    found that it did what the pair asks for."""
+    logged_score: Probability | None = None
+    """What the library itself counts it as, where ``score`` follows the benchmark's rules and differs from that."""
     probs: tuple[Probability, ...] | None = None
     """The guard's, in the order of the suite's classes."""
     blocked: Literal["guard", "exact", "error"] | None = None
@@ -164,6 +168,10 @@ class RunRecord(_Frozen):
     tiles, whose guards judged the whole."""
     machine: str | None = None
     versions: Mapping[str, str] = Field(default_factory=dict)
+    scored_by: Text | None = None
+    """What gave the rows their scores, where a log was imported: task, metric, scorer."""
+    notes: tuple[Text, ...] = ()
+    """What a reader of an imported log's figures must know, such as where they differ from the log's own."""
 
     @property
     def guard_view(self) -> ViewMode | None:
@@ -195,7 +203,7 @@ def read_run(folder: Path) -> Run:
     A last line that was cut off when the run was killed is no row; any other damage is refused. Raises InputError,
     with the line's number and the field, for a missing or damaged file, an unknown schema or key, a repeated id.
     """
-    record = _read_record(folder / RECORD_NAME)
+    record = read_record(folder)
     rows, _ = _read_rows(folder / ROWS_NAME)
     return Run(folder=folder, record=record, rows=tuple(rows))
 
@@ -264,7 +272,7 @@ class RunWriter:
         when it was resumed. Raises InputError when it is missing, or when its artifact, runtime, suite or settings
         differ.
         """
-        begun = _read_record(folder / RECORD_NAME)
+        begun = read_record(folder)
         record = record.model_copy(update={"runtime": record.runtime.as_stated_with(begun.runtime)})
         changing = ("created", "finished", "resumed", "machine", "versions")
         before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
@@ -319,7 +327,9 @@ def _document(record: RunRecord) -> bytes:
     return dump_json(record, indent=1) + b"\n"
 
 
-def _read_record(path: Path) -> RunRecord:
+def read_record(folder: Path) -> RunRecord:
+    """Read what a run record says of its run. Raises InputError, as :func:`read_run`."""
+    path = folder / RECORD_NAME
     try:
         return validate_json(RunRecord, read_regular(path, MAX_JSON_BYTES), halves=True)
     except FileNotFoundError:

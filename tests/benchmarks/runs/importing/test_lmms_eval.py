@@ -95,7 +95,7 @@ def test_a_named_metric_and_repeats(tmp_path: Path) -> None:
         0.5,
         0.25,
     ]
-    with pytest.raises(InputError, match="line 2: doc_id 0 is already in"):
+    with pytest.raises(InputError, match="line 2: id '0' is already in"):
         import_lmms_eval(written(tmp_path, "t", [rows[0], rows[0]]), name="m", metric="f1")
     with pytest.raises(InputError, match="has no metric 'bleu'"):
         import_lmms_eval(written(tmp_path, "t", rows), name="m", metric="bleu")
