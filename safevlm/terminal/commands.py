@@ -51,6 +51,7 @@ _GROUPED = {
     "benchmarks judge": "benchmarks.judge",
     "benchmarks regress": "benchmarks.regress",
     "benchmarks import": "benchmarks.runs.importing.command",
+    "benchmarks export": "benchmarks.export",
     "benchmarks simulate": "benchmarks.simulate",
     "benchmarks speed": "benchmarks.speed.__main__",
     "benchmarks large_images": "benchmarks.large_images",

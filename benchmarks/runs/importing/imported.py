@@ -105,10 +105,9 @@ def _against_string_matching(rows: Sequence[Row]) -> Iterator[str]:
     ours = StringMatching().score(pairs)
     differ = [row.id for row, own in zip(pairs, ours, strict=True) if own.ok is None or float(own.ok) != row.score]
     shown = ", ".join(differ[:SHOWN]) + (f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else "")
-    yield (
-        f"The log's own judge (--judge log) and string matching agree on {len(pairs) - len(differ)} of {len(pairs)} pairs"
-        + (f"; they differ on {shown}." if differ else ".")
-    )
+    where = f"; they differ on {shown}." if differ else "."
+    alike = f"{len(pairs) - len(differ)} of {len(pairs)} pairs"
+    yield f"The log's own judge (--judge log) and string matching agree on {alike}{where}"
 
 
 def _asked(row: Row) -> str:

@@ -1,7 +1,8 @@
 """Logs of inspect_ai: ``.eval``, a ZIP file of JSON (compressed with zstandard since 2026), or one ``.json``.
 
-``header.json`` says what ran (``eval``, ``status``); ``samples/<id>_epoch_<n>.json`` is one sample with ``input``, ``target``,
-``output`` and ``scores``. A sample whose ``metadata`` holds one of the pair types as ``type`` is a pair, for our judges.
+``header.json`` says what ran (``eval``, ``status``); ``samples/<id>_epoch_<n>.json`` is one sample with ``input``,
+``target``, ``output`` and ``scores``. A sample whose ``metadata`` holds one of the pair types as ``type`` is a pair,
+for our judges.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """lm-evaluation-harness' per-sample logs (``--log_samples``): ``samples_<task>_<date>.jsonl``.
 
-One object a sample and filter: ``doc_id``, ``target``, ``arguments`` (what was asked), ``filtered_resps``, ``filter``, the
-names of its ``metrics``, and each metric's value under its name. A task with two filters logs each sample twice.
+One object a sample and filter: ``doc_id``, ``target``, ``arguments`` (what was asked), ``filtered_resps``, ``filter``,
+the names of its ``metrics``, and each metric's value under its name. A task with two filters logs each sample twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""lmms-eval's per-sample logs (``--log_samples``), for MMMU, MMStar, VizWiz, MME, MME-RealWorld, HoliSafe and any alike.
+"""lmms-eval's per-sample logs (``--log_samples``), for MMMU, MMStar, VizWiz, MME, HoliSafe and any task alike.
 
 lmms-eval 0.7.3 asks for torchvision, whose builds bring another torch than the one pinned here, so its runs are made in
 an environment of its own and their logs, ``<date>_samples_<task>.jsonl``, are read here. Its logs have one object a
@@ -174,13 +174,15 @@ def _collapsed(logged: Sequence[Logged]) -> bool:
 
 def _differing(rows: Sequence[Row]) -> Iterator[str]:
     """Say which rows the log itself counts otherwise, and why."""
-    differ = [row.id for row in rows if row.logged_score is not None]
-    if differ:
-        shown = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
-        yield (
-            f"{len(differ)} open answers are right by MMMU's rules, but counted as wrong in the log: lmms-eval logged "
-            f"their candidates as one text and compared that letter by letter (doc_id {shown})."
-        )
+    for figure, told in ((0.0, "right"), (1.0, "wrong")):
+        differ = [row.id for row in rows if row.logged_score == figure]
+        if differ:
+            shown = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
+            yield (
+                f"{len(differ)} open answers are {told} by MMMU's rules and not in the log's own figure: lmms-eval "
+                "takes a list of golds that is written as text for one phrase, and compares candidates that were "
+                f"logged as one text letter by letter (doc_id {shown})."
+            )
 
 
 def _aggregate(path: Path, task: str, metric: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -203,7 +205,7 @@ def _aggregate(path: Path, task: str, metric: str, rows: Sequence[Row]) -> Itera
             if name in SPLIT:
                 why = "lmms-eval adds the percentages of right answers and of images with both answers right"
             elif any(row.logged_score is not None for row in rows):
-                why = "lmms-eval compared the open answers named above letter by letter"
+                why = "it counts the open answers named above otherwise"
             yield f"The log's own {name} is {figure:g}; the mean of the imported scores is {mean:.4g}: {why}."
 
 

@@ -6,13 +6,14 @@ it. A gold of one letter must stand beside a blank. A gold number is never looke
 
 lmms-eval has logged ``parsed_pred`` in three forms: the letter or the list of candidates itself; one of these a
 response, in a list; and, for a while, only the first candidate of each response as a text, which its own scoring then
-compared letter by letter.
+compared letter by letter. Several golds are logged as a list, or as a list written as text, which its own scoring takes
+for one phrase.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["figure_of_log", "is_mmmu", "is_multiple_choice", "score"]
@@ -25,14 +26,21 @@ def is_mmmu(value: Any) -> bool:
 
 def score(logged: Mapping[str, Any]) -> float:
     """Return 1 when any response is right, otherwise 0."""
-    return float(any(_right(response, logged) for response in _responses(logged)))
+    return _score(logged, _listed(logged["answer"]))
 
 
 def figure_of_log(logged: Mapping[str, Any], *, collapsed: bool) -> float:
     """Return what lmms-eval itself counts. ``collapsed``: the log is of the time when candidates became one text."""
-    predicted = logged["parsed_pred"]
-    flat = isinstance(predicted, list) and all(isinstance(each, str) for each in predicted)
-    return 0.0 if collapsed and flat and not is_multiple_choice(logged) else score(logged)
+    if is_multiple_choice(logged):
+        return score(logged)
+    predicted, gold = logged["parsed_pred"], logged["answer"]
+    if collapsed and isinstance(predicted, list) and all(isinstance(each, str) for each in predicted):
+        return 0.0
+    return _score(logged, gold if isinstance(gold, list) else [gold])
+
+
+def _score(logged: Mapping[str, Any], golds: Sequence[Any]) -> float:
+    return float(any(_right(response, golds, letters=is_multiple_choice(logged)) for response in _responses(logged)))
 
 
 def is_multiple_choice(logged: Mapping[str, Any]) -> bool:
@@ -50,9 +58,8 @@ def _responses(logged: Mapping[str, Any]) -> list[Any]:
     return [predicted]  # the candidates of one response, or its first one alone
 
 
-def _right(response: Any, logged: Mapping[str, Any]) -> bool:
-    golds = _listed(logged["answer"])
-    if is_multiple_choice(logged):
+def _right(response: Any, golds: Sequence[Any], *, letters: bool) -> bool:
+    if letters:
         return any(str(response) == str(gold) for gold in golds)
     right = [each for gold in golds for each in _normalized(gold)]
     numbers = {each for each in right if isinstance(each, float)}

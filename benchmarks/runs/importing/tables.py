@@ -1,7 +1,7 @@
 """Tables of answers: a CSV whose columns are named on the command line, and VLMEvalKit's Excel files.
 
-VLMEvalKit writes ``<model>_<dataset>.xlsx``, one sheet with ``index``, ``question``, ``answer`` and ``prediction``, and after
-its evaluation a file with ``hit`` or ``score`` as well. Excel cuts a cell after 32,767 characters.
+VLMEvalKit writes ``<model>_<dataset>.xlsx``, one sheet with ``index``, ``question``, ``answer`` and ``prediction``, and
+after its evaluation a file with ``hit`` or ``score`` as well. Excel cuts a cell after 32,767 characters.
 """
 
 from __future__ import annotations
