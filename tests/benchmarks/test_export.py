@@ -20,6 +20,7 @@ from benchmarks.runs.record import Row, Run, RunRecord, read_run, write_run
 from safevlm.errors import InputError
 from tests.benchmarks.report.chromium import BINARY, Chromium
 from tests.benchmarks.runs.sample_runs import pair_rows, question_rows, record_of
+from tests.runtimes.gateway.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 PEER = ROOT / ".venv-clients" / "bin"
@@ -83,7 +84,7 @@ def test_a_browser_shows_the_log_in_inspects_viewer(run: Run, tmp_path: Path) ->
     if BINARY is None or not (PEER / "inspect").exists():
         pytest.skip("no Chromium, or no .venv-clients; make peers")
     exported(run, "inspect", tmp_path / "logs" / "a.eval")
-    given = ["--log-dir", tmp_path / "logs", "--host", "127.0.0.1", "--port", "0"]
+    given = ["--log-dir", tmp_path / "logs", "--host", "127.0.0.1", "--port", str(free_port())]
     command = [PEER / "inspect", "view", "start", *given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path) as viewer:
         try:

@@ -1,7 +1,7 @@
 """Logs in the forms that lmms-eval 0.7.3's tasks give them.
 
-``logs/*_samples_{mmmu_val,mme}.jsonl`` hold what the tasks' own ``process_results`` (lmms-eval 0.7.3) returned for made-up
-questions and answers, in the fields that its log writer keeps.
+``logs/*_samples_{mmmu_val,mme}.jsonl`` hold what the tasks' own ``process_results`` (lmms-eval 0.7.3) returned for
+made-up questions and answers, in the fields that its log writer keeps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Logs of inspect_ai, lm-eval, VLMEvalKit and tables become runs; bad ones get a message with the row and leave nothing.
+"""Logs of inspect_ai, lm-eval, VLMEvalKit and tables become runs; of a bad one a message with the row is all there is.
 
 ``logs/*.eval`` were written by inspect_ai 0.3.285 itself: ``eval()`` of tasks with four samples, a solver that gives
-fixed answers (Blue, ANSWER: red, No idea, green and an emoji), scored by ``includes()`` and, in ``two.eval``, ``match()``
-too; with ``epochs=2`` in ``epochs.eval``, and with ``metadata={"type": …, "image": …}`` in ``pairs.eval``.
+fixed answers (Blue, ANSWER: red, No idea, green and an emoji), scored by ``includes()`` and, in ``two.eval``,
+``match()`` too; with ``epochs=2`` in ``epochs.eval``, and with types and images as ``metadata`` in ``pairs.eval``.
 """
 
 from __future__ import annotations
