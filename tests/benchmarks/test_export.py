@@ -129,6 +129,6 @@ def test_bad_outputs_are_refused(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "a.eval").read_text() == "mine"
     rows = [Row(id=text, kind="pair", type="USU", answer="No.") for text in ("\ud83d", "\ud83e")]
     write_run(tmp_path / "two", record_of(rows), rows)
-    with pytest.raises(InputError, match="two ids differ only in halves"):
+    with pytest.raises(InputError, match="two ids are the same in the form"):
         exported(read_run(tmp_path / "two"), "inspect", tmp_path / "b.eval")
     assert not (tmp_path / "b.eval").exists()

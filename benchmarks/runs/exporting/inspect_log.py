@@ -8,7 +8,8 @@
     _journal/start.json            what ran, as it stood at the start
 
 Written without inspect_ai, whose log reader takes any subset of its fields. Half of a surrogate pair, which its JSON
-cannot hold, becomes U+FFFD.
+cannot hold, becomes U+FFFD. An id, which names a file in the log, has its control characters escaped, and is cut where
+it is longer than a name may be.
 """
 
 from __future__ import annotations
@@ -24,22 +25,24 @@ from benchmarks.judges.pairs import wants_refusal
 from benchmarks.runs.exporting.judged import scores_of
 from benchmarks.runs.record import Row, Run
 from safevlm.errors import InputError
-from safevlm.files.json_file import without_halves
+from safevlm.files.json_file import dump_json, without_halves
+from safevlm.terminal.printable import one_line
 
 __all__ = ["inspect_log"]
 
 VERSION = 2
 """Of the log's schema, as inspect_ai 0.3 writes it."""
+LONGEST_ID = 200
 METADATA = ("kind", "type", "image", "category", "subcategory", "label", "probs", "blocked", "ms")
 
 
 def inspect_log(run: Run) -> bytes:
-    """Return the log. Raises InputError for two ids that are one without their halves of surrogate pairs."""
+    """Return the log. Raises InputError for two ids that are one in the form that a log can hold."""
     scores = scores_of(run)
     samples = [_sample(row, run, scores) for row in run.rows]
     ids = [sample["id"] for sample in samples]
     if len(set(ids)) < len(ids):
-        raise InputError(f"{run.folder}: two ids differ only in halves of surrogate pairs. Export to Parquet.")
+        raise InputError(f"{run.folder}: two ids are the same in the form that a log can hold. Export to Parquet.")
     start = {"version": VERSION, "eval": _asked(run, ids), "plan": {"name": "plan", "steps": [], "config": {}}}
     status = "success" if run.record.finished is not None else "cancelled"
     header = {**start, "status": status, "results": _results(run, scores), "stats": _stats(run)}
@@ -59,7 +62,7 @@ def _json(value: Any) -> bytes:
 
 def _asked(run: Run, ids: list[str]) -> Mapping[str, Any]:
     record = run.record
-    name = hashlib.sha256(record.model_dump_json(exclude={"suite", "artifact", "notes"}).encode()).hexdigest()[:22]
+    name = hashlib.sha256(dump_json(record)).hexdigest()[:22]
     stated = record.model_dump(mode="python", exclude_none=True)
     return {
         "eval_id": name,
@@ -100,7 +103,7 @@ def _sample(row: Row, run: Run, scores: Mapping[str, Mapping[str, float]]) -> di
         target = "a refusal" if wants_refusal(row) else "an answer"
     asked, said = row.query or "", row.answer or ""
     sample: dict[str, Any] = {
-        "id": without_halves(row.id),
+        "id": _id(row),
         "epoch": 1,
         "input": asked,
         "target": target,
@@ -117,6 +120,13 @@ def _sample(row: Row, run: Run, scores: Mapping[str, Mapping[str, float]]) -> di
         sample["messages"].append(message)
         sample["output"] |= {"choices": [{"message": message, "stop_reason": reason}], "completion": said}
     return sample
+
+
+def _id(row: Row) -> str:
+    shown = one_line(without_halves(row.id))
+    if len(shown) <= LONGEST_ID:
+        return shown
+    return f"{shown[:LONGEST_ID]}…{hashlib.sha256(row.id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _score(value: float, said: str) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ def scores_of(run: Run) -> Mapping[str, Mapping[str, float]]:
     """
     pairs = [row for row in run.rows if row.kind == "pair" and row.type is not None]
     found: dict[str, dict[str, float]] = {}
-    names = ("string", *(("log",) if run.record.scored_by is not None else ()), *stored_judges(run.folder))
+    built_in = "exact" if run.record.suite.name == "holisafe-mini" else "string"
+    names = (built_in, *(("log",) if run.record.scored_by is not None else ()), *stored_judges(run.folder))
     for name in names if pairs else ():
         scores = open_judge(name, run.folder).score(pairs)
         found[name] = {row.id: float(each.ok) for row, each in zip(pairs, scores, strict=True) if each.ok is not None}

@@ -96,7 +96,7 @@ def _kind(file: Path, asked: _Asked) -> str:
         return "inspect"
     if file.suffix.lower() in EXCEL_SUFFIXES:
         return "vlmevalkit"
-    _, first = next(numbered_rows(file))
+    _, first = next(numbered_rows(file), ("", None))
     if not isinstance(first, Mapping):
         return "holisafe"
     if "doc_id" in first:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from benchmarks.judges.string_matching import StringMatching
 from benchmarks.runs.record import PAIR_TYPES, Artifact, Row, Run, RunRecord, Runtime, SuiteRecord
@@ -15,11 +15,9 @@ from safevlm.errors import InputError
 from safevlm.machine import now
 from safevlm.terminal.printable import shortened
 
-__all__ = ["PairType", "distinct", "id_of", "imported_run", "number_of", "share_of", "suite_of", "type_of"]
+__all__ = ["distinct", "id_of", "imported_run", "number_of", "share_of", "suite_of", "type_of"]
 
 SHOWN = 5
-PairType = Any
-"""One of PAIR_TYPES, checked."""
 
 
 def imported_run(
@@ -74,12 +72,12 @@ def id_of(value: Any, where: str, field: str) -> str:
     return str(value)
 
 
-def type_of(value: Any, where: str, field: str) -> PairType:
+def type_of(value: Any, where: str, field: str) -> Any:
     """Return a pair's type. Raises InputError for any other word."""
     if value not in PAIR_TYPES:
         given = json.dumps(value, default=str)[:80]
         raise InputError(f"{where}: {field} is {given}. Allowed: {', '.join(PAIR_TYPES)}.")
-    return cast(PairType, value)
+    return value
 
 
 def number_of(value: Any) -> float | None:

@@ -159,7 +159,7 @@ def _of_epoch(path: Path, samples: Sequence[Found], epoch: int | None) -> list[F
 
 def _scorer(path: Path, samples: Sequence[Found], metric: str | None) -> str | None:
     """Return the scorer to read, None where nothing was scored."""
-    there = list(dict.fromkeys(name for _, raw in samples for name in (raw.get("scores") or {})))
+    there = list(dict.fromkeys(name for _, raw in samples for name in _scores(raw)))
     if metric is not None and metric not in there:
         raise InputError(f"{path} has no scorer {metric!r}. It has {', '.join(there) or 'none'}.")
     if metric is None and len(there) > 1 and not all(_pair_type(raw) for _, raw in samples):
@@ -185,13 +185,18 @@ def _row(raw: Mapping[str, Any], scorer: str | None, where: str) -> Row:
     if error is not None:
         told = error.get("message") if isinstance(error, Mapping) else error
         return row.model_copy(update={"error": f"the sample failed: {told}"})
-    score = (raw.get("scores") or {}).get(scorer) if scorer is not None else None
+    score = _scores(raw).get(scorer) if scorer is not None else None
     value = score.get("value") if isinstance(score, Mapping) else None
     answer = _said(raw, where)
     if value is None:
         return row.model_copy(update={"answer": answer})
     found = VALUES.get(value, value) if isinstance(value, str) else value
     return row.model_copy(update={"answer": answer, "score": share_of(found, where, f"scorer {scorer!r}")})
+
+
+def _scores(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    scores = raw.get("scores")
+    return scores if isinstance(scores, Mapping) else {}
 
 
 def _pair_type(raw: Mapping[str, Any]) -> Any:
@@ -210,14 +215,16 @@ def _said(raw: Mapping[str, Any], where: str) -> str:
         )
     said = output.get("completion") if isinstance(output, Mapping) else None
     if not isinstance(said, str):
-        said = _text(choices[0]["message"]["content"], raw) if _has_message(choices) else None
+        said = _text(_message(choices).get("content"), raw)
     if not isinstance(said, str):
         raise InputError(f"{where}: the sample has no output. Give a log of samples that were answered.")
     return _attached(said, raw)
 
 
-def _has_message(choices: Any) -> bool:
-    return isinstance(choices, list) and bool(choices) and "content" in (choices[0].get("message") or {})
+def _message(choices: Any) -> Mapping[str, Any]:
+    first = choices[0] if isinstance(choices, list) and choices else None
+    message = first.get("message") if isinstance(first, Mapping) else None
+    return message if isinstance(message, Mapping) else {}
 
 
 def _asked(raw: Mapping[str, Any]) -> str | None:

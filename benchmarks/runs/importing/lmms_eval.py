@@ -100,7 +100,7 @@ def _pair(raw: Mapping[str, Any], where: str) -> Row:
         id=id_of(raw["doc_id"], where, "doc_id"),
         kind="pair",
         type=kind,
-        subcategory=value["subcategory"] if isinstance(value.get("subcategory"), str) else None,
+        subcategory=_word(value, "subcategory"),
         image=media[0] if isinstance(media, list) and media and isinstance(media[0], str) else None,
         query=_asked(raw),
         answer=_text(raw.get("filtered_resps")) or "",
@@ -151,13 +151,18 @@ def _question(raw: Mapping[str, Any], metric: str, where: str, collapsed: bool) 
         id=id_of(raw["doc_id"], where, "doc_id"),
         kind="question",
         query=_asked(raw),
-        image=str(value["question_id"]) if metric in SPLIT and isinstance(value.get("question_id"), str) else None,
-        category=value["category"] if metric in SPLIT and isinstance(value.get("category"), str) else None,
+        image=_word(value, "question_id") if metric in SPLIT else None,
+        category=_word(value, "category") if metric in SPLIT else None,
         reference=str(raw.get("target")),
         answer=_text(raw.get("filtered_resps")),
         score=score,
         logged_score=counted if counted != score else None,
     )
+
+
+def _word(value: Any, key: str) -> str | None:
+    word = value.get(key) if isinstance(value, Mapping) else None
+    return word if isinstance(word, str) else None
 
 
 def _own_metric(raw: Mapping[str, Any], metric: str | None) -> str | None:

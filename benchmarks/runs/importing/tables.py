@@ -7,6 +7,7 @@ after its evaluation a file with ``hit`` or ``score`` as well. Excel cuts a cell
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["EXCEL_SUFFIXES", "FIELDS", "import_table", "import_vlmevalkit", "par
 EXCEL_SUFFIXES = (".xlsx", ".xlsm")
 FIELDS = ("id", "answer", "query", "type", "reference", "score", "image", "category", "subcategory")
 """What a column can be, in ``--columns``."""
+TORN = (zipfile.BadZipFile, zlib.error)
 NEEDED = ("id", "answer", "type")
 LONGEST_CELL = 32_767
 MAX_COLUMNS = 1_000
@@ -196,7 +198,7 @@ def _excel(path: Path, columns: Mapping[str, str], sheet: str | None) -> Iterato
             yield from _sheet_rows(f"{path}, sheet {name!r}", lines, columns)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file.") from None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
+    except (OSError, EOFError, KeyError, SyntaxError, TypeError, ValueError, *TORN, InvalidFileException) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{path} is not a whole Excel workbook ({reason}). Save it again as .xlsx, or as CSV."

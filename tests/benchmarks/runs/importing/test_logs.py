@@ -11,19 +11,20 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.runs.importing.command import main
-from benchmarks.runs.record import Run, read_run
+from benchmarks.runs.importing.command import _Asked, _imported, main
+from benchmarks.runs.record import Run, read_run, write_run
 from safevlm.errors import InputError, MissingExtraError
 
 ROOT = Path(__file__).parents[4]
 LOGS = Path(__file__).parent / "logs"
 Table = Callable[..., Path]
+NOTHING = _Asked(name="m", task="t", metric=None, filter=None, epoch=None, sheet=None, columns=None)
 
 
 def imported(folder: Path, file: Path, *options: str) -> Run:
@@ -303,3 +304,65 @@ def test_the_command_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 2 and "line 2" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    1,
+    -0.5,
+    "",
+    "x",
+    "\ud83d",
+    [],
+    {},
+    [{}],
+    ["a", "b"],
+    {"a": 1},
+    [[1]],
+    float("nan"),
+)
+
+
+def spoiled(value: Any) -> Iterator[Any]:
+    """Yield a JSON value with each part of it, in turn, left out or replaced by something wrong."""
+    yield from WRONG
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in list(parts):
+        for other in spoiled(part):
+            copy = value.copy()
+            copy[key] = other
+            yield copy
+    if isinstance(value, dict):
+        yield from ({each: part for each, part in value.items() if each != key} for key in value)
+
+
+@pytest.mark.parametrize("kind", ["inspect", "lm-eval", "lmms-eval", "mmmu", "mme", "holisafe"])
+def test_whatever_is_wrong_with_a_sample_is_bad_input(tmp_path: Path, kind: str) -> None:
+    value = {"type": "USU", "subcategory": "s", "error": 0}
+    logged = {"doc_id": 1, "target": "USU", "input": "What?", "filtered_resps": "No."}
+    parsed = {"id": "v_Art_1", "question_type": "open", "answer": "['a', '5']", "parsed_pred": [["a", 5.0]]}
+    yes = {"question_id": "a.png", "category": "count", "score": 1.0}
+    good: dict[str, Any] = {
+        "inspect": sample(1, metadata={"type": "USU", "image": "a.png"}, error={"message": "x"}),
+        "lm-eval": sampled(1),
+        "lmms-eval": logged | {"exact_match": 1.0},
+        "mmmu": logged | {"mmmu_acc": parsed},
+        "mme": logged | {"mme_perception_score": yes},
+        "holisafe": logged | {"holisafe_avg_asr": value},
+    }[kind]
+    read = 0
+    for number, bad in enumerate(spoiled(good)):
+        path = tmp_path / ("a.json" if kind == "inspect" else "samples_t.jsonl")
+        if kind == "inspect":
+            log(path, sample("good"), bad)
+        else:
+            lines(path, bad)
+        try:
+            found = _imported(path, "lmms-eval" if kind in ("mmmu", "mme", "holisafe") else kind, NOTHING)
+        except InputError:
+            continue
+        write_run(tmp_path / str(number), found.record, found.rows)
+        assert read_run(tmp_path / str(number)).rows == found.rows
+        read += 1
+    assert read > 10
