@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from benchmarks.runs.importing.command import _Asked, _imported, main
-from benchmarks.runs.record import Run, read_run, write_run
+from benchmarks.runs.record import Row, Run, read_run
 from safevlm.errors import InputError, MissingExtraError
+from safevlm.files.json_file import dump_json, validate_json
 
 ROOT = Path(__file__).parents[4]
 LOGS = Path(__file__).parent / "logs"
@@ -171,6 +172,19 @@ def test_a_filter_is_chosen_where_there_are_two(tmp_path: Path) -> None:
         (str(n), 1.0, "4", f"Question {n}") for n in range(3)
     ]
     assert run.record.suite.name == "gsm8k" and "filter flexible" in str(run.record.scored_by)
+
+
+def test_a_log_that_lm_evals_own_code_wrote(tmp_path: Path) -> None:
+    """Written by lm_eval 0.4.13's ``EvaluationTracker.save_results_samples``, of made-up samples."""
+    file = LOGS / "samples_gsm8k_2026-11-27T12-00-00.123456.jsonl"
+    refused(tmp_path, file, told="Give --filter, one of strict-match, flexible-extract")
+    run = imported(tmp_path, file, "--filter", "flexible-extract")
+    assert run.record.suite.name == "gsm8k" and [row.query for row in run.rows] == [f"Question {n}" for n in range(3)]
+    assert [(row.answer, row.reference, row.score) for row in run.rows] == [
+        ("4", "4", 1.0),
+        ("5", "5", 1.0),
+        ("7", "6", 0.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +366,7 @@ def test_whatever_is_wrong_with_a_sample_is_bad_input(tmp_path: Path, kind: str)
         "holisafe": logged | {"holisafe_avg_asr": value},
     }[kind]
     read = 0
-    for number, bad in enumerate(spoiled(good)):
+    for bad in spoiled(good):
         path = tmp_path / ("a.json" if kind == "inspect" else "samples_t.jsonl")
         if kind == "inspect":
             log(path, sample("good"), bad)
@@ -362,7 +376,6 @@ def test_whatever_is_wrong_with_a_sample_is_bad_input(tmp_path: Path, kind: str)
             found = _imported(path, "lmms-eval" if kind in ("mmmu", "mme", "holisafe") else kind, NOTHING)
         except InputError:
             continue
-        write_run(tmp_path / str(number), found.record, found.rows)
-        assert read_run(tmp_path / str(number)).rows == found.rows
+        assert [validate_json(Row, dump_json(row), halves=True) for row in found.rows] == list(found.rows)
         read += 1
     assert read > 10
