@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.runs.importing.imported import distinct, id_of, imported_run, number_of, share_of, suite_of
 from benchmarks.runs.importing.lines import numbered_rows
@@ -52,7 +52,7 @@ def _sample(raw: Any, where: str) -> Mapping[str, Any]:
         raise InputError(f"{where} is not a sample of lm-eval: field {missing[0]!r} is missing.")
     if not isinstance(raw["filter"], str):
         raise InputError(f"{where}: field 'filter' is {raw['filter']!r}; it must be the filter's name.")
-    return raw
+    return cast(Mapping[str, Any], raw)
 
 
 def _chosen(filters: list[str], chosen: str | None, path: Path) -> str:

@@ -45,7 +45,7 @@ def _score(logged: Mapping[str, Any], golds: Sequence[Any]) -> float:
 
 def is_multiple_choice(logged: Mapping[str, Any]) -> bool:
     """Say whether the question has options."""
-    return logged.get("question_type", "multiple-choice") == "multiple-choice"
+    return bool(logged.get("question_type", "multiple-choice") == "multiple-choice")
 
 
 def _responses(logged: Mapping[str, Any]) -> list[Any]:

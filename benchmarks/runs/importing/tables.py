@@ -122,14 +122,14 @@ def _row(raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Row:
         raise InputError(f"{where} ends before the column {absent!r}. Give the whole table.")
     kind = type_of(_text(given["type"]), where, f"column {columns['type']!r}") if "type" in columns else None
     texts = {field: _text(given.get(field)) for field in ("query", "reference", "image", "category", "subcategory")}
-    return Row(
+    row = Row(
         id=id_of(_text(given["id"]), where, f"column {columns['id']!r}"),
         kind="question" if kind is None else "pair",
         type=kind,
         answer=_text(given["answer"]),
         score=_score(given.get("score"), where, f"column {columns.get('score')!r}"),
-        **{field: text for field, text in texts.items() if text},
     )
+    return row.model_copy(update={field: text for field, text in texts.items() if text})
 
 
 def _score(value: Any, where: str, what: str) -> float | None:
