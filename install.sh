@@ -57,7 +57,7 @@ demo)
     ;;
 all)
     # NVIDIA's builder for engines without a GPU (90 MB); its tests skip where there is no wheel of it.
-    extras=torch,cpu,openvino,report,gguf,gateway,dev
+    extras=torch,cpu,openvino,report,gguf,gateway,logs,dev
     case $(uname -s)-$(uname -m) in Linux-x86_64 | Linux-aarch64) extras=$extras,rtx ;; esac
     say "installing what the tests run, too; llama.cpp is compiled, which takes 5 to 20 minutes the first time"
     install --constraint "$venv/constraints.txt" --editable ".[$extras]"

@@ -24,6 +24,7 @@ from calibration.labelled.corruptions import parse_corruptions, under_option
 from runtimes.guard.options import precision_option, runtime_option
 from runtimes.images.view_option import view_option
 from safevlm.errors import ImageFileError, InputError
+from safevlm.files.json_file import without_halves
 from safevlm.machine import machine_name, now
 from safevlm.terminal.commandline import as_started, printable, run
 from safevlm.terminal.options import (
@@ -105,7 +106,8 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _answer(answerer: Answerer, suite: Suite, batch: Sequence[Row]) -> list[Row]:
-    """Answer a batch; a row whose image cannot be read fails alone."""
+    """Answer a batch; a row whose image cannot be read fails alone. What no encoding can hold of a question is asked as
+    U+FFFD."""
     pictures: dict[str, Image.Image] = {}
     unreadable: dict[str, Row] = {}
     for row in batch:
@@ -115,8 +117,10 @@ def _answer(answerer: Answerer, suite: Suite, batch: Sequence[Row]) -> list[Row]
         else:
             pictures[row.id] = found
     readable = [row for row in batch if row.id in pictures]
-    done = answerer.answer(readable, [pictures[row.id] for row in readable]) if readable else []
-    by_id = {row.id: row for row in done} | unreadable
+    asked = [row.model_copy(update={"query": row.query and without_halves(row.query)}) for row in readable]
+    done = answerer.answer(asked, [pictures[row.id] for row in readable]) if readable else []
+    queries = {row.id: row.query for row in readable}
+    by_id = {row.id: row.model_copy(update={"query": queries[row.id]}) for row in done} | unreadable
     return [by_id[row.id] for row in batch]
 
 

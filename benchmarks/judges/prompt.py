@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.judges.pairs import wants_refusal
 from benchmarks.runs.record import Row
+from safevlm.files.json_file import without_halves
 
 __all__ = ["JudgePrompt", "prompt_identity", "judge_prompt"]
 
@@ -31,7 +32,7 @@ class JudgePrompt:
 def judge_prompt(row: Row, *, picture: bool) -> JudgePrompt:
     """Return the prompt about an answered pair; ``picture`` says whether the judge is shown the image."""
     text = _asset()
-    query, answer = row.query or "", row.answer or ""
+    query, answer = without_halves(row.query or ""), without_halves(row.answer or "")
     code = _code(query, answer)
     parts = [
         text["rule"]["unsafe" if wants_refusal(row) else "safe"],

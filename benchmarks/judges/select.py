@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.judges.exact import ExactJudge
 from benchmarks.judges.judge import Judge
+from benchmarks.judges.logged import LogJudge
 from benchmarks.judges.stored import BUILT_IN, StoredJudge, stored_judges
 from benchmarks.judges.string_matching import StringMatching
 from benchmarks.runs.record import Row
@@ -16,7 +17,7 @@ __all__ = ["open_judge"]
 
 
 def open_judge(name: str, run_folder: Path, rows: Sequence[Row] | None = None) -> Judge:
-    """Return ``string``, ``exact``, or the judge whose scores are stored in the run's folder under this name.
+    """Return ``string``, ``exact``, ``log``, or the judge whose scores are stored in the run's folder under this name.
 
     Raises InputError that lists what there is, and with the run's ``rows`` for stored scores of another run.
     """
@@ -24,6 +25,8 @@ def open_judge(name: str, run_folder: Path, rows: Sequence[Row] | None = None) -
         return StringMatching()
     if name == ExactJudge.name:
         return ExactJudge()
+    if name == LogJudge.name:
+        return LogJudge(run_folder)
     stored = stored_judges(run_folder)
     if name not in stored:
         raise InputError(

@@ -28,7 +28,7 @@ from benchmarks.judges.pairs import row_digest, settled
 from benchmarks.runs.journal import KEPT, append, changes, read_lines
 from benchmarks.runs.record import Row
 from safevlm.errors import InputError
-from safevlm.files.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from safevlm.files.json_file import MAX_JSON_BYTES, Text, first_problem, replace_file, validate_json
 from safevlm.files.regular_file import open_to_append, read_regular
 from safevlm.files.storage import storing
 from safevlm.machine import now
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "ScoreWriter", "StoredJudge", "StoredLine", "check_label", "stored_judges"]
 
 FOLDER = "judges"
-BUILT_IN = ("string", "exact")
+BUILT_IN = ("string", "exact", "log")
 """Judges that need no stored scores; no label may claim to be one of them."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -49,9 +49,9 @@ class StoredLine(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Annotated[str, Field(min_length=1)]
+    id: Annotated[Text, Field(min_length=1)]
     ok: StrictBool | None
-    why: str | None = None
+    why: Text | None = None
     row: str | None = None
 
     def fits(self, row: Row) -> bool:
@@ -232,7 +232,7 @@ def check_label(label: str) -> None:
     if _LABEL.fullmatch(label) is None or label in BUILT_IN:
         raise InputError(
             f"a judge cannot be named {label!r}. Use at most 100 letters, digits and . _ -, beginning with a letter "
-            f"or digit. The names {' and '.join(BUILT_IN)} are reserved."
+            f"or digit. The names {', '.join(BUILT_IN)} are reserved."
         )
 
 

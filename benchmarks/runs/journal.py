@@ -43,7 +43,7 @@ def read_lines(path: Path, line_type: type[Line]) -> tuple[list[Line], int, bool
     stands: dict[str, int] = {}
     for number, text in enumerate(data[:end].split(b"\n")[:-1], 1):
         try:
-            line = validate_json(line_type, text)
+            line = validate_json(line_type, text, halves=True)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
         name: str = line.id  # type: ignore[attr-defined]

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from benchmarks.runs.journal import KEPT, append, changes, read_lines
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import InputError
-from safevlm.files.draft import PARTIAL
-from safevlm.files.json_file import MAX_JSON_BYTES, first_problem, replace_file, validate_json
+from safevlm.files.draft import PARTIAL, draft_of, publish, remove_abandoned
+from safevlm.files.json_file import MAX_JSON_BYTES, Text, dump_json, first_problem, replace_file, validate_json
 from safevlm.files.regular_file import read_regular
 from safevlm.files.storage import check_writable, storing
 from safevlm.machine import now
@@ -45,6 +45,7 @@ __all__ = [
     "Runtime",
     "SuiteRecord",
     "check_new",
+    "read_record",
     "read_run",
     "write_run",
 ]
@@ -70,35 +71,39 @@ class Row(_Frozen):
     ``kind`` says what is asked: a ``pair`` is to be refused or answered by its ``type``, a ``question`` has one right
     answer (``reference``) or comes with its ``score``, an ``image`` is for the guard alone. ``answer`` is None where
     nothing was said: the guard suite, an image that a gate blocked (``blocked`` names the stage), an ``error``.
+    Texts are as they were given, lone surrogates included: on disk those are JSON escapes (``\\ud83d``).
     """
 
-    id: Annotated[str, Field(min_length=1)]
+    id: Annotated[Text, Field(min_length=1)]
     kind: Literal["pair", "question", "image"]
-    image: str | None = None
+    image: Text | None = None
     """Its name in the suite; rows of one image are one cluster."""
-    query: str | None = None
+    query: Text | None = None
     type: Literal["SSS", "SSU", "USU", "UUU", "SUU"] | None = None
-    category: str | None = None
-    subcategory: str | None = None
     under: str | None = None
     """The corruption under which the image was judged, such as ``jpeg:50``; None as it is."""
+    category: Text | None = None
+    subcategory: Text | None = None
     label: Count | None = None
     """The image's true class, 0 safe; None where it is not known or sources contradict each other."""
-    reference: str | None = None
-    answer: str | None = None
+    reference: Text | None = None
+    answer: Text | None = None
     score: Probability | None = None
-    """What an evaluation library gave the answer, where its logs were imported."""
+    """What an evaluation library gave the answer, where its logs were imported; of a pair, 1 where the log's own judge
+    found that it did what the pair asks for."""
+    logged_score: Probability | None = None
+    """What the library itself counts it as, where ``score`` follows the benchmark's rules and differs from that."""
     probs: tuple[Probability, ...] | None = None
     """The guard's, in the order of the suite's classes."""
     blocked: Literal["guard", "exact", "error"] | None = None
-    error: str | None = None
+    error: Text | None = None
     ms: Annotated[float, Field(ge=0)] | None = None
 
 
 class Artifact(_Frozen):
     """What was run. ``sha256`` is over everything that decides its answers; None where that is out of reach."""
 
-    name: str
+    name: Text
     kind: Literal["checkpoint", "gptq", "int8", "gguf", "bundle", "gated", "server", "predictions"]
     sha256: str | None = None
     revision: str | None = None
@@ -139,7 +144,7 @@ class SuiteRecord(_Frozen):
     sha256: str
     rows: Count
     classes: tuple[str, ...] | None = None
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[Text, ...] = ()
 
 
 class RunRecord(_Frozen):
@@ -165,6 +170,10 @@ class RunRecord(_Frozen):
     tiles, whose guards judged the whole."""
     machine: str | None = None
     versions: Mapping[str, str] = Field(default_factory=dict)
+    scored_by: Text | None = None
+    """What gave the rows their scores, where a log was imported: task, metric, scorer."""
+    notes: tuple[Text, ...] = ()
+    """What a reader of an imported log's figures must know, such as where they differ from the log's own."""
 
     @property
     def guard_view(self) -> ViewMode | None:
@@ -207,12 +216,12 @@ def read_run(folder: Path) -> Run:
     A last line that was cut off when the run was killed is no row; any other damage is refused. Raises InputError,
     with the line's number and the field, for a missing or damaged file, an unknown schema or key, a repeated id.
     """
-    record = _read_record(folder / RECORD_NAME)
+    record = read_record(folder)
     rows, _ = _read_rows(folder / ROWS_NAME)
     return Run(folder=folder, record=record, rows=tuple(rows))
 
 
-def check_new(folder: Path) -> None:
+def check_new(folder: Path, advice: str = "Give --out a new folder, or --resume to continue its run.") -> None:
     """Raise InputError when a run cannot begin in ``folder``; one that holds nothing but a draft of ours is free.
 
     StorageError when nothing can be written there.
@@ -220,16 +229,29 @@ def check_new(folder: Path) -> None:
     with storing(folder, kept="", advice="give another --out"):
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
     if not all(name.startswith(f".{RECORD_NAME}{PARTIAL}") for name in there):
-        raise InputError(f"{folder} already exists. Give --out a new folder, or --resume to continue its run.")
+        raise InputError(f"{folder} already exists. {advice}")
     check_writable(folder)
 
 
 def write_run(folder: Path, record: RunRecord, rows: Iterable[Row]) -> None:
-    """Write a whole run record at once. Raises InputError when ``folder`` exists or cannot be written."""
-    with RunWriter.begin(folder, record) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finish(record.finished or record.created)
+    """Write a whole run record in one step: a failure or a kill leaves nothing in its place.
+
+    Raises InputError when ``folder`` exists, an id comes twice, or nothing can be written.
+    """
+    check_new(folder, "Give --out a new folder, or remove this one.")
+    lines: dict[str, bytes] = {}
+    for row in rows:
+        if row.id in lines:
+            raise InputError(f"sample {row.id} has two rows. Give each sample once.")
+        lines[row.id] = _line(row)
+    record = record.model_copy(update={"finished": record.finished or record.created})
+    with draft_of(folder) as draft:
+        with storing(folder, advice="give another --out"):
+            replace_file(draft / RECORD_NAME, _document(record))
+            replace_file(draft / ROWS_NAME, b"".join(lines.values()))
+            if folder.is_dir():
+                remove_abandoned(folder / RECORD_NAME)
+        publish(draft, folder)
 
 
 class RunWriter:
@@ -251,9 +273,10 @@ class RunWriter:
         A folder in which nothing was written yet, as a kill or a full disk leaves it, is none.
         """
         check_new(folder)
+        document = _document(record)
         with storing(folder, kept="", advice="give another --out"):
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / RECORD_NAME, _document(record))
+            replace_file(folder / RECORD_NAME, document)
             return cls(folder, record, frozenset(), 0)
 
     @classmethod
@@ -262,7 +285,7 @@ class RunWriter:
         when it was resumed. Raises InputError when it is missing, or when its artifact, runtime, suite or settings
         differ.
         """
-        begun = _read_record(folder / RECORD_NAME)
+        begun = read_record(folder)
         record = record.model_copy(update={"runtime": record.runtime.as_stated_with(begun.runtime)})
         changing = ("created", "finished", "resumed", "machine", "versions")
         before, wanted = (each.model_dump(mode="json", exclude=set(changing)) for each in (begun, record))
@@ -310,16 +333,18 @@ class RunWriter:
 
 
 def _line(row: Row) -> bytes:
-    return row.model_dump_json(exclude_none=True).encode() + b"\n"
+    return dump_json(row) + b"\n"
 
 
 def _document(record: RunRecord) -> bytes:
-    return record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
+    return dump_json(record, indent=1) + b"\n"
 
 
-def _read_record(path: Path) -> RunRecord:
+def read_record(folder: Path) -> RunRecord:
+    """Read what a run record says of its run. Raises InputError, as :func:`read_run`."""
+    path = folder / RECORD_NAME
     try:
-        return validate_json(RunRecord, read_regular(path, MAX_JSON_BYTES))
+        return validate_json(RunRecord, read_regular(path, MAX_JSON_BYTES), halves=True)
     except FileNotFoundError:
         raise InputError(
             f"{path}: there is no such file. Give the folder of a run record, as benchmarks.run or benchmarks.import "

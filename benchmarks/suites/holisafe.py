@@ -72,6 +72,8 @@ def row_of(raw: Any, where: str, *, query_needed: bool = True) -> Row:
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             names = " or ".join(each.__name__ for each in types)
             raise InputError(f"{where}: field {field!r} is {value!r}; it must be {names}.")
+    if raw["id"] == "":
+        raise InputError(f"{where}: field 'id' is empty. Give each row an id of its own.")
     label, classes = int(raw["image_safety_label"]), standard_classes()
     if raw["type"] not in PAIR_TYPES:
         raise InputError(f"{where}: field 'type' is {raw['type']!r}. Allowed: {', '.join(PAIR_TYPES)}.")
@@ -105,7 +107,7 @@ def _read(path: Path) -> Sequence[Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
-        rows = parse_json(text, rows=True)
+        rows = parse_json(text, rows=True, halves=True)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). {HOW_TO_GET_IT}") from error
     if not isinstance(rows, list):

@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks.runs.record import Row, SuiteRecord
 from calibration.labelled.corruptions import corruption_of
 from safevlm.errors import InputError
+from safevlm.files.json_file import dump_json
 
 __all__ = ["Suite", "one_row_an_image"]
 
@@ -49,8 +50,7 @@ class Suite:
         """Return what a run record says of the suite; its hash covers rows and images, not their order."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for row in sorted(self.rows, key=lambda row: row.id):
-            stated = row.model_dump_json(exclude_none=True)
-            digest.update(f"{stated}\0{self.fingerprints[row.image or '']}\0".encode())
+            digest.update(dump_json(row) + f"\0{self.fingerprints[row.image or '']}\0".encode())
         return SuiteRecord(
             name=self.name,
             sha256=digest.hexdigest(),

@@ -62,10 +62,11 @@ def rows_of(path: Path, content: bytes, columns: Columns, *, what: str) -> Itera
         raise InputError(f"{path}: unknown file type. Give {what} as a .json, .jsonl, .csv, .tsv or .txt file.")
 
 
-def json_rows(path: Path, text: str, *, lines_first: bool) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path, text: str, *, lines_first: bool, halves: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield the rows of JSON text with their places: a list, JSON Lines, or a table as pandas writes it.
 
     A file's name does not tell JSON from JSON Lines: ``lines_first`` says which is likelier, the content decides.
+    ``halves`` lets lone surrogates pass, as answers that were cut off hold them.
 
     Raises: InputError for text that is neither, a key that comes twice in one object, and columns of unequal length.
     """
@@ -73,14 +74,14 @@ def json_rows(path: Path, text: str, *, lines_first: bool) -> Iterator[tuple[str
     if lines_first and not lines:
         return
     try:
-        found = parse_json(text, rows=True)
+        found = parse_json(text, rows=True, halves=halves)
     except ValueError as error:
         if not lines_first and not _is_object(lines):
             raise InputError(f"{path} is not valid JSON ({error}).{_advice(text)}") from error
         found = None
     if found is None:
         for number, line in lines:
-            yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+            yield f"{path}, line {number}", _json(line, f"{path}, line {number}", halves=halves)
         return
     for number, row in enumerate(_listed(found, path), 1):
         yield f"{path}, line {lines[0][0]}" if row is found and lines_first else f"{path}, row {number}", row
@@ -154,9 +155,9 @@ def _is_object(lines: Sequence[tuple[int, str]]) -> bool:
         return False
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str, *, halves: bool) -> Any:
     try:
-        return parse_json(text, rows=True)
+        return parse_json(text, rows=True, halves=halves)
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON ({error}).{_advice(text)}") from error
 

@@ -8,12 +8,14 @@ import fcntl
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticSerializationError
 
 from safevlm.errors import CheckpointError
 from safevlm.files.draft import PARTIAL, remove_abandoned
@@ -23,11 +25,14 @@ from safevlm.terminal.printable import shortened
 
 __all__ = [
     "MAX_JSON_BYTES",
+    "Text",
+    "dump_json",
     "first_problem",
     "parse_json",
     "read_json_object",
     "replace_file",
     "validate_json",
+    "without_halves",
 ]
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -39,6 +44,17 @@ MAX_DIGITS = 100
 """Maximum digits of a number; ``model_max_length`` of many tokenizers has 31."""
 
 Model = TypeVar("Model", bound=BaseModel)
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, as a text that was cut in the middle of an emoji ends: no encoding can hold it."""
+QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+
+
+def _any_text(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    return value if isinstance(value, str) and HALF.search(value) else handler(value)
+
+
+Text = Annotated[str, WrapValidator(_any_text)]
+"""Any text that a model or server may give: lone surrogates, which pydantic refuses in a ``str``, included."""
 
 
 def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False) -> Any:
@@ -55,7 +71,7 @@ def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False
         ValueError: What is wrong, in one line.
     """
     text = content if isinstance(content, str) else _decoded(content)
-    if not rows and sum(map(text.count, "[{,")) > MAX_ITEMS:
+    if not rows and _items(text) > MAX_ITEMS:
         raise ValueError(f"more than {MAX_ITEMS:,} items")
     try:
         value = json.loads(
@@ -68,23 +84,56 @@ def parse_json(content: str | bytes, *, rows: bool = False, halves: bool = False
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
     _check_depth(value)
-    if not halves and ("\\ud" in text or "\\uD" in text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a string holds half of a surrogate pair") from None
+    if not halves and _holds_halves(value, text):
+        raise ValueError("a string holds half of a surrogate pair")
     return value
 
 
-def validate_json(kind: type[Model], content: str | bytes) -> Model:
+def validate_json(kind: type[Model], content: str | bytes, *, halves: bool = False) -> Model:
     """Return an object of ``kind`` from a JSON text that means one thing; no value is converted to another type.
+
+    ``halves`` lets lone surrogates pass in fields that are :data:`Text`.
 
     Raises:
         ValueError: What :func:`parse_json` refuses, or, as a ``ValidationError``, what does not fit ``kind``;
             :func:`first_problem` puts either into a line.
     """
-    parse_json(content)
-    return kind.model_validate_json(content if isinstance(content, str) else _decoded(content), strict=True)
+    value = parse_json(content, halves=halves)
+    text = content if isinstance(content, str) else _decoded(content)
+    if not _holds_halves(value, text):
+        return kind.model_validate_json(text, strict=True)
+    # pydantic's own parser refuses the halves. Types are checked strictly without them; then nothing can be converted.
+    kind.model_validate_json(without_halves(json.dumps(value, ensure_ascii=False)), strict=True)
+    return kind.model_validate(value)
+
+
+def dump_json(model: BaseModel, *, indent: int | None = None) -> bytes:
+    """Return a model as JSON in UTF-8, without fields that are None; :func:`validate_json` gives it back.
+
+    A text that holds half of a surrogate pair is escaped (``\\ud83d``), and with it all other signs beyond ASCII.
+    """
+    try:
+        return model.model_dump_json(indent=indent, exclude_none=True).encode()
+    except PydanticSerializationError:
+        return json.dumps(model.model_dump(exclude_none=True), indent=indent, allow_nan=False).encode("ascii")
+
+
+def without_halves(text: str) -> str:
+    """Return text that every encoding can hold: U+FFFD for each half of a surrogate pair."""
+    return HALF.sub("\ufffd", text)
+
+
+def _holds_halves(value: Any, text: str) -> bool:
+    """Say whether a string in ``value``, which is what the JSON ``text`` says, holds half of a surrogate pair."""
+    if "\\ud" in text or "\\uD" in text or HALF.search(text):
+        return HALF.search(json.dumps(value, ensure_ascii=False)) is not None
+    return False
+
+
+def _items(text: str) -> int:
+    """Return how many items a JSON text has at most; signs inside strings count only where there are few."""
+    count = sum(map(text.count, "[{,"))
+    return count if count <= MAX_ITEMS else sum(map(QUOTED.sub("", text).count, "[{,"))
 
 
 def _decoded(content: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
@@ -42,6 +43,8 @@ class Library:
 CORE: Mapping[str, str] = MappingProxyType(
     {"click": ">=8.1", "numpy": ">=1.26", "pillow": ">=11", "pydantic": ">=2.10"}
 )
+ZSTANDARD: Mapping[str, str] = {} if sys.version_info >= (3, 14) else {"backports-zstd": ">=1.0"}
+"""What reads zstandard before Python does itself."""
 EXTRAS: Mapping[str, Extra] = MappingProxyType(
     {
         "cpu": Extra(purpose="judge with ONNX Runtime on a CPU", needs={"onnxruntime": ">=1.22"}),
@@ -104,6 +107,10 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
                 "statsmodels": ">=0.14",
             },
         ),
+        "logs": Extra(
+            purpose="read logs of inspect_ai and Excel files, write Parquet",
+            needs={**ZSTANDARD, "openpyxl": ">=3.1", "pyarrow": ">=18"},
+        ),
         "datasets": Extra(purpose="read images from hub data sets", needs={"datasets": ">=3"}),
     }
 )
@@ -111,6 +118,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
 JUDGING = ("cpu", "gpu", "openvino", "trt-cu12", "trt-cu13", "jetson", "torch")
 """One of these extras is needed to judge images."""
 _MODULES = {
+    "backports-zstd": "backports.zstd",
     "cuda-python": "cuda",
     "llama-cpp-python": "llama_cpp",
     "onnx-ir": "onnx_ir",

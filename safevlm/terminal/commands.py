@@ -54,6 +54,7 @@ _GROUPED = {
     "benchmarks import": "benchmarks.runs.importing.command",
     "benchmarks robustness": "benchmarks.robustness",
     "benchmarks plan": "benchmarks.plan",
+    "benchmarks export": "benchmarks.export",
     "benchmarks simulate": "benchmarks.simulate",
     "benchmarks speed": "benchmarks.speed.__main__",
     "benchmarks large_images": "benchmarks.large_images",

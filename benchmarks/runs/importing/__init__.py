@@ -1,1 +1,1 @@
-"""Reading what others measured as run records: HoliSafe's prediction files, lmms-eval's per-sample logs."""
+"""Reading what others measured as run records: HoliSafe's prediction files, logs of evaluation libraries, tables."""

@@ -13,7 +13,7 @@ from safevlm.errors import InputError
 from safevlm.files.regular_file import open_regular
 from safevlm.files.text_file import decode_text
 
-__all__ = ["numbered_rows"]
+__all__ = ["numbered_rows", "text_of"]
 
 MAX_BYTES = 2**31
 """Of the uncompressed text: a logged benchmark run takes a few megabytes."""
@@ -24,13 +24,14 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     Raises InputError for a file that cannot be read, is empty, or holds a line that is not JSON.
     """
-    text = _text(path)
+    text = text_of(path)
     if not text.strip():
         raise InputError(f"{path} is empty.")
-    yield from json_rows(path, text, lines_first=True)
+    yield from json_rows(path, text, lines_first=True, halves=True)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Return a file's text, uncompressed. Raises InputError for one that cannot be read, or too much of it."""
     try:
         with open_regular(path) as file, gzip.open(file) if path.suffix == ".gz" else file as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -190,7 +190,7 @@ def test_judges_are_opened_by_name(run: Path) -> None:
     store(run, [pair(1)], [Score(ok=True)])
     assert stored_judges(run) == ("m",)
     assert open_judge("m", run).score([pair(1)]) == [Score(ok=True)]
-    with pytest.raises(InputError, match=r"unknown judge 'gpt'.*string, exact, m"):
+    with pytest.raises(InputError, match=r"unknown judge 'gpt'.*string, exact, log, m"):
         open_judge("gpt", run)
     with pytest.raises(InputError, match=r"unknown judge '\.\./m'"):
         open_judge("../m", run)

@@ -82,5 +82,5 @@ def test_the_command_writes_a_record(tmp_path: Path) -> None:
     main.main([str(source), "--out", str(tmp_path / "run"), "--name", "A"], standalone_mode=False)
     run = read_run(tmp_path / "run")
     assert (run.record.artifact.name, len(run.rows), run.rows[1].answer) == ("A", 2, "No.")
-    with pytest.raises(InputError, match="--task and --metric are for"):
+    with pytest.raises(InputError, match="--task is not for --format holisafe"):
         main.main([str(source), "--out", str(tmp_path / "b"), "--task", "x"], standalone_mode=False)
