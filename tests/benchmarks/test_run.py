@@ -197,7 +197,10 @@ def test_sampled_answers_go_by_the_seed_and_the_row_alone(
             answerer = GatedAnswerer(guard_bundle, "tiny-safegem", suite.classes, decoding=decoding, **options)
         with answerer:
             assert answerer.describe().decoding == {
-                "sampling": "temperature", "temperature": 2.0, "seed": seed, "max_new_tokens": 8
+                "sampling": "temperature",
+                "temperature": 2.0,
+                "seed": seed,
+                "max_new_tokens": 8,
             }
             done = answerer.answer([rows[at] for at in order], [pictures[at] for at in order])
         assert all(row.error is None for row in done)
