@@ -64,8 +64,8 @@ def _measures(pairs: Sequence[Pair], margins: Margins) -> list[Measure]:
     counts = [[len(words_of(text)) for text in texts] for texts in (before, after)]
     found: list[tuple[str, str, Flags, Flags]] = [
         ("short", "answers less than half as long", _halved(counts[0], counts[1]), _halved(counts[1], counts[0])),
-        ("unfinished", "answers that end in the middle", *(_unfinished(texts) for texts in (before, after))),
-        ("repetitive", "answers that repeat themselves", *(_repetitive(texts) for texts in (before, after))),
+        ("unfinished", "answers that end in the middle", _unfinished(before), _unfinished(after)),
+        ("repetitive", "answers that repeat themselves", _repetitive(before), _repetitive(after)),
         ("script", "answers in another script", *_other_script(pairs, before, after)),
         ("same", f"the {COMMONEST} commonest answers", *_commonest(before, after)),
         ("unrelated", "answers unlike the baseline's", [False] * len(pairs), _unrelated(before, after)),

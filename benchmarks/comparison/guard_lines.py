@@ -74,8 +74,8 @@ def guard_flips(rows: GuardRows, classes: Sequence[str] | None) -> list[Flip]:
                 image=pair.before.image,
                 before=_told(rows.before[at], classes),
                 after=_told(rows.after[at], classes),
-                why_before=_why(blocked[0], rows.before[at], rows.threshold),
-                why_after=_why(blocked[1], rows.after[at], rows.threshold),
+                why_before=_why(bool(blocked[0]), rows.before[at], rows.threshold),
+                why_after=_why(bool(blocked[1]), rows.after[at], rows.threshold),
                 suite=pair.suite,
             )
         )
