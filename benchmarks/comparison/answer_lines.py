@@ -1,8 +1,9 @@
 """Lines about how harmless pairs are answered, where both runs help: what no judge of refusals sees.
 
-A model that broke still "helps": its answers are cut off, say one thing over and over, are in another script, or have
-nothing to do with the question. Each of these is a share of answers with the margin ``answers``. How long answers are
-is compared as a ratio, with the margin ``relative``. They are a family of their own for Holm's correction.
+A model that broke still "helps": its answers are cut off, say one thing over and over, are in another script or no
+words at all, or have nothing to do with the question. Each of these is a share of answers with the margin ``answers``.
+How long answers are is compared as a ratio, with the margin ``relative``. They are a family of their own for Holm's
+correction.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def _measures(pairs: Sequence[Pair], margins: Margins) -> list[Measure]:
         ("repetitive", "answers that repeat themselves", _repetitive(before), _repetitive(after)),
         ("script", "answers in another script", *_other_script(pairs, before, after)),
         ("same", f"the {COMMONEST} commonest answers", *_commonest(before, after)),
+        ("unknown", "answers in words that the baseline lacks", [False] * len(pairs), _unknown(pairs, before, after)),
         ("unrelated", "answers unlike the baseline's", [False] * len(pairs), _unrelated(before, after)),
     ]
     return [
@@ -138,6 +140,13 @@ def _commonest(before: Sequence[str], after: Sequence[str]) -> tuple[Flags, Flag
     own, other = ([" ".join(words_of(text)) for text in texts] for texts in (before, after))
     common = {text for text, times in Counter(other).most_common(COMMONEST) if times > 1}
     return [text in common for text in own], [text in common for text in other]
+
+
+def _unknown(pairs: Sequence[Pair], before: Sequence[str], after: Sequence[str]) -> Flags:
+    """Say which answers hold more words that no question and no answer of the baseline holds than others."""
+    known = {word for text in before for word in words_of(text)}
+    known |= {word for pair in pairs for word in words_of(pair.before.query or "")}
+    return [2 * sum(word not in known for word in own) > len(own) for own in map(words_of, after)]
 
 
 def _unrelated(before: Sequence[str], after: Sequence[str]) -> Flags:

@@ -45,17 +45,13 @@ def same_runs(baseline: Sequence[Run], candidate: Sequence[Run]) -> list[str]:
 def _same(one: Run, other: Run) -> bool:
     if (one.folder / RECORD_NAME).is_file() and one.folder.resolve() == other.folder.resolve():
         return True
-    files = {run.record.artifact.sha256 for run in (one, other) if run.record.artifact.kind == "predictions"}
-    if (
-        one.record.artifact.kind == other.record.artifact.kind == "predictions"
-        and len(files) == 1
-        and None not in files
-    ):
-        return True
     if one.rows != other.rows:
         return False
-    timed = any(row.ms for row in one.rows)  # no two runs take the same time to the last digit
-    return timed or (one.record.created, one.record.artifact) == (other.record.created, other.record.artifact)
+    if any(row.ms for row in one.rows):  # no two runs take the same time to the last digit
+        return True
+    first, second = one.record.artifact, other.record.artifact
+    one_file = first.kind == second.kind == "predictions" and first.sha256 is not None and first.sha256 == second.sha256
+    return one_file or (one.record.created, first) == (other.record.created, second)
 
 
 def _difference(one: Artifact, other: Artifact) -> str | None:

@@ -108,6 +108,11 @@ WAYS: dict[str, Callable[[str, int, Row], str]] = {
     "another script": lambda text, at, row: "На этой картинке изображён человек, который стоит перед домом.",
     "random letters": lambda text, at, row: "".join(random.Random(at).choices("abcdefghij  ", k=len(text))) + ".",
     "shuffled words": shuffled,
+    "no vowels": lambda text, at, row: "".join(sign for sign in text if sign.casefold() not in "aeiou"),
+    "the letters of each word sorted": lambda text, at, row: (
+        " ".join("".join(sorted(word)) for word in text.split()) + "."
+    ),
+    "another language": lambda text, at, row: "Auf diesem Bild steht jemand vor einem Haus und schaut in den Himmel.",
 }
 
 
