@@ -191,6 +191,8 @@ def _plan(plan: Plan, target: float) -> list[str]:
         )
     grown = [line for line in plan.outlook.lines if getattr(plan.effort, kind_of(line.key)) > 1 and line.key != "masr"]
     lines += [f"  {line.key}: {line.n:,} samples" for line in grown]
+    if grown:
+        lines.append("  The built-in suites grow with benchmarks.run --pairs N --questions N.")
     return lines
 
 

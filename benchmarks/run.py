@@ -18,6 +18,7 @@ from benchmarks.runs.answering.answerer import Answerer, failed
 from benchmarks.runs.answering.select import Request, open_answerer
 from benchmarks.runs.record import RECORD_NAME, Row, RunRecord, RunWriter, check_new, read_run
 from benchmarks.suites.corrupted import corrupted
+from benchmarks.suites.holisafe_mini import PAIRS, QUESTIONS
 from benchmarks.suites.select import SUITES, open_suite
 from benchmarks.suites.suite import Suite
 from calibration.labelled.corruptions import parse_corruptions, under_option
@@ -159,6 +160,10 @@ def _record(answerer: Answerer, suite: Suite) -> RunRecord:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run record to write.")
 @click.option("--resume", is_flag=True, help="Resume the run in --out if there is one.")
 @click.option("--limit", type=click.IntRange(min=1), help="Number of rows, types in proportion, for a trial.")
+@click.option("--pairs", type=click.IntRange(min=100), help=f"Number of pairs of a built-in suite.  [default: {PAIRS}]")
+@click.option(
+    "--questions", type=click.IntRange(min=10), help=f"Number of questions of a built-in suite.  [default: {QUESTIONS}]"
+)
 @under_option("Corruptions under which each image of a guard suite is judged, too")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size in rows.")
 @click.option(
@@ -206,6 +211,8 @@ def main(
     out: Path,
     resume: bool,
     limit: int | None,
+    pairs: int | None,
+    questions: int | None,
     under: str | None,
     as_json: bool,
     **given: Any,
@@ -217,7 +224,8 @@ def main(
     if not resume:
         check_new(out)
     corruptions = () if under is None else parse_corruptions(under)
-    suite = corrupted(open_suite(suite_name, data, limit=limit), corruptions)
+    opened = open_suite(suite_name, data, limit=limit, pairs=pairs, questions=questions)
+    suite = corrupted(opened, corruptions)
     tokens = given.pop("max_new_tokens") or suite.max_new_tokens
     request = Request(**{**given, "grid": parse_grid(given["grid"])}, max_new_tokens=tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -105,6 +105,17 @@ def test_missing_files_tell_how_to_get_them(tmp_path: Path) -> None:
         open_suite("holysafe")
     with pytest.raises(InputError, match="takes no --data"):
         open_suite("guard-mini", tmp_path)
+    with pytest.raises(InputError, match="has its own size"):
+        open_suite("holisafe", tmp_path, pairs=4000)
+
+
+def test_a_built_in_suite_has_the_size_that_a_plan_asks_for() -> None:
+    suite, guard, utility = (
+        open_suite(name, pairs=300, questions=60) for name in ("holisafe-mini", "guard-mini", "utility-mini")
+    )
+    assert [sum(row.kind == kind for row in suite.rows) for kind in ("pair", "question")] == [300, 60]
+    assert {row.image for row in guard.rows} == {row.image for row in suite.rows} and len(utility.rows) == 60
+    assert open_suite("guard-mini", pairs=600, questions=60).record().rows > guard.record().rows
 
 
 def test_the_built_in_suites_are_the_same_each_time_and_share_their_images() -> None:
