@@ -17,6 +17,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "Runtime": ("runtime.",),
     "Suite": ("suite.",),
     "Settings": ("prompt", "preprocessing", "decoding", "threshold", "view"),
+    "Imported": ("scored_by", "notes"),
     "When and where": ("created", "finished", "machine", "versions."),
 }
 MUST_AGREE = ("suite.", "prompt", "preprocessing", "decoding")
@@ -116,7 +117,10 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.") if value else ((name, "–"),)
         else:
-            yield name, plain(value)
+            yield (
+                name,
+                "\n".join(map(plain, value)) if name == "notes" and isinstance(value, (list, tuple)) else plain(value),
+            )
 
 
 def _field(name: str, tables: Sequence[Mapping[str, str]]) -> Field:

@@ -16,8 +16,10 @@ TEMPLATES = "templates"
 _FILTERS = {
     "bounds": text.bounds_of,
     "change": text.change_of,
+    "corrected": text.corrected_of,
     "count": text.count,
     "interval": text.interval_of,
+    "judged": text.judged_of,
     "json": lambda value: text.visible(json.dumps(value, indent=1, ensure_ascii=False, default=str)),
     "margin": text.margin_of,
     "missing": text.missing_of,
@@ -26,6 +28,7 @@ _FILTERS = {
     "plain": text.plain,
     "sentence": lambda line: text.unbroken(text.sentence_of(line)),
     "unbroken": text.unbroken,
+    "upper": text.upper_of,
     "value": text.value_of,
     "visible": text.visible,
     "whole": text.whole,

@@ -150,7 +150,7 @@ def test_corrected_rates_stand_in_a_table(findings: Findings, read: Read) -> Non
         "ASR before": ["0.1710", "0.1490 to 0.1940", "0.9400", "0.9810"],
         "ASR after": ["0.2140", "0.1490 to 0.1940", "0.9400", "0.9810"],
     }
-    assert "RR: cannot be corrected: no labels of both kinds; labelled: 400." in read.text
+    assert "RR: not corrected, because the labels cannot tell; labelled: 400." in read.text
 
 
 def test_figures_are_told_in_words_too(read: Read) -> None:
