@@ -20,7 +20,7 @@ from benchmarks.comparison.findings import Findings, Verdict
 from benchmarks.comparison.margins import Margins
 from benchmarks.report.flipped import MOST, PICTURE_BUDGET, changed_samples, choices, group_samples
 from benchmarks.report.markdown import markdown
-from benchmarks.report.page import page
+from benchmarks.report.page import TOLD, page
 from benchmarks.report.text import sentence_of
 from safevlm.errors import InputError
 from tests.benchmarks.report.sample_findings import sample_findings
@@ -173,8 +173,8 @@ def test_the_banner_tells_of_every_line_and_folds_away_only_what_passes() -> Non
     open_, _, folded = banner.partition("further lines that pass")
     links = [re.findall(r'href="#line-(\d+)"', part) for part in (open_, folded)]
     assert sorted(map(int, links[0] + links[1])) == list(range(1, len(many) + 1))
-    assert len(links[0]) == 10 and all(many[int(place) - 1].verdict == "PASS" for place in links[1])
-    assert 'aria-hidden="true">?' in open_
+    assert all(many[int(place) - 1].verdict == "PASS" for place in links[1])
+    assert len(links[0]) == max(TOLD, sum(line.verdict != "PASS" for line in many)) < len(many)
 
 
 def test_margins_have_their_own_units() -> None:
