@@ -25,7 +25,7 @@ def test_each_line_stands_in_a_table_with_its_figures() -> None:
     text = markdown(findings)
     rows = {cells(row)[0].replace("\\", ""): cells(row) for row in text.splitlines() if row.startswith("|")}
     for line in findings.lines:
-        row = rows[line.title]
+        row = rows[line.title.replace("≥ ", "≥\u00a0")]
         assert row[1:3] == [
             f"{100 * value:.2f}\u00a0%" if line.unit == "share" else f"{value:.4f}"
             for value in (line.before, line.after)
