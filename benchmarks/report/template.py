@@ -16,7 +16,6 @@ TEMPLATES = "templates"
 _FILTERS = {
     "bounds": text.bounds_of,
     "change": text.change_of,
-    "corrected": text.corrected_of,
     "count": text.count,
     "interval": text.interval_of,
     "judged": text.judged_of,

@@ -161,7 +161,7 @@ def test_a_line_says_what_labels_make_of_its_change() -> None:
     second = replace(base.lines[1], reason=f"The judge errs. {told}", judge_sentence=told)
     text = " ".join(Read(page(replace(base, lines=(first, second)))).text.replace("\u00a0", " ").split())
     assert text.count(told) == 2  # a reason that has said it is not repeated
-    assert text.count("corrected for the judge’s errors: +0.70 points (−0.10 to +1.50)") == 1
+    assert text.count("corrected +0.70 points −0.10 to +1.50") == 1
 
 
 def test_the_banner_tells_of_every_line_and_folds_away_only_what_passes() -> None:
