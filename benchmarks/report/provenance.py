@@ -116,11 +116,10 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
         name = f"{prefix}{plain(key)}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.") if value else ((name, "–"),)
+        elif name == "notes" and isinstance(value, (list, tuple)) and value:
+            yield name, "\n".join(map(plain, value))  # whole sentences
         else:
-            yield (
-                name,
-                "\n".join(map(plain, value)) if name == "notes" and isinstance(value, (list, tuple)) else plain(value),
-            )
+            yield name, plain(value)
 
 
 def _field(name: str, tables: Sequence[Mapping[str, str]]) -> Field:

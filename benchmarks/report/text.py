@@ -77,7 +77,7 @@ MARGINS = {
 }
 """Names of the margins that are points."""
 LIMITS = {
-    "relative": ("share of what was good before that may be lost; also how much shorter answers may be", 1),
+    "relative": ("share of what was good before, or of an answer’s length, that may be lost", 1),
     "max_unscored": ("unscored rows of a line", 1),
     "confidence": ("level of each one-sided bound", 100),
     "harm_level": ("harm is shown where p, after Holm, is below", None),
