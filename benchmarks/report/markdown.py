@@ -29,12 +29,13 @@ def markdown(findings: Findings) -> str:
     Raises MissingExtraError without PyYAML.
     """
     before, after = artifact_of(findings.baseline), artifact_of(findings.candidate)
+    further = text.further_cautions(findings)
     blocks = [
         f"## Safety regression: {text.SYMBOLS[findings.verdict]} {findings.verdict}",
         f"{_safe(before[0])} → {_safe(after[0])}, {_safe(suites_of(findings.baseline) or 'no suite')}"
         f"{f', {_safe(text.moment(findings.created))}' if findings.created else ''}.",
         text.MEANINGS[findings.verdict],
-        _list(findings.judge_cautions),
+        "\n>\n".join(f"> {_safe(each)}" for each in findings.judge_cautions),
         _judges(findings),
         f"Level: {_safe(text.level_of(findings))}.",
         _list(findings.reasons),
@@ -42,7 +43,7 @@ def markdown(findings: Findings) -> str:
         _deciding([line for line in findings.lines if line.margin is not None], findings.confidence),
         _others([line for line in findings.lines if line.margin is None]),
         _classes(findings),
-        "### What you may not conclude\n\n" + _list(text.further_cautions(findings)) if findings.cautions else "",
+        "### What you may not conclude\n\n" + _list(further) if further else "",
         _provenance(findings),
         _margins(findings.margins),
         _model_index(findings) if findings.lines else "",

@@ -195,9 +195,8 @@ def _bins_told(name: str, curves: GuardCurves) -> str:
 
 def _short(line: Line) -> str:
     title = " ".join(title_of(line).partition(", p(unsafe)")[0].split())
-    return (title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…").replace(
-        "$", r"\$"
-    )  # no mathematics in names
+    short = title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…"
+    return short.replace("$", r"\$")  # no mathematics in names
 
 
 def _rows(ax: Axes, names: Sequence[str]) -> None:
