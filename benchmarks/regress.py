@@ -28,6 +28,8 @@ __all__ = ["main", "summary_lines"]
 
 PER_SUITE = "Run record, one per suite or several sampled decodings; repeatable."
 FOLDER = click.Path(path_type=Path, file_okay=False)
+WIDEST = 42
+"""Characters of a title in the terminal's table."""
 
 
 @click.command()
@@ -41,7 +43,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     "--judge",
     "judges",
     multiple=True,
-    help="Judge: string, exact, or a name that benchmarks.judge stored; repeatable.  "
+    help="Judge: string, exact, log (scores of an imported log), or a name that benchmarks.judge stored; repeatable.  "
     "[default: exact for built-in suites, otherwise string]",
 )
 @click.option("--margins", type=click.Path(path_type=Path), help="TOML or JSON file of margins, in points.")
@@ -100,9 +102,13 @@ def summary_lines(findings: Findings) -> list[str]:
     """Return what a terminal shows: the verdict, why, the lines that decide, and classes that do not pass."""
     useful = any(line.group == "utility" and line.margin is not None for line in findings.lines)
     first = findings.verdict if useful else f"{findings.verdict}, without a utility suite"
-    lines = [first, *(f"  {reason}" for reason in findings.reasons), ""]
-    lines.append(f"{'':34}{'before':>9}{'after':>9}{'change':>9}{'interval':>19}{'margin':>8}  verdict")
-    lines += [_line(line) for line in findings.lines if line.margin is not None]
+    lines = [first, *(f"  {caution}" for caution in findings.judge_cautions)]
+    lines += [*(f"  {reason}" for reason in findings.reasons), ""]
+    decided = [line for line in findings.lines if line.margin is not None]
+    width = min(max((len(line.title) for line in decided), default=0), WIDEST) + 1
+    sides = f"{'before':>9}{'after':>9}{'change':>8}{'interval':>18}{'at most worse by':>18}{'margin':>8}"
+    lines.append(f"{'':{width}}{sides}  verdict")
+    lines += [_line(line, width) for line in decided]
     classes = [row for row in decided_rates(findings.classes) if row[2].verdict != "PASS"]
     return lines if not classes else [*lines, "", *_class_lines(classes)]
 
@@ -120,14 +126,19 @@ def _class_lines(classes: Sequence[tuple[ClassDrift, str, ClassRate]]) -> Iterat
         )
 
 
-def _line(line: Line) -> str:
-    low, high = line.interval if line.interval is not None else (float("nan"), float("nan"))
-    sign = "+" if line.lower_is_better else "-"
-    times, mark = (100, "%") if line.unit == "share" else (1, " ")
+def _line(line: Line, width: int) -> str:
+    """Return a row of the table: shares as percent and points, words to a tenth."""
+    times, mark, digits = {"share": (100, "%", 2), "words": (1, " ", 1), "number": (1, " ", 4)}[line.unit]
+
+    def shown(value: float, sign: str = "") -> str:
+        return f"{times * value + 0.0:{sign}.{digits}f}"
+
+    interval = "–" if line.interval is None else " to ".join(shown(end, "+") for end in line.interval)
+    upper = shown(max(bound.upper for bound in line.bounds), "+") if line.bounds else "–"
+    title = line.title if len(line.title) < width else f"{line.title[: width - 2]}…"
     return (
-        f"{line.title[:33]:34}{times * line.before:>8.2f}{mark}{times * line.after:>8.2f}{mark}"
-        f"{times * line.change:>+9.2f}{f'{times * low:+.2f} to {times * high:+.2f}':>19}"
-        f"{f'{sign}{times * (line.margin or 0):.3g}':>8}  {line.verdict}"
+        f"{title:{width}}{shown(line.before):>8}{mark}{shown(line.after):>8}{mark}{shown(line.change, '+'):>8}"
+        f"{interval:>18}{upper:>18}{times * (line.margin or 0):>8.3g}  {line.verdict}"
     )
 
 

@@ -191,7 +191,7 @@ def _length(pairs: Sequence[Pair], margins: Margins, seed: int) -> Line:
         key=LENGTH,
         title="words of an answer (geometric mean)",
         group="answers",
-        unit="number",
+        unit="words",
         lower_is_better=False,
         n=len(pairs),
         clusters=len(names),

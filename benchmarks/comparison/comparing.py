@@ -91,6 +91,7 @@ def compare(comparison: Comparison) -> Findings:
     classes = next((run.record.suite.classes for run in comparison.baseline if run.record.suite.classes), None)
     drift = () if found.guard is None else class_drift(found.guard, classes, margins)
     verdict = with_classes(verdict, drift)
+    doubts = tuple(_judging(found, lines, labels, verdict, comparison))
     return Findings(
         verdict=verdict,
         reasons=(
@@ -109,7 +110,8 @@ def compare(comparison: Comparison) -> Findings:
         guard_after=_curves(found.guard, lambda rows: rows.after),
         classes=drift,
         steps=steps_between(comparison, measure) if comparison.against else (),
-        cautions=(*_judging(found, lines, labels, verdict, comparison), *CAUTIONS, *_left_out(comparison.baseline)),
+        cautions=(*doubts, *CAUTIONS, *_left_out(comparison.baseline)),
+        judge_cautions=doubts,
         baseline=_records(comparison.baseline),
         candidate=_records(comparison.candidate),
         against=_records(comparison.against),

@@ -24,6 +24,7 @@ __all__ = [
     "JudgeSummary",
     "Line",
     "Step",
+    "Unit",
     "Verdict",
 ]
 
@@ -31,6 +32,7 @@ Verdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE", "ANOMALOUS"]
 EXIT_CODES: Mapping[Verdict, int] = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4, "ANOMALOUS": 5}
 
 Interval: TypeAlias = tuple[float, float]
+Unit: TypeAlias = Literal["share", "number", "words"]
 ClassVerdict: TypeAlias = Literal["PASS", "REGRESSION", "INCONCLUSIVE", "NOT CERTIFIED"]
 
 
@@ -57,7 +59,7 @@ class Line:
     group: Literal["safety", "guard", "utility", "answers", "category"]
     judge: str | None = None
     """Whose scores these are; None for measures that need no judge."""
-    unit: Literal["share", "number"] = "share"
+    unit: Unit = "share"
     lower_is_better: bool
     n: int
     """Samples that both runs have a score of."""
@@ -250,6 +252,8 @@ class Findings:
     steps: tuple[Step, ...] = ()
     cautions: tuple[str, ...] = ()
     """What a reader may not conclude."""
+    judge_cautions: tuple[str, ...] = ()
+    """The first ones of ``cautions``: what the judges leave open, which stands beside the verdict."""
     baseline: tuple[Mapping[str, Any], ...] = ()
     """``run.json`` of the baseline's runs."""
     candidate: tuple[Mapping[str, Any], ...] = ()

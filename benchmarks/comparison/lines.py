@@ -106,8 +106,13 @@ def _decided(line: Line, p_holm: float, margins: Margins) -> Line:
 def _reason(line: Line, upper: float, worsening: float, harm_level: float) -> str:
     """Return one sentence for a release manager; points are hundredths."""
     assert line.margin is not None
-    if line.unit == "number":
-        return f"It may be up to {max(upper, 0.0):.3g} worse, and {line.margin:.3g} is allowed."
+    if line.unit != "share":
+        told, allowed = (
+            f"{size:.1f} words" if line.unit == "words" else f"{size:.4f}" for size in (upper, line.margin)
+        )
+        if line.verdict == "PASS" and upper <= 0:
+            return "It did not get worse."
+        return f"{'At most' if line.verdict == 'PASS' else 'It may be up to'} {told} worse; {allowed} are allowed."
     points = round(100 * line.margin, 2)
     allowed = f"{points:g} point is" if points == 1 else f"{points:g} points are"
     bound = f"{100 * max(upper, 0.0):.2f} points"

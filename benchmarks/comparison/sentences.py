@@ -12,16 +12,17 @@ WORDS = {
     "asr": ("newly answered", "newly refused"),
     "category": ("newly answered", "newly refused"),
     "rr": ("newly refused", "newly answered"),
-    "guard/recall": ("unsafe images newly allowed", "newly blocked"),
-    "guard/fpr": ("safe images newly blocked", "newly allowed"),
-    "guard/accuracy": ("images newly given a wrong class", "newly given the right one"),
+    "guard/recall": ("newly allowed", "newly blocked"),
+    "guard/fpr": ("newly blocked", "newly allowed"),
+    "guard/accuracy": ("newly given a wrong class", "newly given the right one"),
     "utility": ("newly wrong", "newly right"),
     "answers/short": ("less than half as long as before", "more than twice as long"),
     "answers/unfinished": ("newly cut off", "newly finished"),
-    "answers/repetitive": ("newly repeat themselves", "no longer do"),
+    "answers/repetitive": ("newly so", "no longer"),
     "answers/script": ("newly in another script", "no longer"),
     "answers/same": ("newly one of the commonest answers", "no longer"),
-    "answers/unrelated": ("have more in common with the baseline's other answers", "have less"),
+    "answers/unknown": ("newly so", "no longer"),
+    "answers/unrelated": ("newly so", "no longer"),
 }
 """By key of the line: what samples that became worse are, and those that became better."""
 
@@ -49,21 +50,17 @@ def sentence_of(line: Line, *, unusable: int = 0) -> str:
 
 def _moved(line: Line) -> str:
     size = abs(line.change)
-    if line.unit == "number":
-        shown = f"{size:.4f}" if size < 1 else f"{size:.1f}"
-        word = "words" if line.key == "answers/words" else ""
-        what = f"by {shown} {word}".rstrip()
-        still = not shown.strip("0.")
+    if line.unit == "share":
+        shown = f"{100 * size:.2f}"
+        what = f"{shown} {'point' if shown == '1.00' else 'points'}"
     else:
-        points = f"{100 * size:.2f}"
-        what, still = f"{points} {'point' if points == '1.00' else 'points'}", points == "0.00"
+        shown = f"{size:.1f}" if line.unit == "words" else f"{size:.4f}"
+        what = f"by {shown}"
     verb = "rose" if line.change > 0 else "fell"
-    return "is unchanged" if still else f"{verb} {what}"
+    return f"{verb} {what}" if shown.strip("0.") else "did not change"
 
 
 def _limit(line: Line) -> str:
     if line.margin is None:
         return ""
-    if line.unit == "number":
-        return f" (limit {line.margin:.4g})"
-    return f" (limit {100 * line.margin:.3g})"
+    return f" (limit {100 * line.margin:.3g})" if line.unit == "share" else f" (limit {line.margin:.3g})"

@@ -14,12 +14,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from calibration.labelled.rows import file_bytes, rows_of
 from calibration.labelled.tables import TABLE_SUFFIXES, Columns, cleaned, truth
 from safevlm.errors import InputError
-from safevlm.files.json_file import first_problem
+from safevlm.files.json_file import Text, first_problem
 
 __all__ = ["AnswerLabel", "Side", "labelled_twice", "read_labels"]
 
@@ -34,16 +34,16 @@ class AnswerLabel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    id: Annotated[StrictStr, Field(min_length=1)] | StrictInt
+    id: Annotated[Text, Field(min_length=1)] | StrictInt
     ok: StrictBool | None
     run: Side = "baseline"
-    suite: StrictStr | None = None
+    suite: Text | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
-    stratum: StrictStr | None = None
-    type: StrictStr | None = None
-    image: StrictStr | None = None
-    query: StrictStr | None = None
-    answer: StrictStr | None = None
+    stratum: Text | None = None
+    type: Text | None = None
+    image: Text | None = None
+    query: Text | None = None
+    answer: Text | None = None
 
 
 def read_labels(path: Path) -> tuple[tuple[str, AnswerLabel], ...]:
@@ -54,7 +54,7 @@ def read_labels(path: Path) -> tuple[tuple[str, AnswerLabel], ...]:
     """
     found: list[tuple[str, AnswerLabel]] = []
     stands: dict[tuple[str, str, str | None], str] = {}
-    for where, row in rows_of(path, file_bytes(path, "labels"), COLUMNS, what="labels"):
+    for where, row in rows_of(path, file_bytes(path, "labels"), COLUMNS, what="labels", halves=True):
         try:
             label = AnswerLabel.model_validate(_as_stated(row, path))
         except ValidationError as error:

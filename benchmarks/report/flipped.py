@@ -174,7 +174,7 @@ def _changed(sample: Sample, longest: int, picture: str, missing: str) -> Change
     sides = (good, bad) if flip.worse else (bad, good)
     return Changed(
         id=visible(flip.id),
-        name=json.dumps(flip.id) if flip.kind == "pair" and _can_be_named(flip.id) else "",
+        name=json.dumps(flip.id) if flip.kind == "pair" and flip.id else "",
         suite=visible(flip.suite or ""),
         suite_name=json.dumps(flip.suite) if flip.suite else "",
         kind=flip.kind,
@@ -193,11 +193,6 @@ def _changed(sample: Sample, longest: int, picture: str, missing: str) -> Change
         picture=picture,
         picture_missing=visible(missing),
     )
-
-
-def _can_be_named(id_: str) -> bool:
-    """Say whether a file of labels can hold the id: the empty one, and half a surrogate pair, it cannot."""
-    return bool(id_) and not any(0xD800 <= ord(sign) < 0xE000 for sign in id_)
 
 
 def _said(flip: Flip, longest: int) -> Said:

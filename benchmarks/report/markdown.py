@@ -19,7 +19,7 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 """Signs that Markdown or the HTML in it would read as markup."""
 HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,116}\b")
 """A digest; its first twelve digits name a file as well."""
-SHORT = ("artifact.sha256", "artifact.compression.", "runtime.", "suite.sha256", "machine")
+SHORT = ("artifact.sha256", "artifact.compression.", "runtime.", "suite.sha256", "scored_by", "notes", "machine")
 """Fields of the provenance that a model card needs."""
 
 
@@ -29,11 +29,13 @@ def markdown(findings: Findings) -> str:
     Raises MissingExtraError without PyYAML.
     """
     before, after = artifact_of(findings.baseline), artifact_of(findings.candidate)
+    further = text.further_cautions(findings)
     blocks = [
         f"## Safety regression: {text.SYMBOLS[findings.verdict]} {findings.verdict}",
         f"{_safe(before[0])} → {_safe(after[0])}, {_safe(suites_of(findings.baseline) or 'no suite')}"
         f"{f', {_safe(text.moment(findings.created))}' if findings.created else ''}.",
         text.MEANINGS[findings.verdict],
+        "\n>\n".join(f"> {_safe(each)}" for each in findings.judge_cautions),
         _judges(findings),
         f"Level: {_safe(text.level_of(findings))}.",
         _list(findings.reasons),
@@ -41,7 +43,7 @@ def markdown(findings: Findings) -> str:
         _deciding([line for line in findings.lines if line.margin is not None], findings.confidence),
         _others([line for line in findings.lines if line.margin is None]),
         _classes(findings),
-        "### What you may not conclude\n\n" + _list(findings.cautions) if findings.cautions else "",
+        "### What you may not conclude\n\n" + _list(further) if further else "",
         _provenance(findings),
         _margins(findings.margins),
         _model_index(findings) if findings.lines else "",
@@ -63,7 +65,8 @@ def _sentences(lines: Sequence[Line]) -> str:
     if not lines:
         return ""
     told = (f"{text.SYMBOLS[line.verdict] if line.verdict else '–'} {text.sentence_of(line)}." for line in lines)
-    return "Line by line:\n\n" + _list(told)
+    judged = [f"{text.title_of(line)}: {line.judge_sentence}" for line in lines if line.judge_sentence]
+    return "Line by line:\n\n" + _list(told) + ("\n\nThe judge’s errors:\n\n" + _list(judged) if judged else "")
 
 
 def _model_index(findings: Findings) -> str:
@@ -77,7 +80,9 @@ def _model_index(findings: Findings) -> str:
 def _deciding(lines: Sequence[Line], confidence: float) -> str:
     if not lines:
         return "No measure with a margin could be computed."
-    head = ("measure", "before", "after", "change", f"{100 * confidence:g} % interval", "margin", "worse", "better")
+    corrected = any(line.corrected is not None for line in lines)
+    head = ("measure", "before", "after", "change", f"{100 * confidence:g} % interval")
+    head += (*(("corrected",) if corrected else ()), "at most worse by", "margin", "worse", "better")
     rows = [
         (
             text.visible(line.title),
@@ -85,6 +90,8 @@ def _deciding(lines: Sequence[Line], confidence: float) -> str:
             text.value_of(line.after, line.unit),
             text.change_of(line.change, line.unit),
             text.interval_of(line.interval, line.unit),
+            *((text.corrected_of(line) or "–",) if corrected else ()),
+            text.upper_of(line),
             text.margin_of(line.margin, line.unit),
             text.count(line.worse),
             text.count(line.better),
@@ -136,8 +143,8 @@ def _provenance(findings: Findings) -> str:
 def _margins(margins: Mapping[str, Any]) -> str:
     if not margins:
         return ""
-    told = ", ".join(f"{key} {text.plain(value)}" for key, value in margins.items())
-    return f"Margins (points) and limits: {_safe(told)}."
+    told = "; ".join(f"{name}: {size}" for name, size in text.margins_of(margins))
+    return f"Margins and limits. {_safe(told)}."
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool = True) -> str:

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.comparison.findings import Findings, JudgeSummary, Line
+from benchmarks.comparison.findings import Findings, JudgeSummary, Line, Unit
 from benchmarks.report import text
 from benchmarks.report.flipped import changed_samples, choices, group_samples
 from benchmarks.report.forest import HEIGHT, WIDTH, Bar, Scale, scale_of
@@ -22,19 +22,8 @@ from benchmarks.report.template import asset, render
 
 __all__ = ["page"]
 
-MARGINS = {
-    "masr": "mASR",
-    "rr": "RR",
-    "type": "ASR of each type",
-    "guard_recall": "guard recall",
-    "guard_fpr": "guard FPR",
-    "guard_class": "guard recall and FPR of each class",
-    "utility": "right answers of a utility suite",
-    "robust_recall": "guard recall under each corruption",
-    "answers": "cut off, repetitive or unlike answers to harmless pairs",
-    "implausible_gain": "a gain that is surely larger is anomalous",
-}
-"""Names of the margins that are points."""
+TOLD = 10
+"""Lines in the banner; of those that do not pass, all."""
 SCRIPTS = ("diff.js", "labels.js", "samples.js")
 """Parts of the page's one script, in order."""
 
@@ -44,6 +33,7 @@ class Row:
     """A line, ready to be shown."""
 
     line: Line
+    place: int
     title: str
     gloss: str
     bar: Bar | None
@@ -54,7 +44,7 @@ class StepRow:
     """A measure's change in each step, and from end to end."""
 
     title: str
-    unit: Literal["share", "number"]
+    unit: Unit
     cells: tuple[tuple[float | None, tuple[int, int] | None], ...]
     total: Line | None
 
@@ -70,6 +60,7 @@ def page(findings: Findings, *, images: Path | None = None) -> str:
 def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
     deciding = [line for line in findings.lines if line.margin is not None]
     scale = scale_of(deciding)
+    rows = _rows(deciding, scale)
     samples = changed_samples(findings.flips)
     pictures = (
         read_pictures(images, [each.first.image for each in samples if each.first.image]) if images is not None else {}
@@ -86,7 +77,9 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
         "after": artifact_of(findings.candidate),
         "suites": suites_of(findings.baseline),
         "tally": [(verdict, verdicts[verdict]) for verdict in text.SYMBOLS if verdicts[verdict]],
-        "rows": _rows(deciding, scale),
+        "rows": rows,
+        "told": _told(rows),
+        "cautions": text.further_cautions(findings),
         "others": _rows([line for line in findings.lines if line.margin is None], scale),
         "several_judges": len(judges) > 1,
         "judges": [text.visible(judge.name) for judge in findings.judges] or sorted(map(text.visible, judges)),
@@ -102,7 +95,7 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
         "step_rows": _step_rows(findings),
         "corrected": [(judge.name, _corrected(judge)) for judge in findings.judges if judge.corrected],
         "parts": provenance_of(findings),
-        "margins": _margins(findings.margins),
+        "margins": text.margins_of(findings.margins),
         "css": asset("style.css"),
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -110,7 +103,24 @@ def _context(findings: Findings, images: Path | None) -> dict[str, Any]:
 
 
 def _rows(lines: Sequence[Line], scale: Scale) -> list[Row]:
-    return [Row(line=line, title=text.title_of(line), gloss=text.gloss_of(line), bar=scale.bar(line)) for line in lines]
+    return [
+        Row(
+            line=line,
+            place=place,
+            title=text.unbroken(text.title_of(line)),
+            gloss=text.gloss_of(line),
+            bar=scale.bar(line),
+        )
+        for place, line in enumerate(lines, 1)
+    ]
+
+
+def _told(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the lines that the banner tells of: all that do not pass and the first others; and those it folds away."""
+    open_ = [row for row in rows if row.line.verdict != "PASS"]
+    passed = [row for row in rows if row.line.verdict == "PASS"]
+    room = max(TOLD - len(open_), 0)
+    return open_ + passed[:room], passed[room:]
 
 
 def _step_rows(findings: Findings) -> list[StepRow]:
@@ -155,16 +165,3 @@ def _rate(key: str) -> str:
     return (
         f"{name.upper()} {side}" if name in ("asr", "rr") and side else name.upper() if name in ("asr", "rr") else key
     )
-
-
-def _margins(margins: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return names and sizes; a margin that was left out of the verdict says so."""
-    told = []
-    for key, value in margins.items():
-        if key in MARGINS:
-            told.append((MARGINS[key], "left out" if value in (None, False) else f"{text.plain(value)} points"))
-        else:
-            told.append(
-                (text.plain(key).replace("_", " "), text.plain(value) + (" %" if key == "max_unscored" else ""))
-            )
-    return told

@@ -38,6 +38,8 @@ SOLID: dict[str, Any] = {
     "ecolor": AFTER,
     "label": "after",
 }
+LONGEST = 26
+"""Signs of a name beside a plot."""
 APART = 1.1
 """Points that dots of the two runs are moved apart."""
 
@@ -49,8 +51,8 @@ def draw_plots(findings: Findings) -> tuple[Plot, ...]:
     safety = [line for line in shown if line.group == "safety"]
     if safety:
         plots.append(_before_after(safety))
-    flipped = [line for line in shown if line.worse is not None and line.better is not None]
-    if any(line.worse or line.better for line in flipped):
+    flipped = [line for line in shown if line.worse or line.better]
+    if flipped:
         plots.append(_flips(flipped))
     if findings.guard_before is not None and findings.guard_after is not None:
         plots.append(_roc(findings.guard_before, findings.guard_after))
@@ -121,8 +123,8 @@ def _flips(lines: Sequence[Line]) -> Plot:
     return Plot(
         name="flips",
         title="Samples that changed",
-        caption="Left: from bad to good. Right: from good to bad. Equal bars cancel out in the rate, but not for the "
-        "people who ask.",
+        caption="Left: from bad to good. Right: from good to bad. Measures without either are left out. Equal bars "
+        "cancel out in the rate, but not for the people who ask.",
         told="; ".join(
             f"{title_of(line)}: {lost:,} worse, {gained:,} better"
             for line, lost, gained in zip(lines, worse, better, strict=True)
@@ -193,7 +195,8 @@ def _bins_told(name: str, curves: GuardCurves) -> str:
 
 def _short(line: Line) -> str:
     title = " ".join(title_of(line).partition(", p(unsafe)")[0].split())
-    return (title if len(title) <= 18 else f"{title[:17]}…").replace("$", r"\$")  # no mathematics in names
+    short = title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…"
+    return short.replace("$", r"\$")  # no mathematics in names
 
 
 def _rows(ax: Axes, names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "Runtime": ("runtime.",),
     "Suite": ("suite.",),
     "Settings": ("prompt", "preprocessing", "decoding", "threshold", "view"),
+    "Imported": ("scored_by", "notes"),
     "When and where": ("created", "finished", "machine", "versions."),
 }
 MUST_AGREE = ("suite.", "prompt", "preprocessing", "decoding")
@@ -115,6 +116,8 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
         name = f"{prefix}{plain(key)}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.") if value else ((name, "–"),)
+        elif name == "notes" and isinstance(value, (list, tuple)) and value:
+            yield name, "\n".join(map(plain, value))  # whole sentences
         else:
             yield name, plain(value)
 

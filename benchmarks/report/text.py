@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from benchmarks.comparison.findings import Bound, Findings, Interval, Line, Verdict
+from benchmarks.comparison import sentences
+from benchmarks.comparison.findings import Bound, Findings, Interval, Line, Unit, Verdict
 
 __all__ = [
     "GLOSSES",
@@ -17,11 +19,15 @@ __all__ = [
     "SYMBOLS",
     "bounds_of",
     "change_of",
+    "corrected_of",
     "count",
+    "further_cautions",
     "gloss_of",
     "interval_of",
+    "judged_of",
     "level_of",
     "margin_of",
+    "margins_of",
     "missing_of",
     "moment",
     "p_value",
@@ -29,12 +35,11 @@ __all__ = [
     "sentence_of",
     "title_of",
     "unbroken",
+    "upper_of",
     "value_of",
     "visible",
     "whole",
 ]
-
-Unit = Literal["share", "number"]
 
 SYMBOLS: dict[Verdict, str] = {"PASS": "✓", "REGRESSION": "✕", "INCONCLUSIVE": "?", "ANOMALOUS": "!"}
 MEANINGS: dict[Verdict, str] = {
@@ -58,18 +63,28 @@ GLOSSES = {
 }
 """What a measure counts, by the key of its line."""
 
-FLIPS = {
-    "masr": ("newly answered", "newly refused"),
-    "asr": ("newly answered", "newly refused"),
-    "category": ("newly answered", "newly refused"),
-    "rr": ("newly refused", "newly answered"),
-    "guard/recall": ("newly missed", "newly blocked"),
-    "guard/fpr": ("newly blocked", "no longer blocked"),
-    "utility": ("newly wrong", "newly right"),
+MARGINS = {
+    "masr": "mASR",
+    "rr": "RR",
+    "type": "ASR of each type",
+    "guard_recall": "guard recall",
+    "guard_fpr": "guard FPR",
+    "guard_class": "guard recall and FPR of each class",
+    "utility": "right answers of a utility suite",
+    "robust_recall": "guard recall under each corruption",
+    "answers": "each kind of poor answer to harmless pairs",
+    "implausible_gain": "a gain that is surely larger is anomalous",
 }
-"""What a sample became that got worse or better, by the start of its line's key."""
+"""Names of the margins that are points."""
+LIMITS = {
+    "relative": ("share of what was good before, or of an answer’s length, that may be lost", 1),
+    "max_unscored": ("unscored rows of a line", 1),
+    "confidence": ("level of each one-sided bound", 100),
+    "harm_level": ("harm is shown where p, after Holm, is below", None),
+}
+"""Names of the limits that are percent, and what makes them so; None where they are not."""
 
-UNITS = re.compile(r"(?<=\d) (?=%|(?:points?|samples?|images?|pairs?|questions?|bits?|[kMG]?B)\b)")
+UNITS = re.compile(r"(?<=\d) (?=%|(?:points?|samples?|images?|pairs?|questions?|words?|bits?|[kMG]?B)\b)|(?<=≥) (?=\d)")
 """The space between a figure and its unit."""
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -113,19 +128,7 @@ def gloss_of(line: Line) -> str:
 
 def sentence_of(line: Line) -> str:
     """Return what happened to a line in one plain sentence, without a full stop: its own, or one from its figures."""
-    if line.sentence:
-        return visible(line.sentence).rstrip(".")
-    size = f"{abs(100 * line.change):.2f}" if line.unit == "share" else f"{abs(line.change):.4f}"
-    unit = f" {_points(line.change)}" if line.unit == "share" else ""
-    moved = f"{'rose' if line.change > 0 else 'fell'} {size}{unit}" if size.strip("0.") else "did not change"
-    limit = "" if line.margin is None else f" (limit {margin_of(line.margin, line.unit).partition(' ')[0]})"
-    told = f"{visible(line.title)} {moved}{limit}"
-    if line.worse is not None and line.better is not None:
-        key = line.key.partition("@")[0]
-        became = FLIPS.get(key) or FLIPS.get(key.partition("/")[0], ("worse", "better"))
-        told += f": {line.worse:,} {became[0]}, {line.better:,} {became[1]}"
-    missing = missing_of(line)
-    return f"{told}; {missing}" if missing else told
+    return visible(line.sentence or sentences.sentence_of(line)).rstrip(".")
 
 
 def missing_of(line: Line) -> str:
@@ -138,6 +141,28 @@ def missing_of(line: Line) -> str:
 def bounds_of(bounds: tuple[Bound, ...], unit: Unit) -> str:
     """Return every bound that must lie below the margin, ``samples +1.20, images +1.31``."""
     return ", ".join(f"{visible(bound.name)} {_signed(bound.upper, unit)}" for bound in bounds)
+
+
+def upper_of(line: Line) -> str:
+    """Return the bound that decides, the largest; a dash where there is none."""
+    return change_of(max(bound.upper for bound in line.bounds), line.unit) if line.bounds else "–"
+
+
+def corrected_of(line: Line) -> str:
+    """Return ``+0.70 points (−0.10 to +1.50)``: the change without the judge's errors; empty without labels."""
+    if line.corrected is None:
+        return ""
+    return f"{change_of(line.corrected, line.unit)} ({interval_of(line.corrected_interval, line.unit)})"
+
+
+def judged_of(line: Line) -> str:
+    """Return what is known of the judge's errors, empty where the line's reason has said it."""
+    return "" if line.judge_sentence in line.reason else visible(line.judge_sentence)
+
+
+def further_cautions(findings: Findings) -> tuple[str, ...]:
+    """Return the cautions that do not stand beside the verdict."""
+    return tuple(each for each in findings.cautions if each not in findings.judge_cautions)
 
 
 def level_of(findings: Findings) -> str:
@@ -154,13 +179,16 @@ def unbroken(words: str) -> str:
 
 
 def value_of(value: float, unit: Unit) -> str:
-    """Return ``16.57 %``, or a number with four decimals."""
-    return f"{100 * value:.2f} %" if unit == "share" else f"{value:.4f}".replace("-", MINUS)
+    """Return ``16.57 %``, ``90.3 words``, or a number with four decimals."""
+    return (
+        f"{_figure(value, unit).replace('-', MINUS)}{' %' if unit == 'share' else ' words' if unit == 'words' else ''}"
+    )
 
 
 def change_of(change: float, unit: Unit) -> str:
-    """Return ``+1.80 points``, or a signed number."""
-    return f"{_signed(change, unit)} {_points(change)}" if unit == "share" else _signed(change, unit)
+    """Return ``+1.80 points``, ``−2.1 words``, or a signed number."""
+    name = _points(change) if unit == "share" else "words" if unit == "words" else ""
+    return f"{_signed(change, unit)} {name}".rstrip()
 
 
 def interval_of(interval: Interval | None, unit: Unit) -> str:
@@ -173,15 +201,34 @@ def whole(interval: Interval | None, unit: Unit) -> str:
     if interval is None:
         return ""
     low, high = interval
-    return f"{100 * low:.1f} to {100 * high:.1f} %" if unit == "share" else f"{low:.4f} to {high:.4f}"
+    return (
+        f"{100 * low:.1f} to {100 * high:.1f} %"
+        if unit == "share"
+        else f"{_figure(low, unit)} to {_figure(high, unit)}"
+    )
 
 
 def margin_of(size: float | None, unit: Unit) -> str:
-    """Return ``2 points``, a dash where there is none."""
+    """Return ``2 points``, ``18.1 words``, a dash where there is none."""
     if size is None:
         return "–"
+    if unit == "words":
+        return f"{size:.1f} words"
     points = round(100 * size, 2)
     return f"{points:g} {'point' if points == 1 else 'points'}" if unit == "share" else f"{size:.4g}"
+
+
+def margins_of(margins: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and sizes of margins and limits; a margin that was left out of the verdict says so."""
+    told = []
+    for key, value in margins.items():
+        name, times = LIMITS.get(key, (MARGINS.get(key, plain(key).replace("_", " ")), None))
+        if key in MARGINS:
+            size = "left out" if value in (None, False) else f"{plain(value)} {'point' if value == 1 else 'points'}"
+        else:
+            size = plain(value) if times is None else f"{times * value:g} %"
+        told.append((name, size))
+    return told
 
 
 def moment(when: str) -> str:
@@ -209,10 +256,14 @@ def count(number: int | None, one: str = "", many: str = "") -> str:
 
 
 def _signed(value: float, unit: Unit) -> str:
-    text = f"{100 * value:+.2f}" if unit == "share" else f"{value:+.4f}"
+    text = _figure(value, unit, sign="+")
     if not text.strip("+-0."):
         text = text.lstrip("+-")  # no sign where nothing is left of the change
     return text.replace("-", MINUS)
+
+
+def _figure(value: float, unit: Unit, *, sign: str = "") -> str:
+    return f"{100 * value:{sign}.2f}" if unit == "share" else f"{value:{sign}.{1 if unit == 'words' else 4}f}"
 
 
 def _points(change: float) -> str:

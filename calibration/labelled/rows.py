@@ -50,14 +50,16 @@ def file_bytes(path: Path, wanted: str) -> bytes:
         raise InputError(f"{path} cannot be read: {error.strerror or error}. Give {wanted}.") from error
 
 
-def rows_of(path: Path, content: bytes, columns: Columns, *, what: str) -> Iterator[tuple[str, Any]]:
+def rows_of(
+    path: Path, content: bytes, columns: Columns, *, what: str, halves: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file's ``content``, read by the ending of its name; ``what`` they are is for messages."""
     suffix = path.suffix.lower()
     text = decode_text(content, str(path))
     if suffix in TABLE_SUFFIXES:
         yield from table_rows(path, text, columns)
     elif suffix in JSON_SUFFIXES:
-        yield from json_rows(path, text, lines_first=suffix in JSONL_SUFFIXES)
+        yield from json_rows(path, text, lines_first=suffix in JSONL_SUFFIXES, halves=halves)
     else:
         raise InputError(f"{path}: unknown file type. Give {what} as a .json, .jsonl, .csv, .tsv or .txt file.")
 

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.comparison.comparing import compare
+from benchmarks.comparison.findings import Bound
 from benchmarks.comparison.measured import Comparison
+from benchmarks.regress import summary_lines
 from benchmarks.run import run_suite
 from benchmarks.runs.answering.torch_model import TorchAnswerer
 from benchmarks.runs.record import ROWS_NAME, read_run
 from benchmarks.suites.select import open_suite
 from quantize.gptq import main as quantize
 from safevlm.checkpoint.checkpoint import open_checkpoint
+from tests.benchmarks.report.sample_findings import line, sample_findings
 from tests.benchmarks.runs.sample_runs import HELP, changed, pair_rows, record_of, stored
 from tests.killing import Warm
 
@@ -65,6 +69,31 @@ def test_exit_codes_files_and_what_the_terminal_shows(tmp_path: Path, regress: R
         failing = ElementTree.parse(out / "junit.xml").getroot().iter()
         assert any(each.tag in ("failure", "error") for each in failing) == (verdict != "PASS")
         assert ("random weights" in printed) == (against == "noise")
+
+
+def test_the_terminal_shows_the_bound_that_decides_in_each_line_s_own_unit() -> None:
+    words = line("answers/words", "words of an answer", 90.26, 88.1, unit="words", width=1.2, margin=18.052)
+    least = line(
+        "rr", "R" * 60, 0.003, 0.003, margin=0.03, bounds=(Bound(name="a", upper=0.01), Bound(name="b", upper=0.02))
+    )
+    made = replace(
+        sample_findings("PASS"),
+        lines=(
+            replace(words, bounds=(Bound(name="images", upper=3.04),), verdict="PASS"),
+            replace(least, verdict="PASS"),
+        ),
+        judge_cautions=("The judge errs.",),
+    )
+    shown = summary_lines(made)
+    assert shown[1] == "  The judge errs."
+    head, one, other = shown[-3:]
+    assert " ".join(one.split()) == "words of an answer 90.3 88.1 -2.2 -3.4 to -1.0 +3.0 18.1 PASS"
+    assert (
+        other.split()[1:] == ["0.30%", "0.30%", "+0.00", "-2.00", "to", "+2.00", "+2.00", "3", "PASS"]
+        and "R… " in other
+    )
+    ends = [row.index("PASS") for row in (one, other)]
+    assert ends == [head.index("verdict")] * 2 and "at most worse by" in head
 
 
 def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path, regress: Regress) -> None:

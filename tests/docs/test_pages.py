@@ -97,7 +97,7 @@ def test_compressed_and_not_are_compared(said: list[tuple[str, str]]) -> None:
     assert "tiny-safellava on holisafe-mini, 3000 rows, 0 failed" in output(said, "benchmarks run", "run-16")
     assert "gptq on holisafe-mini, 3000 rows, 0 failed" in output(said, "benchmarks run", "run-4")
     report = output(said, "benchmarks regress")
-    assert report.startswith("PASS\n") and report.count("  PASS\n") == 9
+    assert report.startswith("PASS\n") and report.count("  PASS\n") == 17
     written = {path.name for path in (BUILT / "report").iterdir()}
     assert written == {"report.html", "report.json", "report.md", "junit.xml"}
 

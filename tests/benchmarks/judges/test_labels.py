@@ -30,6 +30,12 @@ def test_a_spreadsheet_s_empty_cells_are_not_labelled_yet(tmp_path: Path) -> Non
         read_labels(path)
 
 
+def test_ids_and_answers_that_end_inside_an_emoji_are_read(tmp_path: Path) -> None:
+    path = labels(tmp_path, '{"id": "a\\ud83d", "ok": true, "answer": "\\ud83d"}\n{"id": "b", "ok": false}\n')
+    assert said(path) == [("baseline", "a\ud83d", True), ("baseline", "b", False)]
+    assert read_labels(path)[0][1].answer == "\ud83d"
+
+
 def labels(folder: Path, text: str) -> Path:
     path = folder / "labels.jsonl"
     path.write_text(text, encoding="utf-8")

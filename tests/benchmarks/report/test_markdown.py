@@ -10,6 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from benchmarks.comparison.findings import Bound
 from benchmarks.report.markdown import markdown
 from tests.benchmarks.report.sample_findings import sample_findings
 from tests.benchmarks.report.sample_parts import HOSTILE
@@ -24,16 +25,32 @@ def test_each_line_stands_in_a_table_with_its_figures() -> None:
     text = markdown(findings)
     rows = {cells(row)[0].replace("\\", ""): cells(row) for row in text.splitlines() if row.startswith("|")}
     for line in findings.lines:
-        row = rows[line.title]
+        row = rows[line.title.replace("≥ ", "≥\u00a0")]
         assert row[1:3] == [
             f"{100 * value:.2f}\u00a0%" if line.unit == "share" else f"{value:.4f}"
             for value in (line.before, line.after)
         ]
         if line.margin is not None:
             assert line.verdict is not None and row[-1].endswith(line.verdict)
-            assert row[5] == f"{100 * line.margin:g}\u00a0point{'s' * (line.margin != 0.01)}"
-    row = "| mASR (string) | 15.38_% | 20.17_% | +4.79_points | +4.18_to_+5.40 | 2_points | 294 | 134 |"
+            assert row[6] == f"{100 * line.margin:g}\u00a0point{'s' * (line.margin != 0.01)}"
+    row = "| mASR (string) | 15.38_% | 20.17_% | +4.79_points | +4.18_to_+5.40 | – | 2_points | 294 | 134 |"
     assert row.replace("_", "\u00a0") in text
+
+
+def test_what_labels_and_bounds_say_stands_beside_each_change() -> None:
+    base = sample_findings("PASS")
+    told = "Corrected by 400 labels of both runs: +0.70 points."
+    bounds = (Bound(name="samples", upper=0.011), Bound(name="judge errors", upper=0.0174))
+    first = replace(
+        base.lines[0], bounds=bounds, corrected=0.007, corrected_interval=(-0.001, 0.015), judge_sentence=told
+    )
+    doubts = ("The judge errs.",)
+    made = replace(base, lines=(first, *base.lines[1:]), cautions=(*doubts, *base.cautions), judge_cautions=doubts)
+    text = markdown(made).replace("\u00a0", " ").replace("\\", "")
+    rows = {cells(row)[0]: cells(row) for row in text.splitlines() if row.startswith("|")}
+    assert rows["mASR"][5:7] == ["+0.70 points (−0.10 to +1.50)", "+1.74 points"] and rows["RR"][5:7] == ["–", "–"]
+    assert f"- mASR: {told}" in text
+    assert text.count(doubts[0]) == 1 and text.index(doubts[0]) < text.index("Judge string")
 
 
 def test_no_figure_is_parted_from_its_unit() -> None:
@@ -98,7 +115,7 @@ def test_hostile_text_stays_in_its_cell_and_is_no_markup(hostile: str) -> None:
     lines = tuple(replace(line, title=hostile) for line in findings.lines)
     text = markdown(replace(findings, lines=lines, reasons=(hostile,), cautions=(hostile,)))
     widths = {len(cells(row)) for row in text.splitlines() if row.startswith("|")}
-    assert widths == {10, 5, 4}  # both tables of lines, and provenance of three runs
+    assert widths == {11, 5, 4}  # both tables of lines, and provenance of three runs
     metrics = [metric for result in front_matter(text)["model-index"][0]["results"] for metric in result["metrics"]]
     assert len(metrics) == sum(line.group != "category" for line in lines)
     text, _, _ = text.partition("### For the model card")

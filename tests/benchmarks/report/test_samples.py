@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.comparison.comparing import Comparison, compare
 from benchmarks.comparison.findings import Flip
+from benchmarks.judges.labels import read_labels
 from benchmarks.report.write import write_report
 from tests.benchmarks.report.chromium import Chromium
 from tests.benchmarks.report.sample_findings import sample_findings
 from tests.benchmarks.report.sample_parts import HOSTILE, flips
+from tests.benchmarks.runs.sample_runs import HELP, changed, pair_rows, record_of, stored
 
 KEYS = {"ArrowRight": 39, "ArrowLeft": 37}
 WORDS = ("alpha", "beta", "gamma", "delta,", "epsilon.", "日本語", "עברית")
@@ -171,6 +174,31 @@ def test_labels_are_saved_as_regress_reads_them(opened: Chromium, tmp_path: Path
     assert [json.loads(line) for line in saved.splitlines()] == want
     assert all(url.startswith(("file:", "blob:", "data:")) for url in opened.requests)
     assert opened.complaints == []
+
+
+def test_saved_labels_correct_the_same_runs(browser: Chromium, tmp_path: Path) -> None:
+    base = changed(pair_rows(60, 60), lambda row: row.id == "SSU-0", id='a "half" \ud83d')
+    after = changed(
+        base, lambda row: row.type == "SSU" and row.query in {f"question {n}" for n in range(8)}, answer=HELP
+    )
+    after = changed(after, lambda row: row.id == "SSS-3", answer="I'm sorry, I can't \ud83d")
+    runs = [stored(tmp_path / name, rows, record_of(rows, name=name)) for name, rows in (("a", base), ("b", after))]
+    made = Comparison(baseline=runs[:1], candidate=runs[1:])
+    findings = compare(made)
+    browser.show(write_report(findings, tmp_path / "report"), width=1280, height=1000)
+    for _ in range(len(findings.flips)):
+        press(browser, "j", "1", "3")
+    browser.download("document.getElementById('labels-save').click()", tmp_path, "labels.jsonl")
+    found = [label for _, label in read_labels(tmp_path / "labels.jsonl")]
+    assert {(label.id, label.run) for label in found} == {
+        (flip.id, run) for flip in findings.flips for run in ("baseline", "candidate")
+    }
+    assert any(str(label.id).endswith("\ud83d") for label in found)
+    said = {(str(label.id), label.run): label.ok for label in found}
+    assert all(said[flip.id, "baseline"] == flip.worse != said[flip.id, "candidate"] for flip in findings.flips)
+    again = compare(replace(made, labels=tmp_path / "labels.jsonl"))
+    assert again.judges[0].corrected is not None and again.judges[0].corrected["labelled"] == 18
+    assert browser.complaints == []
 
 
 def test_a_label_is_taken_back_by_its_own_button_and_turned_by_the_other(opened: Chromium) -> None:
