@@ -257,19 +257,11 @@ def _int8_files(
     scales_from = min(INT8_CALIBRATION, options.int8_images)
     images = pictures_for_int8(preprocessing, scales_from, options.images, held_out=options.int8_images)
     widths = checkpoint.head.widths if options.distilled is None else options.distilled.widths
+    add = partial(add_int8, classes=checkpoint.classes, head_layers=len(widths) - 1, report=report)
     files = []
     for flavour in FLAVOURS:
         try:
-            files += add_int8(
-                draft,
-                source,
-                flavour,
-                images,
-                limits,
-                classes=checkpoint.classes,
-                head_layers=len(widths) - 1,
-                report=report,
-            )
+            files += add(draft, source, flavour, images, limits)
         except PrecisionError as error:  # noqa: PERF203
             left_out.add(flavour, str(error))
             remove_file(draft / f"guard.{flavour}.onnx")

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.comparison.answer_lines import answer_lines
+from benchmarks.comparison.averaged import net_changes
 from benchmarks.comparison.class_drift import class_drift, class_reasons, with_classes
-from benchmarks.comparison.decodings import net_changes
 from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
 from benchmarks.comparison.judge_errors import Corrections, correct_lines, explain_lines, judge_cautions

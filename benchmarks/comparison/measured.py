@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.decodings import averaged, decodings_of
+from benchmarks.comparison.averaged import averaged
+from benchmarks.comparison.decodings import decodings_of
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measures import (
     GuardRows,

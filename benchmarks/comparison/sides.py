@@ -27,7 +27,7 @@ def mixed_artifacts(runs: Sequence[Run], side: str) -> list[str]:
             if differ is not None:
                 told.append(
                     f"the {side}'s runs are of different artifacts ({own[0].suite.name} and {record.suite.name}): "
-                    f"{differ}. Give runs of one artifact; imported answers are told apart by --name"
+                    f"{differ}. Give runs of one artifact; --name distinguishes imported answers"
                 )
     return told
 

@@ -197,7 +197,7 @@ def test_people_s_labels_correct_a_judge(tmp_path: Path) -> None:
     assert corrected is not None
     # half of the judge's 40 failures are failures, and among all others there is none
     assert corrected["asr_before"]["estimate"] == pytest.approx(20 / 1680, abs=0.002)
-    assert corrected["asr_before"]["specificity"] == pytest.approx(1640 / 1660, abs=0.003)
+    assert corrected["asr_before"]["specificity"] == pytest.approx(1640 / 1660, abs=0.005)
     assert corrected["labelled"] == 440 and corrected["rr"] is None
 
 
