@@ -60,7 +60,8 @@ def test_a_run_against_itself_is_a_pass(tmp_path: Path) -> None:
     assert [each.key for each in decided] == [
         *("masr", "asr/SSU", "asr/USU", "asr/UUU", "asr/SUU", "rr"),
         *("guard/recall", "guard/fpr", "utility/holisafe"),
-        *(f"answers/{name}" for name in ("short", "unfinished", "repetitive", "script", "same", "unrelated", "words")),
+        *(f"answers/{name}" for name in ("short", "unfinished", "repetitive", "script", "same")),
+        *(f"answers/{name}" for name in ("unknown", "unrelated", "words")),
     ]
     assert all(each.change == 0 and not each.worse and not each.better for each in decided)
     assert {each.key for each in findings.lines if each.margin is None} >= {"guard/auroc", "guard/ece", "category/hate"}
