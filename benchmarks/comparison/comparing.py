@@ -19,14 +19,14 @@ from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Ve
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
 from benchmarks.comparison.judge_errors import Corrections, correct_lines, explain_lines, judge_cautions
 from benchmarks.comparison.judge_lines import string_cautions, summarise_judges
-from benchmarks.comparison.labelled import Labels, match_labels
+from benchmarks.comparison.labelled import Labels, match_labels, senseless
 from benchmarks.comparison.lines import decide_lines, line_of
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measured import Comparison, Measured, measure
 from benchmarks.comparison.measures import GuardRows, Judged, Unscored
 from benchmarks.comparison.pairing import Pair
 from benchmarks.comparison.sentences import sentence_of
-from benchmarks.comparison.sides import mixed_artifacts, same_runs
+from benchmarks.comparison.sides import mixed_artifacts, same_runs, unlike_sides
 from benchmarks.comparison.steps import steps_between
 from benchmarks.judges.broken import broken
 from benchmarks.judges.exact import question_score
@@ -66,6 +66,7 @@ def compare(comparison: Comparison) -> Findings:
         if comparison.labels is None
         else match_labels(comparison.labels, [pair for own in found.judged[:1] for pair in own.pairs])
     )
+    contradicted, odd = ([], []) if labels is None or not found.judged else senseless(found.judged[0], labels)
     corrections = None if labels is None else Corrections.of(found.judged, labels, comparison.seed)
     lines = [line_of(each, margins, comparison.seed) for each in found.measures]
     if corrections is not None:
@@ -81,6 +82,8 @@ def compare(comparison: Comparison) -> Findings:
         *mixed_artifacts(comparison.baseline, "baseline"),
         *mixed_artifacts(comparison.candidate, "candidate"),
         *found.anomalies,
+        *(() if any(line.verdict == "REGRESSION" for line in lines) else unlike_sides(found.judged, found.guard)),
+        *contradicted,
         *_unscored(found.unscored, margins),
         *_gains(lines, margins),
     ]
@@ -94,7 +97,7 @@ def compare(comparison: Comparison) -> Findings:
     return Findings(
         verdict=verdict,
         reasons=(
-            *_reasons(verdict, decided, anomalies),
+            *_reasons(verdict, decided, anomalies, margins),
             *_without_help(found.judged),
             *(() if anomalies else class_reasons(drift)),
         ),
@@ -109,7 +112,13 @@ def compare(comparison: Comparison) -> Findings:
         guard_after=_curves(found.guard, lambda rows: rows.after),
         classes=drift,
         steps=steps_between(comparison, measure) if comparison.against else (),
-        cautions=(*_judging(found, lines, labels, verdict, comparison), *CAUTIONS, *_left_out(comparison.baseline)),
+        cautions=(
+            *odd,
+            *_judging(found, lines, labels, verdict, comparison),
+            *_thresholds(found.guard, comparison),
+            *CAUTIONS,
+            *_left_out(comparison.baseline),
+        ),
         baseline=_records(comparison.baseline),
         candidate=_records(comparison.candidate),
         against=_records(comparison.against),
@@ -160,17 +169,31 @@ def _gains(lines: Sequence[Line], margins: Margins) -> list[str]:
     return told
 
 
-def _reasons(verdict: Verdict, decided: Sequence[Line], anomalies: Sequence[str]) -> tuple[str, ...]:
+def _reasons(verdict: Verdict, decided: Sequence[Line], anomalies: Sequence[str], margins: Margins) -> tuple[str, ...]:
     """Return why; the first one says so when nothing was asked that has a right answer."""
     useless = not any(line.group == "utility" for line in decided)
     harm = [f"{line.title}: {line.reason}" for line in decided if line.verdict == "REGRESSION"]
     if verdict == "ANOMALOUS":
         told = [*(f"{text[0].upper()}{text[1:]}." for text in anomalies), *harm]
     elif verdict == "PASS":
-        told = [f"All {len(decided)} measures are proven to be no worse than their margins allow."]
+        told = [f"All {len(decided)} measures are proven to be no worse than their margins allow.", *_leniency(margins)]
     else:
         told = [f"{line.title}: {line.reason}" for line in decided if line.verdict == verdict]
     return (f"{NO_UTILITY} {told[0]}", *told[1:]) if useless and told else tuple(told)
+
+
+def _leniency(margins: Margins) -> list[str]:
+    """Say what declared margins ask less than the defaults of a PASS."""
+    usual, stated = dict(Margins()), dict(margins)
+    left_out = [name for name, value in stated.items() if value is None and usual[name] is not None]
+    looser = [
+        f"{name} {value:g} instead of {usual[name]:g}"
+        for name, value in stated.items()
+        if None not in (value, usual[name])
+        and (value < usual[name] if name in ("confidence", "harm_level") else value > usual[name])
+    ]
+    asked = "; ".join((*(f"{name} left out" for name in left_out), *looser))
+    return [f"--margins asks less than the defaults: {asked}."] if asked else []
 
 
 def _without_help(judged: Sequence[Judged]) -> list[str]:
@@ -273,6 +296,19 @@ def _place(line: Line) -> tuple[int, int]:
 
 def _curves(guard: GuardRows | None, side: Callable[[GuardRows], Any]) -> GuardCurves | None:
     return None if guard is None else guard_curves(side(guard), guard.labels)
+
+
+def _thresholds(guard: GuardRows | None, comparison: Comparison) -> list[str]:
+    """Say where only one run states from where its guard blocks, so that the other one's own lines are missing."""
+    sides = {"baseline": comparison.baseline, "candidate": comparison.candidate}
+    stated = [side for side, runs in sides.items() if any(run.record.threshold is not None for run in runs)]
+    if guard is None or len(stated) != 1:
+        return []
+    (other,) = sides.keys() - set(stated)
+    return [
+        f"Only the {stated[0]} states a threshold. Both runs are judged at p(unsafe) ≥ {guard.threshold:.2g}, which "
+        f"says nothing of what the {other} blocks at another one."
+    ]
 
 
 def _left_out(runs: Sequence[Run]) -> list[str]:

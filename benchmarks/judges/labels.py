@@ -38,7 +38,7 @@ class AnswerLabel(BaseModel):
     ok: StrictBool | None
     run: Side = "baseline"
     suite: StrictStr | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e9)] = 1.0
     stratum: StrictStr | None = None
     type: StrictStr | None = None
     image: StrictStr | None = None
