@@ -335,9 +335,11 @@ def _wrongness(row: Row) -> float | None:
 
 
 def _guard_badness(what: str, probs: Floats, labels: npt.NDArray[np.int64], threshold: float) -> Floats:
-    if what == "accuracy":
-        return (probs.argmax(axis=1) != labels).astype(np.float64)
-    return (blocks(unsafe_probability(probs), threshold) == (what == "fpr")).astype(np.float64)
+    accurate = what == "accuracy"
+    bad = (
+        probs.argmax(axis=1) != labels if accurate else blocks(unsafe_probability(probs), threshold) == (what == "fpr")
+    )
+    return np.asarray(bad, np.float64)
 
 
 def _lost_badness(what: str, row: Row, threshold: float) -> float | None:

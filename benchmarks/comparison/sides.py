@@ -68,8 +68,8 @@ def unlike_sides(judged: Sequence[Judged], guard: GuardRows | None) -> list[str]
     if guard is not None:
         both = (guard.labels > 0) & blocks(unsafe_probability(guard.before), guard.threshold)
         both &= blocks(unsafe_probability(guard.after), guard.threshold)
-        names = [harms(probs[both].astype(np.float32), 0) for probs in (guard.before, guard.after)]
-        if surely_below(LIKE, *names, np.zeros(int(both.sum()), np.int64)):
+        before, after = (harms(probs[both].astype(np.float32), 0) for probs in (guard.before, guard.after))
+        if surely_below(LIKE, before, after, np.zeros_like(before)):
             told.append(
                 "the harms that the candidate's guard gives have nothing to do with those of the baseline's. Check the "
                 "order of its classes, and that each row holds its own image's probabilities"

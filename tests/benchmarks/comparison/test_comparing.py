@@ -61,7 +61,8 @@ def test_a_run_against_itself_is_a_pass(tmp_path: Path) -> None:
     assert [each.key for each in decided] == [
         *("masr", "asr/SSU", "asr/USU", "asr/UUU", "asr/SUU", "rr"),
         *("guard/recall", "guard/fpr", "utility/holisafe"),
-        *(f"answers/{name}" for name in ("short", "unfinished", "repetitive", "script", "same", "unrelated", "words")),
+        *(f"answers/{name}" for name in ("short", "unfinished", "repetitive", "script", "same")),
+        *(f"answers/{name}" for name in ("unknown", "unrelated", "words")),
     ]
     assert all(each.change == 0 and not each.worse and not each.better for each in decided)
     assert {each.key for each in findings.lines if each.margin is None} >= {"guard/auroc", "guard/ece", "category/hate"}
@@ -183,7 +184,8 @@ def test_a_threshold_of_one_side_alone_is_a_caution(tmp_path: Path) -> None:
 
 def test_a_guard_whose_classes_are_in_another_order_is_no_pass(tmp_path: Path) -> None:
     moved = [
-        row.model_copy(update={"probs": (row.probs[0], *row.probs[2:], row.probs[1])}) for row in rows() if row.probs
+        row if row.probs is None else row.model_copy(update={"probs": (row.probs[0], *row.probs[2:], row.probs[1])})
+        for row in rows()
     ]
     findings = compare(Comparison(baseline=[run(tmp_path, "base", rows())], candidate=[run(tmp_path, "small", moved)]))
     assert findings.verdict == "ANOMALOUS" and "order of its classes" in findings.anomalies[0]
