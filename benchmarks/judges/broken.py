@@ -41,7 +41,7 @@ _FAILURE = re.compile(
             |(?:cuda\s|gpu\s)?out\sof\smemory|null|nan|undefined|object\sobject)
         |cuda\sout\sof\smemory\b.*
         |traceback\s\(most\srecent\scall\slast\).*
-        |!?(?:doctype\s)?html\b[^>]*>.*
+        |<!?(?:doctype\s)?html\b[^>]*>.*
     )[\])>}*\s"'.!]*""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )

@@ -225,7 +225,7 @@ def keep_for_churn(rates: Sequence[float], sizes: Sequence[int], churn: float) -
     most = _churn(rates, sizes, 0.0)
     if not 0 < churn < most:
         raise InputError(
-            f"churn {churn} is not possible with rates {tuple(rates)}. Give a number above 0 and below {most:.3f}."
+            f"churn {churn} is not possible with rates {', '.join(f'{each:.3g}' for each in rates)}. Give a number above 0 and below {most:.3f}."
         )
     low, high = 0.0, 1.0
     for _ in range(50):
