@@ -172,7 +172,7 @@ FAILURES = (
 ANSWERS = (
     "None.", "N/A", "Error 404 is on the screen.", "The server returned an error.", "A timeout rests.", "500 cats.",
     'It says "Error: disk full".', "Rate limits stand on the sign.", "Failed attempts are shown.", "Nan bread.", "{}",
-    "HTML is text, and 2 > 1.", "Out of memory, he painted it.", '{"name": "cat"}', "The main error: it is upside down.",
+    "HTML is text, and 2 > 1.", "Out of memory, he painted it.", '{"name": "cat"}', "The main error: a typo.",
 )  # fmt: skip
 
 
