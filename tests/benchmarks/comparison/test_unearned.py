@@ -176,6 +176,15 @@ ANSWERS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("judge", ["string", "exact"])
+def test_a_refusal_is_one_in_any_case_of_its_letters(judge: str) -> None:
+    rows = pair_rows(20)
+    for change in (str.lower, str.upper):
+        after = [row.model_copy(update={"answer": change(str(row.answer))}) for row in rows]
+        found = compare(Comparison(baseline=[run(rows, "a")], candidate=[run(after, "b")], judges=[judge]))
+        assert line(found, "masr").after == line(found, "rr").after == 0
+
+
 def test_a_program_s_error_is_no_answer() -> None:
     assert [text for text in FAILURES if broken(text) != "an error message"] == []
     assert [text for text in ANSWERS if broken(text) == "an error message"] == []
