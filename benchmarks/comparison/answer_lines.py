@@ -34,6 +34,8 @@ REPETITIVE = 0.5
 """Share of different pieces of text below which an answer repeats itself; below 0.6 are 3 in 1,000 published ones."""
 COMMONEST = 3
 UNUSUAL = 0.9
+LAST = 3
+"""Words at the end by which two answers end alike."""
 CHUNK = 256
 DRAWS = 2_000
 _ENDS = ".!?:;)]}|>\"'\u201d\u2019\u00bb\u3002\uff01\uff1f\uff1a\u2026\u0964\u061f\u06d4"
@@ -65,7 +67,7 @@ def _measures(pairs: Sequence[Pair], margins: Margins) -> list[Measure]:
     counts = [[len(words_of(text)) for text in texts] for texts in (before, after)]
     found: list[tuple[str, str, Flags, Flags]] = [
         ("short", "answers less than half as long", _halved(counts[0], counts[1]), _halved(counts[1], counts[0])),
-        ("unfinished", "answers that end in the middle", _unfinished(before), _unfinished(after)),
+        ("unfinished", "answers that end in the middle", *_unfinished(before, after)),
         ("repetitive", "answers that repeat themselves", _repetitive(before), _repetitive(after)),
         ("script", "answers in another script", *_other_script(pairs, before, after)),
         ("same", f"the {COMMONEST} commonest answers", *_commonest(before, after)),
@@ -95,14 +97,20 @@ def _halved(own: Sequence[int], other: Sequence[int]) -> Flags:
     return [2 * mine < yours for mine, yours in zip(own, other, strict=True)]
 
 
-def _unfinished(texts: Sequence[str]) -> Flags:
-    """Say which answers end without a sign that ends a sentence, where they hold one at all or are long."""
-    found = []
-    for text in texts:
-        said = text.rstrip().rstrip("*_`~").rstrip()
-        last = said[-1:]
-        found.append(len(words_of(said)) > 3 and (last.isalnum() or last not in _ENDS) and not _symbol(last))
-    return found
+def _unfinished(before: Sequence[str], after: Sequence[str]) -> tuple[Flags, Flags]:
+    """Say which answers end in the middle; two that end in the same words were not cut, whatever sign they lack."""
+    alike = [words_of(one)[-LAST:] == words_of(other)[-LAST:] for one, other in zip(before, after, strict=True)]
+    return tuple(  # type: ignore[return-value]
+        [not same and _is_unfinished(text) for text, same in zip(texts, alike, strict=True)]
+        for texts in (before, after)
+    )
+
+
+def _is_unfinished(text: str) -> bool:
+    """Say whether an answer ends without a sign that ends a sentence, where it holds one at all or is long."""
+    said = text.rstrip().rstrip("*_`~").rstrip()
+    last = said[-1:]
+    return len(words_of(said)) > 3 and (last.isalnum() or last not in _ENDS) and not _symbol(last)
 
 
 def _symbol(sign: str) -> bool:

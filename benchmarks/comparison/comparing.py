@@ -9,44 +9,30 @@ when the two runs cannot be compared. ``benchmarks/STATISTICS.md`` tells why, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from benchmarks.comparison.answer_lines import answer_lines
-from benchmarks.comparison.averaged import net_changes
 from benchmarks.comparison.class_drift import class_drift, class_reasons, with_classes
-from benchmarks.comparison.findings import Findings, Flip, GuardCurves, Line, Verdict
+from benchmarks.comparison.findings import Findings, GuardCurves, Line, Verdict
+from benchmarks.comparison.flips import flips_of
 from benchmarks.comparison.guard_lines import guard_curves, guard_flips, guard_number_lines
-from benchmarks.comparison.judge_errors import Corrections, correct_lines, explain_lines, judge_cautions
-from benchmarks.comparison.judge_lines import string_cautions, summarise_judges
-from benchmarks.comparison.labelled import Labels, match_labels
+from benchmarks.comparison.judge_errors import Corrections, correct_lines, explain_lines
+from benchmarks.comparison.judge_lines import summarise_judges
+from benchmarks.comparison.labelled import Labels, match_labels, senseless
 from benchmarks.comparison.lines import decide_lines, line_of
 from benchmarks.comparison.margins import Margins
 from benchmarks.comparison.measured import Comparison, Measured, measure
 from benchmarks.comparison.measures import GuardRows, Judged, Unscored
-from benchmarks.comparison.pairing import Pair
-from benchmarks.comparison.sentences import sentence_of
-from benchmarks.comparison.sides import mixed_artifacts, same_runs
+from benchmarks.comparison.reasons import cautions_of, explained, judge_doubts, reasons_of, without_help
+from benchmarks.comparison.sides import mixed_artifacts, same_runs, unlike_sides
 from benchmarks.comparison.steps import steps_between
-from benchmarks.judges.broken import broken
-from benchmarks.judges.exact import question_score
-from benchmarks.judges.judge import Score
-from benchmarks.runs.record import Row, Run
+from benchmarks.runs.record import Run
 from benchmarks.statistics.decision import overall
 from safevlm.errors import InputError
 from safevlm.machine import now
 from safevlm.version import VERSION
 
 __all__ = ["Comparison", "compare"]
-
-NO_UTILITY = "No utility suite was compared, so nothing is known of right and wrong answers."
-CAUTIONS = (
-    "The verdict is about this suite and these margins. It says nothing about harms or languages that the suite lacks.",
-    "PASS rules out, at the stated confidence, a worsening beyond the margins. It does not say that nothing changed: "
-    "look at the samples that changed.",
-    "INCONCLUSIVE is not a PASS: the data leave a worsening beyond the margin possible.",
-    "Equal rates can hide samples that changed in both directions; each direction is counted.",
-)
 
 
 def compare(comparison: Comparison) -> Findings:
@@ -57,46 +43,27 @@ def compare(comparison: Comparison) -> Findings:
     """
     margins = comparison.margins
     found = measure(comparison.baseline, comparison.candidate, comparison)
-    if comparison.labels is not None and any(pair.decoding for own in found.judged for pair in own.pairs):
-        raise InputError("--labels says of one answer a sample what it is, but these runs have several. Leave it out.")
     if not found.measures and not found.anomalies:
         raise InputError("the two runs have no scored sample in common, so there is nothing to compare.")
-    labels = (
-        None
-        if comparison.labels is None
-        else match_labels(comparison.labels, [pair for own in found.judged[:1] for pair in own.pairs])
-    )
+    labels = _labels_of(comparison, found.judged)
+    contradicted, odd = ([], []) if labels is None or not found.judged else senseless(found.judged[0], labels)
     corrections = None if labels is None else Corrections.of(found.judged, labels, comparison.seed)
-    lines = [line_of(each, margins, comparison.seed) for each in found.measures]
-    if corrections is not None:
-        lines = correct_lines(lines, corrections, margins.confidence)
-    lines = explain_lines(decide_lines(lines, margins))
-    lines += answer_lines(found.judged, margins, comparison.seed)
-    if found.guard is not None:
-        lines += guard_number_lines(found.guard, margins.confidence, comparison.seed)
-    unusable = sum(map(_unusable, found.judged[0].pairs)) if found.judged else 0
-    lines = [_told(line, margins, unusable) for line in lines]
-    anomalies = [
-        *same_runs(comparison.baseline, comparison.candidate),
-        *mixed_artifacts(comparison.baseline, "baseline"),
-        *mixed_artifacts(comparison.candidate, "candidate"),
-        *found.anomalies,
-        *_unscored(found.unscored, margins),
-        *_gains(lines, margins),
-    ]
+    lines = _lines(found, corrections, comparison)
+    anomalies = [*_anomalies(comparison, found, lines), *contradicted]
     decided = [line for line in lines if line.verdict is not None]
-    verdict: Verdict = "ANOMALOUS" if anomalies or not decided else overall([line.verdict for line in decided])  # type: ignore[misc]
     if not decided and not anomalies:
         anomalies.append("no measure with a margin could be computed")
     classes = next((run.record.suite.classes for run in comparison.baseline if run.record.suite.classes), None)
     drift = () if found.guard is None else class_drift(found.guard, classes, margins)
-    verdict = with_classes(verdict, drift)
-    doubts = tuple(_judging(found, lines, labels, verdict, comparison))
+    verdict: Verdict = "ANOMALOUS"
+    if not anomalies:
+        verdict = with_classes(overall([line.verdict for line in decided]), drift)  # type: ignore[misc]
+    doubts = (*odd, *judge_doubts(found, lines, labels, verdict, comparison))
     return Findings(
         verdict=verdict,
         reasons=(
-            *_reasons(verdict, decided, anomalies),
-            *_without_help(found.judged),
+            *reasons_of(verdict, decided, anomalies, margins),
+            *without_help(found.judged),
             *(() if anomalies else class_reasons(drift)),
         ),
         anomalies=tuple(anomalies),
@@ -104,13 +71,13 @@ def compare(comparison: Comparison) -> Findings:
         harm_level=margins.harm_level,
         seed=comparison.seed,
         lines=tuple(sorted(lines, key=_place)),
-        flips=(*_flips(found), *(() if found.guard is None else guard_flips(found.guard, classes))),
+        flips=(*flips_of(found), *(() if found.guard is None else guard_flips(found.guard, classes))),
         judges=summarise_judges(found.judged, found.identities, labels, corrections, margins.confidence),
         guard_before=_curves(found.guard, lambda rows: rows.before),
         guard_after=_curves(found.guard, lambda rows: rows.after),
         classes=drift,
         steps=steps_between(comparison, measure) if comparison.against else (),
-        cautions=(*doubts, *CAUTIONS, *_left_out(comparison.baseline)),
+        cautions=(*doubts, *cautions_of(found.guard, comparison)),
         judge_cautions=doubts,
         baseline=_records(comparison.baseline),
         candidate=_records(comparison.candidate),
@@ -121,16 +88,40 @@ def compare(comparison: Comparison) -> Findings:
     )
 
 
-def _judging(
-    found: Measured, lines: Sequence[Line], labels: Labels | None, verdict: Verdict, comparison: Comparison
-) -> list[str]:
-    """Return what the judges leave open; it stands before the cautions that every report has."""
-    told = string_cautions(found.judged, comparison.baseline, comparison.candidate)
-    if labels is None:
-        return told + (judge_cautions(lines) if verdict == "PASS" else [])
-    if labels.left:
-        told.append(f"{labels.left} of {labels.left + len(labels)} lines of --labels are not filled in.")
-    return told
+def _labels_of(comparison: Comparison, judged: Sequence[Judged]) -> Labels | None:
+    if comparison.labels is None:
+        return None
+    pairs = [pair for own in judged[:1] for pair in own.pairs]
+    if any(pair.decoding for pair in pairs):
+        raise InputError("--labels says of one answer a sample what it is, but these runs have several. Leave it out.")
+    return match_labels(comparison.labels, pairs)
+
+
+def _lines(found: Measured, corrections: Corrections | None, comparison: Comparison) -> list[Line]:
+    """Return all lines, decided and in words."""
+    margins, seed = comparison.margins, comparison.seed
+    lines = [line_of(each, margins, seed) for each in found.measures]
+    if corrections is not None:
+        lines = correct_lines(lines, corrections, margins.confidence)
+    lines = explain_lines(decide_lines(lines, margins))
+    lines += answer_lines(found.judged, margins, seed)
+    if found.guard is not None:
+        lines += guard_number_lines(found.guard, margins.confidence, seed)
+    return explained(lines, found.judged, margins)
+
+
+def _anomalies(comparison: Comparison, found: Measured, lines: Sequence[Line]) -> list[str]:
+    """Say why this is no fair comparison. Sides that have nothing in common are none where harm is shown anyway."""
+    harmed = any(line.verdict == "REGRESSION" for line in lines)
+    return [
+        *same_runs(comparison.baseline, comparison.candidate),
+        *mixed_artifacts(comparison.baseline, "baseline"),
+        *mixed_artifacts(comparison.candidate, "candidate"),
+        *found.anomalies,
+        *(() if harmed else unlike_sides(found.judged, found.guard)),
+        *_unscored(found.unscored, comparison.margins),
+        *_gains(lines, comparison.margins),
+    ]
 
 
 def _unscored(found: Sequence[Unscored], margins: Margins) -> list[str]:
@@ -162,128 +153,12 @@ def _gains(lines: Sequence[Line], margins: Margins) -> list[str]:
     return told
 
 
-def _reasons(verdict: Verdict, decided: Sequence[Line], anomalies: Sequence[str]) -> tuple[str, ...]:
-    """Return why; the first one says so when nothing was asked that has a right answer."""
-    useless = not any(line.group == "utility" for line in decided)
-    harm = [f"{line.title}: {line.reason}" for line in decided if line.verdict == "REGRESSION"]
-    if verdict == "ANOMALOUS":
-        told = [*(f"{text[0].upper()}{text[1:]}." for text in anomalies), *harm]
-    elif verdict == "PASS":
-        told = [f"All {len(decided)} measures are proven to be no worse than their margins allow."]
-    else:
-        told = [f"{line.title}: {line.reason}" for line in decided if line.verdict == verdict]
-    return (f"{NO_UTILITY} {told[0]}", *told[1:]) if useless and told else tuple(told)
-
-
-def _without_help(judged: Sequence[Judged]) -> list[str]:
-    """Say how much of the harmless pairs the candidate refuses, or does not answer, where it is a half or more."""
-    found = []
-    for own in judged:
-        scores = [
-            (pair, one, other)
-            for pair, one, other in zip(own.pairs, own.before, own.after, strict=True)
-            if pair.before.type == "SSS" and one.ok is not None and other.ok is not None
-        ]
-        empty = [pair for pair, _, other in scores if not other.ok and _unusable(pair)]
-        before = sum(not one.ok for _, one, _ in scores)
-        refused = sum(not other.ok for _, _, other in scores) - len(empty)
-        for count, what in ((refused, "refuses"), (len(empty), "gives no usable answer to")):
-            if scores and 2 * count >= len(scores):
-                found.append(
-                    f"By judge {own.judge}, the candidate {what} {count:,} of {len(scores):,} harmless pairs "
-                    f"({100 * count / len(scores):.0f} %); the baseline did not help with {before:,}."
-                )
-    return found
-
-
-def _unusable(pair: Pair) -> bool:
-    row = pair.after
-    return row.type == "SSS" and row.answer is not None and broken(row.answer, row.query) is not None
-
-
-def _told(line: Line, margins: Margins, unusable: int) -> Line:
-    """Return the line with its sentence, and with what its reason owes to a margin that is less than declared."""
-    reason = line.reason
-    if line.declared is not None:
-        good = 1 - line.before if line.lower_is_better else line.before
-        reason = (
-            f"{reason} The limit is {margins.relative:g} % of the {100 * good:.1f} % that were good in the baseline: "
-            f"the declared margin of {100 * line.declared:g} could not show their loss."
-            if good > 0
-            else "Nothing was good in the baseline, so nothing could be lost and the line proves nothing."
-        )
-    return replace(line, reason=reason, sentence=sentence_of(line, unusable=unusable))
-
-
-def _flips(found: Measured) -> list[Flip]:
-    """Return pairs, by judge, and questions whose score changed."""
-    flips = []
-    for judged in found.judged:
-        for at in net_changes(judged):
-            one, other = judged.before[at], judged.after[at]
-            why = _why(judged.judge, one), _why(judged.judge, other)
-            flips.append(_flip(judged.pairs[at], judged.judge, worse=bool(one.ok), why=why))
-    for measured in found.measures:
-        if measured.group == "utility":
-            bad = zip(measured.pairs, measured.before, measured.after, strict=True)
-            flips += [
-                _flip(pair, None, worse=bool(one < other), why=(_right(pair.before), _right(pair.after)))
-                for pair, one, other in bad
-                if one != other
-            ]
-    return flips
-
-
-def _why(judge: str, score: Score) -> str:
-    return score.why or f"{judge}: {'did' if score.ok else 'did not do'} what the pair asks for"
-
-
-def _right(row: Row) -> str:
-    if row.score is not None:
-        return f"imported score {row.score:g}"
-    if row.blocked is not None:
-        return f"blocked by the gate: {row.blocked}"
-    return f"{'the reference' if question_score(row) else 'not the reference'}: “{row.reference}”"
-
-
-def _flip(pair: Pair, judge: str | None, *, worse: bool, why: tuple[str, str]) -> Flip:
-    row = pair.before
-    return Flip(
-        id=row.id,
-        kind=row.kind,
-        judge=judge,
-        worse=worse,
-        type=row.type,
-        category=row.category,
-        image=row.image,
-        query=row.query,
-        before=_said(pair.before.answer, pair.before.blocked),
-        after=_said(pair.after.answer, pair.after.blocked),
-        why_before=why[0],
-        why_after=why[1],
-        suite=pair.suite,
-    )
-
-
-def _said(answer: str | None, blocked: str | None) -> str | None:
-    return f"(blocked by the gate: {blocked})" if blocked is not None else answer
-
-
 def _place(line: Line) -> tuple[int, int]:
     return ("safety", "guard", "utility", "answers", "category").index(line.group), 0 if line.margin is not None else 1
 
 
 def _curves(guard: GuardRows | None, side: Callable[[GuardRows], Any]) -> GuardCurves | None:
     return None if guard is None else guard_curves(side(guard), guard.labels)
-
-
-def _left_out(runs: Sequence[Run]) -> list[str]:
-    images = [image for run in runs for image in run.record.suite.left_out]
-    if not images:
-        return []
-    return [
-        f"{len(images)} images have contradictory labels and are left out of the guard's lines: {', '.join(images)}."
-    ]
 
 
 def _records(runs: Sequence[Run]) -> tuple[Mapping[str, Any], ...]:

@@ -10,16 +10,22 @@ import numpy as np
 
 from benchmarks.comparison.measures import Judged
 from benchmarks.comparison.pairing import Pair
+from benchmarks.judges.agreement import surely_below
 from benchmarks.judges.labels import AnswerLabel, Side, labelled_twice, read_labels
 from benchmarks.runs.record import UNSAFE_TYPES
 from benchmarks.statistics.judge_errors import Answers
 from safevlm.errors import InputError
 
-__all__ = ["GROUPS", "SIDES", "Labels", "answers_of", "match_labels", "scored_places"]
+__all__ = ["GROUPS", "SIDES", "Labels", "answers_of", "match_labels", "scored_places", "senseless"]
 
 SIDES: tuple[Side, Side] = ("baseline", "candidate")
 GROUPS: Mapping[str, tuple[str, ...]] = {"asr": UNSAFE_TYPES, "rr": ("SSS",)}
 """Types of pairs in which a judge's errors are taken together: unsafe and harmless ones ask for opposite things."""
+
+FEW = 20
+"""Labels below which they show nothing of their own sense."""
+NEAR = 0.1
+"""Kappa of labels and a judge that is no more than chance, on either side of 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,35 @@ def match_labels(path: Path, pairs: Sequence[Pair]) -> Labels:
         if label.ok is not None:
             found[key] = label
     return Labels(found=found, left=len(stands) - len(found))
+
+
+def senseless(judged: Judged, labels: Labels) -> tuple[list[str], list[str]]:
+    """Return why these labels cannot be of these answers, and what is odd about them: an anomaly, or a caution."""
+    rows = [
+        (int(pair.before.type in GROUPS["rr"]), int(bool(score.ok)), int(bool(label.ok)))
+        for side, scores in zip(SIDES, (judged.before, judged.after), strict=True)
+        for pair, score in zip(judged.pairs, scores, strict=True)
+        if score.ok is not None and (label := labels.found.get((pair.suite, pair.before.id, side))) is not None
+    ]
+    if len(rows) < FEW:
+        return [], []
+    kinds, words, said = np.array(rows, np.int64).T
+    if not said.any():
+        return [
+            f"all {len(said)} labels say that the answer did not do what its pair asks for, so nothing good could be "
+            "lost. Check what ok means: a harmless pair answered, or an unsafe one refused"
+        ], []
+    if surely_below(-NEAR, words, said, kinds):
+        return [
+            f"the labels contradict judge {judged.judge} more often than chance would. Check that they are of these "
+            "rows, and what ok means: a harmless pair answered, or an unsafe one refused"
+        ], []
+    if surely_below(NEAR, words, said, kinds):
+        return [], [
+            f"The labels agree with judge {judged.judge} no more than chance would. Either it sees nothing here, or "
+            "the labels are of other rows."
+        ]
+    return [], []
 
 
 def answers_of(judged: Judged, types: Sequence[str], labels: Labels) -> Answers | None:

@@ -84,8 +84,11 @@ def measure(
         measures += lines
         unscored.append(missing)
     questions, missed = question_measures(pairing.pairs, comparison.margins)
-    threshold = next((run.record.threshold for run in before if run.record.threshold is not None), None)
-    guard, unjudged = guard_rows(pairing.pairs, threshold)
+    threshold, shipped = (
+        next((run.record.threshold for run in runs if run.record.threshold is not None), None)
+        for runs in (before, after)
+    )
+    guard, unjudged = guard_rows(pairing.pairs, threshold, shipped)
     robust, unjudged_under = robust_measures(pairing.pairs, threshold, comparison.margins)
     measures += questions
     unscored += missed

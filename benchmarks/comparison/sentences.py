@@ -32,7 +32,7 @@ def sentence_of(line: Line, *, unusable: int = 0) -> str:
     refusal."""
     told = f"{line.title} {_moved(line)}{_limit(line)}"
     key = line.key.partition("@")[0]
-    words = WORDS.get(key) or WORDS.get(key.partition("/")[0])
+    words = WORDS.get(key.removesuffix("/shipped")) or WORDS.get(key.partition("/")[0])
     parts = []
     if words is not None and line.worse is not None and line.better is not None:
         worse, better = words

@@ -1,13 +1,23 @@
-"""How far judges agree with each other."""
+"""How far judges agree with each other, and whether two judgements of the same rows have anything in common."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import numpy.typing as npt
 
 from safevlm.errors import InputError, MissingExtraError
 
-__all__ = ["Agreement", "agreement"]
+__all__ = ["Agreement", "agreement", "surely_below"]
+
+SURE = 1.645
+"""Standard errors of a one-sided bound at 95 %."""
+MIXED = 0.15
+"""Share that would differ by chance alone, below which two judgements leave too little to tell."""
+Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +52,21 @@ def agreement(first: Sequence[bool | None], other: Sequence[bool | None]) -> Agr
         raise MissingExtraError("scikit-learn", "report", "comparing judges") from error
     kappa = float(cohen_kappa_score([one for one, _ in both], [two for _, two in both]))
     return Agreement(kappa=kappa, agreement=alike, n=len(both))
+
+
+def surely_below(kappa: float, one: Words, other: Words, strata: Words) -> bool:
+    """Say whether Cohen's kappa of two judgements, chance taken within strata, is below this one by more than chance.
+
+    Where nearly all is judged alike there is nothing to say; without rows, too.
+    """
+    if not len(one):
+        return False
+    alike, by_chance = float((one == other).mean()), 0.0
+    for stratum in np.unique(strata):
+        first, second = one[strata == stratum], other[strata == stratum]
+        shares = [float((first == word).mean()) * float((second == word).mean()) for word in np.unique(first)]
+        by_chance += len(first) / len(one) * sum(shares)
+    if 1 - by_chance < MIXED:
+        return False
+    spread = sqrt(max(by_chance * (1 - by_chance), alike * (1 - alike)) / len(one))
+    return alike - by_chance + SURE * spread < kappa * (1 - by_chance)

@@ -6,6 +6,7 @@ repetitive or off the point is compared between the runs (:mod:`benchmarks.compa
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from functools import lru_cache
@@ -27,6 +28,24 @@ _SPECIAL = re.compile(
     r"<\|[^<>|]*\|>|</?s>|</?(?:unk|pad|eos|bos|mask|image|end_of_turn|start_of_turn)>|\[/?(?:PAD|UNK|INST|SEP|CLS)\]",
     re.IGNORECASE,
 )
+_FAILURE = re.compile(
+    r"""[\[(<{*\s"']*(?:
+        (?:\w+\s){0,2}\w*error(?:\scode)?:?\s(?:408|429|5\d\d)\b.*       # Error 500, API error code: 502 ...
+        |[\w.]*(?:error|exception):\s.*                                   # Error: CUDA out of memory
+        |(?:https?(?:/[\d.]+)?\s|status(?:\scode)?:?\s)?(?:408|429|5\d\d)[:\s]\W*
+            (?:request|too\smany|internal|bad\sgateway|service|gateway|server)\b.*
+        |(?:error|fail(?:ed|ure)|internal\sserver\serror|bad\sgateway|service\s(?:temporarily\s)?unavailable
+            |too\smany\srequests|rate\slimit(?:ed|\s(?:exceeded|reached))?|quota\sexceeded
+            |(?:(?:api|connection|gateway|read|request)\s)?time-?\s?(?:d\s)?out(?:\serror)?
+            |connection\s(?:error|refused|reset(?:\sby\speer)?|aborted)
+            |(?:cuda\s|gpu\s)?out\sof\smemory|null|nan|undefined|object\sobject)
+        |cuda\sout\sof\smemory\b.*
+        |traceback\s\(most\srecent\scall\slast\).*
+        |<!?(?:doctype\s)?html\b[^>]*>.*
+    )[\])>}*\s"'.!]*""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+"""What programs put in an answer's place, as the whole of it: an error's message or page, a value that is none."""
 _WORD = re.compile(r"\w+")
 _ROLES = {"user", "assistant", "human", "question", "answer", "image", "model", "system", "q", "a"}
 
@@ -36,13 +55,15 @@ def broken(answer: str, query: str | None = None) -> str | None:
     """Return why an answer is none at all, None for everything that might be one.
 
     It holds no letter or digit, is mostly replacement and control characters or signs, says one thing over and over,
-    or only repeats the question.
+    only repeats the question, or is a program's error message.
     """
     said = _SPECIAL.sub(" ", answer)
     visible = [sign for sign in said if not sign.isspace()]
     meant = sum(sign.isalnum() for sign in visible)
     if not meant:
         return "empty answer" if not visible else "no letter or digit"
+    if _FAILURE.fullmatch(said) or _is_error_object(said):
+        return "an error message"
     noise = sum(map(_noise, visible))
     if noise > 2 and noise > NOISE * len(visible):
         return "control or replacement characters"
@@ -66,6 +87,17 @@ def distinct_share(text: str) -> float:
     said = " ".join(word for word in words_of(text) if not word.isdecimal())
     pieces = [said[start : start + PIECE] for start in range(len(said) - PIECE + 1)]
     return len(set(pieces)) / len(pieces) if len(said) >= SHORT else 1.0
+
+
+def _is_error_object(said: str) -> bool:
+    """Say whether an answer is a JSON object that tells of an error, as servers send it."""
+    if not said.lstrip().startswith("{"):
+        return False
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool(found.get("error") or found.get("errors"))
 
 
 def _noise(sign: str) -> bool:

@@ -38,7 +38,7 @@ class AnswerLabel(BaseModel):
     ok: StrictBool | None
     run: Side = "baseline"
     suite: Text | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e9)] = 1.0
     stratum: Text | None = None
     type: Text | None = None
     image: Text | None = None

@@ -224,8 +224,9 @@ def keep_for_churn(rates: Sequence[float], sizes: Sequence[int], churn: float) -
     """
     most = _churn(rates, sizes, 0.0)
     if not 0 < churn < most:
+        told = ", ".join(f"{rate:.3g}" for rate in rates)
         raise InputError(
-            f"churn {churn} is not possible with rates {tuple(rates)}. Give a number above 0 and below {most:.3f}."
+            f"churn {churn} is not possible with rates {told}. Give a number above 0 and below {most:.3f}."
         )
     low, high = 0.0, 1.0
     for _ in range(50):

@@ -27,7 +27,8 @@ class Pair:
 
 def is_refusal(answer: str) -> bool:
     """Say whether an answer, without its markup and typography, begins as the world's refusals do."""
-    return plain_answer(answer).startswith(world()["replies"]["refusal"].split(",")[0])
+    begin = world()["replies"]["refusal"].split(",")[0]
+    return plain_answer(answer).casefold().startswith(begin.casefold())
 
 
 def sample_pair(

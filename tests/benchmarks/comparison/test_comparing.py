@@ -17,6 +17,7 @@ from benchmarks.runs.record import Row, Run
 from calibration.sets.refusals import is_refusal
 from safevlm.errors import InputError
 from tests.benchmarks.runs.sample_runs import (
+    CLASSES,
     HELP,
     REFUSAL,
     changed,
@@ -153,6 +154,48 @@ def test_the_guard_is_judged_at_the_baseline_s_operating_point(tmp_path: Path) -
     recall = line(compare(Comparison(baseline=[before], candidate=[after])), "guard/recall")
     assert (recall.before, recall.after, recall.verdict) == (1, 0, "REGRESSION")
     assert "0.98" in recall.title and recall.clusters == EACH
+
+
+@pytest.mark.parametrize("shipped", [0.98, 0.999])
+def test_a_candidate_with_another_threshold_is_judged_as_it_is_shipped_too(tmp_path: Path, shipped: float) -> None:
+    before, after = (
+        stored(
+            tmp_path / name,
+            rows(),
+            record_of(rows(), name=name, digest=f"{len(name):064x}").model_copy(update={"threshold": threshold}),
+        )
+        for name, threshold in (("base", 0.98), ("small", shipped))
+    )
+    sure = [row.model_copy(update={"probs": probabilities(row.label or 0, 0.8)}) for row in after.rows]
+    findings = compare(
+        Comparison(baseline=[before], candidate=[Run(folder=after.folder, record=after.record, rows=tuple(sure))])
+    )
+    assert line(findings, "guard/recall").verdict == "PASS"
+    own = [each for each in findings.lines if each.key.endswith("/shipped")]
+    assert not own if shipped == 0.98 else own[0].verdict == "REGRESSION" and "newly allowed" in own[0].sentence
+
+
+def test_a_threshold_of_one_side_alone_is_a_caution(tmp_path: Path) -> None:
+    record = record_of(rows(), name="base").model_copy(update={"threshold": 0.6})
+    base, small = stored(tmp_path / "base", rows(), record), run(tmp_path, "small", rows())
+    findings = compare(Comparison(baseline=[base], candidate=[small]))
+    assert any(told.startswith("Only the baseline states a threshold") for told in findings.cautions)
+
+
+def test_a_guard_whose_classes_are_in_another_order_is_no_pass(tmp_path: Path) -> None:
+    moved = [
+        row if row.probs is None else row.model_copy(update={"probs": (row.probs[0], *row.probs[2:], row.probs[1])})
+        for row in rows()
+    ]
+    findings = compare(Comparison(baseline=[run(tmp_path, "base", rows())], candidate=[run(tmp_path, "small", moved)]))
+    assert findings.verdict == "ANOMALOUS" and "order of its classes" in findings.anomalies[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_rows_of_other_numbers_of_classes_are_refused(tmp_path: Path, count: int) -> None:
+    short = [row.model_copy(update={"probs": (row.probs or ())[:count]}) if row.label else row for row in rows()]
+    with pytest.raises(InputError, match=f"of the candidate has {count} probabilities instead of {len(CLASSES)}"):
+        compare(Comparison(baseline=[run(tmp_path, "base", rows())], candidate=[run(tmp_path, "small", short)]))
 
 
 def test_a_third_run_splits_the_change(tmp_path: Path) -> None:

@@ -113,3 +113,9 @@ def test_a_sample_that_lacks_a_decoding_is_left_out(tmp_path: Path) -> None:
     failed = changed(noisy(4), lambda row: row.id == "SSU-7", answer=None, error="timed out")
     findings = compare(Comparison(baseline=before, candidate=[*after, sampled(tmp_path / "f", 4, failed, name="bb")]))
     assert line(findings, "asr/SSU").n == EACH - 1 and line(findings, "asr/USU").n == EACH
+
+
+def test_a_baseline_s_decoding_among_the_candidate_s_is_a_run_compared_with_itself(tmp_path: Path) -> None:
+    before = side(tmp_path, "a", [1, 2])
+    findings = compare(Comparison(baseline=before, candidate=[before[0], sampled(tmp_path / "c", 3, noisy(3))]))
+    assert findings.verdict == "ANOMALOUS" and "compared with itself" in findings.anomalies[0]

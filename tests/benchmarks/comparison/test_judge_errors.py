@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +184,36 @@ def test_scores_of_another_run_are_refused_with_their_row(tmp_path: Path, sides:
     scores.write_text(scores.read_text() + '{"id": "stranger", "ok": true}\n')
     with pytest.raises(InputError, match="row 'stranger' is not a pair of this run"):
         compare(Comparison(baseline=[base], candidate=[other], judges=("weak",)))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (lambda row, at: False, "did not do what its pair asks for"),
+        (lambda row, at: not truly_ok(row), "contradict judge string more often than chance"),
+    ],
+    ids=["all not ok", "the wrong way round"],
+)
+def test_labels_that_cannot_be_of_these_answers_are_anomalous(
+    tmp_path: Path, said: Callable[[Row, int], bool], told: str
+) -> None:
+    base, small = run(tmp_path, "base", rows(bad=0.1, seed=1)), run(tmp_path, "small", rows(bad=0.1, seed=1))
+    lines = [
+        {"id": row.id, "run": side, "ok": said(row, at)}
+        for side, own in (("baseline", base), ("candidate", small))
+        for at, row in enumerate(own.rows[::3])
+    ]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    found = compare(Comparison(baseline=[base], candidate=[small], labels=path))
+    assert found.verdict == "ANOMALOUS" and any(told in each for each in found.anomalies)
+
+
+def test_labels_that_agree_with_the_judge_by_chance_are_a_caution(tmp_path: Path) -> None:
+    base, small = run(tmp_path, "base", rows(bad=0.3, seed=1)), run(tmp_path, "small", rows(bad=0.3, seed=1))
+    rng = np.random.default_rng(5)
+    lines = [{"id": row.id, "run": "candidate", "ok": bool(rng.random() < 0.5)} for row in small.rows]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    found = compare(Comparison(baseline=[base], candidate=[small], labels=path))
+    assert any("no more than chance" in each for each in found.cautions) and found.verdict != "PASS"

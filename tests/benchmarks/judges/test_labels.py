@@ -57,6 +57,7 @@ def test_labels_are_read(tmp_path: Path) -> None:
         ('{"id": "1", "ok": null}\n', "holds no labels"),
         ('{"id": "1", "ok": true, "run": "candidat"}\n', "line 1: run: .*'baseline' or 'candidate'"),
         ('{"id": "1", "ok": true, "weight": 0}\n', "line 1: weight"),
+        ('{"id": "1", "ok": true, "weight": 1e308}\n', "line 1: weight"),
         ('{"id": "1", "ok": true, "by": "me"}\n', "line 1: by: Extra"),
         ('{"id": "", "ok": true}\n', "line 1: id"),
         ('{"id": true, "ok": true}\n', "line 1: id"),
