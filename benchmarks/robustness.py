@@ -51,13 +51,13 @@ class _Verdicts:
     unsafe: Flags
 
 
-def steps_of(text: str | None) -> tuple[Corruption, ...]:
-    """Return the corruptions to measure: of a kind without a strength all its steps, of None those of every kind.
+def steps_of(text: str) -> tuple[Corruption, ...]:
+    """Return the corruptions to measure: of a kind without a strength all its steps, of ``all`` those of every kind.
 
     Raises InputError as ``parse_corruptions`` does.
     """
     found: list[Corruption] = []
-    for part in ",".join(KINDS).split(",") if text is None else text.split(","):
+    for part in (",".join(KINDS) if text.strip() == "all" else text).split(","):
         one = corruption_of(part.strip())
         found += [one] if ":" in part else [Corruption(one.kind, float(each)) for each in KINDS[one.kind].steps]
     return tuple(dict.fromkeys(found))
@@ -188,7 +188,7 @@ def _promised(alpha: float, under: Sequence[str]) -> str:
 @click.option(
     "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image paths in --labels start from."
 )
-@under_option("Corruptions to measure; without a strength, all steps of the kind.  [default: all]")
+@under_option("Corruptions to measure, all of them or, without a strength, all steps of a kind", default="all")
 @click.option("--precision", default="all", show_default=True, help="Precisions to measure, separated by commas.")
 @click.option(
     "--runtime",
@@ -204,7 +204,7 @@ def main(
     bundle: Path,
     labels: Path,
     images: Path | None,
-    under: str | None,
+    under: str,
     precision: str,
     runtime: str,
     view: ViewMode,

@@ -102,7 +102,7 @@ def test_bad_input_is_refused_and_nothing_is_written(bundle: Path, labels: Path)
 
 
 def test_without_a_strength_all_steps_of_a_kind_are_measured() -> None:
-    assert len(steps_of(None)) == sum(len(kind.steps) for kind in KINDS.values())
+    assert len(steps_of("all")) == sum(len(kind.steps) for kind in KINDS.values())
     assert [str(each) for each in steps_of("grey,jpeg:33")] == [
         "grey:0.25",
         "grey:0.5",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.runs.importing.imported import distinct, id_of, imported_run, share_of, suite_of
+from benchmarks.runs.importing.imported import distinct, id_of, imported_run, number_of, share_of, suite_of
 from benchmarks.runs.record import PAIR_TYPES, Row, Run
 from safevlm.errors import InputError, MissingExtraError
 from safevlm.files.json_file import parse_json
@@ -53,6 +53,10 @@ def import_inspect(
         raise InputError(
             f"{path}: the log's status is {status!r}, so samples may be missing. Give a log that succeeded."
         )
+    results = header.get("results")
+    completed = number_of(results.get("completed_samples")) if isinstance(results, Mapping) else None
+    if completed is not None and len(samples) < completed:
+        raise InputError(f"{path} holds {len(samples)} of the {completed:g} samples that were answered. Give all.")
     task, name = task or _word(asked.get("task"), "task"), name or _word(asked.get("model"), "model")
     samples = _of_epoch(path, samples, epoch)
     scorer = _scorer(path, samples, metric)
@@ -103,7 +107,7 @@ def _bytes(path: Path) -> bytes:
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an archive; what is wrong with it, while it is read too, is said."""
-    reader = _zipfile()
+    reader, torn = _zipfile()
     try:
         with open_regular(path) as stream, reader.ZipFile(stream) as archive:
             yield archive
@@ -111,24 +115,27 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         raise InputError(f"{path}: there is no such file.") from None
     except NotImplementedError as error:  # another compression method
         raise InputError(f"{path}: cannot be read ({error}). Write the log as JSON: inspect log convert.") from error
-    except (OSError, EOFError, ValueError, RuntimeError, reader.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, reader.BadZipFile, zlib.error, torn) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{path} is not a whole .eval file ({reason}). Copy it again, or give the whole log."
         ) from error
 
 
-def _zipfile() -> Any:
-    """Return a zipfile module that knows zstandard: Python's own from 3.14 on."""
+def _zipfile() -> tuple[Any, type[Exception]]:
+    """Return a zipfile module that knows zstandard, Python's own from 3.14 on, and what it raises for damage there."""
     if sys.version_info >= (3, 14):
         import zipfile
 
-        return zipfile
+        from compression.zstd import ZstdError
+
+        return zipfile, ZstdError
     try:
+        from backports.zstd import ZstdError
         from backports.zstd import zipfile as with_zstandard
     except ModuleNotFoundError as error:
         raise MissingExtraError("backports.zstd", "logs", "reading .eval logs") from error
-    return with_zstandard
+    return with_zstandard, ZstdError
 
 
 def _json(content: bytes, where: str) -> Mapping[str, Any]:
