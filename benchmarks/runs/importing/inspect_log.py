@@ -29,6 +29,7 @@ __all__ = ["import_inspect"]
 SAMPLE_NAME = re.compile(r"samples/.+\.json")
 MAX_BYTES = 2**31
 """Of the uncompressed JSON: events and attachments of a benchmark's log take some megabytes."""
+BLOCKED = ("guard", "exact", "error")
 VALUES = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}
 """inspect_ai's letters: correct, incorrect, partially correct, no answer."""
 
@@ -179,12 +180,16 @@ def _row(raw: Mapping[str, Any], scorer: str | None, where: str) -> Row:
     metadata: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
     kind = _pair_type(raw)
     error = raw.get("error")
+    if metadata.get("kind") == "image":
+        raise InputError(f"{where}: a guard judged the image, and nothing was answered. Give the guard's run itself.")
+    label = metadata.get("label")
     row = Row(
         id=id_of(raw.get("id"), where, "id"),
         kind="question" if kind is None else "pair",
         type=kind,
-        query=_asked(raw),
+        query=_asked(raw) or None,
         reference=None if kind else _target(raw.get("target")),
+        label=label if isinstance(label, int) and not isinstance(label, bool) and label >= 0 else None,
         **{
             name: metadata[name] for name in ("image", "category", "subcategory") if isinstance(metadata.get(name), str)
         },
@@ -194,7 +199,9 @@ def _row(raw: Mapping[str, Any], scorer: str | None, where: str) -> Row:
         return row.model_copy(update={"error": f"the sample failed: {told}"})
     score = _scores(raw).get(scorer) if scorer is not None else None
     value = score.get("value") if isinstance(score, Mapping) else None
-    answer = _said(raw, where)
+    answer: str | None = _said(raw, where)
+    if not answer and metadata.get("blocked") in BLOCKED:  # exported by benchmarks.export: a gate stood before
+        row, answer = row.model_copy(update={"blocked": metadata["blocked"]}), None
     if value is None:
         return row.model_copy(update={"answer": answer})
     found = VALUES.get(value, value) if isinstance(value, str) else value

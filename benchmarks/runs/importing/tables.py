@@ -33,6 +33,8 @@ LONGEST_CELL = 32_767
 MAX_COLUMNS = 1_000
 VLMEVALKIT = {"id": "index", "answer": "prediction", "query": "question", "reference": "answer"}
 SCORES = ("hit", "score")
+FAILED = "Failed to obtain answer via API."
+"""What VLMEvalKit writes for an answer that a server did not give."""
 
 Found = tuple[str, Mapping[str, Any]]
 
@@ -92,7 +94,7 @@ def import_vlmevalkit(
     score = metric or next((each for each in SCORES if each in header), None)
     columns = dict(VLMEVALKIT) | ({"category": "category"} if "category" in header else {})
     columns |= {} if score is None else {"score": score}
-    rows = distinct(((where, _row(raw, columns, where)) for where, raw in found), path)
+    rows = distinct(((where, _answered(_row(raw, columns, where))) for where, raw in found), path)
     scored_by = None if score is None else f"VLMEvalKit, {task}, column {score}"
     notes = [*_notes(path, rows)]
     if score is None:
@@ -102,6 +104,12 @@ def import_vlmevalkit(
         )
     suite = suite_of(task, rows, scored_by=scored_by)
     return imported_run(path, name, suite, rows, scored_by=scored_by, notes=notes)
+
+
+def _answered(row: Row) -> Row:
+    """Return a row of VLMEvalKit, with an error where that found no answer: it scores such rows as wrong ones."""
+    failed = row.answer is not None and row.answer.strip() == FAILED
+    return row.model_copy(update={"answer": None, "score": None, "error": FAILED}) if failed else row
 
 
 def _names(path: Path, name: str | None, task: str | None) -> tuple[str, str]:

@@ -75,6 +75,22 @@ def test_a_chart_sheet_is_told(tmp_path: Path, workbook: Path) -> None:
         import_vlmevalkit(tmp_path / "chart.xlsx", task="t")
 
 
+def test_answers_that_a_server_did_not_give_are_errors(tmp_path: Path) -> None:
+    said = ["Failed to obtain answer via API.", "Failed to obtain answer via API. ", "A", ""]
+    rows = [
+        {"index": number, "question": "Which?", "answer": "A", "prediction": each, "hit": int(each == "A")}
+        for number, each in enumerate(said)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = import_vlmevalkit(tmp_path / "a.json", task="t").rows
+    assert [(row.answer, row.score, row.error is None) for row in found] == [
+        (None, None, False),
+        (None, None, False),
+        ("A", 1.0, True),
+        ("", 0.0, True),
+    ]
+
+
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.tsv.gz"])
 def test_compressed_tables_are_read(tmp_path: Path, name: str) -> None:
     text = "n,said,kind\n1,No.,USU\n".replace(",", "\t" if "tsv" in name else ",")
