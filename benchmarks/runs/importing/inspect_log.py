@@ -180,9 +180,9 @@ def _row(raw: Mapping[str, Any], scorer: str | None, where: str) -> Row:
     metadata: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
     kind = _pair_type(raw)
     error = raw.get("error")
-    if metadata.get("kind") == "image":
+    if metadata.get("kind") == "image" and "probs" in metadata:  # a guard's run that benchmarks.export wrote
         raise InputError(f"{where}: a guard judged the image, and nothing was answered. Give the guard's run itself.")
-    label = metadata.get("label")
+    label = metadata.get("label") if metadata.get("kind") in ("pair", "question") else None
     row = Row(
         id=id_of(raw.get("id"), where, "id"),
         kind="question" if kind is None else "pair",
