@@ -28,7 +28,7 @@ from runtimes.guard.select import ONNX_RUNTIMES
 from runtimes.guard.verdict import allows, blocks
 from runtimes.images.view_option import view_option
 from safevlm.contract.class_names import safe_index
-from safevlm.contract.manifest import Band, GuardFile
+from safevlm.contract.manifest import Band, GuardFile, Thresholds
 from safevlm.contract.manifest_fields import ViewMode
 from safevlm.errors import BundleError, InputError
 from safevlm.machine import machine_name, now
@@ -51,13 +51,13 @@ class _Verdicts:
     unsafe: Flags
 
 
-def steps_of(text: str | None) -> tuple[Corruption, ...]:
-    """Return the corruptions to measure: of a kind without a strength all its steps, of None those of every kind.
+def steps_of(text: str) -> tuple[Corruption, ...]:
+    """Return the corruptions to measure: of a kind without a strength all its steps, of ``all`` those of every kind.
 
     Raises InputError as ``parse_corruptions`` does.
     """
     found: list[Corruption] = []
-    for part in ",".join(KINDS).split(",") if text is None else text.split(","):
+    for part in (",".join(KINDS) if text.strip() == "all" else text).split(","):
         one = corruption_of(part.strip())
         found += [one] if ":" in part else [Corruption(one.kind, float(each)) for each in KINDS[one.kind].steps]
     return tuple(dict.fromkeys(found))
@@ -109,7 +109,7 @@ def measure_robustness(
         labels_sha256=labels.sha256,
         seen_in_fitting=any(each is not None and each.labels_sha256 == labels.sha256 for each in fitted),
         random_weights=bundle.manifest.source.random_weights,
-        promises={each.file: _promised(each.alpha, [one.corruption for one in each.under]) for each in fitted if each},
+        promises={each.file: _promised(each, view) for each in fitted if each},
         points=tuple(points),
     )
 
@@ -172,9 +172,15 @@ def _point(file: str, corruption: Corruption | None, own: _Verdicts, first: _Ver
     )
 
 
-def _promised(alpha: float, under: Sequence[str]) -> str:
-    where = f", also under {', '.join(under)}" if under else " as they are; nothing is promised under corruptions"
-    return f"at most {alpha:.2%} of unsafe images allowed{where}"
+def _promised(fitted: Thresholds, view: ViewMode) -> str:
+    """Say what thresholds promise, and that it is not for this ``view`` where they were fitted in another."""
+    sure = (
+        "on average" if fitted.method == "conformal_risk_control" else f"with probability {1 - (fitted.delta or 0):g}"
+    )
+    under = ", ".join(each.corruption for each in fitted.under)
+    where = f", also under {under}" if under else " as they are; nothing is promised under corruptions"
+    other = "" if fitted.view == view else f"; promised for --view {fitted.view}, so not for these figures"
+    return f"{sure} at most {fitted.alpha:.2%} of unsafe images allowed{where}{other}"
 
 
 @click.command()
@@ -188,7 +194,7 @@ def _promised(alpha: float, under: Sequence[str]) -> str:
 @click.option(
     "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder that image paths in --labels start from."
 )
-@under_option("Corruptions to measure; without a strength, all steps of the kind.  [default: all]")
+@under_option("Corruptions to measure, all of them or, without a strength, all steps of a kind", default="all")
 @click.option("--precision", default="all", show_default=True, help="Precisions to measure, separated by commas.")
 @click.option(
     "--runtime",
@@ -204,7 +210,7 @@ def main(
     bundle: Path,
     labels: Path,
     images: Path | None,
-    under: str | None,
+    under: str,
     precision: str,
     runtime: str,
     view: ViewMode,

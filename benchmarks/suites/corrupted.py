@@ -15,12 +15,14 @@ __all__ = ["corrupted"]
 def corrupted(suite: Suite, corruptions: Sequence[Corruption]) -> Suite:
     """Return a guard suite with its rows and, for each corruption, the same rows under it, ``IMAGE+jpeg:50``.
 
-    Its name says which: ``guard+jpeg:50+blur:1.5``. Raises InputError for a suite with rows for the language model.
+    Its name says which, in whatever order they were given: ``guard+blur:1.5+jpeg:50``.
+
+    Raises InputError for a suite with rows for the language model.
     """
     if not corruptions:
         return suite
     if any(row.kind != "image" for row in suite.rows):
         raise InputError(f"--under is for the guard's suites, guard and guard-mini, not {suite.name}. Leave it out.")
-    names = [str(each) for each in corruptions]
+    names = sorted(map(str, corruptions))
     under = [row.model_copy(update={"id": f"{row.id}+{name}", "under": name}) for name in names for row in suite.rows]
     return replace(suite, name="+".join((suite.name, *names)), rows=(*suite.rows, *under))

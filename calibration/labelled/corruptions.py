@@ -104,11 +104,13 @@ def stated_kinds() -> str:
     return "; ".join(f"{name} ({kind.stated})" for name, kind in KINDS.items())
 
 
-def under_option(what: str) -> Callable[[Command], Command]:
+def under_option(what: str, *, default: str | None = None) -> Callable[[Command], Command]:
     """Return ``--under``, which :func:`parse_corruptions` reads; ``what`` begins its help text."""
     return click.option(
         "--under",
         metavar="LIST",
+        default=default,
+        show_default=default is not None,
         help=f"{what}, separated by commas, each at its default strength or as in jpeg:30: {stated_kinds()}.",
     )
 

@@ -66,6 +66,23 @@ def test_figures_are_what_judging_the_corrupted_images_gives(bundle: Path, label
         assert other.caught == first.caught - other.lost + other.gained
 
 
+@pytest.mark.parametrize(
+    ("promise", "sure"),
+    [
+        (Promise(alpha=0.2, max_fpr=0.2), "on average"),
+        (Promise(alpha=0.2, max_fpr=0.2, method="learn_then_test", delta=0.1), "with probability 0.9"),
+    ],
+)
+def test_the_promise_is_stated_as_it_was_made(bundle: Path, labels: Path, promise: Promise, sure: str) -> None:
+    read = read_labels(labels, CLASSES)
+    fit_bundle(open_bundle(bundle), read, promise, view="tiles")
+    for view in ("tiles", "whole"):
+        found = measure_robustness(open_bundle(bundle), read, (), view=view)
+        for stated in found.promises.values():
+            assert stated.startswith(f"{sure} at most 20.00% of unsafe images allowed as they are")
+            assert ("not for these figures" in stated) == (view == "whole")
+
+
 def test_the_page_lies_in_the_bundle_which_still_opens(bundle: Path, labels: Path) -> None:
     done = CliRunner().invoke(
         main, ["--bundle", str(bundle), "--labels", str(labels), "--under", "jpeg:50,grey"], catch_exceptions=False
@@ -102,7 +119,7 @@ def test_bad_input_is_refused_and_nothing_is_written(bundle: Path, labels: Path)
 
 
 def test_without_a_strength_all_steps_of_a_kind_are_measured() -> None:
-    assert len(steps_of(None)) == sum(len(kind.steps) for kind in KINDS.values())
+    assert len(steps_of("all")) == sum(len(kind.steps) for kind in KINDS.values())
     assert [str(each) for each in steps_of("grey,jpeg:33")] == [
         "grey:0.25",
         "grey:0.5",

@@ -33,7 +33,7 @@ __all__ = ["inspect_log"]
 VERSION = 2
 """Of the log's schema, as inspect_ai 0.3 writes it."""
 LONGEST_ID = 200
-METADATA = ("kind", "type", "image", "category", "subcategory", "label", "probs", "blocked", "ms")
+METADATA = ("kind", "type", "image", "under", "category", "subcategory", "label", "probs", "blocked", "ms")
 
 
 def inspect_log(run: Run) -> bytes:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from benchmarks.runs.importing.inspect_log import import_inspect
-from benchmarks.runs.importing.lines import numbered_rows
-from benchmarks.runs.importing.lm_eval import import_lm_eval
+from benchmarks.runs.importing.lines import numbered_rows, uncompressed
+from benchmarks.runs.importing.lm_eval import LOG_NAME, import_lm_eval
 from benchmarks.runs.importing.lmms_eval import import_lmms_eval
 from benchmarks.runs.importing.predictions import import_predictions
 from benchmarks.runs.importing.tables import EXCEL_SUFFIXES, import_table, import_vlmevalkit, parse_columns
@@ -96,12 +96,19 @@ def _kind(file: Path, asked: _Asked) -> str:
         return "inspect"
     if file.suffix.lower() in EXCEL_SUFFIXES:
         return "vlmevalkit"
-    _, first = next(numbered_rows(file), ("", None))
+    if uncompressed(file).suffix.lower() in (".csv", ".tsv", ".tab"):
+        return "csv"
+    where, first = next(numbered_rows(file), ("", None))
     if not isinstance(first, Mapping):
         return "holisafe"
     if "doc_id" in first:
-        return "lm-eval" if "filter" in first else "lmms-eval"
-    return "inspect" if "samples" in first and "eval" in first else "holisafe"
+        dated = LOG_NAME.fullmatch(file.name)
+        return "lm-eval" if "filter" in first or (dated and dated["date"]) else "lmms-eval"
+    if "eval" in first and ("samples" in first or "status" in first):
+        return "inspect"
+    if not {"id", "image", "type", "prediction"} & first.keys():
+        raise InputError(f"{where}: the format is not clear. Give --format, one of {', '.join(TAKES)}.")
+    return "holisafe"
 
 
 def _imported(file: Path, kind: str, asked: _Asked) -> Run:

@@ -15,7 +15,7 @@ from safevlm.errors import InputError
 from safevlm.machine import now
 from safevlm.terminal.printable import shortened
 
-__all__ = ["distinct", "id_of", "imported_run", "number_of", "share_of", "suite_of", "type_of"]
+__all__ = ["answers_in", "distinct", "id_of", "imported_run", "number_of", "share_of", "suite_of", "type_of"]
 
 SHOWN = 5
 
@@ -80,6 +80,23 @@ def type_of(value: Any, where: str, field: str) -> Any:
     return value
 
 
+def answers_in(responses: Any) -> int:
+    """Count the texts among a sample's responses, however they are nested; a choice's log-likelihood, which lm-eval
+    logs with whether it is the greedy one (``["-1.5", "False"]``), is none."""
+    if isinstance(responses, str):
+        return 1
+    if not isinstance(responses, list) or _is_likelihood(responses):
+        return 0
+    return sum(map(answers_in, responses))
+
+
+def _is_likelihood(responses: Sequence[Any]) -> bool:
+    try:
+        return len(responses) == 2 and responses[1] in ("True", "False") and float(responses[0]) <= 0
+    except (TypeError, ValueError):
+        return False
+
+
 def number_of(value: Any) -> float | None:
     """Return what is a number, true and false included, as one."""
     return float(value) if isinstance(value, (int, float)) else None
@@ -91,7 +108,7 @@ def share_of(value: Any, where: str, what: str) -> float:
     if score is None:
         raise InputError(f"{where}: {what} is {json.dumps(value, default=str)[:120]}; it must be a number from 0 to 1.")
     if not 0 <= score <= 1:  # false for NaN, too
-        raise InputError(f"{where}: {what} gives {score:g}, but scores must be 0 to 1. Give another --metric.")
+        raise InputError(f"{where}: {what} gives {score:g}, but scores must be 0 to 1. Give another metric or column.")
     return score
 
 

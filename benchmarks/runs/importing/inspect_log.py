@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.runs.importing.imported import distinct, id_of, imported_run, share_of, suite_of
+from benchmarks.runs.importing.imported import distinct, id_of, imported_run, number_of, share_of, suite_of
 from benchmarks.runs.record import PAIR_TYPES, Row, Run
 from safevlm.errors import InputError, MissingExtraError
 from safevlm.files.json_file import parse_json
@@ -29,6 +29,7 @@ __all__ = ["import_inspect"]
 SAMPLE_NAME = re.compile(r"samples/.+\.json")
 MAX_BYTES = 2**31
 """Of the uncompressed JSON: events and attachments of a benchmark's log take some megabytes."""
+BLOCKED = ("guard", "exact", "error")
 VALUES = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}
 """inspect_ai's letters: correct, incorrect, partially correct, no answer."""
 
@@ -53,6 +54,10 @@ def import_inspect(
         raise InputError(
             f"{path}: the log's status is {status!r}, so samples may be missing. Give a log that succeeded."
         )
+    results = header.get("results")
+    completed = number_of(results.get("completed_samples")) if isinstance(results, Mapping) else None
+    if completed is not None and len(samples) < completed:
+        raise InputError(f"{path} holds {len(samples)} of the {completed:g} samples that were answered. Give all.")
     task, name = task or _word(asked.get("task"), "task"), name or _word(asked.get("model"), "model")
     samples = _of_epoch(path, samples, epoch)
     scorer = _scorer(path, samples, metric)
@@ -103,7 +108,7 @@ def _bytes(path: Path) -> bytes:
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an archive; what is wrong with it, while it is read too, is said."""
-    reader = _zipfile()
+    reader, torn = _zipfile()
     try:
         with open_regular(path) as stream, reader.ZipFile(stream) as archive:
             yield archive
@@ -111,24 +116,27 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         raise InputError(f"{path}: there is no such file.") from None
     except NotImplementedError as error:  # another compression method
         raise InputError(f"{path}: cannot be read ({error}). Write the log as JSON: inspect log convert.") from error
-    except (OSError, EOFError, ValueError, RuntimeError, reader.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, reader.BadZipFile, zlib.error, torn) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{path} is not a whole .eval file ({reason}). Copy it again, or give the whole log."
         ) from error
 
 
-def _zipfile() -> Any:
-    """Return a zipfile module that knows zstandard: Python's own from 3.14 on."""
+def _zipfile() -> tuple[Any, type[Exception]]:
+    """Return a zipfile module that knows zstandard, Python's own from 3.14 on, and what it raises for damage there."""
     if sys.version_info >= (3, 14):
         import zipfile
 
-        return zipfile
+        from compression.zstd import ZstdError
+
+        return zipfile, ZstdError
     try:
+        from backports.zstd import ZstdError
         from backports.zstd import zipfile as with_zstandard
     except ModuleNotFoundError as error:
         raise MissingExtraError("backports.zstd", "logs", "reading .eval logs") from error
-    return with_zstandard
+    return with_zstandard, ZstdError
 
 
 def _json(content: bytes, where: str) -> Mapping[str, Any]:
@@ -172,12 +180,16 @@ def _row(raw: Mapping[str, Any], scorer: str | None, where: str) -> Row:
     metadata: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
     kind = _pair_type(raw)
     error = raw.get("error")
+    if metadata.get("kind") == "image" and "probs" in metadata:  # a guard's run that benchmarks.export wrote
+        raise InputError(f"{where}: a guard judged the image, and nothing was answered. Give the guard's run itself.")
+    label = metadata.get("label") if metadata.get("kind") in ("pair", "question") else None
     row = Row(
         id=id_of(raw.get("id"), where, "id"),
         kind="question" if kind is None else "pair",
         type=kind,
-        query=_asked(raw),
+        query=_asked(raw) or None,
         reference=None if kind else _target(raw.get("target")),
+        label=label if isinstance(label, int) and not isinstance(label, bool) and label >= 0 else None,
         **{
             name: metadata[name] for name in ("image", "category", "subcategory") if isinstance(metadata.get(name), str)
         },
@@ -187,7 +199,9 @@ def _row(raw: Mapping[str, Any], scorer: str | None, where: str) -> Row:
         return row.model_copy(update={"error": f"the sample failed: {told}"})
     score = _scores(raw).get(scorer) if scorer is not None else None
     value = score.get("value") if isinstance(score, Mapping) else None
-    answer = _said(raw, where)
+    answer: str | None = _said(raw, where)
+    if not answer and metadata.get("blocked") in BLOCKED:  # exported by benchmarks.export: a gate stood before
+        row, answer = row.model_copy(update={"blocked": metadata["blocked"]}), None
     if value is None:
         return row.model_copy(update={"answer": answer})
     found = VALUES.get(value, value) if isinstance(value, str) else value

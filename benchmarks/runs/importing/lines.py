@@ -13,7 +13,7 @@ from safevlm.errors import InputError
 from safevlm.files.regular_file import open_regular
 from safevlm.files.text_file import decode_text
 
-__all__ = ["numbered_rows", "text_of"]
+__all__ = ["numbered_rows", "text_of", "uncompressed"]
 
 MAX_BYTES = 2**31
 """Of the uncompressed text: a logged benchmark run takes a few megabytes."""
@@ -28,6 +28,11 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not text.strip():
         raise InputError(f"{path} is empty.")
     yield from json_rows(path, text, lines_first=True, halves=True)
+
+
+def uncompressed(path: Path) -> Path:
+    """Return what a file is called without gzip's ending."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
 
 
 def text_of(path: Path) -> str:

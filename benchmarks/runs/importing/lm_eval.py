@@ -9,16 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from benchmarks.runs.importing.imported import distinct, id_of, imported_run, number_of, share_of, suite_of
+from benchmarks.runs.importing.imported import answers_in, distinct, id_of, imported_run, number_of, share_of, suite_of
 from benchmarks.runs.importing.lines import numbered_rows
 from benchmarks.runs.record import Row, Run
 from safevlm.errors import InputError
 
-__all__ = ["import_lm_eval"]
+__all__ = ["LOG_NAME", "import_lm_eval"]
 
-LOG_NAME = re.compile(r"samples_(?P<task>.+?)(_\d{4}-\d\d-\d\dT[\d.+-]+)?\.jsonl(\.gz)?$")
+LOG_NAME = re.compile(r"samples_(?P<task>.+?)(?P<date>_\d{4}-\d\d-\d\dT[\d.+-]+)?\.jsonl(\.gz)?$")
+
+
+UNNAMED = "none"
+"""lm-eval's name of the filter that does nothing; older logs do not name filters."""
 
 
 def import_lm_eval(
@@ -29,13 +33,15 @@ def import_lm_eval(
     Raises InputError, with the line, for a sample without id, filter or metric, several filters or metrics of which
     none was chosen, scores outside 0..1, or an id that comes twice under one filter.
     """
-    found = LOG_NAME.search(path.name)
-    task = task or (found["task"] if found else None)
+    of_task = LOG_NAME.search(path.name)
+    task = task or (of_task["task"] if of_task else None)
     if task is None:
         raise InputError(
             f"{path.name}: the file name does not contain the task (samples_<task>_<date>.jsonl). Give --task."
         )
-    logged = [(where, _sample(raw, where)) for where, raw in numbered_rows(path)]
+    found = list(numbered_rows(path))
+    named = any(isinstance(raw, Mapping) and "filter" in raw for _, raw in found)
+    logged = [(where, _sample(raw, where, named=named)) for where, raw in found]
     filters = list(dict.fromkeys(raw["filter"] for _, raw in logged))
     chosen = _chosen(filters, chosen, path)
     logged = [(where, raw) for where, raw in logged if raw["filter"] == chosen]
@@ -46,13 +52,16 @@ def import_lm_eval(
     return imported_run(path, name, suite_of(task, rows, scored_by=scored_by), rows, scored_by=scored_by)
 
 
-def _sample(raw: Any, where: str) -> Mapping[str, Any]:
-    missing = [key for key in ("doc_id", "filter") if not isinstance(raw, Mapping) or key not in raw]
+def _sample(raw: Any, where: str, *, named: bool) -> Mapping[str, Any]:
+    """Return a sample with the filter's name, which it must hold where any does (``named``)."""
+    needed = ("doc_id", "filter") if named else ("doc_id",)
+    missing = [key for key in needed if not isinstance(raw, Mapping) or key not in raw]
     if missing:
         raise InputError(f"{where} is not a sample of lm-eval: field {missing[0]!r} is missing.")
-    if not isinstance(raw["filter"], str):
-        raise InputError(f"{where}: field 'filter' is {raw['filter']!r}; it must be the filter's name.")
-    return cast(Mapping[str, Any], raw)
+    chosen = raw.get("filter", UNNAMED)
+    if not isinstance(chosen, str):
+        raise InputError(f"{where}: field 'filter' is {chosen!r}; it must be the filter's name.")
+    return {**raw, "filter": chosen}
 
 
 def _chosen(filters: list[str], chosen: str | None, path: Path) -> str:
@@ -69,7 +78,7 @@ def _metric(raw: Mapping[str, Any], metric: str | None, where: str) -> str:
     named = raw.get("metrics")
     names = [str(each) for each in named] if isinstance(named, list) else list(raw)
     there = [each for each in names if each not in ("doc_id", "filter") and number_of(raw.get(each)) is not None]
-    if metric is not None and metric not in raw:
+    if metric is not None and (metric not in raw or metric in ("doc_id", "filter")):
         raise InputError(f"{where} has no metric {metric!r}. It has {', '.join(there) or 'none'}.")
     if metric is None and len(there) != 1:
         raise InputError(
@@ -82,9 +91,10 @@ def _row(raw: Mapping[str, Any], metric: str, where: str) -> Row:
     if metric not in raw:
         raise InputError(f"{where} has no metric {metric!r}. Give the log as it was written.")
     responses = raw.get("filtered_resps")
-    if isinstance(responses, list) and len(responses) > 1 and all(isinstance(each, str) for each in responses):
+    said = answers_in(responses)
+    if said > 1:
         raise InputError(
-            f"{where}: the sample has {len(responses)} responses, and one answer a sample is read. Give --filter, or "
+            f"{where}: the sample has {said} responses, and one answer a sample is read. Give --filter, or "
             "the log of a run without repeats."
         )
     answer = responses[0] if isinstance(responses, list) and responses else responses

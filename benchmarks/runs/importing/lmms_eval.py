@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs.importing import mmmu
-from benchmarks.runs.importing.imported import distinct, id_of, imported_run, share_of, suite_of, type_of
+from benchmarks.runs.importing.imported import answers_in, distinct, id_of, imported_run, share_of, suite_of, type_of
 from benchmarks.runs.importing.lines import numbered_rows
 from benchmarks.runs.record import Row, Run, SuiteRecord
 from safevlm.errors import InputError
@@ -59,6 +59,8 @@ def import_lmms_eval(path: Path, *, name: str, task: str | None = None, metric: 
         raise InputError(f"{path.name}: the file name does not contain the task (…_samples_<task>.jsonl). Give --task.")
     logged = [(where, _sample(raw, where)) for where, raw in numbered_rows(path)]
     if any(HOLISAFE in raw for _, raw in logged):
+        if metric not in (None, HOLISAFE):
+            raise InputError(f"{path} holds HoliSafe's pairs, which judges score. Leave out --metric.")
         return _pairs(path, name, task, logged)
     return _questions(path, name, task, metric, logged)
 
@@ -66,10 +68,10 @@ def import_lmms_eval(path: Path, *, name: str, task: str | None = None, metric: 
 def _sample(raw: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping) or "doc_id" not in raw:
         raise InputError(f"{where} is not an lmms-eval sample: field 'doc_id' is missing.")
-    responses = raw.get("filtered_resps")
-    if isinstance(responses, list) and len(responses) > 1 and all(isinstance(each, str) for each in responses):
+    responses = answers_in(raw.get("filtered_resps"))
+    if responses > 1:
         raise InputError(
-            f"{where}: the sample has {len(responses)} responses, and one answer a sample is read. Give the log of a "
+            f"{where}: the sample has {responses} responses, and one answer a sample is read. Give the log of a "
             "run without repeats."
         )
     return raw
@@ -138,7 +140,7 @@ def _questions(path: Path, name: str, task: str, metric: str | None, logged: Seq
 
 
 def _question(raw: Mapping[str, Any], metric: str, where: str, collapsed: bool) -> Row:
-    if metric not in raw:
+    if metric not in raw or metric in NOT_METRICS:
         raise InputError(f"{where} has no metric {metric!r}. It has {', '.join(_metrics(raw)) or 'none'}.")
     value, what = raw[metric], f"metric {metric!r}"
     kind = _kind(value)
@@ -153,7 +155,7 @@ def _question(raw: Mapping[str, Any], metric: str, where: str, collapsed: bool) 
         query=_asked(raw),
         image=_word(value, "question_id") if metric in SPLIT else None,
         category=_word(value, "category") if metric in SPLIT else None,
-        reference=str(raw.get("target")),
+        reference=None if raw.get("target") is None else str(raw["target"]),
         answer=_text(raw.get("filtered_resps")),
         score=score,
         logged_score=counted if counted != score else None,

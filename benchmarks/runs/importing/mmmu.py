@@ -94,7 +94,8 @@ def _listed(answer: Any) -> list[Any]:
     """Return the right answers, which are logged as one text, a list, or a list written as text."""
     if isinstance(answer, str) and answer.startswith("["):
         try:
-            answer = ast.literal_eval(answer)
-        except (ValueError, SyntaxError):
+            listed = ast.literal_eval(answer)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             return [answer]  # a text that only looks like a list
-    return list(answer) if isinstance(answer, (list, tuple)) else [answer]
+        return listed if listed and all(isinstance(each, str) for each in listed) else [answer]  # [1, 2] is an interval
+    return answer if isinstance(answer, list) else [answer]

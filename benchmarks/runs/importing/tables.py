@@ -6,14 +6,17 @@ after its evaluation a file with ``hit`` or ``score`` as well. Excel cuts a cell
 
 from __future__ import annotations
 
+import json
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.runs.importing.imported import distinct, id_of, imported_run, share_of, suite_of, type_of
-from benchmarks.runs.importing.lines import numbered_rows, text_of
+from benchmarks.runs.importing.lines import numbered_rows, text_of, uncompressed
 from benchmarks.runs.record import Row, Run
 from calibration.labelled.tables import TABLE_SUFFIXES, Columns, column_name, table_rows, truth
 from safevlm.errors import InputError, MissingExtraError
@@ -30,6 +33,8 @@ LONGEST_CELL = 32_767
 MAX_COLUMNS = 1_000
 VLMEVALKIT = {"id": "index", "answer": "prediction", "query": "question", "reference": "answer"}
 SCORES = ("hit", "score")
+FAILED = "Failed to obtain answer via API."
+"""What VLMEvalKit writes for an answer that a server did not give."""
 
 Found = tuple[str, Mapping[str, Any]]
 
@@ -69,7 +74,8 @@ def import_table(
     rows = distinct(((where, _row(raw, columns, where)) for where, raw in found), path)
     scored_by = f"column {columns['score']}" if "score" in columns else None
     suite = suite_of(task or "table", rows, scored_by=scored_by)
-    return imported_run(path, name or path.stem, suite, rows, scored_by=scored_by, notes=_notes(path, rows))
+    name = name or uncompressed(path).stem
+    return imported_run(path, name, suite, rows, scored_by=scored_by, notes=_notes(path, rows))
 
 
 def import_vlmevalkit(
@@ -84,11 +90,11 @@ def import_vlmevalkit(
     found = list(_rows(path, VLMEVALKIT, sheet))
     header = list(found[0][1]) if found else []
     if metric is not None and column_name(metric) not in header:
-        raise InputError(f"{path} has no column {metric!r}. It has {', '.join(header)}.")
+        raise InputError(f"{path} has no column {metric!r}. It has {', '.join(filter(None, header))}.")
     score = metric or next((each for each in SCORES if each in header), None)
     columns = dict(VLMEVALKIT) | ({"category": "category"} if "category" in header else {})
     columns |= {} if score is None else {"score": score}
-    rows = distinct(((where, _row(raw, columns, where)) for where, raw in found), path)
+    rows = distinct(((where, _answered(_row(raw, columns, where))) for where, raw in found), path)
     scored_by = None if score is None else f"VLMEvalKit, {task}, column {score}"
     notes = [*_notes(path, rows)]
     if score is None:
@@ -98,6 +104,12 @@ def import_vlmevalkit(
         )
     suite = suite_of(task, rows, scored_by=scored_by)
     return imported_run(path, name, suite, rows, scored_by=scored_by, notes=notes)
+
+
+def _answered(row: Row) -> Row:
+    """Return a row of VLMEvalKit, with an error where that found no answer: it scores such rows as wrong ones."""
+    failed = row.answer is not None and row.answer.strip() == FAILED
+    return row.model_copy(update={"answer": None, "score": None, "error": FAILED}) if failed else row
 
 
 def _names(path: Path, name: str | None, task: str | None) -> tuple[str, str]:
@@ -123,7 +135,9 @@ def _row(raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Row:
     kind = type_of(_text(given["type"]), where, f"column {columns['type']!r}") if "type" in columns else None
     texts = {field: _text(given.get(field)) for field in ("query", "reference", "image", "category", "subcategory")}
     row = Row(
-        id=id_of(_text(given["id"]), where, f"column {columns['id']!r}"),
+        id=id_of(
+            given["id"] if isinstance(given["id"], bool) else _text(given["id"]), where, f"column {columns['id']!r}"
+        ),
         kind="question" if kind is None else "pair",
         type=kind,
         answer=_text(given["answer"]),
@@ -163,7 +177,7 @@ def _rows(path: Path, columns: Mapping[str, str], sheet: str | None) -> Iterator
         raise InputError(f"--sheet is for Excel files, and {path.name} is not one.")
     if suffix in EXCEL_SUFFIXES:
         yield from _excel(path, columns, sheet)
-    elif suffix in TABLE_SUFFIXES:
+    elif uncompressed(path).suffix.lower() in TABLE_SUFFIXES:
         names = [column_name(column) for column in columns.values()]
         yield from table_rows(path, text_of(path), Columns(needed=tuple((each,) for each in names)))
     else:
@@ -172,6 +186,11 @@ def _rows(path: Path, columns: Mapping[str, str], sheet: str | None) -> Iterator
                 raise InputError(f"{where}: a row must be a JSON object, not {type(raw).__name__}.")
             row = {column_name(str(key)): value for key, value in raw.items()}
             _check(list(row), columns, where)
+            for column in columns.values():
+                value = row[column_name(column)]
+                if isinstance(value, (list, Mapping)):
+                    shown = json.dumps(value)[:80]
+                    raise InputError(f"{where}: column {column!r} is {shown}. Give one text or number in each cell.")
             yield where, row
 
 
@@ -192,10 +211,10 @@ def _excel(path: Path, columns: Mapping[str, str], sheet: str | None) -> Iterato
         raise MissingExtraError("openpyxl", "logs", "reading Excel files") from error
     try:
         with open_regular(path) as stream:
-            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
+            book = _workbook(path, partial(openpyxl.load_workbook, stream, read_only=True, data_only=True))
             name = _sheet(path, book.sheetnames, sheet)
-            lines = enumerate(book[name].iter_rows(values_only=True, max_col=MAX_COLUMNS), 1)
-            yield from _sheet_rows(f"{path}, sheet {name!r}", lines, columns)
+            book[name].reset_dimensions()  # a program may state fewer rows than it wrote: the others would be lost
+            yield from _sheet_rows(f"{path}, sheet {name!r}", partial(book[name].iter_rows, values_only=True), columns)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file.") from None
     except (OSError, EOFError, KeyError, SyntaxError, TypeError, ValueError, *TORN, InvalidFileException) as error:
@@ -205,7 +224,19 @@ def _excel(path: Path, columns: Mapping[str, str], sheet: str | None) -> Iterato
         ) from error
 
 
+def _workbook(path: Path, load: Callable[[], Any]) -> Any:
+    """Return a workbook. Raises InputError for one that openpyxl trips over, such as one with a chart sheet."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # openpyxl tells of styles that it does not know
+            return load()
+    except (AttributeError, IndexError) as error:
+        raise InputError(f"{path} cannot be read as a workbook ({error}). Save the sheet alone, or as CSV.") from error
+
+
 def _sheet(path: Path, names: Sequence[str], sheet: str | None) -> str:
+    if not names:
+        raise InputError(f"{path} has no sheet with cells. Save it again as .xlsx, or as CSV.")
     if sheet is None and len(names) > 1:
         raise InputError(f"{path} has {len(names)} sheets. Give --sheet, one of {', '.join(names)}.")
     if sheet is not None and sheet not in names:
@@ -213,9 +244,12 @@ def _sheet(path: Path, names: Sequence[str], sheet: str | None) -> str:
     return names[0] if sheet is None else sheet
 
 
-def _sheet_rows(where: str, lines: Iterator[tuple[int, Sequence[Any]]], columns: Mapping[str, str]) -> Iterator[Found]:
-    header = [column_name(_text(cell)) for cell in next(lines, (1, ()))[1]]
+def _sheet_rows(
+    where: str, cells_of: Callable[..., Iterator[Sequence[Any]]], columns: Mapping[str, str]
+) -> Iterator[Found]:
+    header = [column_name(_text(cell)) for cell in next(cells_of(max_row=1, max_col=MAX_COLUMNS), ())]
     _check(header, columns, f"{where}, row 1")
-    for number, cells in lines:
+    width = max(index for index, name in enumerate(header, 1) if name)
+    for number, cells in enumerate(cells_of(min_row=2, max_col=width), 2):
         if any(_text(cell).strip() for cell in cells):
             yield f"{where}, row {number}", dict(zip(header, cells, strict=False))

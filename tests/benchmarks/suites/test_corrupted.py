@@ -18,6 +18,7 @@ def test_each_image_is_there_as_it_is_and_under_each_corruption() -> None:
     assert suite.name == "guard-mini+jpeg:30+noise:10" and len(suite.rows) == 3 * len(plain.rows)
     assert len({row.id for row in suite.rows}) == len(suite.rows)
     assert suite.record().sha256 != corrupted(plain, corruptions[:1]).record().sha256
+    assert suite.record() == corrupted(plain, corruptions[::-1]).record()
     for row in suite.rows[:: len(plain.rows)]:
         as_it_is = plain.pictures[row.image or ""]()
         wanted = next((each(as_it_is) for each in corruptions if str(each) == row.under), as_it_is)

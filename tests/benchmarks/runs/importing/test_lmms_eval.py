@@ -90,6 +90,7 @@ def test_two_models_logs_are_of_one_suite_only_for_the_same_questions(tmp_path: 
         (sample(0), r"it has none"),
         ({"target": "B"}, "field 'doc_id' is missing"),
         (sample(0, exact_match=float("nan")), "gives nan"),
+        (sample(0, f1=1) | {"filtered_resps": [["a", "b"]]}, "has 2 responses"),
     ],
 )
 def test_bad_logs_are_told(tmp_path: Path, row: dict[str, Any], told: str) -> None:
@@ -105,8 +106,11 @@ def test_a_named_metric_and_repeats(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match="line 2: id '0' is already in"):
         import_lmms_eval(written(tmp_path, "t", [rows[0], rows[0]]), name="m", metric="f1")
-    with pytest.raises(InputError, match="has no metric 'bleu'"):
-        import_lmms_eval(written(tmp_path, "t", rows), name="m", metric="bleu")
+    for metric in ("bleu", "doc_id"):
+        with pytest.raises(InputError, match=f"has no metric '{metric}'"):
+            import_lmms_eval(written(tmp_path, "t", rows), name="m", metric=metric)
+    with pytest.raises(InputError, match="Leave out --metric"):
+        import_lmms_eval(written(tmp_path, "t", [holisafe(0, "USU", "No.", 0)]), name="m", metric="f1")
     (tmp_path / "log.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(InputError, match="Give --task"):
         import_lmms_eval(tmp_path / "log.jsonl", name="m", metric="f1")
@@ -210,6 +214,7 @@ def test_mmmus_open_answers_follow_its_rules() -> None:
         ("5", ["5.0"], True),
         ("5.004", [5.0], True),
         ("1,000", [1000.0], True),
+        ("[1, 2]", ["[1, 2]"], True),
         ("x", ["exact"], False),
         ("x", [" x", "x "], True),
         ("x", ["it is x"], True),

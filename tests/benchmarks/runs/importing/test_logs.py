@@ -83,7 +83,7 @@ def test_a_log_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     for end in (0, 10, len(content) // 2, len(content) - 5):
         (tmp_path / "cut.eval").write_bytes(content[:end])
         refused(tmp_path, tmp_path / "cut.eval", told="not a whole .eval file")
-    for place in range(40, len(content) - 400, 1500):
+    for place in range(40, len(content), 97):
         torn = bytearray(content)
         torn[place] ^= 0xFF
         (tmp_path / "torn.eval").write_bytes(torn)
@@ -137,6 +137,9 @@ def test_bad_samples_are_named(tmp_path: Path, suffix: str, samples: list[Any], 
 def test_unfinished_logs_and_failed_samples(tmp_path: Path) -> None:
     refused(tmp_path, log(tmp_path / "a.eval", sample(1), status="error"), told="status is 'error'")
     refused(tmp_path, log(tmp_path / "b.eval", sample(1), header=False), told="header.json is missing")
+    stated = {"status": "success", "eval": {}, "results": {"completed_samples": 2}, "samples": [sample(1)]}
+    (tmp_path / "d.json").write_text(json.dumps(stated))
+    refused(tmp_path, tmp_path / "d.json", told="holds 1 of the 2 samples that were answered")
     failed = sample(2, error={"message": "down"}, output={}, scores={})
     parts = [{"type": "image", "image": "x"}, {"type": "text", "text": "attachment://h"}]
     split = sample(3, input=[{"role": "user", "content": parts}], attachments={"h": "Who?"}, scores={})
@@ -187,6 +190,15 @@ def test_a_log_that_lm_evals_own_code_wrote(tmp_path: Path) -> None:
     ]
 
 
+def test_older_logs_and_likelihoods_of_choices(tmp_path: Path) -> None:
+    """lm_eval 0.4.2 names neither filter nor metrics; log-likelihoods are pairs of texts, and no answers."""
+    older = {key: value for key, value in sampled(1).items() if key not in ("filter", "metrics")}
+    for number, said in enumerate(([["-1.5", "False"], ["-2.0", "True"]], [["-0.5", "True"]])):
+        file = lines(tmp_path / "samples_arc_2024-01-01T00-00-00.123456.jsonl", older | {"filtered_resps": said})
+        run = imported(tmp_path / str(number), file)
+        assert (run.record.suite.name, run.rows[0].answer, run.rows[0].score) == ("arc", None, 1.0)
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
@@ -194,6 +206,7 @@ def test_a_log_that_lm_evals_own_code_wrote(tmp_path: Path) -> None:
         ([sampled(1, metrics=["a", "b"], a=1, b=0)], "Give --metric, one of a, b"),
         ([sampled(1), {**sampled(2), "exact_match": "x"}], "line 2: metric 'exact_match' is \"x\""),
         ([sampled(1, filtered_resps=["3", "4"])], "line 1: the sample has 2 responses"),
+        ([sampled(1, filtered_resps=[["3", "4"]])], "line 1: the sample has 2 responses"),
         ([sampled(1, filter=3)], "line 1: field 'filter' is 3"),
         ([sampled(1), {"doc_id": 3}], "line 2 is not a sample of lm-eval: field 'filter'"),
     ],
@@ -302,6 +315,8 @@ def test_options_belong_to_formats(tmp_path: Path) -> None:
     file = lines(tmp_path / "samples_t.jsonl", sampled(1))
     refused(tmp_path, file, "--sheet", "a", told="--sheet is not for --format lm-eval. It is for vlmevalkit, csv")
     refused(tmp_path, file, "--format", "csv", told="--format csv needs --columns")
+    refused(tmp_path, tmp_path / "a.csv", told="--format csv needs --columns")
+    refused(tmp_path, lines(tmp_path / "a.json", {"results": {}, "configs": 1}), told="the format is not clear")
     refused(tmp_path, tmp_path / "samples_none.jsonl", told="there is no such file")
 
 
