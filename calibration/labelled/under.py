@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from calibration.labelled.corruptions import Corruption
 from calibration.labelled.judged_images import JudgedImages, judge_images
 from calibration.labelled.labels import LabelledImage, Labels
-from calibration.labelled.risk_control import Bands, Promise, Seen, check_feasible, measure
+from calibration.labelled.risk_control import Bands, Promise, Seen, check_feasible, fewest, measure
 from runtimes.guard.runner import GuardRunner
 from safevlm.contract.class_names import safe_index
 from safevlm.contract.manifest_fields import ViewMode
@@ -32,8 +32,8 @@ def check_labels(labels: Labels, classes: Sequence[str], promise: Promise, under
     try:
         check_feasible(unsafe, len(labels.images) - unsafe, promise)
     except InputError as error:
-        if not under:
-            raise
+        if not under or unsafe >= fewest(promise.alpha, promise):
+            raise  # what safe images lack has nothing to do with corruptions
         raise InputError(f"No promise can be kept under {', '.join(map(str, under))}: {error}") from error
 
 
