@@ -63,7 +63,7 @@ def _right(response: Any, golds: Sequence[Any], *, letters: bool) -> bool:
         return any(str(response) == str(gold) for gold in golds)
     right = [each for gold in golds for each in _normalized(gold)]
     numbers = {each for each in right if isinstance(each, float)}
-    phrases = [each for each in right if isinstance(each, str) and each.strip()]  # an empty one is in every answer
+    phrases = [each for each in right if isinstance(each, str)]
     return any(
         candidate in numbers if isinstance(candidate, float) else any(phrase in candidate for phrase in phrases)
         for candidate in _candidates(response)

@@ -221,8 +221,6 @@ def test_mmmus_open_answers_follow_its_rules() -> None:
         ("['six', '6']", [6.0], True),
         (["six", "6"], ["sixty"], True),
         ("apple pie", ["an apple pie"], True),
-        ("", ["anything"], False),
-        (["", "six"], ["seven"], False),
     ],
 )
 def test_every_form_of_candidates_is_scored_alike(
