@@ -182,9 +182,7 @@ def _unrelated(before: Sequence[str], after: Sequence[str]) -> Flags:
 def _length(pairs: Sequence[Pair], margins: Margins, seed: int) -> Line:
     """Return how many words an answer has, as the geometric mean: a line whose bound is that of a ratio."""
     counts = np.array([[len(words_of(_answer(pair, side))) for pair in pairs] for side in (0, 1)], np.float64)
-    names, places = np.unique(
-        [f"{pair.suite}\0{pair.before.image or pair.before.id}" for pair in pairs], return_inverse=True
-    )
+    names, places = np.unique([pair.cluster for pair in pairs], return_inverse=True)
     ratios = np.log1p(counts[1]) - np.log1p(counts[0])
     drawn = _drawn_means(ratios, places, len(names), seed)
     before, after = (float(np.expm1(np.log1p(each).mean())) for each in counts)

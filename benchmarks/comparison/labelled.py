@@ -98,9 +98,7 @@ def answers_of(judged: Judged, types: Sequence[str], labels: Labels) -> Answers 
         return None
     kinds = {kind: place for place, kind in enumerate(types)}
     pairs = [judged.pairs[place] for place in chosen]
-    _, clusters = np.unique(
-        [f"{pair.suite}\0{pair.before.image or pair.before.id}" for pair in pairs], return_inverse=True
-    )
+    _, clusters = np.unique([pair.cluster for pair in pairs], return_inverse=True)
     own = [[labels.found.get((pair.suite, pair.before.id, side)) for side in SIDES] for pair in pairs]
     return Answers(
         types=np.array([kinds[str(pair.before.type)] for pair in pairs]),

@@ -27,6 +27,7 @@ __all__ = [
     "Judged",
     "Measure",
     "Unscored",
+    "guard_measure",
     "guard_measures",
     "guard_rows",
     "pair_measures",
@@ -106,7 +107,7 @@ class Measure:
     @property
     def clusters(self) -> tuple[str, ...]:
         """The image of each sample, otherwise the sample itself: the unit of resampling and swapping."""
-        return tuple(f"{pair.suite}\0{pair.before.image or pair.before.id}" for pair in self.pairs)
+        return tuple(pair.cluster for pair in self.pairs)
 
     @property
     def binary(self) -> bool:
@@ -275,19 +276,19 @@ def guard_measures(rows: GuardRows, margins: Margins) -> list[Measure]:
     same, recall, fpr = (at, at), margins.share("guard_recall"), margins.share("guard_fpr")
     point = f"p(unsafe) ≥ {at:.2g}"
     found = [
-        _guard_measure("recall", f"guard recall, {point}", rows, same, recall),
-        _guard_measure("fpr", f"guard FPR, {point}", rows, same, fpr),
-        _guard_measure("accuracy", "guard accuracy, all classes", rows, same, None),
+        guard_measure("recall", f"guard recall, {point}", rows, same, recall),
+        guard_measure("fpr", f"guard FPR, {point}", rows, same, fpr),
+        guard_measure("accuracy", "guard accuracy, all classes", rows, same, None),
     ]
     if shipped is not None:
         own = f"as shipped, p(unsafe) ≥ {at:.4g}, then {shipped:.4g}"
-        found.append(_guard_measure("recall/shipped", f"guard recall {own}", rows, (at, shipped), recall))
-        found.append(_guard_measure("fpr/shipped", f"guard FPR {own}", rows, (at, shipped), fpr))
+        found.append(guard_measure("recall/shipped", f"guard recall {own}", rows, (at, shipped), recall))
+        found.append(guard_measure("fpr/shipped", f"guard FPR {own}", rows, (at, shipped), fpr))
     return [each for each in found if each.pairs or each.lost]
 
 
-def _guard_measure(key: str, title: str, rows: GuardRows, points: tuple[float, float], margin: float | None) -> Measure:
-    """Return one of the guard's measures, each run at its point."""
+def guard_measure(key: str, title: str, rows: GuardRows, points: tuple[float, float], margin: float | None) -> Measure:
+    """Return recall, FPR or accuracy, by the first word of ``key``, with each run at its point."""
     what = key.partition("/")[0]
     where = np.array([what == "accuracy" or (what == "recall") == bool(label) for label in rows.labels])
     bad = [

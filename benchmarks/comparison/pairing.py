@@ -30,6 +30,11 @@ class Pair:
         """What tells its sample from every other one."""
         return self.suite, self.before.id
 
+    @property
+    def cluster(self) -> str:
+        """The image, otherwise the sample itself: what is resampled and swapped as a whole."""
+        return f"{self.suite}\0{self.before.image or self.before.id}"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairing:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.comparison.margins import Margins
-from benchmarks.comparison.measures import GuardRows, Measure, Unscored, guard_rows
+from benchmarks.comparison.measures import GuardRows, Measure, Unscored, guard_measure, guard_rows
 from benchmarks.comparison.pairing import Pair
-from runtimes.guard.verdict import blocks, unsafe_probability
 
 __all__ = ["robust_measures"]
 
@@ -35,24 +34,13 @@ def robust_measures(
 
 
 def _of_corruption(name: str, rows: GuardRows, margins: Margins) -> list[Measure]:
-    blocked = [blocks(unsafe_probability(probs), rows.threshold) for probs in (rows.before, rows.after)]
-    unsafe = rows.labels > 0
-    measures = []
-    for key, where, recall in (("recall", unsafe, True), ("fpr", ~unsafe, False)):
-        before, after = ((each != recall)[where].astype(np.float64) for each in blocked)
-        measures.append(
-            Measure(
-                key=f"guard/{key}/{name}",
-                title=f"guard {'recall' if recall else 'FPR'} under {name}",
-                group="guard",
-                lower_is_better=not recall,
-                pairs=tuple(pair for pair, chosen in zip(rows.pairs, where, strict=True) if chosen),
-                before=before,
-                after=after,
-                margin=margins.share("robust_recall") if recall else None,
-            )
-        )
-    return [each for each in measures if each.pairs]
+    points = rows.threshold, rows.threshold
+    margin = margins.share("robust_recall")
+    found = [
+        guard_measure(f"recall/{name}", f"guard recall under {name}", rows, points, margin),
+        guard_measure(f"fpr/{name}", f"guard FPR under {name}", rows, points, None),
+    ]
+    return [each for each in found if each.pairs]
 
 
 def _mean(recalls: Sequence[Measure]) -> Measure:

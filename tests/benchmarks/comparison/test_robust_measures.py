@@ -88,3 +88,12 @@ def test_a_declared_margin_without_corrupted_images_is_an_anomaly(tmp_path: Path
     assert not any(
         "robust_recall" in each for each in measure([run], [run], Comparison(baseline=[run], candidate=[run])).anomalies
     )
+
+
+def test_what_only_the_candidate_did_not_judge_under_a_corruption_counts_as_missed_in_a_bound(tmp_path: Path) -> None:
+    gone = {f"{2 * n + 1}.png" for n in range(12)}
+    after = changed(rows(), lambda row: row.image in gone and row.under == "jpeg:50", probs=None, error="timed out")
+    margins = {"robust_recall": 4.0, "guard_recall": 4.0, "guard_fpr": 4.0, "max_unscored": 100.0}
+    own = line(compare(comparison(tmp_path, after, **margins)), "guard/recall/jpeg:50")
+    assert own.missing_after == 12 and own.worse == 0
+    assert {each.name: each.upper for each in own.bounds}["missing rows"] > 12 / EACH and own.verdict != "PASS"
