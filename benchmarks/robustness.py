@@ -19,10 +19,10 @@ from benchmarks.report.robustness_page import Point, Robustness, write_robustnes
 from benchmarks.statistics.proportions import wilson_interval
 from benchmarks.statistics.tango import tango_interval
 from calibration.labelled.corruptions import KINDS, Corruption, corruption_of, under_option
-from calibration.labelled.judged_images import JudgedImages, judge_images, scores_of
+from calibration.labelled.judged_images import JudgedImages, scores_of
 from calibration.labelled.labels import LabelledImage, Labels, read_labels
 from calibration.labelled.risk_control import Bands
-from calibration.labelled.under import Watch
+from calibration.labelled.under import Watch, judge_under
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.select import ONNX_RUNTIMES
 from runtimes.guard.verdict import allows, blocks
@@ -89,10 +89,8 @@ def measure_robustness(
     found: dict[str, list[_Verdicts]] = {}
     for file in files:
         with ONNX_RUNTIMES[runtime](bundle, file, None) as runner:
-            found[file.path] = [
-                _verdicts(bundle, file, judge_images(runner, classes, labels, watch(labels.images, name), view, one))
-                for one, name in ((each, f"{file.path} {each or ''}") for each in (None, *corruptions))
-            ]
+            plain, others = judge_under(runner, file.path, classes, labels, view, corruptions, watch)
+        found[file.path] = [_verdicts(bundle, file, answers) for answers in (plain, *others)]
     points = [
         _point(file.path, one, found[file.path][at], found[files[0].path][at])
         for at, one in enumerate((None, *corruptions))

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from benchmarks.statistics.tango import one_sided_value
 
-__all__ = ["CELLS", "Answers", "Corrected", "Correction", "Design", "Lacking", "bound_quantile"]
+__all__ = ["CELLS", "Answers", "Corrected", "Correction", "Design", "Lacking"]
 
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]
@@ -44,11 +44,6 @@ LARGE_CELL = 0.05
 """Share of a group's answers from which a cell needs labels; smaller ones may go without, as wholly unknown."""
 FEWEST_OF_A_TRUTH = 5
 """Truly bad (good) labelled answers of a type from which the type has a sensitivity (specificity) of its own."""
-
-
-def bound_quantile(confidence: float) -> float:
-    """Return the normal quantile at which the report's upper bounds lie; all of them go by this one."""
-    return one_sided_value(confidence)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,7 +154,7 @@ class Correction:
         """
         if self.design is None:
             return None
-        weights, z = np.asarray(weights_K, np.float64), bound_quantile(confidence)
+        weights, z = np.asarray(weights_K, np.float64), one_sided_value(confidence)
         draws_D = self._alike(weights, upper, z) if self.design == "alike" else self._each_run(weights)
         level = 1 - BOUND_SHARE * NormalDist().cdf(-z)
         unknown = np.isnan(draws_D)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from benchmarks.robustness import main, measure_robustness, steps_of
 from calibration.labelled.corruptions import KINDS
@@ -19,7 +18,7 @@ from runtimes.guard.bundle import open_bundle
 from runtimes.guard.judge import Guard
 from safevlm.errors import BundleError, InputError
 from safevlm.images.image import open_image
-from tests.runtimes.bundles import CLASSES, WEIGHTS, onnx_file, write_bundle
+from tests.runtimes.bundles import CLASSES, WEIGHTS, labelled_images, onnx_file, write_bundle
 
 
 @pytest.fixture
@@ -32,17 +31,7 @@ def bundle(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def labels(tmp_path: Path) -> Path:
-    """90 plain images of the world of ``bundles``: red weapons, green safe ones, blue drugs."""
-    rng, rows = np.random.default_rng(0), []
-    for number in range(90):
-        label = number % 3
-        colour = rng.integers(0, 160, size=3)
-        colour[{0: 1, 1: 0, 2: 2}[label]] += 80
-        Image.new("RGB", (8, 8), tuple(map(int, colour))).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "label": CLASSES[label]})
-    path = tmp_path / "labels.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return labelled_images(tmp_path, 90)
 
 
 def test_figures_are_what_judging_the_corrupted_images_gives(bundle: Path, labels: Path) -> None:

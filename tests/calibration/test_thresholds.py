@@ -25,7 +25,7 @@ from runtimes.guard.runner import GuardOutput
 from safevlm.contract.manifest import Manifest
 from safevlm.errors import BundleError, InputError
 from safevlm.images.image import open_image
-from tests.runtimes.bundles import CLASSES, WEIGHTS, engine_file, fitted, onnx_file, write_bundle
+from tests.runtimes.bundles import CLASSES, WEIGHTS, engine_file, fitted, labelled_images, onnx_file, write_bundle
 
 
 @pytest.fixture
@@ -38,18 +38,7 @@ def bundle(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def labels(tmp_path: Path) -> Path:
-    """120 pictures of the world of ``bundles``: red weapons, green safe ones, blue drugs, all more or less so."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(120):
-        label = number % 3
-        colour = rng.integers(0, 160, size=3)
-        colour[{0: 1, 1: 0, 2: 2}[label]] += 80
-        Image.new("RGB", (8, 8), tuple(map(int, colour))).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "label": CLASSES[label]})
-    path = tmp_path / "labels.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return labelled_images(tmp_path, 120)
 
 
 def test_each_file_gets_its_own_and_keeps_its_promise_on_what_it_saw(bundle: Path, labels: Path) -> None:

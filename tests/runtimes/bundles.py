@@ -6,6 +6,7 @@ Red pictures are ``weapon``, green ones ``safe``, blue ones ``drug``.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -246,4 +247,19 @@ def fitted(file: GuardFile, block: float, allow: float, **changes: Any) -> Thres
 
 def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
     Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def labelled_images(folder: Path, count: int) -> Path:
+    """Write so many images, red weapons, green safe ones and blue drugs, all more or less so; return their labels."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        label = number % 3
+        colour = rng.integers(0, 160, size=3)
+        colour[{0: 1, 1: 0, 2: 2}[label]] += 80
+        Image.new("RGB", (8, 8), tuple(map(int, colour))).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": CLASSES[label]})
+    path = folder / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
     return path
