@@ -18,7 +18,7 @@ import click
 from benchmarks.comparison.expected import declared_suite, measured_suite
 from benchmarks.comparison.margins import Margins, read_margins
 from benchmarks.runs.record import read_run
-from benchmarks.simulate import PROFILES, SUITES, build
+from benchmarks.simulate import PROFILES, SUITES, build, image_share_option
 from benchmarks.statistics.power import KINDS, Effort, Outlook, Plan, kind_of, look_ahead, propose
 from benchmarks.statistics.simulation import Suite
 from safevlm.errors import InputError
@@ -71,13 +71,7 @@ _NAMES: Mapping[str, str] = {"pairs": "pairs", "guard": "guard images", "questio
     show_default=True,
     help="Maximum number of sampled decodings per run in the plan.",
 )
-@click.option(
-    "--image-share",
-    type=click.FloatRange(0, 1),
-    default=0.3,
-    show_default=True,
-    help="Share of the variance between images.",
-)
+@image_share_option
 @click.option(
     "--runs", type=click.IntRange(min=50), default=1000, show_default=True, help="Number of simulated comparisons."
 )

@@ -32,7 +32,7 @@ from safevlm.errors import InputError
 from safevlm.terminal.commandline import run
 from safevlm.terminal.options import json_option
 
-__all__ = ["PROFILES", "SUITES", "Profile", "build", "measure_errors", "summary"]
+__all__ = ["PROFILES", "SUITES", "Profile", "build", "image_share_option", "measure_errors", "summary"]
 
 POINTS = (1, 2, 5)
 SUITES: Mapping[str, tuple[int, int, int]] = {"holisafe": (4031, 1500, 1), "holisafe-mini": (PAIRS, QUESTIONS, 2)}
@@ -186,6 +186,15 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
     )
 
 
+image_share_option = click.option(
+    "--image-share",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of the variance between images.",
+)
+
+
 @click.command()
 @click.option(
     "--suite", "name", type=click.Choice(list(SUITES)), default="holisafe", show_default=True, help="Suite to simulate."
@@ -200,13 +209,7 @@ def summary(suite: Suite, found: Mapping[str, Any], runs: int) -> str:
 @click.option(
     "--churn", type=click.FloatRange(0, 1, min_open=True), help="Share of unsafe pairs whose outcome changes."
 )
-@click.option(
-    "--image-share",
-    type=click.FloatRange(0, 1),
-    default=0.3,
-    show_default=True,
-    help="Share of the variance between images.",
-)
+@image_share_option
 @click.option(
     "--decodings",
     type=click.IntRange(1, 20),
