@@ -147,6 +147,7 @@
     current = flip;
     if (done.has(flip)) return;
     done.add(flip);
+    flip.style.contentVisibility = "visible"; // else the height it had when open is remembered after it is closed
     textOfSample(flip); // before anything is added
     const [before, after] = flip.querySelectorAll(".words");
     const { removed, added, kept } = markWords(before, after);
@@ -172,6 +173,13 @@
   });
 
   // Stepping through.
+  const bringIntoView = (flip) => {
+    const scroll = () => {
+      if (current === flip) flip.scrollIntoView({ block: "start", behavior: "instant" });
+    };
+    scroll();
+    requestAnimationFrame(() => requestAnimationFrame(scroll)); // what was skipped above it has its real height now
+  };
   const step = (way) => {
     let at = current ? flips.indexOf(current) + way : way > 0 ? 0 : flips.length - 1;
     while (flips[at] && hidden(flips[at])) at += way;
@@ -188,7 +196,7 @@
     next.open = true;
     opened(next); // at once: its event comes later, perhaps after the next key
     next.querySelector("summary").focus({ preventScroll: true });
-    next.scrollIntoView({ block: "start", behavior: "instant" });
+    bringIntoView(next);
     const shown = flips.filter((flip) => !hidden(flip));
     place.textContent = `Sample ${number(shown.indexOf(next) + 1)} of ${number(shown.length)}`;
   };

@@ -142,9 +142,14 @@ class Chromium:
         """Write into what has the focus."""
         self._send("Input.insertText", {"text": text})
 
+    def settle(self) -> None:
+        """Wait until the page has been drawn as it now is, and once more with what that drawing changed."""
+        for _ in range(2):
+            self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+
     def screenshot(self) -> bytes:
         """Return what the window shows, as PNG."""
-        self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        self.settle()
         return base64.b64decode(self._send("Page.captureScreenshot", {"format": "png"})["data"])
 
     def pdf(self) -> bytes:

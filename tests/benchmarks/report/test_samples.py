@@ -81,9 +81,12 @@ def test_keys_step_through_what_the_filter_leaves_and_stop_at_the_ends(opened: C
 
 
 def test_the_opened_sample_is_in_view_and_not_below_the_bar(opened: Chromium) -> None:
-    for width, height in ((1280, 1000), (360, 800)):
+    for width, height, keys in ((1280, 1000, "jjjj"), (360, 800, "jjjj"), (1280, 1000, "jkkjj"), (360, 800, "j")):
         opened.resize(width, height)
-        press(opened, *"jjjj")
+        opened.evaluate("scrollTo(0, document.documentElement.scrollHeight)")  # what was open is out of view
+        opened.settle()
+        press(opened, *keys)
+        opened.settle()
         bar, top, bottom = opened.evaluate(
             "[window.tour.getBoundingClientRect().bottom, ...(box => [box.top, box.bottom])"
             "(document.activeElement.getBoundingClientRect())]"
