@@ -95,6 +95,17 @@ def test_the_opened_sample_is_in_view_and_not_below_the_bar(opened: Chromium) ->
         assert opened.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_sample_far_away_is_brought_right_below_the_bar(opened: Chromium) -> None:
+    opened.resize(360, 800)  # rows wrap here, so those passed over turn out taller than the page had assumed
+    opened.settle()
+    press(opened, "k")
+    opened.settle()
+    gap = opened.evaluate(
+        "document.activeElement.getBoundingClientRect().top - window.tour.getBoundingClientRect().bottom"
+    )
+    assert 0 <= gap <= 40
+
+
 def test_single_keys_do_nothing_in_fields_with_modifiers_or_when_off(opened: Chromium) -> None:
     opened.evaluate("document.getElementById('filter-text').focus()")
     press(opened, "j", "1")
