@@ -1,17 +1,18 @@
-"""Find an image again among many after it was saved anew, resized, brightened a little or cropped a little.
+"""Find an image again among many: saved anew, resized, cropped a little, mirrored, turned, recoloured or padded.
 
-Two images are the same if their pixels are, or if one of two comparisons says so. Both look at ``FINE`` × ``FINE``
-thumbnails, both sides squashed to a square, and at the centre squares of what is not square.
+An image is looked for as it is, as its centre square, and without the border that it may have been given; each in all
+eight orientations. Candidates are what resembles it coarsely: thumbnails whose *correlation* is at least
+``CANDIDATE``, or PDQ hashes that differ in at most ``NEAR`` of 256 bits, both of a quality that can be trusted.
+Neither is proof: tiles of one sky and forms of one template have hashes as near as copies have. So candidates are laid
+over each other (:mod:`calibration.sets.alignment`), and two are the same image if
 
-- *Brightness and contrast apart*, their correlation is at least ``SAME``. Re-encoding and resizing keep it
-  above 0.98, and typed pages with other words stay below.
-- *After cutting up to ``MAX_CROP`` from each side* of one of them, colours differ by ``MAX_RMS`` levels of 255 at most
-  (root mean square), and by ``MAX_RELATIVE`` of the contrast. Brightness counts here: shapes on a plain ground, moved
-  and scaled, differ in little else.
+- *colours* differ by ``MAX_RMS`` levels of 255 at most (root mean square) and by ``MAX_RELATIVE`` of the contrast, or
+- enough of the *textured blocks* agree, brightness and contrast of each apart: ``MOST_BLOCKS`` in a photograph, where a
+  line of text may lie over the rest, ``PLAIN_BLOCKS`` where much is plain ground, as in drawings and forms.
 
 The bounds were measured on holisafe-mini, whose drawn images resemble each other more than photographs do, on
-photographs and on typed pages. Not found are images mirrored, turned, recoloured, padded, cropped further or
-put into others.
+photographs and their tiles, and on forms, charts, chats and typed pages. Not found are images that were cut by more
+than 8 % a side, put among others, or turned by other angles.
 """
 
 from __future__ import annotations
@@ -25,27 +26,45 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration.sets.alignment import Agreement, agreements, luminance
+from calibration.sets.padding import Box, content_box
+from calibration.sets.pdq import BITS, ORIENTATIONS, distances, oriented, pdq_hash
+
 __all__ = ["Match", "PictureIndex", "pixels_sha256"]
 
 COARSE = 16
 FINE = 64
-CROPPED = 32
-"""Sides of the thumbnails that are searched, that are compared, and that cuts are compared at, in pixels."""
+"""Sides of the thumbnails that are searched and that are compared, in pixels."""
+REDUCED = 512
+"""Images whose longer side is at least twice this, in pixels, are reduced by a whole factor first."""
 CANDIDATE = 0.8
-"""Correlation of coarse thumbnails from which images are compared at all."""
-SAME = 0.98
-MAX_CROP = 0.06
-CROP_STEPS = (0.04, 0.02, 0.01, 0.005)
+NEAR = 72
+TRUSTED = 50
+"""PDQ's quality from which its authors trust a hash."""
+MOST_COMPARED = 1024
+TOGETHER = 64
+"""Candidates that are compared with an image at most, and how many at once, likest first."""
 MAX_RMS = 3.2
 MAX_RELATIVE = 0.08
+MOST_BLOCKS = 0.5
+PLAIN_BLOCKS = 0.9
+TEXTURED = 0.25
+"""Share of blocks that must show anything before they say that two images are the same."""
+CORRELATED = 0.85
+PLAIN_CORRELATED = 0.96
+SAME = 0.98
+UNCUT = 0.015
+FEWEST_TEXTURED = 0.05
+PLAIN = 0.25
+PLAIN_LEVELS = 3
+"""An image is plain if this share of it is as bright as the commonest brightness, give or take these levels of 255."""
 FLATTEST = 2.0
 """Contrast (standard deviation, levels of 255) below which an image resembles none but its own pixels."""
 SQUARE = 1.05
 """Ratio of sides up to which an image counts as square."""
 
 Floats = NDArray[np.float32]
-Sides = tuple[float, float, float, float]
-"""What is cut off left, above, right and below, as shares of width and height."""
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -57,10 +76,25 @@ class Match:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _View:
-    coarse: Floats
-    fine: Image.Image
+    """A part of an image: S × S × 3 thumbnails, PDQ's signs in 8 orientations × 256 bits."""
+
+    part: str
+    coarse_SS: Floats
+    fine_SSC: Pixels
+    signs_OB: Floats
+    trusted: bool
+    plain: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    view: _View
+    orientation: int
+    number: int
+    likeness: float
+    distance: int
 
 
 def pixels_sha256(picture: Image.Image) -> str:
@@ -75,15 +109,15 @@ class PictureIndex:
     def __init__(self, pictures: Iterable[Image.Image]) -> None:
         self._first: dict[str, int] = {}
         self._items: list[int] = []
-        self._fine: list[Image.Image] = []
-        coarse: list[Floats] = []
+        self._views: list[_View] = []
         for item, picture in enumerate(pictures):
             self._first.setdefault(pixels_sha256(picture), item)
             for view in _views(picture):
                 self._items.append(item)
-                self._fine.append(view.fine)
-                coarse.append(view.coarse)
-        self._coarse = np.stack(coarse) if coarse else np.zeros((0, COARSE * COARSE * 3), np.float32)
+                self._views.append(view)
+        self._coarse_NK = _stacked([view.coarse_SS.reshape(-1) for view in self._views], COARSE * COARSE)
+        self._signs_NB = _stacked([view.signs_OB[0] for view in self._views], BITS)
+        self._trusted_N = np.array([view.trusted for view in self._views], dtype=bool)
 
     def __len__(self) -> int:
         return len(self._first)
@@ -93,84 +127,111 @@ class PictureIndex:
         identical = self._first.get(pixels_sha256(picture))
         if identical is not None:
             return Match(identical, "pixels", "identical pixels")
-        for view in _views(picture):
-            alike = self._coarse @ view.coarse
-            for number in np.argsort(-alike, kind="stable"):
-                if alike[number] < CANDIDATE:
-                    break
-                detail = _compare(self._fine[number], view.fine)
-                if detail is not None:
-                    return Match(self._items[number], "picture", detail)
+        candidates = sorted(self._candidates(picture), key=lambda candidate: -candidate.likeness)[:MOST_COMPARED]
+        for start in range(0, len(candidates), TOGETHER):
+            found = self._likest(candidates[start : start + TOGETHER])
+            if found is not None:
+                return found
         return None
+
+    def _candidates(self, picture: Image.Image) -> Iterator[_Candidate]:
+        for view in _views(picture):
+            turned_OK = np.stack([oriented(view.coarse_SS, number).reshape(-1) for number in range(len(ORIENTATIONS))])
+            alike = turned_OK @ self._coarse_NK.T
+            apart = distances(view.signs_OB, self._signs_NB)
+            near = (apart <= NEAR) & self._trusted_N & view.trusted
+            for orientation, number in np.argwhere((alike >= CANDIDATE) | near):
+                bits = int(apart[orientation, number])
+                likeness = max(float(alike[orientation, number]), 1 - bits / BITS if near[orientation, number] else 0)
+                yield _Candidate(
+                    view=view, orientation=int(orientation), number=int(number), likeness=likeness, distance=bits
+                )
+
+    def _likest(self, candidates: list[_Candidate]) -> Match | None:
+        """Return the candidate that is the same image and agrees best, the least changed one first."""
+        found = agreements(
+            np.stack([oriented(candidate.view.fine_SSC, candidate.orientation) for candidate in candidates]),
+            np.stack([self._views[candidate.number].fine_SSC for candidate in candidates]),
+        )
+        same = [
+            (round(seen.correlation, 3), -candidate.orientation, candidate, seen)
+            for candidate, seen in zip(candidates, found, strict=True)
+            if seen is not None and _is_same(seen, candidate.view.plain or self._views[candidate.number].plain)
+        ]
+        if not same:
+            return None
+        *_, candidate, seen = max(same, key=lambda one: one[:2])
+        detail = _described(candidate, self._views[candidate.number], seen)
+        return Match(self._items[candidate.number], "picture", detail)
+
+
+def _is_same(seen: Agreement, plain: bool) -> bool:
+    """Say whether two aligned thumbnails show the same image."""
+    if seen.contrast >= FLATTEST and seen.rms <= min(MAX_RMS, MAX_RELATIVE * seen.contrast):
+        return True
+    blocks, correlation = (PLAIN_BLOCKS, PLAIN_CORRELATED) if plain else (MOST_BLOCKS, CORRELATED)
+    if seen.cut < UNCUT and seen.correlation >= SAME:
+        return seen.textured >= FEWEST_TEXTURED and seen.blocks >= PLAIN_BLOCKS
+    return seen.textured >= TEXTURED and seen.blocks >= blocks and seen.correlation >= correlation
+
+
+def _described(candidate: _Candidate, view: _View, seen: Agreement) -> str:
+    """Say what was done to the image, and how well it agrees."""
+    changes = [
+        ORIENTATIONS[candidate.orientation],
+        *sorted({part for part in (candidate.view.part, view.part) if part}),
+        f"cut by {seen.cut:.0%} of a side" if seen.cut >= UNCUT else "",
+    ]
+    said = ", ".join(change for change in changes if change) or "near copy"
+    return f"{said}; correlation {seen.correlation:.3f}, {candidate.distance} of {BITS} bits of PDQ differ"
 
 
 def _views(picture: Image.Image) -> Iterator[_View]:
-    """Yield an image squashed to a square and, if that changes it, its centre square."""
+    factor = max(1, max(picture.size) // REDUCED)
+    reduced = picture.reduce(factor) if factor > 1 else picture
+    grey_HW = np.asarray(reduced.convert("L"), dtype=np.float32)
+    for part, box in _parts(reduced):
+        # BILINEAR weighs like a tent over all source pixels; BOX leaves steps at sizes that do not divide
+        fine = reduced.resize((FINE, FINE), Image.Resampling.BILINEAR, box=box)
+        coarse = reduced.resize((COARSE, COARSE), Image.Resampling.BILINEAR, box=box)
+        left, top, right, bottom = box
+        hashed = pdq_hash(grey_HW[top:bottom, left:right])
+        yield _View(
+            part=part,
+            coarse_SS=_standardised(luminance(np.asarray(coarse))),
+            fine_SSC=np.asarray(fine),
+            signs_OB=hashed.signs,
+            trusted=hashed.quality >= TRUSTED,
+            plain=_is_plain(np.asarray(fine)),
+        )
+
+
+def _parts(picture: Image.Image) -> Iterator[tuple[str, Box]]:
+    """Yield a whole image, its centre square if it is not square, and its content if it has a border."""
     width, height = picture.size
     side = min(width, height)
-    boxes = [(0.0, 0.0, float(width), float(height))]
+    yield "", (0, 0, width, height)
     if max(width, height) > SQUARE * side:
-        left, top = (width - side) / 2, (height - side) / 2
-        boxes.append((left, top, left + side, top + side))
-    for box in boxes:
-        # BILINEAR weighs like a tent over all source pixels; BOX leaves steps at sizes that do not divide
-        fine = picture.resize((FINE, FINE), Image.Resampling.BILINEAR, box=box)
-        coarse = picture.resize((COARSE, COARSE), Image.Resampling.BILINEAR, box=box)
-        yield _View(_standardised(coarse), fine)
+        left, top = (width - side) // 2, (height - side) // 2
+        yield "cut to a square", (left, top, left + side, top + side)
+    content = content_box(np.asarray(picture))
+    if content is not None:
+        yield "with a border", content
 
 
-def _pixels(picture: Image.Image) -> Floats:
-    return np.asarray(picture, dtype=np.float32).reshape(-1)
-
-
-def _standardised(picture: Image.Image) -> Floats:
+def _standardised(pixels: Floats) -> Floats:
     """Return pixels with mean 0 and norm 1 (less for a flat image), so that a dot product is a correlation."""
-    pixels = _pixels(picture) - np.float32(_pixels(picture).mean())
+    pixels = pixels - pixels.mean()
     scale: Any = max(float(pixels.std()), FLATTEST) * np.sqrt(pixels.size)
     return np.asarray(pixels / np.float32(scale), dtype=np.float32)
 
 
-def _compare(one: Image.Image, other: Image.Image) -> str | None:
-    """Say in which way two fine thumbnails show the same image, or return ``None``."""
-    correlation = float(_standardised(one) @ _standardised(other))
-    if correlation >= SAME:
-        return f"correlation {correlation:.4f}"
-    contrast = min(float(_pixels(one).std()), float(_pixels(other).std()))
-    bound = min(MAX_RMS, MAX_RELATIVE * contrast) if contrast >= FLATTEST else 0.0
-    for whole, part in ((one, other), (other, one)):
-        rms = _after_crop(whole, part)
-        if rms <= bound:
-            return f"cropped, colours within {rms:.1f} of 255"
-    return None
+def _is_plain(pixels_SSC: Pixels) -> bool:
+    """Say whether much of an image is a ground of one brightness."""
+    counts = np.bincount(np.rint(luminance(pixels_SSC)).astype(int).reshape(-1), minlength=256)
+    window = np.convolve(counts, np.ones(2 * PLAIN_LEVELS + 1))
+    return bool(window.max() >= PLAIN * counts.sum())
 
 
-def _after_crop(whole: Image.Image, part: Image.Image) -> float:
-    """Return the root mean square difference at the cut of ``whole`` that is likest ``part``, by descent."""
-    target = _pixels(_cut(part, (0, 0, 0, 0)))
-
-    def difference(sides: Sides) -> float:
-        return float(np.sqrt(np.mean((_pixels(_cut(whole, sides)) - target) ** 2)))
-
-    sides: Sides = (0, 0, 0, 0)
-    best = difference(sides)
-    for step in CROP_STEPS:
-        while True:
-            found, cut = min((difference(cut), cut) for cut in _neighbours(sides, step))
-            if found >= best:
-                break
-            best, sides = found, cut
-    return best
-
-
-def _neighbours(sides: Sides, step: float) -> Iterator[Sides]:
-    for place in range(4):
-        for change in (step, -step):
-            moved = list(sides)
-            moved[place] = round(min(max(moved[place] + change, 0.0), MAX_CROP), 4)
-            yield moved[0], moved[1], moved[2], moved[3]
-
-
-def _cut(picture: Image.Image, sides: Sides) -> Image.Image:
-    width, height = picture.size
-    box = (sides[0] * width, sides[1] * height, (1 - sides[2]) * width, (1 - sides[3]) * height)
-    return picture.resize((CROPPED, CROPPED), Image.Resampling.BILINEAR, box=box)
+def _stacked(rows: list[Floats], width: int) -> Floats:
+    return np.stack(rows) if rows else np.zeros((0, width), np.float32)
