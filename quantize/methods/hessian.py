@@ -13,7 +13,7 @@ from safevlm.errors import InputError
 
 __all__ = ["Hessian"]
 
-BLOCK = 512
+BLOCK = 192
 
 
 STRONG_SHARE = 32
