@@ -104,7 +104,7 @@ def main(
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
-        found = compress(checkpoint, out, plan, calibration_of(shared), run_of(shared), progress)
+        found = compress(checkpoint, out, plan, calibration_of(shared), run_of(shared, rounds_inputs=True), progress)
     finish(found, as_json, f"python -m benchmarks.tiny --model {out}")
 
 

@@ -19,6 +19,7 @@ from safevlm.errors import InputError, SafeVLMError
 __all__ = [
     "available_memory",
     "core_count",
+    "cpu_flags",
     "free_on_gpu",
     "machine_name",
     "memory_advice",
@@ -57,6 +58,13 @@ def machine_name() -> str:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {core_count()} cores"
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return what the processor can do, as ``/proc/cpuinfo`` names it (``avx512_bf16``); elsewhere nothing is known."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
 def now() -> str:

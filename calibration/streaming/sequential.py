@@ -9,6 +9,7 @@ Shapes: B samples a batch, L positions, D width of the language model.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -163,8 +164,9 @@ class LayerStream:
 
     ``skeleton`` is a :class:`safevlm.network.safe_vlm.SafeVLM` that makes prompts and image features as ever (``embed``
     and ``assemble`` with the token ids named in ``token_ids``); its decoder layers are gaps and its output
-    layer is left out, and of its token embedding it holds the rows of ``token_ids``. ``dtype`` is what layers run in,
-    ``device`` where.
+    layer is left out, and of its token embedding it holds the rows of ``token_ids``. ``dtype`` is what weights and
+    hidden states of layers are in, ``products`` what factors of their matrix products are rounded to (the sums are
+    float32), ``device`` where they run.
 
     Raises CheckpointError for missing or mis-shaped tensors; InputError for a device that is not there.
     """
@@ -175,11 +177,13 @@ class LayerStream:
         *,
         grid: tuple[int, int] | None = None,
         dtype: torch.dtype = torch.float32,
+        products: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         token_ids: Callable[[SafeVLM], Sequence[int]],
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.products = products or dtype
         self.device = torch_device(device)
         config = build_config(checkpoint)
         model: Any = on_meta(lambda: architecture_of(config).whole_class(config))
@@ -212,13 +216,18 @@ class LayerStream:
     def _rows(self, ids: Sequence[int]) -> tuple[list[int], Tensor]:
         """Return the ids of the token embedding's rows that are asked for, and the rows."""
         name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
-        stored = self.checkpoint.tensors.read(name)
+        vocabulary = self.checkpoint.tensors.shape(name)[0]
         rows = sorted({token for token in ids if token >= 0} | {0})
-        if rows[-1] >= len(stored):
+        if rows[-1] >= vocabulary:
             raise InputError(
-                f"token {rows[-1]} is outside of the vocabulary of {len(stored)}: the tokenizer does not fit the model"
+                f"token {rows[-1]} is outside of the vocabulary of {vocabulary}: the tokenizer does not fit the model"
             )
-        return rows, converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
+        wanted, found, first = torch.tensor(rows), [], 0
+        for piece in self.checkpoint.tensors.pieces(name):
+            inside = wanted[(wanted >= first) & (wanted < first + len(piece))]
+            found.append(converted(piece[inside - first], self.dtype, self.checkpoint.tensors.stored_name(name)))
+            first += len(piece)
+        return rows, torch.cat(found)
 
     def layers(self, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each decoder layer, or the first ``stop``, with its index and its weights in place.
@@ -287,6 +296,12 @@ class LayerStream:
             round_inputs(layer, cast(QuantizedTensors, self.checkpoint.tensors).quantized_modules(prefix))
         return layer.to(self.device)
 
+    def multiplying(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which modules' matrix products have factors in :attr:`products`."""
+        if self.products == self.dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.products, cache_enabled=False)
+
     def run_layer(self, index: int, layer: nn.Module, batch: Prefill, hidden_BLD: Tensor) -> Tensor:
         """Return what a layer makes of hidden states B × L × D, with the positions and masks it would have."""
         states = hidden_BLD.to(self.device)
@@ -298,5 +313,6 @@ class LayerStream:
             arguments = caught.arguments
         finally:
             gap.catches = False
-        output = layer(states, **arguments)
+        with self.multiplying():
+            output = layer(states, **arguments)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from calibration.streaming.batches import Batch
 from calibration.streaming.sequential import Activations, LayerStream
 from quantize.methods.grid import Scheme, dequantize, fit_grid, groups_of, round_to_grid
-from quantize.streamed.drift import VOCABULARY
+from quantize.streamed.drift import answer_states, token_blocks, vocabulary_parts
 from safevlm.checkpoint.checkpoint import Checkpoint
-from safevlm.checkpoint.family import OUTPUT_PREFIX
 from safevlm.errors import InputError
 
 __all__ = ["PARTS", "Sensitivity", "choose_bits", "measure", "stored_bits"]
@@ -238,7 +237,6 @@ class _Outcome:
 
     @classmethod
     def of(cls, stream: LayerStream, batches: Sequence[Batch], hidden: Activations) -> _Outcome:
-        states: list[Tensor] = []
         sample: list[int] = []
         refused: list[bool] = []
         guard: list[Tensor] = []
@@ -247,13 +245,12 @@ class _Outcome:
             if taps_language and batch.prefill.features.shape[1]:
                 logits = stream.skeleton.guard_logits(batch.prefill, hidden[number].to(stream.device))
                 guard.append(torch.log_softmax(logits.float(), dim=-1).cpu())
-            for place, row in enumerate(batch.rows):
+            for row in batch.rows:
                 if row.answer_length:
-                    states.append(hidden[number][place, -row.answer_length - 1 : -1].float().clone())
                     sample += [len(refused)] * row.answer_length
                     refused.append(row.refused)
         return cls(
-            states=torch.cat(states),
+            states=answer_states(batches, hidden),
             sample=torch.tensor(sample),
             refused=torch.tensor(refused),
             guard=torch.cat(guard) if guard else None,
@@ -275,24 +272,22 @@ class _Outcome:
 
 
 def _divergence(checkpoint: Checkpoint, states_MD: Tensor, other_MD: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence of next-token distributions, M, a part of the vocabulary at a time."""
-    name = f"{OUTPUT_PREFIX}weight"
-    if name not in checkpoint.tensors:
-        name = f"{checkpoint.family.language_prefix}embed_tokens.weight"  # tied
-    output = checkpoint.tensors.read(name)
-    totals = [torch.full((len(states_MD),), -torch.inf) for _ in range(2)]
-    for start in range(0, len(output), VOCABULARY):
-        part = output[start : start + VOCABULARY].float().T
-        totals = [
-            torch.logaddexp(total, (states @ part).logsumexp(dim=1))
-            for total, states in zip(totals, (states_MD, other_MD), strict=True)
-        ]
-    found = torch.zeros(len(states_MD))
-    for start in range(0, len(output), VOCABULARY):
-        part = output[start : start + VOCABULARY].float().T
-        own = states_MD @ part - totals[0].unsqueeze(1)
-        found += (own.exp() * (own - (other_MD @ part - totals[1].unsqueeze(1)))).sum(dim=1)
-    return found.clamp(min=0)
+    """Return the Kullback-Leibler divergence of next-token distributions, M, in one pass over the vocabulary.
+
+    With logits a and b it is the mean of a - b under softmax(a), less the difference of their log normalizers.
+    """
+    count = len(states_MD)
+    own, other = torch.full((count,), -torch.inf), torch.full((count,), -torch.inf)
+    mean = torch.zeros(count)
+    for _, words_VD in vocabulary_parts(checkpoint):
+        for rows in token_blocks(count):
+            a, b = states_MD[rows] @ words_VD.T, other_MD[rows] @ words_VD.T
+            before, part = own[rows].clone(), a.logsumexp(dim=1)
+            own[rows] = torch.logaddexp(before, part)
+            other[rows] = torch.logaddexp(other[rows], b.logsumexp(dim=1))
+            share = (a - own[rows].unsqueeze(1)).exp_()
+            mean[rows] = mean[rows] * (before - own[rows]).exp() + share.mul_(a.sub_(b)).sum(dim=1)
+    return (mean - (own - other)).clamp(min=0)
 
 
 def _advance(

@@ -13,14 +13,24 @@ from safevlm.errors import InputError
 
 __all__ = ["Hessian"]
 
-BLOCK = 512
+BLOCK = 192
+
+
+STRONG_SHARE = 32
+"""One in so many tokens, those with the largest inputs, are multiplied in float32 whatever the others are."""
 
 
 class Hessian:
-    """Adds up inputs as they come. Memory: C × C float32, and a copy of the tokens being added when weighted."""
+    """Adds up inputs as they come. Memory: C × C float32, and a copy of the tokens being added when weighted.
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    With ``products`` bfloat16 the factors of products are rounded to it and products are added up in float32. The few
+    tokens whose inputs are huge (attention sinks) are multiplied in float32: a CPU gives a product in its factors'
+    dtype, and rounding a sum that they rule would drown all others.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float32) -> None:
         self._sum_CC = torch.zeros(width, width, device=device)
+        self._products = products
         self.weight = 0.0
         """Total weight of the tokens so far."""
 
@@ -38,9 +48,25 @@ class Hessian:
             inputs = inputs * weights_T.to(inputs.dtype).sqrt().unsqueeze(-1)
         if not bool(torch.isfinite(inputs.sum())):
             raise InputError("activations hold NaN or infinity")
+        if self._products != torch.float32:
+            inputs = self._add_rounded(inputs)
         for start in range(0, inputs.shape[1], BLOCK):  # the sum is symmetric: its lower blocks are filled at the end
             rows = slice(start, start + BLOCK)
             self._sum_CC[rows, start:].addmm_(inputs[:, rows].T, inputs[:, start:])
+
+    def _add_rounded(self, inputs_TC: Tensor) -> Tensor:
+        """Add tokens with factors rounded, but for the strongest ones, which are returned."""
+        strong = inputs_TC.square().sum(dim=1).topk(-(-len(inputs_TC) // STRONG_SHARE)).indices
+        left = inputs_TC[strong]
+        rounded = inputs_TC.to(self._products).index_fill_(0, strong, 0)
+        for start in range(0, rounded.shape[1], BLOCK):
+            rows = slice(start, start + BLOCK)
+            one, other = rounded[:, rows].T, rounded[:, start:]
+            if rounded.is_cuda:
+                self._sum_CC[rows, start:] += torch.mm(one, other, out_dtype=torch.float32)
+            else:
+                self._sum_CC[rows, start:] += one @ other
+        return left
 
     def mean(self) -> Tensor:
         """Return H, C × C, and forget the sum. Raises InputError when no token was added."""

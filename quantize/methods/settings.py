@@ -20,13 +20,15 @@ __all__ = ["AutoBits", "Plan", "Progress", "RunOptions"]
 class RunOptions:
     """How a run is done: nothing here changes what is calibrated on.
 
-    ``max_memory`` in bytes, of this process; ``layers`` ends the run after so many, to go on later; ``batch_tokens``
-    run together; ``guard_images`` are looked at for the guard's drift.
+    ``dtype`` is what weights and hidden states are in, ``products`` what factors of the decoder layers' products are
+    rounded to (by default the same). ``max_memory`` in bytes, of this process; ``layers`` ends the run after so many,
+    to go on later; ``batch_tokens`` run together; ``guard_images`` are looked at for the guard's drift.
     """
 
     max_memory: int | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    products: torch.dtype | None = None
     layers: int | None = None
     batch_tokens: int = 2048
     guard_images: int = 64
@@ -36,6 +38,12 @@ class RunOptions:
         if self.layers is not None and self.layers < 1:
             raise InputError(f"--layers {self.layers} is not allowed. Give at least 1.")
         torch_device(self.device)
+
+    @property
+    def dtype_name(self) -> str:
+        """``mixed``, ``float32`` or ``bfloat16``, as ``--dtype`` has it."""
+        own = str(self.dtype).removeprefix("torch.")
+        return own if self.products in (None, self.dtype) else "mixed"
 
 
 @dataclass(frozen=True, kw_only=True)

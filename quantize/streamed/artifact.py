@@ -186,7 +186,8 @@ def _rest(checkpoint: Checkpoint) -> Iterator[Piece]:
         nbytes = torch.Size(shape).numel() * 2
 
         def write(file: BinaryIO, name: str = name, kept: torch.dtype = kept) -> None:
-            write_bytes(file, checkpoint.tensors.read(name, own=True).to(kept))
+            for part in checkpoint.tensors.pieces(name):
+                write_bytes(file, part.to(kept))
 
         yield Piece(stored_name(name), DTYPES[kept], shape, nbytes, write)
 

@@ -108,7 +108,7 @@ def _compress(
         "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
         "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
         "run": {
-            "dtype": str(options.dtype),
+            "dtype": options.dtype_name,
             "device": gpu.name if gpu else "cpu",
             "batch_tokens": options.batch_tokens,
         },
@@ -152,6 +152,7 @@ def _compress(
                 "max_memory_bytes": max_memory,
                 "machine": machine_name(),
                 "device": options.device,
+                "dtype": options.dtype_name,
                 "gpu": gpu.name if gpu else None,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -227,10 +228,13 @@ class _Run:
             self.checkpoint,
             grid=calibration.grid,
             dtype=self.options.dtype,
+            products=self.options.products,
             device=self.options.device,
             token_ids=token_ids,
         )
-        needed = estimate(self.checkpoint, packed, dtype=self.options.dtype, device=stream.device)
+        needed = estimate(
+            self.checkpoint, packed, dtype=self.options.dtype, products=stream.products, device=stream.device
+        )
         check_memory(needed, self.max_memory, gpu_room(stream.device))
         self._check_disk(needed)
         finished = self.unfinished.finished()

@@ -5,7 +5,7 @@ Shapes: N pictures, C classes, M answer tokens, D width of the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,18 @@ from safevlm.contract.class_names import safe_index
 from safevlm.network.device import torch_device
 from safevlm.network.reference import build_reference_guard
 
-__all__ = ["answer_drift", "exact_probs", "guard_drift", "token_choices"]
+__all__ = [
+    "answer_drift",
+    "answer_states",
+    "exact_probs",
+    "guard_drift",
+    "token_blocks",
+    "token_choices",
+    "vocabulary_parts",
+]
 
-VOCABULARY = 4096
-"""Words of the vocabulary whose logits are in memory together."""
+VOCABULARY, TOKENS = 2048, 1024
+"""Words of the vocabulary, and tokens, whose logits are in memory together."""
 BATCH = 8
 
 
@@ -71,19 +79,15 @@ def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activ
     ``same_token`` is the share of tokens that the rounded model would choose, too; ``nll`` their mean negative log
     likelihood; ``None`` where there is no token.
     """
-    states: list[Tensor] = []
-    truth: list[int] = []
     refused: list[bool] = []
-    for number, batch in enumerate(batches):
-        for place, row in enumerate(batch.rows):
-            if row.answer_length:
-                states.append(hidden[number][place, -row.answer_length - 1 : -1].clone())
-                truth += row.ids[-row.answer_length :]
-                refused += [row.refused] * row.answer_length
+    truth: list[int] = []
+    for row in (row for batch in batches for row in batch.rows):
+        truth += row.ids[len(row.ids) - row.answer_length :]
+        refused += [row.refused] * row.answer_length
     if not truth:
         return {kind: {"tokens": 0, "same_token": None, "nll": None} for kind in ("refusals", "others")}
     wanted = torch.tensor(truth)
-    chosen, nll = token_choices(checkpoint, torch.cat(states).float(), wanted)
+    chosen, nll = token_choices(checkpoint, answer_states(batches, hidden), wanted)
     found: dict[str, Any] = {}
     for kind, flags in (("refusals", torch.tensor(refused)), ("others", ~torch.tensor(refused))):
         count = int(flags.sum())
@@ -95,23 +99,50 @@ def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activ
     return found
 
 
-def token_choices(checkpoint: Checkpoint, states_MD: Tensor, wanted_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the likeliest token and the negative log likelihood of the wanted one, of M last hidden states.
+def answer_states(batches: Sequence[Batch], hidden: Activations) -> Tensor:
+    """Return the hidden states before each answer token, M × D in float32, rows in the order of the batches."""
+    lengths = [row.answer_length for batch in batches for row in batch.rows]
+    found, first = torch.empty(sum(lengths), hidden.shapes[0][-1]), 0
+    for number, batch in enumerate(batches):
+        for place, row in enumerate(batch.rows):
+            if row.answer_length:
+                found[first : first + row.answer_length] = hidden[number][place, -row.answer_length - 1 : -1]
+                first += row.answer_length
+    return found
 
-    The output matrix is read once, and a part of the vocabulary at a time.
-    """
+
+def vocabulary_parts(checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
+    """Yield the output matrix a part of the vocabulary at a time: the first word, and float32 words × D."""
     name = f"{OUTPUT_PREFIX}weight"
     if name not in checkpoint.tensors:
         name = f"{checkpoint.family.language_prefix}embed_tokens.weight"  # tied
-    output = checkpoint.tensors.read(name, own=True)
+    first = 0
+    for part in checkpoint.tensors.pieces(name, VOCABULARY):
+        yield first, part.float()
+        first += len(part)
+
+
+def token_blocks(count: int) -> Iterator[slice]:
+    """Yield the places of ``count`` tokens, so many at a time as have their logits in memory together."""
+    for start in range(0, count, TOKENS):
+        yield slice(start, min(start + TOKENS, count))
+
+
+def token_choices(checkpoint: Checkpoint, states_MD: Tensor, wanted_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest token and the negative log likelihood of the wanted one, of M last hidden states.
+
+    The output matrix is read once, a part at a time; logits are in memory for some tokens and words together.
+    """
     best = torch.full((len(states_MD),), -torch.inf)
     chosen, total, own = torch.zeros_like(wanted_M), best.clone(), best.clone()
-    for start in range(0, len(output), VOCABULARY):
-        logits = states_MD @ output[start : start + VOCABULARY].float().T
-        high, at = logits.max(dim=1)
-        chosen, best = torch.where(high > best, at + start, chosen), torch.maximum(high, best)
-        total = torch.logaddexp(total, logits.logsumexp(dim=1))
-        inside = (wanted_M >= start) & (wanted_M < start + logits.shape[1])
-        rows = inside.nonzero().squeeze(1)
-        own[rows] = logits[rows, wanted_M[rows] - start]
+    for first, words_VD in vocabulary_parts(checkpoint):
+        inside = (wanted_M >= first) & (wanted_M < first + len(words_VD))
+        for rows in token_blocks(len(states_MD)):
+            logits = states_MD[rows] @ words_VD.T
+            high, at = logits.max(dim=1)
+            chosen[rows] = torch.where(high > best[rows], at + first, chosen[rows])
+            best[rows] = torch.maximum(high, best[rows])
+            here = inside[rows].nonzero().squeeze(1)
+            own[rows][here] = logits[here, wanted_M[rows][here] - first]
+            total[rows] = torch.logaddexp(total[rows], high + logits.sub_(high.unsqueeze(1)).exp_().sum(dim=1).log_())
     return chosen, total - own

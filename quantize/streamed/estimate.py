@@ -73,9 +73,13 @@ def estimate(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    products: torch.dtype | None = None,
     speed: float | None = None,
 ) -> Estimate:
-    """Estimate a run over batches of rows; ``speed`` in multiply-adds a second is measured where it is not given."""
+    """Estimate a run over batches of rows, weights in ``dtype``, factors of products in ``products``.
+
+    ``speed`` in multiply-adds a second is measured where it is not given.
+    """
     shapes = {name: checkpoint.tensors.shape(f"{full}.weight") for _, name, full in linear_names(checkpoint)}
     layers = len({index for index, _, _ in linear_names(checkpoint)})
     weights = sum(rows * columns for rows, columns in shapes.values())
@@ -107,7 +111,7 @@ def estimate(
         gpu=0 if device.type == "cpu" else WORKSPACE + peak,
         activations=sum(tokens) * hidden * dtype.itemsize,
         disk=2 * (total * 2 - weights * layers),
-        seconds_per_layer=macs / (speed or _multiply_adds_a_second(dtype, device)),
+        seconds_per_layer=macs / (speed or _multiply_adds_a_second(products or dtype, device)),
         layers=layers,
     )
 

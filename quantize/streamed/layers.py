@@ -107,6 +107,11 @@ class Stage:
     """Whether kept inputs were changed by :meth:`rescale`."""
     _known: dict[str, Activations] = field(default_factory=dict)
 
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        """What factors of second moments are in: float32 unless the stream's products are narrower than its states."""
+        return torch.float32 if self.stream.products == self.stream.dtype else self.stream.products
+
     def linear(self, name: str) -> Any:
         """Return a linear of the layer."""
         return self.layer.get_submodule(name)
@@ -116,7 +121,7 @@ class Stage:
 
         Raises InputError, with the linear's name, for inputs that are not finite.
         """
-        hessian = Hessian(self.linear(name).in_features, self.stream.device)
+        hessian = Hessian(self.linear(name).in_features, self.stream.device, self.moment_dtype)
         with self.named(name):
             for number, inputs in enumerate(self.inputs(name)):
                 hessian.add(inputs, None if self.weights is None else self.weights[number].to(self.stream.device))
@@ -191,20 +196,22 @@ class Stage:
         try:
             with contextlib.suppress(_Enough), contextlib.ExitStack() as stack:
                 if before is not None:
+                    stack.enter_context(self.stream.multiplying())
                     layer.mlp(before)
                 if attention is not None:
                     stack.enter_context(_instead(layer.self_attn, lambda: (self._attended(number), None)))
                 self.stream.run_layer(self.index, self.layer, self.batches[number], self.hidden[number])
         finally:
             hook.remove()
-        return caught.pop()
+        return caught.pop().to(self.stream.products)  # what the linear itself reads
 
     def _attended(self, number: int) -> Tensor:
         """Return what the attention gives; kept in place of what its last linear read, where that is as wide."""
         known = self._known["self_attn.o_proj"]
         if number in self._outputs:
             return known[number].to(self.stream.device)
-        found = self.linear("self_attn.o_proj")(known[number].to(self.stream.device))
+        with self.stream.multiplying():
+            found = self.linear("self_attn.o_proj")(known[number].to(self.stream.device))
         if found.shape == known[number].shape:
             known[number].copy_(found)
             self._outputs.add(number)
@@ -215,7 +222,7 @@ class Stage:
             return
         if name not in self._known:
             shapes = [(*shape[:2], found.shape[-1]) for shape in self.hidden.shapes]
-            self._known[name] = self.caches.of(name, shapes, self.hidden.dtype)
+            self._known[name] = self.caches.of(name, shapes, self.stream.products)
         self._known[name][number].copy_(found)
         self._filled[name] = number + 1
 

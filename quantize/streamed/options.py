@@ -19,6 +19,7 @@ from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
 from safevlm.files.storage import shown_bytes
+from safevlm.network.device import multiplies_bfloat16, torch_device
 from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
@@ -83,10 +84,10 @@ OPTIONS = (
     device_option,
     click.option(
         "--dtype",
-        type=click.Choice(["float32", "bfloat16"]),
-        default="float32",
+        type=click.Choice(["auto", "mixed", "float32", "bfloat16"]),
+        default="auto",
         show_default=True,
-        help="Data type of the model's weights on torch.",
+        help="Weights' data type; mixed multiplies float32 as bfloat16; auto is mixed for GPTQ where that is faster.",
     ),
     json_option("compression.json"),
 )
@@ -114,12 +115,19 @@ def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
     )
 
 
-def run_of(given: Mapping[str, Any]) -> RunOptions:
-    """Return how the run is done. Raises InputError for values that are not allowed."""
+def run_of(given: Mapping[str, Any], *, rounds_inputs: bool = False) -> RunOptions:
+    """Return how the run is done; a method that rounds inputs, too, is not told by ``auto`` to round more of them.
+
+    Raises InputError for values that are not allowed.
+    """
+    mixed = given["dtype"] == "mixed"
+    if given["dtype"] == "auto":
+        mixed = not rounds_inputs and multiplies_bfloat16(torch_device(given["device"]))
     return RunOptions(
         max_memory=None if given["max_memory"] is None else int(given["max_memory"] * 2**30),
         device=given["device"],
-        dtype=getattr(torch, given["dtype"]),
+        dtype=torch.bfloat16 if given["dtype"] == "bfloat16" else torch.float32,
+        products=torch.bfloat16 if mixed else None,
         layers=given["layers"],
         guard_images=given["guard_images"],
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from safevlm.errors import InputError
-from safevlm.machine import free_on_gpu
+from safevlm.machine import cpu_flags, free_on_gpu
 
-__all__ = ["GpuUse", "gpu_room", "gpu_use", "reset_gpu_peak", "torch_device"]
+__all__ = ["GpuUse", "gpu_room", "gpu_use", "multiplies_bfloat16", "reset_gpu_peak", "torch_device"]
 
 KNOWN = re.compile(r"cpu|cuda(?::(\d{1,9}))?", re.ASCII)
 
@@ -48,6 +48,13 @@ def torch_device(name: str | torch.device) -> torch.device:
     _use_true_float32()
     _try(device, str(name))
     return device
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Say whether a device has instructions that multiply bfloat16 and add up in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def _use_true_float32() -> None:

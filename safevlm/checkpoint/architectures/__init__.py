@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from safevlm.imports.left_out import left_out
+
+with left_out("sklearn", "scipy"):
+    from transformers.utils import is_scipy_available, is_sklearn_available
+
+    # transformers keeps the answers, and loads neither (130 MiB) for assisted decoding and detectors' losses
+    is_scipy_available(), is_sklearn_available()
+
 from safevlm.checkpoint.architectures.architecture import Architecture
 from safevlm.checkpoint.architectures.gemma3 import GEMMA3
 from safevlm.checkpoint.architectures.llava import LLAVA

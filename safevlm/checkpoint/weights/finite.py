@@ -66,7 +66,7 @@ def converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def check_values(
     tensors: TensorStore, dtype_of: Callable[[str], torch.dtype | None], report: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Read every tensor once and refuse what is not finite, or not in the dtype that ``dtype_of`` its name gives.
+    """Read every tensor once, in pieces; refuse what is not finite, or not in the dtype that ``dtype_of`` gives.
 
     Raises: those of :func:`converted`, before hours of work instead of after.
     """
@@ -74,11 +74,13 @@ def check_values(
     for number, name in enumerate(names, 1):
         if number % 100 == 1:
             report(f"checking for NaN and infinity, tensor {number} of {len(names)}")
-        values, stored = tensors.read(name, own=True), tensors.stored_name(name)
-        check_finite(values, stored)
-        dtype = dtype_of(name)
-        if dtype is not None and values.is_floating_point() and largest(values) > torch.finfo(dtype).max:
-            raise PrecisionError(f"tensor '{stored}' holds {largest(values):.4g}, beyond {_maximum(dtype)}.")
+        stored, dtype, high = tensors.stored_name(name), dtype_of(name), 0.0
+        for values in tensors.pieces(name):
+            if not is_finite(values):
+                check_finite(tensors.read(name), stored)
+            high = max(high, largest(values) if values.is_floating_point() else 0.0)
+        if dtype is not None and high > torch.finfo(dtype).max:
+            raise PrecisionError(f"tensor '{stored}' holds {high:.4g}, beyond {_maximum(dtype)}.")
 
 
 def _maximum(dtype: torch.dtype) -> str:

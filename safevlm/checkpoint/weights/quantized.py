@@ -8,7 +8,7 @@ Shapes: R output rows, C input columns, G groups of columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +174,18 @@ class QuantizedTensors(TensorStore):
         except (RuntimeError, IndexError, ZeroDivisionError) as error:
             shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
             raise CheckpointError(f"'{name}': its packed parts do not fit together: {shapes} ({error}).") from error
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return some rows of a tensor; a quantized one is read whole."""
+        return self.read(name)[start:stop] if name in self._parts else super().read_rows(name, start, stop)
+
+    def pieces(self, name: str, rows: int | None = None) -> Iterator[Tensor]:
+        """Yield a tensor in pieces; a quantized one is read once."""
+        if name not in self._parts:
+            yield from super().pieces(name, rows)
+        else:
+            whole = self.read(name)
+            yield from whole.split(rows or len(whole))
 
     def stored_name(self, name: str) -> str:
         """Return the name that the file uses; that of a packed linear is what its parts' names have in common."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["TensorStore"]
 
 CHUNK_BYTES = 4 << 20
+PIECE_BYTES = 32 << 20
+"""Of a tensor that is read in pieces, unless one row is larger."""
 
 
 class TensorStore:
@@ -110,6 +112,37 @@ class TensorStore:
             ) from error
         self._count(name, entry)
         return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows ``start`` to ``stop`` of a tensor, in memory of their own; no other row is read.
+
+        Raises CheckpointError as :meth:`read` does.
+        """
+        entry = self._entry(name)
+        row_bytes = entry.nbytes // entry.shape[0]
+        rows = TensorEntry(
+            dtype=entry.dtype,
+            shape=(stop - start, *entry.shape[1:]),
+            start=entry.start + start * row_bytes,
+            end=entry.start + stop * row_bytes,
+        )
+        tensor = _read_own(self._shards.path(self._shards.stored[self.stored_name(name)]), rows)
+        self._count(name, rows)
+        return tensor
+
+    def pieces(self, name: str, rows: int | None = None) -> Iterator[torch.Tensor]:
+        """Yield a tensor in pieces of so many rows, by default of 32 MiB, each in memory of its own.
+
+        Raises CheckpointError as :meth:`read` does.
+        """
+        entry = self._entry(name)
+        if not entry.nbytes or not entry.shape:
+            yield self.read(name, own=True)
+            return
+        count = entry.shape[0]
+        each = rows or max(1, PIECE_BYTES * count // entry.nbytes)
+        for start in range(0, count, each):
+            yield self.read_rows(name, start, min(start + each, count))
 
     def sha256(self, names: Iterable[str]) -> str:
         """Return the SHA-256 over canonical name, dtype, shape and raw bytes of tensors, in sorted order.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantize.bits.sensitivity import _divergence
 from quantize.streamed import drift
 from quantize.streamed.drift import exact_probs, guard_drift, token_choices
 from safevlm.checkpoint.checkpoint import open_checkpoint
@@ -17,6 +21,7 @@ def test_choices_in_parts_are_those_of_the_whole_vocabulary(
     name: str, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "VOCABULARY", part)
+    monkeypatch.setattr(drift, "TOKENS", 4)
     checkpoint = open_checkpoint(name)
     output = "lm_head.weight" if name == "tiny-safellava" else "model.language_model.embed_tokens.weight"
     states = torch.randn(9, checkpoint.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -25,6 +30,49 @@ def test_choices_in_parts_are_those_of_the_whole_vocabulary(
     chosen, nll = token_choices(checkpoint, states, wanted)
     assert torch.equal(chosen, logits.argmax(dim=1))
     assert torch.allclose(nll, F.cross_entropy(logits, wanted, reduction="none"), atol=1e-4)
+
+
+@pytest.mark.parametrize("part", [7, 4096])
+def test_divergences_in_one_pass_are_those_of_the_whole_table(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "VOCABULARY", part)
+    monkeypatch.setattr(drift, "TOKENS", 4)
+    checkpoint = open_checkpoint("tiny-safellava")
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(9, checkpoint.hidden_size, generator=generator) * 9
+    other = states + torch.randn(states.shape, generator=generator)
+    output = checkpoint.tensors.read("lm_head.weight").double()
+    one, two = (F.log_softmax(each.double() @ output.T, dim=1) for each in (states, other))
+    expected = F.kl_div(two, one, log_target=True, reduction="none").sum(dim=1)
+    assert expected.max() > 1e-3
+    assert torch.allclose(_divergence(checkpoint, states, other).double(), expected, rtol=1e-3, atol=1e-5)
+    assert _divergence(checkpoint, states, states).abs().max() <= 1e-5
+
+
+def test_no_table_of_tokens_times_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as a few tokens' logits, or as the output matrix, is in memory at any time."""
+    monkeypatch.setattr(drift, "VOCABULARY", 16)
+    monkeypatch.setattr(drift, "TOKENS", 8)
+    checkpoint = open_checkpoint("tiny-safellava")
+    width = checkpoint.hidden_size
+    states, other = torch.randn(40, width), torch.randn(40, width)
+    with _Largest() as made:
+        token_choices(checkpoint, states, torch.arange(40))
+        _divergence(checkpoint, states, other)
+    assert made.numel == 16 * width
+
+
+class _Largest(TorchDispatchMode):
+    """Remember the most elements of a tensor that an operation gave."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            shared = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+            if found.untyped_storage().data_ptr() not in shared:  # no view
+                self.numel = max(self.numel, found.numel())
+        return found
 
 
 def test_flips_have_a_direction() -> None:

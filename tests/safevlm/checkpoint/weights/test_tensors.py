@@ -75,6 +75,19 @@ def test_only_what_is_asked_for_counts_as_read(tmp_path: Path) -> None:
     assert store.read_names == {name, "img_safety_head.mlp.0.bias"}
 
 
+def test_pieces_make_the_whole_and_cost_what_they_are(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    whole = store_of(folder)
+    for name in whole.names():
+        store = store_of(folder)
+        expected, rows = whole.read(name), whole.shape(name)[0]
+        assert torch.equal(torch.cat([*store.pieces(name, 3)]), expected)
+        assert store.bytes_read == expected.nbytes and store.read_names == {name}
+        assert torch.equal(store.read_rows(name, 1, rows), expected[1:])
+        assert store.bytes_read == expected.nbytes + expected[1:].nbytes
+        assert [len(piece) for piece in store.pieces(name)] == [rows], "small ones are one piece"
+
+
 def test_the_hash_is_the_same_for_every_layout_and_changes_with_one_bit(tmp_path: Path) -> None:
     layouts = [layout for layout, (family, _) in LAYOUTS.items() if family == "llava"]
     stores = [store_of(write_folder(tmp_path / str(i), layout), "llava") for i, layout in enumerate(layouts)]
