@@ -7,6 +7,7 @@ Decoder layers stream by one at a time, calibrated on images and text; vision to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -64,15 +65,19 @@ def gptq_plan(
 
     ``nearest`` rounds each weight by itself, to have something to compare with.
     """
+    if nearest:
+        options = replace(options, sweeps=0)
     config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
         "name": "rtn" if nearest else "gptq",
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
+        "signed": scheme.either_sign,
         "act_order": options.act_order,
         "damp": options.damp,
         "search": options.search,
+        "sweeps": options.sweeps,
         "linears": list(LINEARS),
     }
     return Plan(
@@ -119,6 +124,9 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
 )
 @click.option("--asymmetric", is_flag=True, help="Use a zero point per group.")
 @click.option(
+    "--unsigned", is_flag=True, help="Use positive scales only; else a scale's sign says which side has one more level."
+)
+@click.option(
     "--act-order",
     type=click.Choice(["static", "group", "none"]),
     default="static",
@@ -133,6 +141,13 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     show_default=True,
     help="Damping as a share of the Hessian's mean diagonal.",
 )
+@click.option(
+    "--sweeps",
+    type=int,
+    default=SolveOptions.sweeps,
+    show_default=True,
+    help="Passes over scales and integers after GPTQ, each lowering the error; 0 for none.",
+)
 @click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
 @click.option("--nearest", is_flag=True, help="Round to nearest instead of GPTQ, for comparison.")
 def main(
@@ -145,8 +160,10 @@ def main(
     sensitivity_samples: int,
     group_size: int,
     asymmetric: bool,
+    unsigned: bool,
     act_order: str,
     damp: float,
+    sweeps: int,
     no_search: bool,
     nearest: bool,
     as_json: bool,
@@ -158,8 +175,15 @@ def main(
         raise InputError("--bits auto needs --target-bits, and the reverse, as in --bits auto --target-bits 4.5.")
     if nearest and auto:
         raise InputError("--nearest needs a number of bits; it does not work with --bits auto.")
-    scheme = Scheme(bits=BITS[0] if auto else whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
-    options = SolveOptions(act_order=cast(ActOrder, act_order), damp=damp, search=not (no_search or nearest))
+    scheme = Scheme(
+        bits=BITS[0] if auto else whole_bits(bits),
+        group_size=group_size,
+        symmetric=not asymmetric,
+        signed=not (unsigned or nearest),
+    )
+    options = SolveOptions(
+        act_order=cast(ActOrder, act_order), damp=damp, search=not (no_search or nearest), sweeps=sweeps
+    )
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:

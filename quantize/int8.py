@@ -7,13 +7,14 @@ transformers and vLLM load. Vision tower, projector and guard head stay in 16 bi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from quantize.methods.int8_method import STRENGTHS, W8A8
+from quantize.methods.int8_method import OPTIONS, STRENGTHS, W8A8
 from quantize.methods.settings import Plan
 from quantize.methods.solver import SolveOptions
 from quantize.streamed.compress import compress
@@ -57,7 +58,7 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = SolveOptions()) -> Plan:
+def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = OPTIONS) -> Plan:
     """Return what rounds every decoder linear and its inputs to 8 bits."""
     recipe = {
         "name": "w8a8",
@@ -86,7 +87,7 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
 @click.option(
     "--damp",
     type=float,
-    default=SolveOptions.damp,
+    default=OPTIONS.damp,
     show_default=True,
     help="Damping as a share of the Hessian's mean diagonal.",
 )
@@ -100,7 +101,7 @@ def main(
     **shared: Any,
 ) -> None:
     """Round weights and activations of MODEL's language model to 8 bits, calibrated on images and text."""
-    plan = int8_plan(_strengths(smoothing), SolveOptions(damp=damp))
+    plan = int8_plan(_strengths(smoothing), replace(OPTIONS, damp=damp))
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:

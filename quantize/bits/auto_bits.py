@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from calibration.streaming.batches import Row, embed_batches, pack_rows
@@ -59,8 +60,7 @@ def sensitivity_of(
             batches,
             hidden,
             auto.choices,
-            auto.group_size,
-            auto.symmetric,
+            auto.scheme,
             max_bytes=max(0, max_bytes - hidden.nbytes),
             folder=unfinished.folder,
             report=report,
@@ -88,7 +88,7 @@ def auto_plan(
 ) -> Plan:
     """Return the plan of ``--bits auto``; ``base`` makes the plan of a uniform scheme with more for its config.
 
-    ``scheme`` gives group size and symmetry. Raises InputError for a target that no width meets.
+    ``scheme`` gives all but the bits. Raises InputError for a target that no width meets.
     """
     if not BITS[0] < target <= SIXTEEN:
         raise InputError(f"--target-bits {target:g} is not allowed. Give a number above {BITS[0]}, up to {SIXTEEN}.")
@@ -99,9 +99,7 @@ def auto_plan(
         )
     choices = choices_for(target)
     wanted = {"target_bits": target, "choices": list(choices), "safety_weight": safety_weight, "samples": samples}
-    schemes = {
-        bits: Scheme(bits=bits, group_size=scheme.group_size, symmetric=scheme.symmetric) for bits in choices[:-1]
-    }
+    schemes = {bits: replace(scheme, bits=bits) for bits in choices[:-1]}
     narrowest = min(_columns(checkpoint))
 
     def plan(measured: Sequence[Mapping[str, Any]]) -> Plan:
@@ -115,9 +113,7 @@ def auto_plan(
         return mixed_plan(checkpoint, bits_of, schemes, options, base, wanted)
 
     uniform = base(schemes[choices[0]], {})
-    auto = AutoBits(
-        choices=choices, group_size=scheme.group_size, symmetric=scheme.symmetric, samples=samples, plan=plan
-    )
+    auto = AutoBits(choices=choices, scheme=scheme, samples=samples, plan=plan)
     return Plan(
         method=uniform.method,
         recipe={**uniform.recipe, "bits": "auto", **wanted},

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,14 +76,15 @@ def measure(
     batches: Sequence[Batch],
     hidden: Activations,
     choices: Sequence[int],
-    group_size: int,
-    symmetric: bool,
+    scheme: Scheme,
     *,
     max_bytes: int | None,
     folder: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Sensitivity]:
     """Return every unit's effect at every width below 16; ``hidden`` goes from embeddings to last hidden states.
+
+    ``scheme`` gives all but the bits.
 
     Raises InputError when no sample has an answer to look at.
     """
@@ -110,8 +111,7 @@ def measure(
             linears: list[Any] = [layer.get_submodule(name) for name in names]
             sizes[index, part] = sum(linear.weight.numel() for linear in linears)
             for bits in widths:
-                scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
-                with _rounded(linears, scheme) as error:
+                with _rounded(linears, replace(scheme, bits=bits)) as error:
                     errors[index, part, bits] = error / sizes[index, part]
                     if bits in run:
                         copy = Activations(hidden.shapes, hidden.dtype, left, folder)

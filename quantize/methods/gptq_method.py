@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,17 +51,15 @@ class Gptq:
             wanted = dict.fromkeys(each for each in schemes.values() if each is not None)
             if wanted and report and not self.nearest:
                 stage.gather(names[0])
-            find = partial(self._moments, stage, names[0])
-            moments = find() if wanted else None
+            moments = self._moments(stage, names[0]) if wanted else None
             for number, scheme in enumerate(wanted, 1):
                 assert moments is not None
-                again = find if number == len(wanted) else None
                 chosen = [name for name in names if schemes[name] == scheme]
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
-                    solved = solve([linear.weight for linear in linears], moments, scheme, self.options, again=again)
-                if again is not None:
-                    moments = None  # its memory became the factor's, which is done with
+                    solved = solve([linear.weight for linear in linears], moments, scheme, self.options)
+                if number == len(wanted):
+                    moments = None  # done with before the packing takes memory
                 for name, linear, each in zip(chosen, linears, solved, strict=True):
                     packed = pack_linear(name, each.ints, each.grid, each.group_of, scheme.bits)
                     tensors |= {key: tensor.cpu() for key, tensor in packed.items()}

@@ -2,10 +2,13 @@
 
 Shapes: R output rows, C input columns, G groups of columns. A weight of row r and column c is stored as an integer
 ``q`` of ``bits`` bits and stands for ``scale[r, g] * (q - zero[r, g])`` with g the column's group.
+
+A symmetric grid has one level more on one side of zero. The sign of its scale chooses which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from safevlm.checkpoint.weights.quantized import BITS
 from safevlm.errors import InputError
 
-__all__ = ["Grid", "Scheme", "dequantize", "fit_grid", "groups_of", "round_to_grid"]
+__all__ = ["LARGEST", "SMALLEST", "Grid", "Scheme", "dequantize", "fit_grid", "groups_of", "round_to_grid"]
 
 PER_CHANNEL = -1
 SHRINKS = {
@@ -25,16 +28,22 @@ SHRINKS = {
 }
 """Shares of the full range that a searched grid tries, by bits: clipping few large weights can spare many small."""
 SMALLEST, LARGEST = 2.0**-24, 65504.0
-"""Of the scales that float16 holds, in which they are stored."""
+"""Of the magnitudes of scales that float16 holds, in which they are stored."""
+PIECE = 2**17
+"""Weights whose grids are searched together: what is made of them stays near the processor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How weights are stored: integer bits, columns that share a scale (-1: a whole row), symmetric or not."""
+    """How weights are stored: integer bits, columns that share a scale (-1: a whole row), symmetric or not.
+
+    ``signed`` lets scales of symmetric grids be negative; an asymmetric grid does not need it.
+    """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -49,6 +58,11 @@ class Scheme:
     def largest(self) -> int:
         """The largest integer that is stored."""
         return int(2**self.bits - 1)
+
+    @property
+    def either_sign(self) -> bool:
+        """Whether a scale may be negative."""
+        return self.symmetric and self.signed
 
     def columns(self, width: int, name: str) -> int:
         """Return the columns of a group in a weight of ``width`` columns.
@@ -71,7 +85,7 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """Scales and zeros, R × G: float values that float16 holds exactly, and whole numbers from 1 on.
+    """Scales and zeros, R × G: float values that float16 holds exactly, never 0, and whole numbers from 1 on.
 
     A zero of 0 is never used: the v1 file format stores zero - 1, which some readers then misread without a word.
     """
@@ -89,29 +103,50 @@ def fit_grid(weight_RC: Tensor, scheme: Scheme, columns: int, importance_C: Tens
     """Fit a grid to groups of ``columns`` neighbouring columns.
 
     Without ``importance_C`` a group's range is that of its weights. With it, shrunk ranges are tried, too, and each
-    group takes the one with the least squared rounding error, column errors weighted by importance.
+    group takes the one with the least squared rounding error, column errors weighted by importance. Where a scale
+    may be negative, the additional level is at the side of the largest weight, or at either side, whichever is best.
 
     Raises InputError for a weight whose scale float16 cannot hold.
     """
     rows, width = weight_RC.shape
     grouped = weight_RC.reshape(rows, width // columns, columns)
-    low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
-    if importance_C is None:
-        return _grid_of(low, high, scheme)
-    importance = importance_C.reshape(1, width // columns, columns)
-    best, least = _grid_of(low, high, scheme), None
-    for shrink in SHRINKS[scheme.bits]:
-        tried = _grid_of(low * shrink, high * shrink, scheme)
+    importance = None if importance_C is None else importance_C.reshape(width // columns, columns)
+    fits = [_fit(piece, scheme, importance) for piece in grouped.split(max(1, PIECE // width))]
+    return Grid(scale=torch.cat([fit.scale for fit in fits]), zero=torch.cat([fit.zero for fit in fits]))
+
+
+def _fit(grouped_RGN: Tensor, scheme: Scheme, importance_GN: Tensor | None) -> Grid:
+    """Fit a grid to groups of N weights, as :func:`fit_grid` does."""
+    low, high = grouped_RGN.amin(dim=-1).clamp(max=0), grouped_RGN.amax(dim=-1).clamp(min=0)
+    if importance_GN is None:
+        plain = _grid_of(low, high, scheme)
+        return _turned(plain, high > -low) if scheme.either_sign else plain
+    best, least = None, torch.empty(0)
+    for tried in _candidates(low, high, scheme):
         scale, zero = tried.scale.unsqueeze(-1), tried.zero.unsqueeze(-1)
-        found = torch.div(grouped, scale).round_().add_(zero).clamp_(0, scheme.largest).sub_(zero).mul_(scale)
-        error = torch.einsum("rgc,gc->rg", found.sub_(grouped).square_(), importance[0])
-        if least is None:
+        found = torch.div(grouped_RGN, scale).round_().add_(zero).clamp_(0, scheme.largest).sub_(zero).mul_(scale)
+        error = torch.einsum("rgn,gn->rg", found.sub_(grouped_RGN).square_(), importance_GN)
+        if best is None:
             best, least = tried, error
             continue
         better = error < least
         least = torch.where(better, error, least)
         best = Grid(scale=torch.where(better, tried.scale, best.scale), zero=torch.where(better, tried.zero, best.zero))
+    assert best is not None
     return best
+
+
+def _candidates(low: Tensor, high: Tensor, scheme: Scheme) -> Iterator[Grid]:
+    for shrink in SHRINKS[scheme.bits]:
+        tried = _grid_of(low * shrink, high * shrink, scheme)
+        yield tried
+        if scheme.either_sign:
+            yield _turned(tried, torch.ones_like(low, dtype=torch.bool))
+
+
+def _turned(grid: Grid, where: Tensor) -> Grid:
+    """Return the grid with the additional level above zero instead of below, for some of its groups."""
+    return Grid(scale=torch.where(where, -grid.scale, grid.scale), zero=grid.zero)
 
 
 def _grid_of(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
@@ -129,7 +164,7 @@ def _grid_of(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
 
 
 def _storable(scale: Tensor, nothing: Tensor) -> Tensor:
-    """Round scales to float16; a group of zeros gets 1, a tiny one the smallest that there is."""
+    """Round scales, positive ones, to float16; a group of zeros gets 1, a tiny one the smallest that there is."""
     scale = torch.where(nothing, torch.ones_like(scale), scale)
     if not bool((scale <= LARGEST).all()):  # also for NaN
         raise InputError(

@@ -9,8 +9,7 @@ Shapes: T tokens, R output rows, C input columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,11 +23,12 @@ from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.quantized import round_inputs, round_tokens
 from safevlm.errors import InputError
 
-__all__ = ["STRENGTHS", "W8A8", "migration"]
+__all__ = ["OPTIONS", "STRENGTHS", "W8A8", "migration"]
 
 STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Exponents of the activations' maxima that are tried; 0 stands for no migration."""
-SCHEME = Scheme(bits=8, group_size=-1, symmetric=True)
+SCHEME = Scheme(bits=8, group_size=-1, symmetric=True, signed=False)
+OPTIONS = SolveOptions(damp=0.05, sweeps=0)
 MIDDLE = 128
 SEARCH_TOKENS = 512
 """Tokens on which strengths are compared."""
@@ -40,7 +40,7 @@ class W8A8:
     """Weights are rounded by GPTQ on the moved inputs' second moments, so they make up for each other's errors."""
 
     strengths: tuple[float, ...] = STRENGTHS
-    options: SolveOptions = field(default_factory=SolveOptions)
+    options: SolveOptions = OPTIONS
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises InputError for a language model without the linears that are known."""
@@ -65,13 +65,7 @@ class W8A8:
                 linear.weight.data = linear.weight.data * factor_C
             moments.div_(factor_C).div_(factor_C.unsqueeze(1))
             with stage.named(names[0]):
-                solved = solve(
-                    [linear.weight for linear in linears],
-                    moments,
-                    SCHEME,
-                    self.options,
-                    again=partial(stage.moments, names[0]),
-                )
+                solved = solve([linear.weight for linear in linears], moments, SCHEME, self.options)
             for name, linear, each in zip(names, linears, solved, strict=True):
                 linear.weight.data = each.weight().to(linear.weight)
                 tensors[f"{name}.weight"] = (each.ints.to(torch.int16) - MIDDLE).to(torch.int8).cpu()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from quantize.methods.grid import Scheme
 from quantize.streamed.artifact import SHARD_BYTES
 from quantize.streamed.layers import Method
 from safevlm.errors import InputError
@@ -71,8 +72,8 @@ class AutoBits:
     """
 
     choices: tuple[int, ...]
-    group_size: int
-    symmetric: bool
+    scheme: Scheme
+    """Of every choice but for its bits."""
     samples: int
     plan: Callable[[Sequence[Mapping[str, Any]]], Plan]
 

@@ -8,29 +8,31 @@ row is the squared length of e U; its k-th entry is U[k, k] times (target[k] - q
 plus what the columns before leave to be made up for. One Cholesky factorisation then does. Turned end for end, U is
 a lower triangular L, which is what the factorisation gives: columns lie in reverse order here, the first to be
 visited last.
+
+Sweeps over scales and integers follow (:mod:`quantize.methods.sweeps`). They keep the damping, which is what stands for
+inputs that calibration has not seen: without it the calibration tokens' error falls further and that of others rises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quantize.methods.grid import Grid, Scheme, dequantize, fit_grid, groups_of
+from quantize.methods.moments import Moments
+from quantize.methods.sweeps import Standing, sweep
 from safevlm.errors import InputError
 
 __all__ = ["ActOrder", "SolveOptions", "Solved", "rows_together", "solve"]
 
 ActOrder = Literal["none", "group", "static"]
-DAMP_GROWTH, DAMP_LIMIT = 10.0, 1e3
 TOGETHER, TOGETHER_ON_GPU = 2**23, 2**27
 """Weights that are rounded together. A GPU takes as long to start an operation as to round thousands of rows, and each
 column takes a dozen of them, however many rows there are."""
-LOSS_BLOCK = 1024
-PROBES = 64
 EXACTLY = 2048
 """Up to this width the cost of rounding to the nearest is computed; above, it is estimated unless that is close."""
 SURELY = 0.9
@@ -41,21 +43,25 @@ INNER = 32
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """How columns are visited.
+    """How columns are visited, and what is done once they are rounded.
 
     ``act_order`` ``none``: as they stand; ``group``: by falling second moment, and groups are formed in that order
     (readers need ``g_idx``); ``static``: by falling second moment, groups and grids as they stand. ``damp`` is the
-    share of H's mean diagonal that is added to it. ``search`` tries shrunk grids.
+    share of H's mean diagonal that is added to it. ``search`` tries shrunk grids. ``sweeps`` is how often scales and
+    integers are gone over afterwards.
     """
 
     act_order: ActOrder = "static"
-    damp: float = 0.05
+    damp: float = 0.2
     search: bool = True
+    sweeps: int = 2
     block: int = 128
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
-            raise InputError(f"--damp {self.damp} is not allowed. Give a number above 0 and below 1; 0.05 is usual.")
+            raise InputError(f"--damp {self.damp} is not allowed. Give a number above 0 and below 1; 0.2 is usual.")
+        if self.sweeps < 0:
+            raise InputError(f"--sweeps {self.sweeps} is not allowed. Give 0 for none, or more; 2 is usual.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,13 +103,12 @@ def solve(
     options: SolveOptions = SolveOptions(),
     *,
     name: str = "the linear",
-    again: Callable[[], Tensor] | None = None,
 ) -> list[Solved]:
     """Round linears that share their inputs (each R × C), in the dtype of ``hessian_CC``.
 
     Rows do not know of each other, so the result is that of solving each linear alone; together they take one
-    factorisation and one walk over the columns. With ``again``, which makes H anew, ``hessian_CC`` is
-    factorised in its own memory and lost.
+    factorisation and one walk over the columns. The work is done in the memory of ``hessian_CC``, which is as it
+    was in the end.
 
     Raises InputError for a group size that does not divide C, or values that are not finite.
     """
@@ -111,20 +116,21 @@ def solve(
     columns = scheme.columns(width, name)
     if not all(bool(torch.isfinite(each.sum())) for each in (*weights, hessian_CC)):
         raise InputError(f"{name}: weights or activations hold NaN or infinity.")
-    diagonal = hessian_CC.diagonal().clone()
-    dead = diagonal <= 0
-    order = _order(diagonal, options.act_order).flip(0)
-    own = hessian_CC if again is not None else hessian_CC.clone()
-    lower, damp = _factor(own, dead, order, options.damp, again or (lambda: hessian_CC.clone()))
-    damping = damp * float(diagonal[~dead].mean()) if not bool(dead.all()) else 0.0
-    factor = _Factor(lower=lower, order=order, diagonal=diagonal, alive=~dead[order], damping=damping)
+    moments = Moments(hessian_CC)
+    moments.factorise(options.damp, _order(moments.diagonal, options.act_order).flip(0))
     exactly = width <= EXACTLY
-    probes = factor.probes()
+    probes = moments.probes()
     ours, plain, signals = [], [], []
-    for rows in _chunks(weights, diagonal):
+    for rows in _chunks(weights, moments.diagonal):
         signals.append((rows @ probes).square().mean(dim=1))
-        plain.append(_to_the_nearest(rows, factor, scheme, columns, None if exactly else probes).loss)
-        ours.append(_walk(rows, factor, scheme, options, columns))
+        plain.append(_to_the_nearest(rows, moments, scheme, columns, None if exactly else probes).loss)
+        ours.append(_walk(rows, moments, scheme, options, columns))
+    if options.sweeps:
+        moments.arrange(torch.argsort(ours[0].group_of, stable=True))
+        moments.damp_diagonal()
+        for number, rows in enumerate(_chunks(weights, moments.diagonal)):
+            ours[number] = _swept(rows, ours[number], moments, scheme, options.sweeps)
+    moments.restore()
     whole, signal, cost_to_nearest = _joined(ours), torch.cat(signals), torch.cat(plain)
     ours.clear()
     found, start = [], 0
@@ -134,7 +140,8 @@ def solve(
         start += len(weight)
         loss, chosen = float(mine.loss.sum()), mine
         if not loss < (1.0 if exactly else SURELY) * rtn_loss:  # false for NaN, too
-            nearest = _joined([_to_the_nearest(rows, factor, scheme, columns) for rows in _chunks([weight], diagonal)])
+            chunks = _chunks([weight], moments.diagonal)
+            nearest = _joined([_to_the_nearest(rows, moments, scheme, columns) for rows in chunks])
             rtn_loss = float(nearest.loss.sum())
             chosen = mine if loss <= rtn_loss else nearest
         found.append(
@@ -146,33 +153,11 @@ def solve(
                 rtn_loss=rtn_loss,
                 signal=float(signal[start - len(weight) : start].sum()),
                 kept="gptq" if chosen is mine else "rtn",
-                damp=damp,
-                dead_columns=int(dead.sum()),
+                damp=moments.damp,
+                dead_columns=int(moments.dead.sum()),
             )
         )
     return found
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Factor:
-    """L with L Lᵀ = H + damping, its columns in ``order`` (the last is visited first), and what H was.
-
-    ``diagonal`` is H's in the model's order; ``alive`` tells, in ``order``, which columns are not dead.
-    """
-
-    lower: Tensor
-    order: Tensor
-    diagonal: Tensor
-    alive: Tensor
-    damping: float
-
-    def probes(self) -> Tensor:
-        """Return C × 64, in the model's order: W times it has, squared, the mean tr(W H Wᵀ) of W's rows."""
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (len(self.order), PROBES), generator=generator) * 2 - 1
-        found = torch.empty(len(self.order), PROBES, dtype=self.lower.dtype, device=self.lower.device)
-        found[self.order] = self.lower @ signs.to(self.lower)
-        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,7 +206,7 @@ def _joined(parts: Sequence[_Rows]) -> _Rows:
 
 
 def _to_the_nearest(
-    weight_RC: Tensor, factor: _Factor, scheme: Scheme, columns: int, probes: Tensor | None = None
+    weight_RC: Tensor, moments: Moments, scheme: Scheme, columns: int, probes: Tensor | None = None
 ) -> _Rows:
     """Round every weight by itself: a measure, and a way out. With ``probes`` its cost is estimated."""
     rows, width = weight_RC.shape
@@ -231,16 +216,29 @@ def _to_the_nearest(
     ints = torch.div(grouped, scale).round_().add_(zero).clamp_(0, scheme.largest)
     error = grouped - (ints - zero).mul_(scale)
     ints, error = ints.to(torch.uint8).reshape(rows, width), error.reshape(rows, width)
-    group_of = groups_of(width, columns, weight_RC.device)
-    if probes is not None:
-        return _Rows(ints=ints, grid=grid, group_of=group_of, loss=(error @ probes).square_().mean(dim=1))
-    error = error[:, factor.order]
-    loss = -factor.damping * error[:, factor.alive].square().sum(dim=1)
-    for start in range(0, width, LOSS_BLOCK):  # above the diagonal there is nothing
-        stop = min(start + LOSS_BLOCK, width)
-        part = error[:, start:] @ factor.lower[start:, start:stop]
-        loss += part[:, factor.alive[start:stop]].square_().sum(dim=1)
-    return _Rows(ints=ints, grid=grid, group_of=group_of, loss=loss.clamp(min=0))
+    loss = moments.cost(error) if probes is None else (error @ probes).square_().mean(dim=1)
+    return _Rows(ints=ints, grid=grid, group_of=groups_of(width, columns, weight_RC.device), loss=loss)
+
+
+def _swept(weight_RC: Tensor, walked: _Rows, moments: Moments, scheme: Scheme, sweeps: int) -> _Rows:
+    """Return rows after so many sweeps with H damped; a row whose cost without damping rose stays as it was."""
+    order, alive = moments.order, moments.alive
+    standing = Standing.of(
+        weight_RC.T[order], walked.ints.T[order], walked.grid.scale.T.contiguous(), walked.grid.zero.T.contiguous()
+    )
+    for _ in range(sweeps):
+        cost = sweep(standing, moments.matrix, scheme)
+    loss = (cost - moments.damping * standing.errors[alive].square().sum(dim=0)).clamp_(min=0)
+    better = loss <= walked.loss
+    standing.round_again(torch.nonzero(~alive).flatten(), scheme.largest)
+    ints = standing.ints.to(torch.uint8)[torch.argsort(order)].T
+    kept = better.unsqueeze(1)
+    return replace(
+        walked,
+        ints=torch.where(kept, ints, walked.ints),
+        grid=Grid(scale=torch.where(kept, standing.scale.T, walked.grid.scale), zero=walked.grid.zero),
+        loss=torch.where(better, loss, walked.loss),
+    )
 
 
 def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
@@ -249,54 +247,11 @@ def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def _factor(
-    hessian: Tensor, dead: Tensor, order: Tensor, damp: float, again: Callable[[], Tensor]
-) -> tuple[Tensor, float]:
-    """Return lower triangular L with L Lᵀ = H + damping, columns in ``order``, and the damping that it took.
-
-    L is in the memory of ``hessian``, by columns, as the factorisation wants it; ``again`` makes H for another try.
-    """
-    diagonal = hessian.diagonal().clone()
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    filled = torch.where(dead, torch.full_like(diagonal, mean), diagonal)[order]
-    while damp <= DAMP_LIMIT:
-        _permute(hessian, order)
-        hessian.diagonal().copy_(filled + damp * mean)
-        lower = hessian.mT  # H is symmetric
-        info = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if not int(info) and bool(torch.isfinite(lower.diagonal()).all()):
-            return lower, damp
-        damp *= DAMP_GROWTH
-        hessian = again()
-    raise InputError(
-        "the second moments of a linear's inputs cannot be factorised, however much they are damped: activations are "
-        "too large for float32. Check the checkpoint, or calibrate in float32."
-    )
-
-
-def _permute(matrix: Tensor, order: Tensor) -> None:
-    """Bring rows and columns into an order, in place: entry i, j becomes that of order[i], order[j]."""
-    source = order.tolist()
-    done = [False] * len(source)
-    for first, taken in enumerate(source):
-        if done[first] or taken == first:
-            continue
-        kept, at = matrix[first].clone(), first
-        while source[at] != first:  # along a cycle, each row takes the place that was read before it
-            matrix[at] = matrix[source[at]]
-            done[at], at = True, source[at]
-        matrix[at], done[at] = kept, True
-    for start in range(0, len(source), LOSS_BLOCK):
-        rows = slice(start, start + LOSS_BLOCK)
-        matrix[rows] = matrix[rows][:, order]
-
-
-def _walk(weight_RC: Tensor, factor: _Factor, scheme: Scheme, options: SolveOptions, columns: int) -> _Rows:
+def _walk(weight_RC: Tensor, moments: Moments, scheme: Scheme, options: SolveOptions, columns: int) -> _Rows:
     """Round columns from the last of the factor's order to its first."""
     rows, width = weight_RC.shape
-    lower, order = factor.lower, factor.order
-    importance = factor.diagonal if options.search else None
+    lower, order, alive = moments.matrix, moments.order, moments.alive
+    importance = moments.diagonal if options.search else None
     fitted_before = options.act_order == "static" or columns == width
     if fitted_before:
         grid = fit_grid(weight_RC, scheme, columns, importance)
@@ -321,13 +276,13 @@ def _walk(weight_RC: Tensor, factor: _Factor, scheme: Scheme, options: SolveOpti
             ahead = owed if first == start else lower[stop:, first:stop].T @ errors[stop:]
             moved = torch.linalg.solve_triangular(lower[first:stop, first:stop].T, ahead, upper=True)
             found = (weight[first:stop] + moved).flip(0).T
-            moments = None if importance is None else importance[order[first:stop]].flip(0)
-            fit, group = fit_grid(found, scheme, columns, moments), (width - stop) // columns
+            counts = None if importance is None else importance[order[first:stop]].flip(0)
+            fit, group = fit_grid(found, scheme, columns, counts), (width - stop) // columns
             scales[:, group], zeros[:, group] = fit.scale[:, 0], fit.zero[:, 0]
         groups = group_of[start:stop]
         grid_of_block = (scales.T[groups], zeros.T[groups])
-        _walk_block(slice(start, stop), owed, weight, factor, grid_of_block, scheme.largest, errors, ints, loss)
-    loss -= factor.damping * errors[factor.alive].square_().sum(dim=0)
+        _walk_block(slice(start, stop), owed, weight, moments, grid_of_block, scheme.largest, errors, ints, loss)
+    loss -= moments.damping * errors[alive].square_().sum(dim=0)
     back = torch.argsort(order)
     return _Rows(
         ints=ints[back].T.contiguous(),
@@ -341,7 +296,7 @@ def _walk_block(
     block: slice,
     owed_BR: Tensor,
     weight_CR: Tensor,
-    factor: _Factor,
+    moments: Moments,
     grid_BR: tuple[Tensor, Tensor],
     largest: int,
     errors_CR: Tensor,
@@ -350,8 +305,8 @@ def _walk_block(
 ) -> None:
     """Round a block's columns; ``owed_BR`` is what the errors behind the block make of (W - Q) L in it."""
     first, width = block.start, block.stop - block.start
-    own = factor.lower[block, block]
-    pivots, alive = own.diagonal().tolist(), factor.alive[block].tolist()
+    own = moments.matrix[block, block]
+    pivots, alive = own.diagonal().tolist(), moments.alive[block].tolist()
     for inner in range(width, 0, -INNER):
         begin = max(0, inner - INNER)
         for k in range(inner - 1, begin - 1, -1):

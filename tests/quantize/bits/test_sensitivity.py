@@ -64,7 +64,7 @@ def test_effects_are_those_of_the_whole_model_with_one_unit_rounded() -> None:
     shapes = [(len(rows), max(len(row.ids) for row in rows), checkpoint.hidden_size) for rows in packed]
     with Activations(shapes, torch.float32, None) as hidden:
         batches = embed_batches(stream, packed, hidden)
-        found = measure(stream, batches, hidden, (3, 8, 16), 32, True, max_bytes=0)
+        found = measure(stream, batches, hidden, (3, 8, 16), Scheme(group_size=32), max_bytes=0)
     assert len(found) == 6 * 2 * 2
     assert {row.bits: row.measured for row in found} == {3: True, 8: False}
     rows = {row.sample.question: row for batch in packed for row in batch}

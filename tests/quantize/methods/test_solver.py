@@ -79,7 +79,7 @@ def cost(weight: Tensor, found: Tensor, hessian: Tensor) -> float:
 def test_it_is_the_published_method(scheme: Scheme, act_order: ActOrder) -> None:
     hessian, weight = inputs_and_weights(24, 192, seed=1)
     hessian[5] = hessian[:, 5] = 0  # a dead column
-    options = SolveOptions(act_order=act_order, search=False, block=48)
+    options = SolveOptions(act_order=act_order, search=False, sweeps=0, damp=0.05, block=48)
     (found,) = solve([weight], hessian, scheme, options)
     expected, integers = slow_gptq(weight, hessian, scheme, act_order, 0.05)
     assert torch.equal(found.ints.double(), integers)
@@ -103,7 +103,8 @@ def test_linears_that_share_inputs_are_solved_as_if_alone(search: bool) -> None:
 @pytest.mark.parametrize(("bits", "ratio"), [(2, 0.75), (3, 0.65), (4, 0.6), (8, 0.6)])
 def test_it_costs_far_less_than_rounding_to_the_nearest(bits: int, ratio: float) -> None:
     hessian, weight = inputs_and_weights(64, 256, seed=3, tokens=600)
-    (found,) = solve([weight.float()], hessian.float(), Scheme(bits=bits, group_size=64))
+    options = SolveOptions(damp=0.05, sweeps=0)
+    (found,) = solve([weight.float()], hessian.float(), Scheme(bits=bits, group_size=64), options)
     assert found.loss < ratio * found.rtn_loss
     plain = fit_grid(weight, Scheme(bits=bits, group_size=64), 64)
     groups = groups_of(256, 64)
@@ -135,42 +136,19 @@ def test_damping_grows_until_the_factorisation_holds_and_says_so() -> None:
     hessian, weight = inputs_and_weights(8, 64, seed=4)
     values, vectors = torch.linalg.eigh(hessian)
     values[0] = -0.2 * hessian.diagonal().mean()  # not positive definite, as float32 sums can become
-    (found,) = solve([weight], vectors @ torch.diag(values) @ vectors.T, Scheme(bits=4, group_size=32))
+    broken = vectors @ torch.diag(values) @ vectors.T
+    broken = (broken + broken.T) / 2
+    given = broken.clone()
+    (found,) = solve([weight], given, Scheme(bits=4, group_size=32), SolveOptions(damp=0.05))
     assert found.damp == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("act_order", ["none", "static"])
-def test_in_its_own_memory_it_is_the_same(act_order: ActOrder) -> None:
-    hessian, weight = inputs_and_weights(8, 96, seed=5)
-    options = SolveOptions(act_order=act_order)
-    (expected,) = solve([weight], hessian, Scheme(bits=4, group_size=32), options)
-    for broken in (False, True):  # the first try fails, and H is made again
-        given, made = hessian.clone(), []
-        if broken:
-            values, vectors = torch.linalg.eigh(hessian)
-            values[0] = -0.2 * hessian.diagonal().mean()
-            given = vectors @ torch.diag(values) @ vectors.T
-        whole = given.clone()
-
-        def again(whole: Tensor = whole, made: list[int] = made) -> Tensor:
-            made.append(1)
-            return whole.clone()
-
-        (found,) = solve([weight], given, Scheme(bits=4, group_size=32), options, again=again)
-        assert len(made) == int(broken) and found.damp == (0.5 if broken else 0.05)
-        assert not torch.equal(given, whole), "the memory was used"
-        if not broken:
-            assert torch.equal(found.ints, expected.ints) and found.loss == expected.loss
-        else:
-            (other,) = solve([weight], whole, Scheme(bits=4, group_size=32), options)
-            assert torch.equal(found.ints, other.ints) and found.loss == other.loss
+    assert torch.equal(given, broken), "the memory is given back as it was"
 
 
 def test_inputs_that_are_always_zero_leave_rounding_to_the_nearest() -> None:
     weight = torch.randn(4, 32)
     (found,) = solve([weight], torch.zeros(32, 32), Scheme(bits=4, group_size=32), SolveOptions(search=False))
     assert found.dead_columns == 32 and found.loss == 0
-    assert (found.weight() - weight).abs().max() <= 0.51 * found.grid.scale.max() * 2
+    assert (found.weight() - weight).abs().max() <= 0.51 * found.grid.scale.abs().max() * 2
 
 
 def test_what_is_not_finite_is_refused() -> None:
@@ -182,3 +160,5 @@ def test_what_is_not_finite_is_refused() -> None:
             solve([weight], hessian, Scheme(group_size=32), name="model.x")
     with pytest.raises(InputError, match="--damp 0"):
         SolveOptions(damp=0)
+    with pytest.raises(InputError, match="--sweeps -1"):
+        SolveOptions(sweeps=-1)
