@@ -29,8 +29,9 @@ from quantize.methods.settings import Plan, Progress, RunOptions
 from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate
-from quantize.streamed.layers import Caches, Rounded, round_layers
-from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
+from quantize.streamed.held_out import HeldOut, held_out_samples
+from quantize.streamed.layers import Caches, round_layers
+from quantize.streamed.record import calibration_record, identity, jsonable, rows_record, summary
 from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
@@ -116,9 +117,13 @@ def _compress(
     }
     with Unfinished(out, recipe) as unfinished:
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
-        answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
+        samples, unseen = held_out_samples(chosen, calibration.mix.seed)
+        asked = (*chosen.samples, *samples)
+        answers = _answers(checkpoint, asked, calibration, options, max_memory, unfinished, progress)
+        answers, others = answers[: len(chosen.samples)], answers[len(chosen.samples) :]
+        held_out = HeldOut(samples, others, unseen=unseen, seed=calibration.mix.seed, batch_tokens=options.batch_tokens)
         run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
-        outcome = run.round(chosen.samples, answers, calibration)
+        outcome = run.round(chosen.samples, answers, calibration, held_out)
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "source": {
@@ -130,7 +135,7 @@ def _compress(
             },
             "method": dict(run.plan.recipe),
             "sensitivity": run.sensitivity,
-            "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
+            "calibration": calibration_record(chosen, answers, calibration) | outcome.rows,
             "leakage": chosen.leakage.record(),
             "anomalous": not chosen.leakage.clean,
             "random_weights": checkpoint.random_weights,
@@ -138,6 +143,7 @@ def _compress(
             "consumers": list(run.plan.consumers),
             "resumed": unfinished.resumed,
             "answers": outcome.answers | {"are": _whose(answers)},
+            "held_out_kl": outcome.held_out_kl,
         }
         record["summary"] = summary(checkpoint, record["layers"])
         if outcome.answers:
@@ -190,7 +196,8 @@ def check_place(checkpoint: Checkpoint, out: Path) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
     answers: dict[str, Any]
-    tokens: dict[str, int]
+    held_out_kl: dict[str, Any]
+    rows: dict[str, Any]
     estimate: Estimate
 
 
@@ -209,18 +216,27 @@ class _Run:
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
 
     def round(
-        self, samples: Sequence[Sample], answers: Sequence[Answer | None], calibration: CalibrationOptions
+        self,
+        samples: Sequence[Sample],
+        answers: Sequence[Answer | None],
+        calibration: CalibrationOptions,
+        held_out: HeldOut,
     ) -> _Outcome:
         """Round all layers that are not finished; ``answers`` of the outcome is empty when layers are left."""
         packed: list[tuple[Row, ...]] = []
 
         def token_ids(model: Any) -> list[int]:
-            packed.extend(
-                pack_rows(
-                    lay_out(model, samples, answers, max_length=calibration.max_length), self.options.batch_tokens
-                )
+            rows = lay_out(
+                model,
+                samples,
+                answers,
+                max_length=calibration.max_length,
+                beginnings=calibration.beginnings,
+                seed=calibration.mix.seed,
             )
-            return [token for rows in packed for row in rows for token in row.ids]
+            packed.extend(pack_rows(rows, self.options.batch_tokens))
+            held_out.lay_out(model, calibration.max_length)
+            return [token for rows in (*packed, *held_out.packed) for row in rows for token in row.ids]
 
         self.progress.status("opening the checkpoint")
         stream = LayerStream(
@@ -230,17 +246,21 @@ class _Run:
             device=self.options.device,
             token_ids=token_ids,
         )
-        needed = estimate(self.checkpoint, packed, dtype=self.options.dtype, device=stream.device)
+        all_rows = [*packed, *held_out.packed, *held_out.packed]
+        needed = estimate(self.checkpoint, all_rows, dtype=self.options.dtype, device=stream.device)
         check_memory(needed, self.max_memory, gpu_room(stream.device))
-        self._check_disk(needed)
+        check_room(self.unfinished.out, needed.disk)
         finished = self.unfinished.finished()
         for line in needed.lines(self.max_memory):
             self.progress.say(line)
         if finished:
             self.progress.say(f"resuming: {len(finished)} of {len(stream)} layers are finished")
         shapes = [(len(rows), max(len(row.ids) for row in rows), self.checkpoint.hidden_size) for rows in packed]
-        left = max(0, self.max_memory - needed.memory)
-        with Activations(shapes, self.options.dtype, left, self.unfinished.folder) as hidden:
+        left, folder = max(0, self.max_memory - needed.memory), self.unfinished.folder
+        with (
+            Activations(shapes, self.options.dtype, left, folder) as hidden,
+            held_out.open(stream, max(0, left - hidden.nbytes), folder, self.progress.status),
+        ):
             batches = embed_batches(stream, packed, hidden, self.progress.status)
             if self.plan.auto is not None:
                 self.sensitivity = sensitivity_of(
@@ -255,16 +275,17 @@ class _Run:
                 self.plan = self.plan.auto.plan(self.sensitivity)
                 self.progress.say(f"bits by sensitivity: {self.plan.recipe['assigned']}")
             stream.forget_vision()
-            self._layers(stream, batches, hidden, max(0, left - hidden.nbytes))
+            self._layers(stream, batches, hidden, held_out, max(0, left - hidden.nbytes - held_out.nbytes))
             done = len(self.unfinished.finished()) == len(stream)
             found = answer_drift(self.checkpoint, batches, hidden) if done else {}
-        return _Outcome(answers=found, tokens=token_counts(batches), estimate=needed)
+            kl = held_out.record(self.checkpoint) if done else {}
+        rows = rows_record(batches, calibration.beginnings)
+        return _Outcome(answers=found, held_out_kl=kl, rows=rows, estimate=needed)
 
-    def _layers(self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, room: int) -> None:
+    def _layers(
+        self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, held_out: HeldOut, room: int
+    ) -> None:
         before, times = time.monotonic(), []
-
-        def write(index: int, rounded: Rounded) -> None:
-            self.unfinished.save_layer(index, rounded)
 
         was_there = set(self.unfinished.finished())
 
@@ -283,17 +304,15 @@ class _Run:
                 prefills,
                 hidden,
                 self.plan.method,
-                weights=[self.weights.of(batch.prefill, batch.refused().to(stream.device)) for batch in batches],
+                weights=[self.weights.of_batch(batch) for batch in batches],
                 finished=self.unfinished.layer,
-                write=write,
+                write=self.unfinished.save_layer,
                 report=report,
                 stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
                 caches=caches,
+                beside=held_out,
             )
         self.seconds_per_layer = float(np.mean(times)) if times else None
-
-    def _check_disk(self, needed: Estimate) -> None:
-        check_room(self.unfinished.out, needed.disk)
 
     def write(self, record: dict[str, Any]) -> Path:
         """Write the artifact's folder, still under a hidden name; sizes go into ``record``."""

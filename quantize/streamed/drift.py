@@ -68,6 +68,7 @@ def guard_drift(before: Tensor, after: Tensor, classes: Sequence[str]) -> dict[s
 def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activations) -> dict[str, Any]:
     """Compare answers with what the last hidden states would say at each of their places, refusals apart.
 
+    Looked at are rows with the family's usual prompt: behind other ones the answer need not be the 16-bit model's own.
     ``same_token`` is the share of tokens that the rounded model would choose, too; ``nll`` their mean negative log
     likelihood; ``None`` where there is no token.
     """
@@ -76,7 +77,7 @@ def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activ
     refused: list[bool] = []
     for number, batch in enumerate(batches):
         for place, row in enumerate(batch.rows):
-            if row.answer_length:
+            if row.answer_length and row.beginning == "usual":
                 states.append(hidden[number][place, -row.answer_length - 1 : -1].clone())
                 truth += row.ids[-row.answer_length :]
                 refused += [row.refused] * row.answer_length
