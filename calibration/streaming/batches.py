@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +32,16 @@ class TokenWeights:
     An image's many tokens share a weight that makes them at most ``image_share`` of their sample, so that 576 of
     them do not drown a short question; they never count more than text. Tokens of an answer that is a refusal count
     ``refusal_weight`` times. On top of that, image tokens that a guard behind the language model reads count
-    ``guard_weight`` times, and the first token of a row, an attention sink, ``first_weight`` times.
+    ``guard_weight`` times, and the first token of a row, an attention sink, ``first_weight`` times. ``by`` gradient
+    shifts weights between the tokens of a row's text, and of its image, layer by layer; see
+    :mod:`calibration.streaming.gradients`.
     """
 
     image_share: float = 0.5
     refusal_weight: float = 1.0
     guard_weight: float = 1.0
     first_weight: float = 8.0
+    by: Literal["fixed", "gradient"] = "fixed"
 
     def __post_init__(self) -> None:
         if not 0 < self.image_share < 1:

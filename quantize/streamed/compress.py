@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,22 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from calibration.answers import Answer
 from calibration.sets.conversations import Sample
 from calibration.sets.mix import samples_sha256
-from calibration.sets.samples import Calibration, CalibrationOptions, answers_of, calibrate_on
+from calibration.sets.samples import Calibration, CalibrationOptions, calibrate_on
 from calibration.streaming.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
+from calibration.streaming.gradients import gradient_weights
 from calibration.streaming.sequential import Activations, LayerStream
 from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
+from quantize.streamed.answers import kept_answers, whose
 from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
-from quantize.streamed.estimate import Estimate, check_memory, estimate
+from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
 from quantize.streamed.held_out import HeldOut, held_out_samples
 from quantize.streamed.layers import Caches, round_layers
 from quantize.streamed.record import calibration_record, identity, jsonable, rows_record, summary
-from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
+from quantize.streamed.unfinished import RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
@@ -119,7 +122,7 @@ def _compress(
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
         samples, unseen = held_out_samples(chosen, calibration.mix.seed)
         asked = (*chosen.samples, *samples)
-        answers = _answers(checkpoint, asked, calibration, options, max_memory, unfinished, progress)
+        answers = kept_answers(checkpoint, asked, calibration, options, max_memory, unfinished, progress)
         answers, others = answers[: len(chosen.samples)], answers[len(chosen.samples) :]
         held_out = HeldOut(samples, others, unseen=unseen, seed=calibration.mix.seed, batch_tokens=options.batch_tokens)
         run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
@@ -142,7 +145,7 @@ def _compress(
             "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
             "consumers": list(run.plan.consumers),
             "resumed": unfinished.resumed,
-            "answers": outcome.answers | {"are": _whose(answers)},
+            "answers": outcome.answers | {"are": whose(answers)},
             "held_out_kl": outcome.held_out_kl,
         }
         record["summary"] = summary(checkpoint, record["layers"])
@@ -248,6 +251,8 @@ class _Run:
         )
         all_rows = [*packed, *held_out.packed, *held_out.packed]
         needed = estimate(self.checkpoint, all_rows, dtype=self.options.dtype, device=stream.device)
+        if self.weights.by == "gradient":
+            needed = with_backward(needed, self.checkpoint, packed, self.options.dtype, stream.device)
         check_memory(needed, self.max_memory, gpu_room(stream.device))
         check_room(self.unfinished.out, needed.disk)
         finished = self.unfinished.finished()
@@ -298,13 +303,19 @@ class _Run:
             before = now
 
         prefills = [batch.prefill for batch in batches]
+        weights: Sequence[Tensor] | Callable[[int], Sequence[Tensor]]
+        weights = fixed = [self.weights.of_batch(batch) for batch in batches]
+        if self.weights.by == "gradient":
+            folder, status = self.unfinished.folder, self.progress.status
+            by_layer = gradient_weights(stream, batches, hidden, fixed, max_bytes=room, folder=folder, report=status)
+            weights = by_layer.__getitem__
         with Caches(room, self.unfinished.folder) as caches:
             round_layers(
                 stream,
                 prefills,
                 hidden,
                 self.plan.method,
-                weights=[self.weights.of_batch(batch) for batch in batches],
+                weights=weights,
                 finished=self.unfinished.layer,
                 write=self.unfinished.save_layer,
                 report=report,
@@ -361,38 +372,3 @@ class _Run:
             )
         held = {"held_out": source is held_out, "tap": self.checkpoint.tap.source}
         return {**held, **guard_drift(probs[0], probs[1], self.checkpoint.classes)}
-
-
-def _answers(
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    calibration: CalibrationOptions,
-    options: RunOptions,
-    max_memory: int,
-    unfinished: Unfinished,
-    progress: Progress,
-) -> list[Answer | None]:
-    """Return one answer a sample, or ``None``; kept for a run that goes on."""
-    kept = unfinished.kept(ANSWERS)
-    if kept is not None:
-        return [None if each is None else Answer(text=each["text"], ids=_ids(each["ids"])) for each in kept]
-    answers = answers_of(
-        checkpoint,
-        samples,
-        calibration,
-        max_memory=max_memory,
-        dtype=options.dtype,
-        device=options.device,
-        say=progress.say,
-        report=progress.status,
-    )
-    unfinished.keep(ANSWERS, [None if answer is None else asdict(answer) for answer in answers])
-    return answers
-
-
-def _whose(answers: Sequence[Answer | None]) -> str:
-    return "the 16-bit model's own" if any(each is not None and each.ids for each in answers) else "given"
-
-
-def _ids(stored: list[int] | None) -> tuple[int, ...] | None:
-    return None if stored is None else tuple(stored)

@@ -281,7 +281,7 @@ def round_layers(
     hidden: Activations,
     method: Method,
     *,
-    weights: Sequence[Tensor] | None = None,
+    weights: Sequence[Tensor] | Callable[[int], Sequence[Tensor]] | None = None,
     finished: Callable[[int], Mapping[str, Tensor] | None] = lambda _: None,
     write: Callable[[int, Rounded], None],
     report: Callable[[int], None] = lambda _: None,
@@ -292,11 +292,11 @@ def round_layers(
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
-    ``weights`` are the tokens' (T each) of every batch. ``write`` gets each layer once, with all its tensors, and
-    nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is put in place instead
-    of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the memory of linears'
-    inputs. ``beside`` runs each layer by itself, before and after, which needs ``finished`` to know what was written.
-    Without ``last_states`` the last layer need not run once it is rounded.
+    ``weights`` are the tokens' (T each) of every batch, or give those of a layer. ``write`` gets each layer once, with
+    all its tensors, and nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is
+    put in place instead of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the
+    memory of linears' inputs. ``beside`` runs each layer by itself, before and after, which needs ``finished`` to know
+    what was written. Without ``last_states`` the last layer need not run once it is rounded.
 
     Raises those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
@@ -321,7 +321,7 @@ def round_layers(
             stream=stream,
             batches=batches,
             hidden=hidden,
-            weights=weights,
+            weights=weights(index) if callable(weights) else weights,
             prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
             caches=kept,
         )

@@ -72,6 +72,13 @@ OPTIONS = (
         "--refusal-weight", type=float, default=2.0, show_default=True, help="Weight of refusal tokens in the Hessian."
     ),
     click.option(
+        "--token-weights",
+        type=click.Choice(["fixed", "gradient"]),
+        default=TokenWeights.by,
+        show_default=True,
+        help="Weights of a sample's tokens: fixed, or shifted by the gradient of the answer's loss.",
+    ),
+    click.option(
         "--guard-weight",
         type=float,
         default=TokenWeights.guard_weight,
@@ -136,6 +143,7 @@ def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
             refusal_weight=given["refusal_weight"],
             guard_weight=given["guard_weight"],
             first_weight=given["first_weight"],
+            by=given["token_weights"],
         ),
         beginnings=Beginnings(share=given["other_beginnings"]),
         grid=parse_grid(given["grid"]),
