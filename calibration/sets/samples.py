@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from calibration.answers import Answer, own_answers, whole_model_bytes
+from calibration.sets.beginnings import Beginnings
 from calibration.sets.conversations import Conversations, Sample, built_in_conversations, read_conversations
 from calibration.sets.leakage import Leakage, built_in_evaluation, find_leaks, read_evaluation
 from calibration.sets.mix import Mix, choose
@@ -47,6 +48,7 @@ class CalibrationOptions:
     max_new_tokens: int = 64
     max_length: int | None = None
     weights: TokenWeights = field(default_factory=TokenWeights)
+    beginnings: Beginnings = field(default_factory=Beginnings)
     grid: tuple[int, int] | None = None
 
 

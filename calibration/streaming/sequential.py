@@ -277,7 +277,11 @@ class LayerStream:
         """Take the last layer's outputs through the final norm, in place."""
         for number in range(len(hidden)):
             states = hidden[number]
-            states.copy_(self._language.norm(states.to(self.device)))
+            states.copy_(self.normed(states.to(self.device)))
+
+    def normed(self, states_BLD: Tensor) -> Tensor:
+        """Return what the final norm makes of the last layer's output; gradients flow."""
+        return cast(Tensor, self._language.norm(states_BLD))
 
     def forget_vision(self) -> None:
         """Let go of the vision tower and the projector: no more image features can be made."""

@@ -65,7 +65,15 @@ def measure_importance(
     packed: list[tuple[Row, ...]] = []
 
     def token_ids(model: Any) -> list[int]:
-        packed.extend(pack_rows(lay_out(model, chosen.samples, answers, max_length=options.max_length), BATCH_TOKENS))
+        rows = lay_out(
+            model,
+            chosen.samples,
+            answers,
+            max_length=options.max_length,
+            beginnings=options.beginnings,
+            seed=options.mix.seed,
+        )
+        packed.extend(pack_rows(rows, BATCH_TOKENS))
         return [token for rows in packed for row in rows for token in row.ids]
 
     stream = LayerStream(checkpoint, grid=options.grid, token_ids=token_ids)
@@ -74,7 +82,7 @@ def measure_importance(
     with Activations(shapes, torch.float32, max_memory) as hidden:
         batches = embed_batches(stream, packed, hidden, report)
         stream.forget_vision()
-        weights = [options.weights.of(batch.prefill, batch.refused()) for batch in batches]
+        weights = [options.weights.of_batch(batch) for batch in batches]
         watched = _Watched(weights)
         prefills = [batch.prefill for batch in batches]
         for index, layer in stream.layers():

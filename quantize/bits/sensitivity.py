@@ -25,7 +25,7 @@ from quantize.streamed.drift import answer_states, token_blocks, vocabulary_part
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
 
-__all__ = ["PARTS", "Sensitivity", "choose_bits", "measure", "stored_bits"]
+__all__ = ["PARTS", "Sensitivity", "choose_bits", "divergence", "measure", "stored_bits"]
 
 PARTS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -258,7 +258,7 @@ class _Outcome:
 
     def against(self, other: _Outcome, checkpoint: Checkpoint) -> tuple[float, float, float]:
         """Return divergences of refusals, other answers and guard, from this outcome to another one."""
-        tokens = _divergence(checkpoint, self.states, other.states)
+        tokens = divergence(checkpoint, self.states, other.states)
         answers = torch.zeros(len(self.refused)).index_add_(0, self.sample, tokens)
         refusals, others = answers[self.refused], answers[~self.refused]
         guard = 0.0
@@ -271,7 +271,7 @@ class _Outcome:
         )
 
 
-def _divergence(checkpoint: Checkpoint, states_MD: Tensor, other_MD: Tensor) -> Tensor:
+def divergence(checkpoint: Checkpoint, states_MD: Tensor, other_MD: Tensor) -> Tensor:
     """Return the Kullback-Leibler divergence of next-token distributions, M, in one pass over the vocabulary.
 
     With logits a and b it is the mean of a - b under softmax(a), less the difference of their log normalizers.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from calibration.answers import Answer
 from calibration.sets.conversations import Sample
 from calibration.sets.mix import samples_sha256
-from calibration.sets.samples import Calibration, CalibrationOptions, answers_of, calibrate_on
+from calibration.sets.samples import Calibration, CalibrationOptions, calibrate_on
 from calibration.streaming.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
+from calibration.streaming.gradients import gradient_weights
 from calibration.streaming.sequential import Activations, LayerStream
 from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
+from quantize.streamed.answers import kept_answers, whose
 from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
-from quantize.streamed.estimate import Estimate, check_memory, estimate
-from quantize.streamed.layers import Caches, Rounded, round_layers
-from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
-from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
+from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
+from quantize.streamed.held_out import HeldOut, held_out_samples
+from quantize.streamed.layers import Caches, round_layers
+from quantize.streamed.record import calibration_record, identity, jsonable, rows_record, summary
+from quantize.streamed.unfinished import RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
@@ -116,9 +120,13 @@ def _compress(
     }
     with Unfinished(out, recipe) as unfinished:
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
-        answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
+        samples, unseen = held_out_samples(chosen, calibration.mix.seed)
+        asked = (*chosen.samples, *samples)
+        answers = kept_answers(checkpoint, asked, calibration, options, max_memory, unfinished, progress)
+        answers, others = answers[: len(chosen.samples)], answers[len(chosen.samples) :]
+        held_out = HeldOut(samples, others, unseen=unseen, seed=calibration.mix.seed, batch_tokens=options.batch_tokens)
         run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
-        outcome = run.round(chosen.samples, answers, calibration)
+        outcome = run.round(chosen.samples, answers, calibration, held_out)
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "source": {
@@ -130,14 +138,15 @@ def _compress(
             },
             "method": dict(run.plan.recipe),
             "sensitivity": run.sensitivity,
-            "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
+            "calibration": calibration_record(chosen, answers, calibration) | outcome.rows,
             "leakage": chosen.leakage.record(),
             "anomalous": not chosen.leakage.clean,
             "random_weights": checkpoint.random_weights,
             "layers": [{"layer": index, "linears": unfinished.report(index)} for index in unfinished.finished()],
             "consumers": list(run.plan.consumers),
             "resumed": unfinished.resumed,
-            "answers": outcome.answers | {"are": _whose(answers)},
+            "answers": outcome.answers | {"are": whose(answers)},
+            "held_out_kl": outcome.held_out_kl,
         }
         record["summary"] = summary(checkpoint, record["layers"])
         if outcome.answers:
@@ -191,7 +200,8 @@ def check_place(checkpoint: Checkpoint, out: Path) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
     answers: dict[str, Any]
-    tokens: dict[str, int]
+    held_out_kl: dict[str, Any]
+    rows: dict[str, Any]
     estimate: Estimate
 
 
@@ -210,18 +220,27 @@ class _Run:
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
 
     def round(
-        self, samples: Sequence[Sample], answers: Sequence[Answer | None], calibration: CalibrationOptions
+        self,
+        samples: Sequence[Sample],
+        answers: Sequence[Answer | None],
+        calibration: CalibrationOptions,
+        held_out: HeldOut,
     ) -> _Outcome:
         """Round all layers that are not finished; ``answers`` of the outcome is empty when layers are left."""
         packed: list[tuple[Row, ...]] = []
 
         def token_ids(model: Any) -> list[int]:
-            packed.extend(
-                pack_rows(
-                    lay_out(model, samples, answers, max_length=calibration.max_length), self.options.batch_tokens
-                )
+            rows = lay_out(
+                model,
+                samples,
+                answers,
+                max_length=calibration.max_length,
+                beginnings=calibration.beginnings,
+                seed=calibration.mix.seed,
             )
-            return [token for rows in packed for row in rows for token in row.ids]
+            packed.extend(pack_rows(rows, self.options.batch_tokens))
+            held_out.lay_out(model, calibration.max_length)
+            return [token for rows in (*packed, *held_out.packed) for row in rows for token in row.ids]
 
         self.progress.status("opening the checkpoint")
         stream = LayerStream(
@@ -232,19 +251,25 @@ class _Run:
             device=self.options.device,
             token_ids=token_ids,
         )
+        all_rows = [*packed, *held_out.packed, *held_out.packed]
         needed = estimate(
-            self.checkpoint, packed, dtype=self.options.dtype, products=stream.products, device=stream.device
+            self.checkpoint, all_rows, dtype=self.options.dtype, products=stream.products, device=stream.device
         )
+        if self.weights.by == "gradient":
+            needed = with_backward(needed, self.checkpoint, packed, self.options.dtype, stream.device)
         check_memory(needed, self.max_memory, gpu_room(stream.device))
-        self._check_disk(needed)
+        check_room(self.unfinished.out, needed.disk)
         finished = self.unfinished.finished()
         for line in needed.lines(self.max_memory):
             self.progress.say(line)
         if finished:
             self.progress.say(f"resuming: {len(finished)} of {len(stream)} layers are finished")
         shapes = [(len(rows), max(len(row.ids) for row in rows), self.checkpoint.hidden_size) for rows in packed]
-        left = max(0, self.max_memory - needed.memory)
-        with Activations(shapes, self.options.dtype, left, self.unfinished.folder) as hidden:
+        left, folder = max(0, self.max_memory - needed.memory), self.unfinished.folder
+        with (
+            Activations(shapes, self.options.dtype, left, folder) as hidden,
+            held_out.open(stream, max(0, left - hidden.nbytes), folder, self.progress.status),
+        ):
             batches = embed_batches(stream, packed, hidden, self.progress.status)
             if self.plan.auto is not None:
                 self.sensitivity = sensitivity_of(
@@ -259,16 +284,17 @@ class _Run:
                 self.plan = self.plan.auto.plan(self.sensitivity)
                 self.progress.say(f"bits by sensitivity: {self.plan.recipe['assigned']}")
             stream.forget_vision()
-            self._layers(stream, batches, hidden, max(0, left - hidden.nbytes))
+            self._layers(stream, batches, hidden, held_out, max(0, left - hidden.nbytes - held_out.nbytes))
             done = len(self.unfinished.finished()) == len(stream)
             found = answer_drift(self.checkpoint, batches, hidden) if done else {}
-        return _Outcome(answers=found, tokens=token_counts(batches), estimate=needed)
+            kl = held_out.record(self.checkpoint) if done else {}
+        rows = rows_record(batches, calibration.beginnings)
+        return _Outcome(answers=found, held_out_kl=kl, rows=rows, estimate=needed)
 
-    def _layers(self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, room: int) -> None:
+    def _layers(
+        self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, held_out: HeldOut, room: int
+    ) -> None:
         before, times = time.monotonic(), []
-
-        def write(index: int, rounded: Rounded) -> None:
-            self.unfinished.save_layer(index, rounded)
 
         was_there = set(self.unfinished.finished())
 
@@ -281,23 +307,27 @@ class _Run:
             before = now
 
         prefills = [batch.prefill for batch in batches]
+        weights: Sequence[Tensor] | Callable[[int], Sequence[Tensor]]
+        weights = fixed = [self.weights.of_batch(batch) for batch in batches]
+        if self.weights.by == "gradient":
+            folder, status = self.unfinished.folder, self.progress.status
+            by_layer = gradient_weights(stream, batches, hidden, fixed, max_bytes=room, folder=folder, report=status)
+            weights = by_layer.__getitem__
         with Caches(room, self.unfinished.folder) as caches:
             round_layers(
                 stream,
                 prefills,
                 hidden,
                 self.plan.method,
-                weights=[self.weights.of(batch.prefill, batch.refused().to(stream.device)) for batch in batches],
+                weights=weights,
                 finished=self.unfinished.layer,
-                write=write,
+                write=self.unfinished.save_layer,
                 report=report,
                 stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
                 caches=caches,
+                beside=held_out,
             )
         self.seconds_per_layer = float(np.mean(times)) if times else None
-
-    def _check_disk(self, needed: Estimate) -> None:
-        check_room(self.unfinished.out, needed.disk)
 
     def write(self, record: dict[str, Any]) -> Path:
         """Write the artifact's folder, still under a hidden name; sizes go into ``record``."""
@@ -346,38 +376,3 @@ class _Run:
             )
         held = {"held_out": source is held_out, "tap": self.checkpoint.tap.source}
         return {**held, **guard_drift(probs[0], probs[1], self.checkpoint.classes)}
-
-
-def _answers(
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    calibration: CalibrationOptions,
-    options: RunOptions,
-    max_memory: int,
-    unfinished: Unfinished,
-    progress: Progress,
-) -> list[Answer | None]:
-    """Return one answer a sample, or ``None``; kept for a run that goes on."""
-    kept = unfinished.kept(ANSWERS)
-    if kept is not None:
-        return [None if each is None else Answer(text=each["text"], ids=_ids(each["ids"])) for each in kept]
-    answers = answers_of(
-        checkpoint,
-        samples,
-        calibration,
-        max_memory=max_memory,
-        dtype=options.dtype,
-        device=options.device,
-        say=progress.say,
-        report=progress.status,
-    )
-    unfinished.keep(ANSWERS, [None if answer is None else asdict(answer) for answer in answers])
-    return answers
-
-
-def _whose(answers: Sequence[Answer | None]) -> str:
-    return "the 16-bit model's own" if any(each is not None and each.ids for each in answers) else "given"
-
-
-def _ids(stored: list[int] | None) -> tuple[int, ...] | None:
-    return None if stored is None else tuple(stored)

@@ -76,18 +76,20 @@ def guard_drift(before: Tensor, after: Tensor, classes: Sequence[str]) -> dict[s
 def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activations) -> dict[str, Any]:
     """Compare answers with what the last hidden states would say at each of their places, refusals apart.
 
+    Looked at are rows with the family's usual prompt: behind other ones the answer need not be the 16-bit model's own.
     ``same_token`` is the share of tokens that the rounded model would choose, too; ``nll`` their mean negative log
     likelihood; ``None`` where there is no token.
     """
     refused: list[bool] = []
     truth: list[int] = []
     for row in (row for batch in batches for row in batch.rows):
-        truth += row.ids[len(row.ids) - row.answer_length :]
-        refused += [row.refused] * row.answer_length
+        length = row.answer_length if row.beginning == "usual" else 0
+        truth += row.ids[len(row.ids) - length :]
+        refused += [row.refused] * length
     if not truth:
         return {kind: {"tokens": 0, "same_token": None, "nll": None} for kind in ("refusals", "others")}
     wanted = torch.tensor(truth)
-    chosen, nll = token_choices(checkpoint, answer_states(batches, hidden), wanted)
+    chosen, nll = token_choices(checkpoint, answer_states(batches, hidden, usual=True), wanted)
     found: dict[str, Any] = {}
     for kind, flags in (("refusals", torch.tensor(refused)), ("others", ~torch.tensor(refused))):
         count = int(flags.sum())
@@ -99,15 +101,21 @@ def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activ
     return found
 
 
-def answer_states(batches: Sequence[Batch], hidden: Activations) -> Tensor:
-    """Return the hidden states before each answer token, M × D in float32, rows in the order of the batches."""
-    lengths = [row.answer_length for batch in batches for row in batch.rows]
-    found, first = torch.empty(sum(lengths), hidden.shapes[0][-1]), 0
-    for number, batch in enumerate(batches):
-        for place, row in enumerate(batch.rows):
-            if row.answer_length:
-                found[first : first + row.answer_length] = hidden[number][place, -row.answer_length - 1 : -1]
-                first += row.answer_length
+def answer_states(batches: Sequence[Batch], hidden: Activations, *, usual: bool = False) -> Tensor:
+    """Return the hidden states before each answer token, M × D in float32, rows in the order of the batches.
+
+    With ``usual`` only of rows with the family's usual prompt.
+    """
+    wanted = [
+        (number, place, row.answer_length)
+        for number, batch in enumerate(batches)
+        for place, row in enumerate(batch.rows)
+        if row.answer_length and (row.beginning == "usual" or not usual)
+    ]
+    found, first = torch.empty(sum(length for *_, length in wanted), hidden.shapes[0][-1]), 0
+    for number, place, length in wanted:
+        found[first : first + length] = hidden[number][place, -length - 1 : -1]
+        first += length
     return found
 
 

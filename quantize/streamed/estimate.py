@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
 from safevlm.files.storage import shown_bytes
 
-__all__ = ["Estimate", "check_memory", "estimate", "shown_seconds"]
+__all__ = ["Estimate", "check_memory", "estimate", "shown_seconds", "with_backward"]
 
 INTERPRETER = 600 * 2**20
 """Python, torch and transformers themselves."""
@@ -36,6 +36,12 @@ WORKING_COPIES = 10
 """Matrices of the size of the rows in work that rounding holds at its widest."""
 STORING_COPIES = 3
 """Matrices of a linear's size, 4 bytes a value, that its stored form is made in."""
+KEPT_COPIES = 3
+"""Values of the size of all linears' inputs that a layer keeps for its backward pass."""
+SMALLEST_HEAD = 64
+"""Width of an attention head, for the number of heads."""
+PASSES_BACK = 4
+"""Forward passes that token weights by gradient take: one forward, one more and one back, which is two."""
 GIBIBYTE = 2**30
 
 
@@ -114,6 +120,27 @@ def estimate(
         seconds_per_layer=macs / (speed or _multiply_adds_a_second(products or dtype, device)),
         layers=layers,
     )
+
+
+def with_backward(
+    needed: Estimate,
+    checkpoint: Checkpoint,
+    packed: Sequence[tuple[Row, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Estimate:
+    """Add what one backward pass through all layers takes: what a layer keeps for it, and all hidden states."""
+    shapes = {name: checkpoint.tensors.shape(f"{full}.weight") for _, name, full in linear_names(checkpoint)}
+    lengths = [(len(batch), max(len(row.ids) for row in batch)) for batch in packed]
+    each = KEPT_COPIES * sum(columns for _, columns in shapes.values())
+    heads = shapes["self_attn.q_proj"][0] // SMALLEST_HEAD
+    kept = max(rows * length * (each + heads * length) for rows, length in lengths) * dtype.itemsize
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    macs = PASSES_BACK * weights * sum(rows * length for rows, length in lengths)
+    seconds = needed.seconds_per_layer + macs / _multiply_adds_a_second(dtype, device)
+    host = {"memory": needed.memory + kept} if device.type == "cpu" else {"gpu": needed.gpu + kept}
+    activations = needed.activations * (needed.layers + 1)
+    return replace(needed, activations=activations, seconds_per_layer=seconds, **host)
 
 
 def check_memory(needed: Estimate, max_memory: int, free_on_gpu: int | None = None) -> None:

@@ -25,6 +25,7 @@ from safevlm.network.safe_vlm import Prefill
 __all__ = [
     "LINEARS",
     "SHARED_INPUTS",
+    "Beside",
     "Caches",
     "Method",
     "Rounded",
@@ -254,6 +255,16 @@ class Method(Protocol):
         """Prepare a restored layer to run as a rounded one does; weights are in place."""
 
 
+class Beside(Protocol):
+    """Runs over layers that are rounded, with hidden states of its own."""
+
+    def unrounded(self, index: int, layer: nn.Module) -> None:
+        """Run a layer as it was read."""
+
+    def rounded(self, index: int, layer: nn.Module) -> None:
+        """Run it as it was written."""
+
+
 def linear_names(checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
     """Return every decoder linear: its layer, its name in the layer, its canonical name without ``.weight``."""
     prefix = f"{checkpoint.family.language_prefix}layers."
@@ -277,20 +288,22 @@ def round_layers(
     hidden: Activations,
     method: Method,
     *,
-    weights: Sequence[Tensor] | None = None,
+    weights: Sequence[Tensor] | Callable[[int], Sequence[Tensor]] | None = None,
     finished: Callable[[int], Mapping[str, Tensor] | None] = lambda _: None,
     write: Callable[[int, Rounded], None],
     report: Callable[[int], None] = lambda _: None,
     stop: int | None = None,
     caches: Caches | None = None,
+    beside: Beside | None = None,
     last_states: bool = True,
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
-    ``weights`` are the tokens' (T each) of every batch. ``write`` gets each layer once, with all its tensors, and
-    nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is put in place instead
-    of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the memory of linears'
-    inputs. Without ``last_states`` the last layer need not run once it is rounded.
+    ``weights`` are the tokens' (T each) of every batch, or give those of a layer. ``write`` gets each layer once, with
+    all its tensors, and nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is
+    put in place instead of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the
+    memory of linears' inputs. ``beside`` runs each layer by itself, before and after, which needs ``finished`` to know
+    what was written. Without ``last_states`` the last layer need not run once it is rounded.
 
     Raises those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
@@ -315,7 +328,7 @@ def round_layers(
             stream=stream,
             batches=batches,
             hidden=hidden,
-            weights=weights,
+            weights=weights(index) if callable(weights) else weights,
             prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
             caches=kept,
         )
@@ -337,10 +350,15 @@ def round_layers(
         return None if stage.moved else stage.output
 
     for index, layer in stream.layers(stop):
+        if beside is not None:
+            beside.unrounded(index, layer)
         output = settle(index, layer)
         if last_states or index < len(stream) - 1:
             stream.advance(index, layer, batches, hidden, output)
         del output
+        if beside is not None:
+            _restore(layer, finished(index) or {})  # a layer that was just rounded may have let go of its weights
+            beside.rounded(index, layer)
         report(index)
     if stop is None or stop >= len(stream):
         stream.norm(hidden)

@@ -12,6 +12,7 @@ import click
 import torch
 from rich.console import Console
 
+from calibration.sets.beginnings import Beginnings
 from calibration.sets.mix import Mix, read_mix
 from calibration.sets.samples import CalibrationOptions
 from calibration.streaming.batches import TokenWeights
@@ -71,6 +72,34 @@ OPTIONS = (
     click.option(
         "--refusal-weight", type=float, default=2.0, show_default=True, help="Weight of refusal tokens in the Hessian."
     ),
+    click.option(
+        "--token-weights",
+        type=click.Choice(["fixed", "gradient"]),
+        default=TokenWeights.by,
+        show_default=True,
+        help="Weights of a sample's tokens: fixed, or shifted by the gradient of the answer's loss.",
+    ),
+    click.option(
+        "--guard-weight",
+        type=float,
+        default=TokenWeights.guard_weight,
+        show_default=True,
+        help="Weight of image tokens that a guard behind the language model reads, on top of --image-share.",
+    ),
+    click.option(
+        "--first-weight",
+        type=float,
+        default=TokenWeights.first_weight,
+        show_default=True,
+        help="Weight of the first token of a sample, an attention sink, in the Hessian.",
+    ),
+    click.option(
+        "--other-beginnings",
+        type=float,
+        default=Beginnings.share,
+        show_default=True,
+        help="Share of samples that begin with another or no system text, an earlier turn, or anywhere.",
+    ),
     grid_option,
     click.option(
         "--max-memory", type=float, help="Maximum memory of the process in GiB.  [default: 80 % of what is available]"
@@ -110,7 +139,14 @@ def calibration_of(given: Mapping[str, Any]) -> CalibrationOptions:
         allow_leakage=given["allow_leakage"],
         answers=given["answers"],
         max_length=given["max_length"],
-        weights=TokenWeights(image_share=given["image_share"], refusal_weight=given["refusal_weight"]),
+        weights=TokenWeights(
+            image_share=given["image_share"],
+            refusal_weight=given["refusal_weight"],
+            guard_weight=given["guard_weight"],
+            first_weight=given["first_weight"],
+            by=given["token_weights"],
+        ),
+        beginnings=Beginnings(share=given["other_beginnings"]),
         grid=parse_grid(given["grid"]),
     )
 
@@ -172,6 +208,7 @@ def describe(found: Compressed, command: str) -> list[str]:
         f"{found.out}: {record['source']['name']} at {summary['bits_per_weight']:.2f} bits per weight of the decoder, "
         f"{shown_bytes(summary['bytes'])} ({shown_bytes(summary['bytes_in_16_bit'])} in 16 bit)",
         _answers_line(record["answers"]),
+        _held_out_line(record["held_out_kl"]),
         _guard_line(record["guard"]),
     ]
     nearest = summary["rounded_to_nearest"]
@@ -200,6 +237,16 @@ def _answers_line(answers: Mapping[str, Any]) -> str:
         return f"{drift['same_token']:.1%} of {drift['tokens']} tokens of {kind}"
 
     return f"answers ({answers['are']}): the compressed model chooses {stated('refusals')}, {stated('others')}"
+
+
+def _held_out_line(kl: Mapping[str, Any]) -> str:
+    if not kl["tokens"]:
+        return "KL to the 16-bit model: not compared (no sample fits with another beginning)"
+    on = "held-out" if kl["unseen"] else "the same, as there are no others,"
+    return (
+        f"KL to the 16-bit model on {on} samples: {kl['as_calibrated']:.4f} as calibrated, "
+        f"{kl['other_beginnings']:.4f} with other beginnings ({kl['tokens']} tokens of {kl['samples']} samples)"
+    )
 
 
 def _guard_line(guard: Mapping[str, Any]) -> str:

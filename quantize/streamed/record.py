@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from calibration.answers import Answer
+from calibration.sets.beginnings import Beginnings, beginnings_record
 from calibration.sets.mix import samples_sha256
 from calibration.sets.samples import Calibration, CalibrationOptions
 from calibration.streaming.batches import Batch
 from quantize.streamed.layers import linear_names
 from safevlm.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["calibration_record", "identity", "jsonable", "summary", "token_counts"]
+__all__ = ["calibration_record", "identity", "jsonable", "rows_record", "summary", "token_counts"]
 
 
 def calibration_record(
@@ -39,6 +40,12 @@ def calibration_record(
         "answers": {"own": own, "given": len(answers) - own - none, "none": none},
         "token_weights": asdict(options.weights),
     }
+
+
+def rows_record(batches: Sequence[Batch], beginnings: Beginnings) -> dict[str, Any]:
+    """Return what is calibrated on, row by row and token by token."""
+    rows = [row for batch in batches for row in batch.rows]
+    return {"tokens": token_counts(batches), "beginnings": beginnings_record(rows, beginnings)}
 
 
 def token_counts(batches: Sequence[Batch]) -> dict[str, int]:

@@ -112,6 +112,10 @@ class ChatFormat:
 
     def check(self, turns: Sequence[Turn]) -> None:
         """Raise QuestionError, with the turn's number, for turns that the template does not take, or an image token."""
+        self._check_image(turns)
+        self._check_roles(turns)
+
+    def _check_image(self, turns: Sequence[Turn]) -> None:
         for number, turn in enumerate(turns):
             if self.image_token in turn.text:
                 raise QuestionError(
@@ -123,6 +127,8 @@ class ChatFormat:
             raise QuestionError(f"this model answers about exactly one image; {len(images)} were given.")
         if turns[images[0]].role != "user":
             raise QuestionError("the image must be in a user turn. Move it there.", turn=images[0])
+
+    def _check_roles(self, turns: Sequence[Turn]) -> None:
         if not self.strict:
             return
         first = int(turns[0].role == "system")
@@ -147,6 +153,15 @@ class ChatFormat:
     def around(self, turns: Sequence[Turn]) -> Around:
         """Write the turns as text before and after the image tokens. Raises QuestionError, see :meth:`check`."""
         self.check(turns)
+        return self._written(turns)
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """Write turns without an image. Raises QuestionError for roles in an order that the template does not take."""
+        self._check_roles(turns)
+        return self._written(turns).before
+
+    def _written(self, turns: Sequence[Turn]) -> Around:
+        """Write turns that are known to be right; without an image all of it stands before, the rest is empty."""
         sides, folded = [[self.opening], []], ""
         if turns[0].role == "system" and self.system is None:
             folded, turns = turns[0].text + self.folded_end, turns[1:]

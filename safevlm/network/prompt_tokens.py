@@ -31,6 +31,7 @@ __all__ = [
     "prompt_ids",
     "stated_ends",
     "stop_ids",
+    "text_dialogue_ids",
     "text_ids",
 ]
 
@@ -170,6 +171,11 @@ def _around_ids(tokenizer: Any, image_token: str, around: Around, image_tokens: 
 def text_ids(tokenizer: Any, prompt: PromptFormat, question: str) -> list[int]:
     """Return the ids of one user turn without an image."""
     return _encode(tokenizer, prompt.before_text + question + prompt.after_question)
+
+
+def text_dialogue_ids(tokenizer: Any, chat: ChatFormat, turns: Sequence[Turn]) -> list[int]:
+    """Return the ids of a dialogue without an image. Raises QuestionError, see :meth:`ChatFormat.text`."""
+    return _encode(tokenizer, chat.text(turns))
 
 
 def answer_ids(tokenizer: Any, prompt: PromptFormat, answer: str) -> list[int]:

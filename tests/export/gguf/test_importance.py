@@ -29,7 +29,8 @@ def test_it_is_what_the_whole_model_reads() -> None:
     packed: list[tuple[object, ...]] = []
 
     def token_ids(model: object) -> list[int]:
-        packed.extend(pack_rows(lay_out(model, chosen.samples, answers), 2048))  # type: ignore[arg-type]
+        rows = lay_out(model, chosen.samples, answers, beginnings=options.beginnings)  # type: ignore[arg-type]
+        packed.extend(pack_rows(rows, 2048))
         return [token for rows in packed for row in rows for token in row.ids]  # type: ignore[attr-defined]
 
     stream = LayerStream(checkpoint, token_ids=token_ids)

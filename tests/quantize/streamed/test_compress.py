@@ -96,6 +96,9 @@ def test_an_artifact_is_a_whole_safe_vlm(model: str, plan: Plans, tmp_path: Path
     assert record["summary"]["bits_per_weight"] == (4 if plan is four_bits else 8)
     assert record["guard"]["n"] == 4 and record["guard"]["held_out"]
     assert record["answers"]["refusals"]["tokens"] and record["answers"]["others"]["tokens"]
+    begun = record["calibration"]["beginnings"]
+    assert begun["share"] == 0.3 and sum(begun["rows"].values()) == 12 and begun["rows"]["usual"] == 8
+    assert record["held_out_kl"]["unseen"] and 0 < record["held_out_kl"]["as_calibrated"] < 0.5
     worst = max(row["relative_error"] for layer in record["layers"] for row in layer["linears"])
     assert worst < (0.08 if plan is four_bits else 0.01)
     assert all(row["loss"] <= row["rtn_loss"] for layer in record["layers"] for row in layer["linears"])
@@ -128,7 +131,7 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_with_the_same_bytes(tmp_path:
         assert not out.exists()
     again = run(out, progress=Progress(layer=stop))
     assert content(out) == content(whole.out)
-    for key in ("layers", "answers", "guard", "calibration", "summary", "leakage"):
+    for key in ("layers", "answers", "held_out_kl", "guard", "calibration", "summary", "leakage"):
         assert again.record[key] == whole.record[key]
 
 
@@ -152,6 +155,7 @@ def test_hidden_states_in_a_file_and_several_shards_change_nothing(tmp_path: Pat
     assert len(list(second.out.glob("model-*.safetensors"))) > 2
     assert one.tensors.names() == two.tensors.names()
     assert all(torch.equal(one.tensors.read(name), two.tensors.read(name)) for name in one.tensors.names())
+    assert first.record["held_out_kl"] == second.record["held_out_kl"]
     with pytest.raises(InputError, match=r"--max-memory .* are needed"):
         run(tmp_path / "third", calibration=given, max_memory=needed - 1000)
     with pytest.raises(InputError, match="--answers own: the model takes"):
@@ -293,6 +297,10 @@ def test_two_runs_do_not_write_one_artifact(tmp_path: Path) -> None:
         (["--device", "cuda"], "--device cuda"),
         (["--max-memory", "0.1"], "--max-memory 0.1"),
         (["--image-share", "2"], "--image-share 2"),
+        (["--first-weight", "0"], "--first-weight 0"),
+        (["--guard-weight", "nan"], "--guard-weight nan"),
+        (["--other-beginnings", "1.5"], "--other-beginnings 1.5"),
+        (["--other-beginnings", "nan"], "--other-beginnings nan"),
     ],
 )
 def test_bad_options_end_with_2_and_leave_nothing(

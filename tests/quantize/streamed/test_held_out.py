@@ -1,0 +1,89 @@
+"""Held-out KL is that between the two whole models, on rows that were not calibrated on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibration.sets.mix import Mix
+from calibration.sets.samples import CalibrationOptions, calibrate_on
+from calibration.streaming.batches import Row
+from quantize.methods.settings import RunOptions
+from quantize.streamed.compress import compress
+from quantize.streamed.held_out import HeldOut, held_out_samples
+from quantize.streamed.options import describe
+from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.network.loading import load_safe_vlm
+from safevlm.network.prompt_tokens import IMAGE
+from safevlm.network.safe_vlm import SafeVLM
+from tests.quantize.streamed.test_compress import Plans, four_bits, w8a8
+
+FEW = CalibrationOptions(mix=Mix(samples=8), answers="none")
+
+
+def next_tokens(model: SafeVLM, row: Row) -> Tensor:
+    """Return the log probabilities of what follows each of a row's tokens, L × V."""
+    picture = row.sample.picture() if row.shows_image else None
+    if picture is None:
+        prefill = model.assemble([row.ids])
+    else:
+        rgb = torch.from_numpy(model.preprocessing.apply(picture)).unsqueeze(0)
+        size = (model.preprocessing.height, model.preprocessing.width)
+        prefill = model.assemble([row.ids], model.image_features(rgb), size)
+    hidden = model.language_forward(prefill.inputs_embeds, prefill.masks, prefill.position_ids)
+    return torch.log_softmax(model.token_logits(hidden[0]), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [("tiny-safellava", four_bits), ("tiny-safeqwen", four_bits), ("tiny-safegem", w8a8)]
+)
+@torch.no_grad()
+def test_it_is_that_of_the_whole_models(name: str, plan: Plans, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(name)
+    chosen = calibrate_on(checkpoint, FEW, lambda _: None)
+    options = RunOptions(guard_images=0)
+    found = compress(checkpoint, tmp_path / "out", plan(checkpoint), FEW, options, chosen=chosen)
+    kl = found.record["held_out_kl"]
+    samples, unseen = held_out_samples(chosen, FEW.mix.seed)
+    assert unseen and not {sample.where for sample in samples} & {sample.where for sample in chosen.samples}
+    held = HeldOut(samples, [None] * len(samples), unseen=True, seed=FEW.mix.seed, batch_tokens=2048)
+    before, after = load_safe_vlm(checkpoint), load_safe_vlm(open_checkpoint(str(found.out)))
+    held.lay_out(before, None)
+    rows = [row for batch in held.packed for row in batch]
+    usual = {row.sample.where: row for row in rows if row.beginning == "usual"}
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+    for row in rows:
+        other = next(each for each in rows if each.sample == row.sample and each.beginning != row.beginning)
+        common = 0
+        while common < min(len(row.ids), len(other.ids)) and row.ids[-1 - common] == other.ids[-1 - common]:
+            common += 1
+        at = [place for place in range(len(row.ids) - common, len(row.ids) - 1) if row.ids[place] != IMAGE][:64]
+        was, now = next_tokens(before, row)[at], next_tokens(after, row)[at]
+        sums["usual" if row.beginning == "usual" else "other"].append((was.exp() * (was - now)).sum(dim=1))
+    assert len(usual) == len(rows) // 2 == kl["samples"] == 2
+    assert kl["tokens"] == len(torch.cat(sums["usual"])) == len(torch.cat(sums["other"]))
+    assert kl["as_calibrated"] == pytest.approx(float(torch.cat(sums["usual"]).mean()), rel=2e-2, abs=1e-5)
+    assert kl["other_beginnings"] == pytest.approx(float(torch.cat(sums["other"]).mean()), rel=2e-2, abs=1e-5)
+    assert set(kl["by_beginning"]) == {row.beginning for row in rows} - {"usual"}
+    (line,) = [line for line in describe(found, "next") if line.startswith("KL to the 16-bit model")]
+    assert f"{kl['as_calibrated']:.4f} as calibrated, {kl['other_beginnings']:.4f} with other" in line
+    assert "held-out" in line
+
+
+def test_a_source_without_others_says_so_and_a_long_sample_is_left_out() -> None:
+    chosen = calibrate_on(open_checkpoint("tiny-safegem"), FEW, lambda _: None)
+    alone = replace(chosen, source=replace(chosen.source, samples=chosen.samples))
+    samples, unseen = held_out_samples(alone, 0)
+    assert not unseen and set(samples) <= set(chosen.samples)
+    assert len(held_out_samples(chosen, 0)[0]) == 2
+    assert held_out_samples(chosen, 0) == held_out_samples(chosen, 0) != held_out_samples(chosen, 1)
+    many = replace(chosen, samples=chosen.source.samples[:320])
+    assert len(held_out_samples(many, 0)[0]) == 8
+    held = HeldOut(samples, [None] * len(samples), unseen=False, seed=0, batch_tokens=100)
+    held.lay_out(load_safe_vlm(open_checkpoint("tiny-safegem")), 5)
+    assert held.packed == []
