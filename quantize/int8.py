@@ -14,11 +14,12 @@ import click
 from rich.console import Console
 
 from quantize.methods.int8_method import STRENGTHS, W8A8
+from quantize.methods.rotation import Rotate
 from quantize.methods.settings import Plan
 from quantize.methods.solver import SolveOptions
 from quantize.streamed.compress import compress
 from quantize.streamed.layers import LINEARS
-from quantize.streamed.options import calibration_of, finish, progress_on, run_of, shared_options
+from quantize.streamed.options import calibration_of, finish, progress_on, rotate_option, run_of, shared_options
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
 from safevlm.machine import return_freed_memory
@@ -57,8 +58,10 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = SolveOptions()) -> Plan:
-    """Return what rounds every decoder linear and its inputs to 8 bits."""
+def int8_plan(
+    strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = SolveOptions(), *, rotate: Rotate = "none"
+) -> Plan:
+    """Return what rounds every decoder linear and its inputs to 8 bits; ``rotate`` says what is turned before."""
     recipe = {
         "name": "w8a8",
         "smoothing_strengths": list(strengths),
@@ -70,6 +73,7 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     return Plan(
         method=W8A8(strengths=strengths, options=options),
         recipe=recipe,
+        rotate=rotate,
         quantization=quantization_config(),
         consumers=["GPTQModel, AutoGPTQ and llama.cpp do not read compressed-tensors"],
     )
@@ -90,17 +94,19 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     show_default=True,
     help="Damping as a share of the Hessian's mean diagonal.",
 )
+@rotate_option("none")
 def main(
     model: str,
     revision: str | None,
     out: Path,
     smoothing: str,
     damp: float,
+    rotate: Rotate,
     as_json: bool,
     **shared: Any,
 ) -> None:
     """Round weights and activations of MODEL's language model to 8 bits, calibrated on images and text."""
-    plan = int8_plan(_strengths(smoothing), SolveOptions(damp=damp))
+    plan = int8_plan(_strengths(smoothing), SolveOptions(damp=damp), rotate=rotate)
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:

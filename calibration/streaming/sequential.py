@@ -212,13 +212,14 @@ class LayerStream:
     def _rows(self, ids: Sequence[int]) -> tuple[list[int], Tensor]:
         """Return the ids of the token embedding's rows that are asked for, and the rows."""
         name = self.checkpoint.family.language_prefix + "embed_tokens.weight"
-        stored = self.checkpoint.tensors.read(name)
+        tensors = self.checkpoint.tensors
+        vocabulary = tensors.shape(name)[0]
         rows = sorted({token for token in ids if token >= 0} | {0})
-        if rows[-1] >= len(stored):
+        if rows[-1] >= vocabulary:
             raise InputError(
-                f"token {rows[-1]} is outside of the vocabulary of {len(stored)}: the tokenizer does not fit the model"
+                f"token {rows[-1]} is outside of the vocabulary of {vocabulary}: the tokenizer does not fit the model"
             )
-        return rows, converted(stored[rows], self.dtype, self.checkpoint.tensors.stored_name(name))
+        return rows, converted(tensors.read_rows(name, rows), self.dtype, tensors.stored_name(name))
 
     def layers(self, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each decoder layer, or the first ``stop``, with its index and its weights in place.

@@ -31,6 +31,7 @@ from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate
 from quantize.streamed.layers import Caches, Rounded, round_layers
 from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
+from quantize.streamed.rotated import check_guard, check_range, rotated
 from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
@@ -45,6 +46,7 @@ from safevlm.version import VERSION
 __all__ = ["Compressed", "check_place", "compress"]
 
 SCHEMA_VERSION = 1
+ROTATION = "rotation.json"
 MEMORY_SHARE = 0.8
 """Of the available memory, that a run takes where it is not told."""
 ADVICE = (
@@ -98,12 +100,14 @@ def _compress(
     gpu = gpu_use(device)
     check_place(checkpoint, out)
     plan.method.check(checkpoint)
+    turned = rotated(checkpoint, plan.rotate)
     chosen = chosen or calibrate_on(checkpoint, calibration, progress.status)
     if not chosen.leakage.clean:
         progress.say(f"LEAKAGE ALLOWED: {len(chosen.leakage.leaks)} hits; reports about this artifact are ANOMALOUS.")
     max_memory = options.max_memory or int(MEMORY_SHARE * available_memory())
     recipe = {
         "method": dict(plan.recipe),
+        "rotate": plan.rotate,
         "checkpoint": identity(checkpoint),
         "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
         "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
@@ -116,8 +120,9 @@ def _compress(
     }
     with Unfinished(out, recipe) as unfinished:
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
+        rotation = _rotation(checkpoint, turned, plan, chosen, calibration, options, max_memory, unfinished, progress)
         answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
-        run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
+        run = _Run(turned, checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
         outcome = run.round(chosen.samples, answers, calibration)
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -129,6 +134,7 @@ def _compress(
                 "tap": asdict(checkpoint.tap),
             },
             "method": dict(run.plan.recipe),
+            "rotation": rotation,
             "sensitivity": run.sensitivity,
             "calibration": calibration_record(chosen, answers, calibration) | {"tokens": outcome.tokens},
             "leakage": chosen.leakage.record(),
@@ -199,6 +205,8 @@ class _Run:
     """One run over the layers, and what it writes."""
 
     checkpoint: Checkpoint
+    """Its tensors as they are rounded: turned, where a rotation is asked for."""
+    source: Checkpoint
     unfinished: Unfinished
     plan: Plan
     options: RunOptions
@@ -309,7 +317,7 @@ class _Run:
             stored = write_tensors(
                 self.checkpoint, layers, folder, shard_bytes=self.options.shard_bytes, report=self.progress.status
             )
-        tensors = self.checkpoint.tensors
+        tensors = self.source.tensors
         whole = sum(torch.Size(tensors.shape(name)).numel() * 2 for name in tensors.names())
         record["summary"] |= {"bytes": stored, "bytes_in_16_bit": whole}
         return folder
@@ -327,7 +335,7 @@ class _Run:
         opened = [source[place].picture() for place in sorted(places)]
         rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in opened if each is not None]))
         probs = []
-        for which, checkpoint in (("16-bit", self.checkpoint), ("compressed", artifact)):
+        for which, checkpoint in (("16-bit", self.source), ("compressed", artifact)):
             self.progress.status(f"running the {which} model's guard on {len(rgb)} images")
             probs.append(
                 exact_probs(
@@ -342,6 +350,37 @@ class _Run:
             )
         held = {"held_out": source is held_out, "tap": self.checkpoint.tap.source}
         return {**held, **guard_drift(probs[0], probs[1], self.checkpoint.classes)}
+
+
+def _rotation(
+    checkpoint: Checkpoint,
+    turned: Checkpoint,
+    plan: Plan,
+    chosen: Calibration,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    max_memory: int,
+    unfinished: Unfinished,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return what was turned, and what that did to the guard; kept for a run that goes on."""
+    if plan.rotate == "none":
+        return {"rotate": "none"}
+    check_range(turned, partial(_kept_in, turned))
+    measured = unfinished.kept(ROTATION)
+    if measured is None:
+        measured = check_guard(
+            checkpoint,
+            turned,
+            [sample for sample in chosen.source.samples if sample.image is not None],
+            grid=calibration.grid,
+            max_bytes=max_memory // 4,
+            device=options.device,
+            report=progress.status,
+        )
+        unfinished.keep(ROTATION, measured)
+    progress.say(f"rotation of {plan.rotate}: the exact guard moved by {measured['guard_difference']:.1g} at most")
+    return {"rotate": plan.rotate, **measured}
 
 
 def _answers(

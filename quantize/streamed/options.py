@@ -15,6 +15,7 @@ from rich.console import Console
 from calibration.sets.mix import Mix, read_mix
 from calibration.sets.samples import CalibrationOptions
 from calibration.streaming.batches import TokenWeights
+from quantize.methods.rotation import ROTATIONS, Rotate
 from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
@@ -22,7 +23,7 @@ from safevlm.files.storage import shown_bytes
 from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
-__all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]
+__all__ = ["calibration_of", "describe", "progress_on", "rotate_option", "run_of", "shared_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -90,6 +91,17 @@ OPTIONS = (
     ),
     json_option("compression.json"),
 )
+
+
+def rotate_option(default: Rotate) -> Callable[[Command], Command]:
+    """Return ``--rotate``, whose default is the method's own."""
+    return click.option(
+        "--rotate",
+        type=click.Choice(ROTATIONS),
+        default=default,
+        show_default=True,
+        help="Turn the attention's values, the residual stream or both by orthogonal matrices merged into the weights.",
+    )
 
 
 def shared_options(command: Command) -> Command:

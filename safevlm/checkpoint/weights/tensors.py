@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,10 @@ class TensorStore:
             ) from error
         self._count(name, entry)
         return tensor
+
+    def read_rows(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
+        """Return some rows of a tensor; raises as :meth:`read`."""
+        return self.read(name)[rows]
 
     def sha256(self, names: Iterable[str]) -> str:
         """Return the SHA-256 over canonical name, dtype, shape and raw bytes of tensors, in sorted order.
