@@ -2,8 +2,8 @@
 
 The model computes the same (QuaRot, Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456, section 4, stages 1a and
 1b): what a linear writes is turned, what reads it is turned likewise, and no kernel is needed. Two places allow it:
-``values``, between ``v_proj`` and ``o_proj``, and ``residual``, the stream that all blocks read and write. Norms without
-a weight commute with it, so their weights go into the linears behind them.
+``values``, between ``v_proj`` and ``o_proj``, and ``residual``, the stream that all blocks read and write. Norms
+without a weight commute with it, so their weights go into the linears behind them.
 
 Shapes: D width, K heads, H width of a head, R output rows, C input columns.
 """
@@ -25,7 +25,7 @@ __all__ = ["ROTATIONS", "Orthogonal", "Rotate", "check_rotation", "hadamard", "o
 Rotate = Literal["none", "values", "residual", "both"]
 ROTATIONS: tuple[Rotate, ...] = get_args(Rotate)
 LARGEST_FACTOR = 64
-"""Powers of two are split into factors of this order: a product of small matrices is faster than their one large one."""
+"""Powers of two are split into factors of this order: small matrices are multiplied faster than one large one."""
 PALEY_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59)
 BLOCK = 1 << 22
 """Numbers that are turned at once: in float64 they take 32 MiB."""
@@ -35,13 +35,13 @@ BLOCK = 1 << 22
 class Orthogonal:
     """A random orthogonal matrix of each of K heads: signs, K × D, and then the Kronecker product of ``factors``."""
 
-    signs_KD: Tensor
+    signs: Tensor
     factors: tuple[Tensor, ...]
 
     def turn(self, rows: Tensor) -> Tensor:
         """Return … × D rows times the matrix, in float32; where there are several heads, … × K × D by theirs."""
-        width = self.signs_KD.shape[1]
-        heads = rows.reshape(-1, len(self.signs_KD), width)
+        width = self.signs.shape[1]
+        heads = rows.reshape(-1, len(self.signs), width)
         found = torch.empty(heads.shape, dtype=torch.float32)
         step = max(1, BLOCK // (heads.shape[1] * width))
         for start in range(0, len(heads), step):
@@ -53,7 +53,7 @@ class Orthogonal:
         return self.turn(weight_RC.T).T.contiguous()
 
     def _turn(self, heads_NKD: Tensor) -> Tensor:
-        values = heads_NKD.double() * self.signs_KD
+        values = heads_NKD.double() * self.signs
         shape = values.shape
         left, right = 1, shape[-1]
         for factor in self.factors:
@@ -69,12 +69,12 @@ def orthogonal(width: int, seed: int, heads: int = 1) -> Orthogonal:
     Each of several heads has signs of its own. The same seed gives the same matrix.
     """
     generator = torch.Generator().manual_seed(seed)
-    signs_KD = torch.randint(0, 2, (heads, width), generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (heads, width), generator=generator).double() * 2 - 1
     factors = _hadamard_factors(width)
     if factors is None:
         square = torch.randn(width, width, generator=generator, dtype=torch.float64)
         factors = [torch.linalg.qr(square).Q]
-    return Orthogonal(signs_KD, tuple(factors))
+    return Orthogonal(signs, tuple(factors))
 
 
 def hadamard(order: int) -> Tensor | None:
@@ -132,6 +132,6 @@ def check_rotation(checkpoint: Checkpoint, rotate: Rotate) -> None:
         raise InputError(f"--rotate {rotate} does not exist. Use one of {', '.join(ROTATIONS)}.")
     if rotate in ("residual", "both") and checkpoint.family.image_linear is None:
         raise InputError(
-            f"--rotate {rotate}: {checkpoint.family.title} norms what its blocks add to the residual stream, which only "
-            "a kernel could turn. Use --rotate values."
+            f"--rotate {rotate}: {checkpoint.family.title} has norms on what its blocks add to the residual stream, so "
+            "only a kernel could turn it. Use --rotate values."
         )

@@ -31,7 +31,8 @@ from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate
 from quantize.streamed.layers import Caches, Rounded, round_layers
 from quantize.streamed.record import calibration_record, identity, jsonable, summary, token_counts
-from quantize.streamed.rotated import check_guard, check_range, rotated
+from quantize.streamed.rotated import rotated
+from quantize.streamed.rotation_check import checked_rotation
 from quantize.streamed.unfinished import ANSWERS, RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
@@ -46,7 +47,6 @@ from safevlm.version import VERSION
 __all__ = ["Compressed", "check_place", "compress"]
 
 SCHEMA_VERSION = 1
-ROTATION = "rotation.json"
 MEMORY_SHARE = 0.8
 """Of the available memory, that a run takes where it is not told."""
 ADVICE = (
@@ -120,7 +120,17 @@ def _compress(
     }
     with Unfinished(out, recipe) as unfinished:
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
-        rotation = _rotation(checkpoint, turned, plan, chosen, calibration, options, max_memory, unfinished, progress)
+        rotation = checked_rotation(
+            checkpoint,
+            turned,
+            plan.rotate,
+            chosen.source.samples,
+            unfinished,
+            progress,
+            grid=calibration.grid,
+            max_bytes=max_memory // 4,
+            device=options.device,
+        )
         answers = _answers(checkpoint, chosen.samples, calibration, options, max_memory, unfinished, progress)
         run = _Run(turned, checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
         outcome = run.round(chosen.samples, answers, calibration)
@@ -350,37 +360,6 @@ class _Run:
             )
         held = {"held_out": source is held_out, "tap": self.checkpoint.tap.source}
         return {**held, **guard_drift(probs[0], probs[1], self.checkpoint.classes)}
-
-
-def _rotation(
-    checkpoint: Checkpoint,
-    turned: Checkpoint,
-    plan: Plan,
-    chosen: Calibration,
-    calibration: CalibrationOptions,
-    options: RunOptions,
-    max_memory: int,
-    unfinished: Unfinished,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Return what was turned, and what that did to the guard; kept for a run that goes on."""
-    if plan.rotate == "none":
-        return {"rotate": "none"}
-    check_range(turned, partial(_kept_in, turned))
-    measured = unfinished.kept(ROTATION)
-    if measured is None:
-        measured = check_guard(
-            checkpoint,
-            turned,
-            [sample for sample in chosen.source.samples if sample.image is not None],
-            grid=calibration.grid,
-            max_bytes=max_memory // 4,
-            device=options.device,
-            report=progress.status,
-        )
-        unfinished.keep(ROTATION, measured)
-    progress.say(f"rotation of {plan.rotate}: the exact guard moved by {measured['guard_difference']:.1g} at most")
-    return {"rotate": plan.rotate, **measured}
 
 
 def _answers(

@@ -176,8 +176,13 @@ def describe(found: Compressed, command: str) -> list[str]:
         f"{found.out}: {record['source']['name']} at {summary['bits_per_weight']:.2f} bits per weight of the decoder, "
         f"{shown_bytes(summary['bytes'])} ({shown_bytes(summary['bytes_in_16_bit'])} in 16 bit)",
         _answers_line(record["answers"]),
-        _guard_line(record["guard"]),
+        _guard_line(record["guard"], turned=record["rotation"]["rotate"] in ("residual", "both")),
     ]
+    if record["rotation"]["rotate"] != "none":
+        lines.append(
+            f"rotation ({record['rotation']['rotate']}): it alone moves the exact guard's probabilities by "
+            f"{record['rotation']['guard_difference']:.1g} at most"
+        )
     nearest = summary["rounded_to_nearest"]
     if nearest:
         more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
@@ -206,11 +211,12 @@ def _answers_line(answers: Mapping[str, Any]) -> str:
     return f"answers ({answers['are']}): the compressed model chooses {stated('refusals')}, {stated('others')}"
 
 
-def _guard_line(guard: Mapping[str, Any]) -> str:
+def _guard_line(guard: Mapping[str, Any], *, turned: bool) -> str:
     if not guard["n"]:
         return "guard: not compared (the samples have no images, or --guard-images is 0)"
     held = "held-out " if guard["held_out"] else ""
-    behind = "behind the language model" if guard["tap"] == "language_model" else "on the projector, which is unchanged"
+    projector = f"on the projector, which is {'turned' if turned else 'unchanged'}"
+    behind = "behind the language model" if guard["tap"] == "language_model" else projector
     return (
         f"exact guard ({behind}) on {guard['n']} {held}images: {guard['label_flips']} labels changed "
         f"({guard['unsafe_to_safe']} from unsafe to safe), probabilities by {guard['max_probability_difference']:.4f} "

@@ -8,32 +8,24 @@ Shapes: R output rows, C input columns, D width of the language model, V vocabul
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.sets.conversations import Sample
 from quantize.methods.rotation import Orthogonal, Rotate, check_rotation, orthogonal
-from quantize.streamed.drift import exact_probs
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
-from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.family import HEAD_PREFIX, OUTPUT_PREFIX
-from safevlm.checkpoint.weights.finite import converted
 from safevlm.checkpoint.weights.tensors import TensorStore
-from safevlm.errors import InputError
 
-__all__ = ["RotatedTensors", "check_guard", "check_range", "rotated"]
+__all__ = ["SEED", "RotatedTensors", "rotated"]
 
 SEED = 0
-GUARD_TOLERANCE = 1e-5
-"""How far a rotation may move a probability of the exact guard, in float32."""
-GUARD_IMAGES = 4
 ROWS_TOGETHER = 4096
+"""Rows of a token embedding that are turned at once: in float32 the whole takes twice its stored room."""
 OUTPUT = f"{OUTPUT_PREFIX}weight"
 HEAD = f"{HEAD_PREFIX}mlp.0.weight"
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -69,51 +61,6 @@ def rotated(checkpoint: Checkpoint, rotate: Rotate) -> Checkpoint:
         if isinstance(config.get("text_config"), Mapping):
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return replace(checkpoint, tensors=RotatedTensors(checkpoint, rotate), config=config)
-
-
-def check_guard(
-    source: Checkpoint,
-    turned: Checkpoint,
-    samples: Sequence[Sample],
-    *,
-    grid: tuple[int, int] | None,
-    max_bytes: int | None,
-    device: str,
-    report: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Return how far the exact guard's probabilities moved on some samples' images, drawn ones where none has any.
-
-    Raises InputError where that is more than rounding in float32 explains.
-    """
-    preprocessing = read_processor(source.processor, family=source.family.key, grid=grid)
-    pictures = [picture for sample in samples[:GUARD_IMAGES] if (picture := sample.picture()) is not None]
-    if pictures:
-        rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in pictures]))
-    else:
-        shape = (GUARD_IMAGES, preprocessing.height, preprocessing.width, 3)
-        rgb = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED))
-    report(f"comparing the guard before and after the rotation on {len(rgb)} images")
-    before, after = (
-        exact_probs(each, rgb, grid=grid, max_bytes=max_bytes, device=device, report=report)
-        for each in (source, turned)
-    )
-    difference = float((before - after).abs().max())
-    if not difference <= GUARD_TOLERANCE:
-        raise InputError(
-            f"--rotate moves a probability of {source.name}'s guard by {difference:.2g}; at most {GUARD_TOLERANCE:g} "
-            "is allowed. Use --rotate none."
-        )
-    return {"guard_images": len(rgb), "guard_difference": difference}
-
-
-def check_range(turned: Checkpoint, dtype_of: Callable[[str], torch.dtype | None]) -> None:
-    """Raise PrecisionError for a turned tensor beyond the dtype that it is written in; ``None`` leaves one out."""
-    tensors = turned.tensors
-    assert isinstance(tensors, RotatedTensors)
-    for name in tensors.turned_names():
-        dtype = dtype_of(name)
-        for part in () if dtype is None else tensors.parts(name):
-            converted(part, dtype, tensors.stored_name(name))
 
 
 class RotatedTensors(TensorStore):
@@ -200,7 +147,7 @@ class RotatedTensors(TensorStore):
         return self._turned(self._inner.read_rows(self._source(name), rows), turn)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor in blocks of rows, where it can be turned so: a token embedding in float32 is twice as large.
+        """Yield a tensor in blocks of rows, where it can be turned so.
 
         Raises as :meth:`read`.
         """
@@ -221,7 +168,7 @@ class RotatedTensors(TensorStore):
         if turn.norm is not None:
             value = value * self._inner.read(turn.norm).float()
         if turn.reads is not None:
-            heads = value.reshape(len(value), -1, turn.repeats, turn.reads.signs_KD.shape[1]).transpose(1, 2)
+            heads = value.reshape(len(value), -1, turn.repeats, turn.reads.signs.shape[1]).transpose(1, 2)
             value = turn.reads.turn(heads.contiguous()).transpose(1, 2).reshape(stored.shape)
         for outputs in (turn.heads_written, turn.writes):
             if outputs is not None:

@@ -63,7 +63,7 @@ def test_what_is_turned_in_blocks_is_what_is_turned_at_once(monkeypatch: pytest.
 def test_what_a_family_does_not_allow_is_refused_by_name() -> None:
     gem, llava = open_checkpoint("tiny-safegem"), open_checkpoint("tiny-safellava")
     for rotate in ("residual", "both"):
-        with pytest.raises(InputError, match=rf"--rotate {rotate}: SafeGem norms .* Use --rotate values\."):
+        with pytest.raises(InputError, match=rf"--rotate {rotate}: SafeGem has norms .* Use --rotate values\."):
             check_rotation(gem, rotate)  # type: ignore[arg-type]
     check_rotation(gem, "values")
     for rotate in ROTATIONS:

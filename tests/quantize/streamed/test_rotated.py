@@ -165,9 +165,7 @@ def plan_of(rotate: Rotate, *, int8: bool = False) -> Any:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("model", "rotate"), [("tiny-safellava", "both"), ("tiny-safeqwen", "residual"), POSSIBLE[-1]])
-def test_an_artifact_computes_what_the_checkpoint_does(
-    model: str, rotate: Rotate, int8: bool, tmp_path: Path
-) -> None:
+def test_an_artifact_computes_what_the_checkpoint_does(model: str, rotate: Rotate, int8: bool, tmp_path: Path) -> None:
     found = run(tmp_path / "out", model, plan_of(rotate, int8=int8))
     source, artifact = open_checkpoint(model), open_checkpoint(str(found.out))
     rgb = pictures(source)
@@ -211,9 +209,11 @@ def test_a_run_that_ends_goes_on_with_the_same_rotation_alone(tmp_path: Path) ->
 def test_what_moves_the_guard_or_is_not_allowed_is_refused_before_any_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="--rotate both: SafeGem norms"):
+    with pytest.raises(InputError, match="--rotate both: SafeGem has norms"):
         run(tmp_path / "gem", "tiny-safegem", plan_of("both"))
     monkeypatch.setattr(rotated_module, "GUARD_TOLERANCE", 0.0)
-    with pytest.raises(InputError, match=r"--rotate moves a probability of tiny-safellava's guard by \S+; at most 0 is"):
+    with pytest.raises(
+        InputError, match=r"--rotate moves a probability of tiny-safellava's guard by \S+; at most 0 is"
+    ):
         run(tmp_path / "out", "tiny-safellava", plan_of("both"))
     assert not [*tmp_path.glob(".*/layer*")] and not (tmp_path / "out").exists()
