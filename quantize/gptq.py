@@ -18,11 +18,12 @@ from rich.console import Console
 from quantize.bits.auto_bits import auto_plan
 from quantize.methods.gptq_method import Gptq
 from quantize.methods.grid import Scheme
+from quantize.methods.rotation import Rotate
 from quantize.methods.settings import Plan
 from quantize.methods.solver import ActOrder, SolveOptions
 from quantize.streamed.compress import compress
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS
-from quantize.streamed.options import calibration_of, finish, progress_on, run_of, shared_options
+from quantize.streamed.options import calibration_of, finish, progress_on, rotate_option, run_of, shared_options
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.weights.quantized import BITS
 from safevlm.errors import InputError
@@ -60,10 +61,11 @@ def gptq_plan(
     more: Mapping[str, Any] = MappingProxyType({}),
     *,
     nearest: bool = False,
+    rotate: Rotate = "none",
 ) -> Plan:
     """Return what rounds every decoder linear with ``scheme``; ``more`` goes into the config.
 
-    ``nearest`` rounds each weight by itself, to have something to compare with.
+    ``nearest`` rounds each weight by itself, to have something to compare with; ``rotate`` says what is turned before.
     """
     if nearest:
         options = replace(options, sweeps=0)
@@ -83,6 +85,7 @@ def gptq_plan(
     return Plan(
         method=Gptq(scheme_of=lambda _: scheme, options=options, nearest=nearest),
         recipe=recipe,
+        rotate=rotate,
         quantization=config,
         extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
         consumers=_consumers(scheme, options),
@@ -150,6 +153,7 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
 )
 @click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
 @click.option("--nearest", is_flag=True, help="Round to nearest instead of GPTQ, for comparison.")
+@rotate_option("none")
 def main(
     model: str,
     revision: str | None,
@@ -166,6 +170,7 @@ def main(
     sweeps: int,
     no_search: bool,
     nearest: bool,
+    rotate: Rotate,
     as_json: bool,
     **shared: Any,
 ) -> None:
@@ -187,14 +192,14 @@ def main(
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
-        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest)
+        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest, rotate=rotate)
         if target_bits is not None:
             plan = auto_plan(
                 checkpoint,
                 target_bits,
                 scheme,
                 options,
-                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more),
+                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more, rotate=rotate),
                 safety_weight=safety_weight,
                 samples=sensitivity_samples,
             )

@@ -14,12 +14,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from quantize.methods.int8_method import OPTIONS, STRENGTHS, W8A8
+from quantize.methods.int8_method import OPTIONS, STEPS, STRENGTHS, W8A8
+from quantize.methods.rotation import Rotate
 from quantize.methods.settings import Plan
 from quantize.methods.solver import SolveOptions
 from quantize.streamed.compress import compress
 from quantize.streamed.layers import LINEARS
-from quantize.streamed.options import calibration_of, finish, progress_on, run_of, shared_options
+from quantize.streamed.options import calibration_of, finish, progress_on, rotate_option, run_of, shared_options
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
 from safevlm.machine import return_freed_memory
@@ -58,19 +59,27 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = OPTIONS) -> Plan:
-    """Return what rounds every decoder linear and its inputs to 8 bits."""
+def int8_plan(
+    strengths: tuple[float, ...] = STRENGTHS,
+    options: SolveOptions = OPTIONS,
+    *,
+    steps: int = STEPS,
+    rotate: Rotate = "none",
+) -> Plan:
+    """Return what rounds every decoder linear and its inputs to 8 bits; ``rotate`` says what is turned before."""
     recipe = {
         "name": "w8a8",
         "smoothing_strengths": list(strengths),
+        "smoothing_steps": steps,
         "act_order": options.act_order,
         "damp": options.damp,
         "search": options.search,
         "linears": list(LINEARS),
     }
     return Plan(
-        method=W8A8(strengths=strengths, options=options),
+        method=W8A8(strengths=strengths, steps=steps, options=options),
         recipe=recipe,
+        rotate=rotate,
         quantization=quantization_config(),
         consumers=["GPTQModel, AutoGPTQ and llama.cpp do not read compressed-tensors"],
     )
@@ -85,23 +94,35 @@ def int8_plan(strengths: tuple[float, ...] = STRENGTHS, options: SolveOptions = 
     help="Smoothing strengths to try, separated by commas; 0 turns it off.",
 )
 @click.option(
+    "--smoothing-steps",
+    type=int,
+    default=STEPS,
+    show_default=True,
+    help="Steps that improve the best strength's factors; 0 keeps them.",
+)
+@click.option(
     "--damp",
     type=float,
     default=OPTIONS.damp,
     show_default=True,
     help="Damping as a share of the Hessian's mean diagonal.",
 )
+@rotate_option("none")
 def main(
     model: str,
     revision: str | None,
     out: Path,
     smoothing: str,
+    smoothing_steps: int,
     damp: float,
+    rotate: Rotate,
     as_json: bool,
     **shared: Any,
 ) -> None:
     """Round weights and activations of MODEL's language model to 8 bits, calibrated on images and text."""
-    plan = int8_plan(_strengths(smoothing), replace(OPTIONS, damp=damp))
+    if smoothing_steps < 0:
+        raise InputError(f"--smoothing-steps {smoothing_steps} is not allowed. Give 0 or more; {STEPS} is usual.")
+    plan = int8_plan(_strengths(smoothing), replace(OPTIONS, damp=damp), steps=smoothing_steps, rotate=rotate)
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:

@@ -81,9 +81,9 @@ class _View:
     """A part of an image: S × S × 3 thumbnails, PDQ's signs in 8 orientations × 256 bits."""
 
     part: str
-    coarse_SS: Floats
-    fine_SSC: Pixels
-    signs_OB: Floats
+    coarse: Floats
+    fine: Pixels
+    signs: Floats
     trusted: bool
     plain: bool
 
@@ -115,8 +115,8 @@ class PictureIndex:
             for view in _views(picture):
                 self._items.append(item)
                 self._views.append(view)
-        self._coarse_NK = _stacked([view.coarse_SS.reshape(-1) for view in self._views], COARSE * COARSE)
-        self._signs_NB = _stacked([view.signs_OB[0] for view in self._views], BITS)
+        self._coarse_NK = _stacked([view.coarse.reshape(-1) for view in self._views], COARSE * COARSE)
+        self._signs_NB = _stacked([view.signs[0] for view in self._views], BITS)
         self._trusted_N = np.array([view.trusted for view in self._views], dtype=bool)
 
     def __len__(self) -> int:
@@ -136,9 +136,9 @@ class PictureIndex:
 
     def _candidates(self, picture: Image.Image) -> Iterator[_Candidate]:
         for view in _views(picture):
-            turned_OK = np.stack([oriented(view.coarse_SS, number).reshape(-1) for number in range(len(ORIENTATIONS))])
+            turned_OK = np.stack([oriented(view.coarse, number).reshape(-1) for number in range(len(ORIENTATIONS))])
             alike = turned_OK @ self._coarse_NK.T
-            apart = distances(view.signs_OB, self._signs_NB)
+            apart = distances(view.signs, self._signs_NB)
             near = (apart <= NEAR) & self._trusted_N & view.trusted
             for orientation, number in np.argwhere((alike >= CANDIDATE) | near):
                 bits = int(apart[orientation, number])
@@ -150,8 +150,8 @@ class PictureIndex:
     def _likest(self, candidates: list[_Candidate]) -> Match | None:
         """Return the candidate that is the same image and agrees best, the least changed one first."""
         found = agreements(
-            np.stack([oriented(candidate.view.fine_SSC, candidate.orientation) for candidate in candidates]),
-            np.stack([self._views[candidate.number].fine_SSC for candidate in candidates]),
+            np.stack([oriented(candidate.view.fine, candidate.orientation) for candidate in candidates]),
+            np.stack([self._views[candidate.number].fine for candidate in candidates]),
         )
         same = [
             (round(seen.correlation, 3), -candidate.orientation, candidate, seen)
@@ -198,9 +198,9 @@ def _views(picture: Image.Image) -> Iterator[_View]:
         hashed = pdq_hash(grey_HW[top:bottom, left:right])
         yield _View(
             part=part,
-            coarse_SS=_standardised(luminance(np.asarray(coarse))),
-            fine_SSC=np.asarray(fine),
-            signs_OB=hashed.signs,
+            coarse=_standardised(luminance(np.asarray(coarse))),
+            fine=np.asarray(fine),
+            signs=hashed.signs,
             trusted=hashed.quality >= TRUSTED,
             plain=_is_plain(np.asarray(fine)),
         )

@@ -118,6 +118,7 @@ def auto_plan(
         method=uniform.method,
         recipe={**uniform.recipe, "bits": "auto", **wanted},
         quantization=uniform.quantization,
+        rotate=uniform.rotate,
         auto=auto,
     )
 
@@ -176,5 +177,6 @@ def mixed_plan(
         },
         quantization=plan.quantization,
         extra_files=plan.extra_files,
+        rotate=plan.rotate,
         consumers=notes,
     )

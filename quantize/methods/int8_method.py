@@ -2,13 +2,15 @@
 
 Moving is that of SmoothQuant (Xiao et al. 2023, https://arxiv.org/abs/2211.10438): inputs are divided by a factor a
 channel, weights multiplied by it, and the division is folded into what stands before the linear: a norm, or the rows
-of the linear whose output it reads. Its strength is searched for each group of linears, and none is among the choices.
+of the linear whose output it reads. Its strength is searched for each group of linears, and none is among the choices;
+from the factors of the best one a descent begins (``quantize.methods.smoothing``).
 
 Shapes: T tokens, R output rows, C input columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,13 +19,14 @@ from torch import Tensor, nn
 
 from quantize.methods.gptq_method import linear_report
 from quantize.methods.grid import Scheme
+from quantize.methods.smoothing import SMALLEST, WEIGHT_SHARE, descend, migration
 from quantize.methods.solver import SolveOptions, rows_together, solve
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS, Rounded, Stage, linear_names, stored_dtype
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.quantized import round_inputs, round_tokens
 from safevlm.errors import InputError
 
-__all__ = ["OPTIONS", "STRENGTHS", "W8A8", "migration"]
+__all__ = ["OPTIONS", "STEPS", "STRENGTHS", "W8A8"]
 
 STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Exponents of the activations' maxima that are tried; 0 stands for no migration."""
@@ -31,8 +34,11 @@ SCHEME = Scheme(bits=8, group_size=-1, symmetric=True, signed=False)
 OPTIONS = SolveOptions(damp=0.05, sweeps=0)
 MIDDLE = 128
 SEARCH_TOKENS = 512
-"""Tokens on which strengths are compared."""
-SMALLEST = 1e-5
+"""Tokens on which factors are compared."""
+STEPS = 60
+"""Steps of the descent from the best strength's factors."""
+DESCENT_TOKENS = 2048
+"""Tokens that the descent looks at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,7 @@ class W8A8:
     """Weights are rounded by GPTQ on the moved inputs' second moments, so they make up for each other's errors."""
 
     strengths: tuple[float, ...] = STRENGTHS
+    steps: int = STEPS
     options: SolveOptions = OPTIONS
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -58,7 +65,7 @@ class W8A8:
             moments = stage.moments(names[0])
             largest_C, sample_TC = _inputs(stage, names[0])
             fold = _Fold.before(stage, names[0])
-            factor_C, strength, gain = self._search(linears, largest_C, sample_TC, fold)
+            factor_C, found = self._search(linears, largest_C, sample_TC, fold)
             factor_C = fold.apply(factor_C, dtype)
             stage.rescale(names[0], factor_C)
             for linear in linears:
@@ -70,7 +77,6 @@ class W8A8:
                 linear.weight.data = each.weight().to(linear.weight)
                 tensors[f"{name}.weight"] = (each.ints.to(torch.int16) - MIDDLE).to(torch.int8).cpu()
                 tensors[f"{name}.weight_scale"] = each.grid.scale.float().cpu()
-                found = {"smoothing": strength, "smoothed_error": gain}
                 report.append(linear_report(name, 8, each, self.options) | found)
             round_inputs(stage.layer, names)
         for name in LINEARS:  # a linear's rows may have been divided for the next one after it was rounded
@@ -86,40 +92,44 @@ class W8A8:
 
     def _search(
         self, linears: list[Any], largest_C: Tensor, sample_TC: Tensor, fold: _Fold
-    ) -> tuple[Tensor, float, float]:
-        """Return the factors, their strength, and the squared error of the outputs over that without migration."""
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the factors, and for the report where they come from and their error over that without migration."""
         parts = [
             part
             for linear in linears
             for part in linear.weight.data.split(rows_together(linear.in_features, linear.weight.device))
         ]
+        few_TC = sample_TC[:: max(1, len(sample_TC) // SEARCH_TOKENS)][:SEARCH_TOKENS]
         widest_C = torch.stack([part.float().abs().amax(dim=0) for part in parts]).amax(dim=0).clamp(min=SMALLEST)
-        best, least, plain = (torch.ones_like(largest_C), 0.0), None, None
-        for strength in self.strengths:
+        best, at = torch.ones_like(largest_C), 0.0
+        plain = least = _rounding_error(parts, best, few_TC)
+        for strength in (each for each in self.strengths if each):
             factor = fold.shared(migration(largest_C, widest_C, strength))
-            tokens_TC = round_tokens(sample_TC / factor)
-            error = sum(_moved_error(part.float(), factor, sample_TC, tokens_TC) for part in parts)
-            plain = error if strength == 0 else plain
-            if least is None or error < least:
-                best, least = (factor, strength), error
-        return best[0], best[1], float(least or 0.0) / plain if plain else 1.0
+            error = _rounding_error(parts, factor, few_TC)
+            if error < least:
+                best, least, at = factor, error, strength
+        descended = False
+        if self.steps and any(self.strengths):
+            factor = descend(best, sample_TC, parts, fold.places(best), steps=self.steps)
+            error = _rounding_error(parts, factor, few_TC)
+            if error < least:
+                best, least, descended = factor, error, True
+        return best, {"smoothing": at, "descended": descended, "smoothed_error": least / plain if plain else 1.0}
 
 
-def _moved_error(weight_RC: Tensor, factor_C: Tensor, sample_TC: Tensor, tokens_TC: Tensor) -> float:
-    """Return the squared error of outputs where weights times ``factor_C`` and their inputs, divided, are rounded."""
+def _rounding_error(parts: Sequence[Tensor], factor_C: Tensor, sample_TC: Tensor) -> float:
+    """Return the squared error of outputs by inputs that are divided and rounded, and what GPTQ leaves of weights'."""
+    divided_TC = sample_TC / factor_C
+    lost_TC = (round_tokens(divided_TC) - divided_TC) * factor_C
+    return sum(_part_error(part.float(), factor_C, divided_TC, lost_TC) for part in parts)
+
+
+def _part_error(weight_RC: Tensor, factor_C: Tensor, divided_TC: Tensor, lost_TC: Tensor) -> float:
     moved = weight_RC * factor_C
     scale = moved.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / (MIDDLE - 0.5)
-    rounded = moved.div_(scale).round_().clamp_(-MIDDLE, MIDDLE - 1).mul_(scale)
-    return float((tokens_TC @ rounded.T - sample_TC @ weight_RC.T).square().sum())
-
-
-def migration(largest_C: Tensor, widest_C: Tensor, strength: float) -> Tensor:
-    """Return SmoothQuant's factors, C: max|x|^strength / max|w|^(1 - strength), their geometric mean 1."""
-    if strength == 0:
-        return torch.ones_like(largest_C)
-    factor = largest_C.clamp(min=SMALLEST) ** strength / widest_C ** (1 - strength)
-    factor = torch.where(largest_C > 0, factor, torch.ones_like(factor)).clamp(min=SMALLEST)
-    return factor / factor.log().mean().exp()
+    rounded = (moved / scale).round_().clamp_(-MIDDLE, MIDDLE - 1).mul_(scale)
+    inputs = float((lost_TC @ weight_RC.T).square().sum())
+    return inputs + WEIGHT_SHARE * float((divided_TC @ rounded.sub_(moved).T).square().sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +167,11 @@ class _Fold:
         heads = factor_C.view(-1, self.repeats, self.head)
         return heads.log().mean(dim=1, keepdim=True).exp().expand_as(heads).reshape(-1)
 
+    def places(self, factor_C: Tensor) -> Tensor:
+        """Return which channels have the same factor, as whole numbers from 0, C."""
+        place_C = torch.arange(len(factor_C), device=factor_C.device)
+        return place_C // (self.repeats * self.head) * self.head + place_C % self.head
+
     def apply(self, factor_C: Tensor, dtype: torch.dtype) -> Tensor:
         """Divide there, and return the factors that the division stored in 16 bit really has."""
         if self.norm is not None:
@@ -177,14 +192,14 @@ class _Fold:
 def _inputs(stage: Stage, name: str) -> tuple[Tensor, Tensor]:
     """Return each channel's largest magnitude, C, and some tokens' inputs, spread over the batches, T × C."""
     largest, sample = None, []
-    each = -(-SEARCH_TOKENS // len(stage.batches))
+    each = -(-DESCENT_TOKENS // len(stage.batches))
     for number, inputs in enumerate(stage.inputs(name)):
         if stage.weights is not None:
             inputs = inputs[stage.weights[number].to(inputs.device) > 0]
         high = inputs.abs().amax(dim=0).float()
         largest = high if largest is None else torch.maximum(largest, high)
         sample.append(inputs[:: max(1, len(inputs) // each)][:each].float())
-    return cast(Tensor, largest), torch.cat(sample)[:SEARCH_TOKENS]
+    return cast(Tensor, largest), torch.cat(sample)[:DESCENT_TOKENS]
 
 
 def _row_ratio(now_RC: Tensor, stored_RC: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quantize.methods.grid import Scheme
+from quantize.methods.rotation import Rotate
 from quantize.streamed.artifact import SHARD_BYTES
 from quantize.streamed.layers import Method
 from safevlm.errors import InputError
@@ -60,6 +61,8 @@ class Plan:
     quantization: Mapping[str, Any]
     extra_files: Mapping[str, Any] = field(default_factory=dict)
     consumers: Sequence[str] = ()
+    rotate: Rotate = "none"
+    """What is turned before anything is rounded."""
     auto: AutoBits | None = None
     """Set: this plan only says what is wanted, and the one that its measurement leads to is done."""
 

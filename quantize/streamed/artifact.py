@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.streamed.layers import stored_dtype
+from quantize.streamed.rotated import RotatedTensors
 from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, Checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
@@ -169,7 +170,12 @@ def write_shards(
 
 
 def kept_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """Return the 16-bit dtype that a tensor which is not rounded is written in: its own, or the checkpoint's."""
+    """Return the dtype that a tensor which is not rounded is written in: its own 16-bit one, or the checkpoint's.
+
+    What a rotation turned in the guard stays in float32: the exact guard is not to change.
+    """
+    if isinstance(checkpoint.tensors, RotatedTensors) and checkpoint.tensors.is_guard(name):
+        return torch.float32
     own = {"F16": torch.float16, "BF16": torch.bfloat16}.get(checkpoint.tensors.dtype(name))
     return stored_dtype(checkpoint) if own is None else own
 
@@ -183,7 +189,7 @@ def _rest(checkpoint: Checkpoint) -> Iterator[Piece]:
             continue
         shape = checkpoint.tensors.shape(name)
         kept = kept_dtype(checkpoint, name)
-        nbytes = torch.Size(shape).numel() * 2
+        nbytes = torch.Size(shape).numel() * kept.itemsize
 
         def write(file: BinaryIO, name: str = name, kept: torch.dtype = kept) -> None:
             for part in checkpoint.tensors.pieces(name):

@@ -35,6 +35,8 @@ from quantize.streamed.estimate import Estimate, check_memory, estimate, with_ba
 from quantize.streamed.held_out import HeldOut, held_out_samples
 from quantize.streamed.layers import Caches, round_layers
 from quantize.streamed.record import calibration_record, identity, jsonable, rows_record, summary
+from quantize.streamed.rotated import rotated
+from quantize.streamed.rotation_check import checked_rotation
 from quantize.streamed.unfinished import RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
@@ -102,12 +104,14 @@ def _compress(
     gpu = gpu_use(device)
     check_place(checkpoint, out)
     plan.method.check(checkpoint)
+    turned = rotated(checkpoint, plan.rotate)
     chosen = chosen or calibrate_on(checkpoint, calibration, progress.status)
     if not chosen.leakage.clean:
         progress.say(f"LEAKAGE ALLOWED: {len(chosen.leakage.leaks)} hits; reports about this artifact are ANOMALOUS.")
     max_memory = options.max_memory or int(MEMORY_SHARE * available_memory())
     recipe = {
         "method": dict(plan.recipe),
+        "rotate": plan.rotate,
         "checkpoint": identity(checkpoint),
         "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
         "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
@@ -120,12 +124,23 @@ def _compress(
     }
     with Unfinished(out, recipe) as unfinished:
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
+        rotation = checked_rotation(
+            checkpoint,
+            turned,
+            plan.rotate,
+            chosen.source.samples,
+            unfinished,
+            progress,
+            grid=calibration.grid,
+            max_bytes=max_memory // 4,
+            device=options.device,
+        )
         samples, unseen = held_out_samples(chosen, calibration.mix.seed)
         asked = (*chosen.samples, *samples)
         answers = kept_answers(checkpoint, asked, calibration, options, max_memory, unfinished, progress)
         answers, others = answers[: len(chosen.samples)], answers[len(chosen.samples) :]
         held_out = HeldOut(samples, others, unseen=unseen, seed=calibration.mix.seed, batch_tokens=options.batch_tokens)
-        run = _Run(checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
+        run = _Run(turned, checkpoint, unfinished, plan, options, calibration.weights, max_memory, progress)
         outcome = run.round(chosen.samples, answers, calibration, held_out)
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -137,6 +152,7 @@ def _compress(
                 "tap": asdict(checkpoint.tap),
             },
             "method": dict(run.plan.recipe),
+            "rotation": rotation,
             "sensitivity": run.sensitivity,
             "calibration": calibration_record(chosen, answers, calibration) | outcome.rows,
             "leakage": chosen.leakage.record(),
@@ -210,6 +226,8 @@ class _Run:
     """One run over the layers, and what it writes."""
 
     checkpoint: Checkpoint
+    """Its tensors as they are rounded: turned, where a rotation is asked for."""
+    source: Checkpoint
     unfinished: Unfinished
     plan: Plan
     options: RunOptions
@@ -343,7 +361,7 @@ class _Run:
             stored = write_tensors(
                 self.checkpoint, layers, folder, shard_bytes=self.options.shard_bytes, report=self.progress.status
             )
-        tensors = self.checkpoint.tensors
+        tensors = self.source.tensors
         whole = sum(torch.Size(tensors.shape(name)).numel() * 2 for name in tensors.names())
         record["summary"] |= {"bytes": stored, "bytes_in_16_bit": whole}
         return folder
@@ -361,7 +379,7 @@ class _Run:
         opened = [source[place].picture() for place in sorted(places)]
         rgb = torch.from_numpy(np.stack([preprocessing.apply(each) for each in opened if each is not None]))
         probs = []
-        for which, checkpoint in (("16-bit", self.checkpoint), ("compressed", artifact)):
+        for which, checkpoint in (("16-bit", self.source), ("compressed", artifact)):
             self.progress.status(f"running the {which} model's guard on {len(rgb)} images")
             probs.append(
                 exact_probs(

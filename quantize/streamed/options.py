@@ -16,6 +16,7 @@ from calibration.sets.beginnings import Beginnings
 from calibration.sets.mix import Mix, read_mix
 from calibration.sets.samples import CalibrationOptions
 from calibration.streaming.batches import TokenWeights
+from quantize.methods.rotation import ROTATIONS, Rotate
 from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
@@ -24,7 +25,7 @@ from safevlm.network.device import multiplies_bfloat16, torch_device
 from safevlm.terminal.commandline import as_started, printable
 from safevlm.terminal.options import device_option, grid_option, json_option, model_option, parse_grid, revision_option
 
-__all__ = ["calibration_of", "describe", "progress_on", "run_of", "shared_options"]
+__all__ = ["calibration_of", "describe", "progress_on", "rotate_option", "run_of", "shared_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -122,6 +123,17 @@ OPTIONS = (
 )
 
 
+def rotate_option(default: Rotate) -> Callable[[Command], Command]:
+    """Return ``--rotate``, whose default is the method's own."""
+    return click.option(
+        "--rotate",
+        type=click.Choice(ROTATIONS),
+        default=default,
+        show_default=True,
+        help="Turn the attention's values, the residual stream or both by orthogonal matrices merged into the weights.",
+    )
+
+
 def shared_options(command: Command) -> Command:
     """Give a command the options that :func:`calibration_of` and :func:`run_of` read."""
     for option in reversed(OPTIONS):
@@ -209,8 +221,13 @@ def describe(found: Compressed, command: str) -> list[str]:
         f"{shown_bytes(summary['bytes'])} ({shown_bytes(summary['bytes_in_16_bit'])} in 16 bit)",
         _answers_line(record["answers"]),
         _held_out_line(record["held_out_kl"]),
-        _guard_line(record["guard"]),
+        _guard_line(record["guard"], turned=record["rotation"]["rotate"] in ("residual", "both")),
     ]
+    if record["rotation"]["rotate"] != "none":
+        lines.append(
+            f"rotation ({record['rotation']['rotate']}): it alone moves the exact guard's probabilities by "
+            f"{record['rotation']['guard_difference']:.1g} at most"
+        )
     nearest = summary["rounded_to_nearest"]
     if nearest:
         more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
@@ -249,11 +266,12 @@ def _held_out_line(kl: Mapping[str, Any]) -> str:
     )
 
 
-def _guard_line(guard: Mapping[str, Any]) -> str:
+def _guard_line(guard: Mapping[str, Any], *, turned: bool) -> str:
     if not guard["n"]:
         return "guard: not compared (the samples have no images, or --guard-images is 0)"
     held = "held-out " if guard["held_out"] else ""
-    behind = "behind the language model" if guard["tap"] == "language_model" else "on the projector, which is unchanged"
+    projector = f"on the projector, which is {'turned' if turned else 'unchanged'}"
+    behind = "behind the language model" if guard["tap"] == "language_model" else projector
     return (
         f"exact guard ({behind}) on {guard['n']} {held}images: {guard['label_flips']} labels changed "
         f"({guard['unsafe_to_safe']} from unsafe to safe), probabilities by {guard['max_probability_difference']:.4f} "

@@ -120,6 +120,9 @@ class Family:
     """What the language model's norms add to their weight before it multiplies."""
     mlp_norm: str = "post_attention_layernorm"
     """The decoder layer's norm that stands before its MLP."""
+    image_linear: str | None = None
+    """Canonical name of the linear that writes image features into the residual stream; None where that stream cannot
+    be turned, since norms stand on what blocks add to it."""
 
     def fixed_grid(self, height: int, width: int) -> tuple[int, int] | None:
         """Return the size to choose so that the tower reads ``height`` × ``width``; None where there is no choice."""

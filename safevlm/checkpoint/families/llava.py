@@ -48,6 +48,7 @@ LLAVA = Family(
         end_of_turn="</s>",
         strict=True,
     ),
+    image_linear="model.multi_modal_projector.linear_2",
     processor_source="openai/clip-vit-large-patch14-336",
     preprocessing={
         "image_processor_type": "CLIPImageProcessor",

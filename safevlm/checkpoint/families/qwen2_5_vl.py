@@ -36,6 +36,7 @@ QWEN2_5_VL = Family(
         end_of_turn="<|im_end|>",
         strict=False,
     ),
+    image_linear="model.visual.merger.mlp.2",
     processor_source="Qwen/Qwen2.5-VL-7B-Instruct",
     preprocessing={
         "image_processor_type": "Qwen2VLImageProcessor",

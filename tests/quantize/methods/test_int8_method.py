@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calibration.streaming.sequential import Activations, LayerStream
-from quantize.methods.int8_method import STRENGTHS, W8A8, _Fold, migration
+from quantize.methods.int8_method import STRENGTHS, W8A8, _Fold
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS, Rounded, Stage, round_layers
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.checkpoint.weights.quantized import dequantized, round_tokens
@@ -87,7 +87,7 @@ def test_outliers_are_moved_and_make_the_rounded_layer_better(written: Written) 
     for strengths in ((0.0,), STRENGTHS):
         stage = stage_of(written, outlier=60.0)
         before = outputs(stage)
-        rounded = W8A8(strengths=strengths).round_layer(stage)
+        rounded = W8A8(strengths=strengths, steps=0).round_layer(stage)
         after = outputs(stage)
         errors[strengths] = float((after - before).norm() / before.norm())
         assert [row["linear"] for row in rounded.report] == list(LINEARS)
@@ -98,7 +98,19 @@ def test_outliers_are_moved_and_make_the_rounded_layer_better(written: Written) 
         moved = {row["linear"]: row["smoothing"] for row in rounded.report}
         assert (moved["self_attn.q_proj"] > 0) == (moved["mlp.gate_proj"] > 0) == (strengths is STRENGTHS)
         assert all(row["smoothed_error"] <= 1 for row in rounded.report)
+        assert not any(row["descended"] for row in rounded.report)
     assert errors[STRENGTHS] < 0.7 * errors[(0.0,)]
+
+
+@torch.no_grad()
+def test_the_descent_is_kept_where_it_makes_less_error_and_is_off_with_smoothing(written: Written) -> None:
+    reports = []
+    for strengths, steps in ((STRENGTHS, 0), (STRENGTHS, 60), ((0.0,), 60)):
+        reports.append(W8A8(strengths=strengths, steps=steps).round_layer(stage_of(written)).report)
+    without, descended, off = reports
+    assert any(row["descended"] for row in descended)
+    first = [report[0]["smoothed_error"] for report in (without, descended)]  # which reads the same in both
+    assert first[1] <= first[0] and not any(row["descended"] or row["smoothing"] for row in off)
 
 
 @torch.no_grad()
@@ -130,11 +142,3 @@ def test_tokens_are_rounded_to_255_steps_of_their_own() -> None:
     assert torch.equal(rounded[2], inputs[2])
     steps = rounded[0] / (2.0 / 127.5)
     assert torch.allclose(steps, steps.round(), atol=1e-4) and bool((steps >= -128).all())
-
-
-def test_migration_balances_and_leaves_dead_channels() -> None:
-    largest, widest = torch.tensor([100.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])
-    assert torch.equal(migration(largest, widest, 0.0), torch.ones(3))
-    factor = migration(largest, widest, 0.5)
-    assert factor[0] / factor[1] == pytest.approx(10.0)
-    assert factor[2] == factor[1] and float(factor.log().mean()) == pytest.approx(0.0, abs=1e-6)

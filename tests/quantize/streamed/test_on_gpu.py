@@ -202,19 +202,20 @@ def test_the_search_for_a_strength_is_the_same_in_parts(monkeypatch: pytest.Monk
     sample = torch.randn(128, 96) * torch.logspace(-1, 1.5, 96)
     largest = sample.abs().amax(dim=0)
     search = partial(W8A8()._search, list(linears), largest, sample, _Fold())
-    factor, strength, gain = search()
+    factor, found = search()
     sizes: list[int] = []
-    error = int8_method._moved_error
+    error = int8_method._part_error
 
     def watched(part: Tensor, *given: Tensor) -> float:
         sizes.append(len(part))
         return error(part, *given)
 
     monkeypatch.setattr(solver, "TOGETHER", 1)
-    monkeypatch.setattr(int8_method, "_moved_error", watched)
-    again = search()
-    assert strength > 0 and gain < 1 and again[1] == strength
-    assert torch.equal(again[0], factor) and abs(again[2] / gain - 1) < 1e-4
+    monkeypatch.setattr(int8_method, "_part_error", watched)
+    same, again = search()
+    assert found["smoothing"] > 0 and found["descended"] and found["smoothed_error"] < 1
+    assert torch.equal(same, factor) and again["smoothing"] == found["smoothing"]
+    assert abs(again["smoothed_error"] / found["smoothed_error"] - 1) < 1e-4
     assert max(sizes) == 256, "no copy is of all the rows"
 
 
