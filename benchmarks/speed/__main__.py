@@ -15,8 +15,8 @@ from benchmarks.speed.gateway import GatewayOptions, gateway_table, measure_gate
 from benchmarks.speed.gateway_soak import soak_gateway, soak_table
 from benchmarks.speed.guard import GuardSpeed, SpeedOptions, measure_guard
 from benchmarks.speed.peer import Subject
-from benchmarks.speed.quantize_cases import CASES, quantize_table
-from benchmarks.speed.report import gate_record, gateway_record, guard_record, guard_table, quantize_record, soak_record
+from benchmarks.speed.quantize_command import quantize
+from benchmarks.speed.report import check_out, gate_record, gateway_record, guard_record, guard_table, soak_record
 from safevlm.checkpoint.family import TapSource
 from safevlm.errors import InputError
 from safevlm.files.json_file import replace_file
@@ -126,7 +126,7 @@ def guard(
         threads=core_count() if threads is None else threads,
         seed=seed,
     )
-    _check_out(out)
+    check_out(out)
     speed = _with_progress(subject, options, bundle)
     record = guard_record(speed, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -182,7 +182,7 @@ def gate(
         threads=core_count() if threads is None else threads,
         seed=seed,
     )
-    _check_out(out)
+    check_out(out)
     speed = measure_gate(subject, options, bundle=bundle)
     record = gate_record(speed, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -233,7 +233,7 @@ def gateway(
     from rich.console import Console
 
     options = GatewayOptions(rounds=rounds, requests=requests, clients=clients)
-    _check_out(out)
+    check_out(out)
     with Console(stderr=True).status("gateway") as status, tiny_pair(bundle, gguf, status.update) as pair:
         if soak is None:
             speed = measure_gateway(*pair, options, report=status.update)
@@ -249,64 +249,7 @@ def gateway(
     click.echo(text.rstrip() if as_json else "\n".join(lines))
 
 
-@main.command()
-@click.option(
-    "--case",
-    "cases",
-    type=click.Choice(tuple(CASES)),
-    multiple=True,
-    default=tuple(CASES),
-    show_default=True,
-    help="Case to quantize: a small Llama, or one layer of a 7B model; repeatable.",
-)
-@click.option(
-    "--peers",
-    type=click.Path(path_type=Path),
-    default=Path(".venv-gptqmodel/bin/python"),
-    show_default=True,
-    help="Python of the peers' environment (make peers).",
-)
-@click.option("--no-peers", is_flag=True, help="Measure this project alone.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Number of rounds; peers take turns."
-)
-@threads_option
-@click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
-@json_option("the result")
-def quantize(
-    cases: tuple[str, ...],
-    peers: Path,
-    no_peers: bool,
-    rounds: int,
-    threads: int | None,
-    out: Path | None,
-    as_json: bool,
-) -> int:
-    """Time GPTQ of the same language model by this project, GPTQModel and llm-compressor, on the CPU."""
-    from rich.console import Console
-
-    from benchmarks.speed.quantize import measure_quantize
-
-    _check_out(out)
-    with Console(stderr=True).status("quantize") as status:
-        found = [
-            measure_quantize(
-                CASES[case],
-                peers_python=None if no_peers else peers.absolute(),
-                rounds=rounds,
-                threads=threads,
-                report=status.update,
-            )
-            for case in cases
-        ]
-    record = quantize_record(found, shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]))
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    if out is not None:
-        replace_file(out, text.encode())
-    click.echo(
-        text.rstrip() if as_json else "\n".join(line for speed in found for line in [*quantize_table(speed), ""])
-    )
-    return int(any(row.problem is not None for speed in found for row in speed.rows))
+main.add_command(quantize)
 
 
 @main.command()
@@ -349,13 +292,6 @@ def _interpreter(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"--peers-python {path}: there is no such file. Run make peers to create the environment.")
     return path.absolute()
-
-
-def _check_out(out: Path | None) -> None:
-    """Refuse a place that cannot be written before anything is measured."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        problem = "is a folder" if out.is_dir() else f"cannot be written: there is no folder {out.parent}"
-        raise InputError(f"--out {out} {problem}. Give the name of a JSON file in a folder that exists.")
 
 
 def _with_progress(subject: Subject, options: SpeedOptions, bundle: Path | None) -> GuardSpeed:

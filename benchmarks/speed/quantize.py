@@ -30,7 +30,7 @@ from safevlm.errors import InputError
 from safevlm.machine import core_count
 from safevlm.network.filling import on_meta
 
-__all__ = ["measure_quantize"]
+__all__ = ["PEER_VARIABLES", "measure_quantize"]
 
 HELD_OUT = 4
 PEER_VARIABLES = {
@@ -63,7 +63,7 @@ def measure_quantize(
         folder = Path(name)
         report("writing the model")
         held_out = _write_subject(case, folder)
-        floats = load_file(folder / "llama" / "model.safetensors")
+        floats = load_file(folder / "language_model" / "model.safetensors")
         expected = _states(folder, floats, {}, held_out)
         for turn in range(rounds):
             for peer in peers:
@@ -112,19 +112,21 @@ def _write_subject(case: Case, folder: Path) -> Tensor:
     stored = load_file(folder / "checkpoint" / "model.safetensors")
     prefix = "model.language_model."
     llama = {f"model.{name.removeprefix(prefix)}": value for name, value in stored.items() if name.startswith(prefix)}
-    (folder / "llama").mkdir()
+    (folder / "language_model").mkdir()
     save_file(
-        {**llama, "lm_head.weight": stored["lm_head.weight"]}, folder / "llama" / "model.safetensors", {"format": "pt"}
+        {**llama, "lm_head.weight": stored["lm_head.weight"]},
+        folder / "language_model" / "model.safetensors",
+        {"format": "pt"},
     )
     config = _config(case)
     config.architectures = ["LlamaForCausalLM"]
-    (folder / "llama" / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    (folder / "language_model" / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
     for path in (folder / "checkpoint").glob("*token*"):
-        shutil.copyfile(path, folder / "llama" / path.name)
+        shutil.copyfile(path, folder / "language_model" / path.name)
     assert any(name.startswith(HEAD_PREFIX) for name in stored)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 800, (case.samples + HELD_OUT, case.length), generator=generator)
-    save_file({"ids": ids[: case.samples].contiguous()}, folder / "samples.safetensors")
+    (folder / "samples.json").write_text(json.dumps(ids[: case.samples].tolist()), encoding="utf-8")
     return ids[case.samples :]
 
 
@@ -137,7 +139,7 @@ def _config(case: Case) -> LlamaConfig:
 @torch.no_grad()
 def _states(folder: Path, floats: Mapping[str, Tensor], rounded: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """Return the last hidden states, N × L × D, of the Llama with some of its weights replaced."""
-    config = LlamaConfig(**json.loads((folder / "llama" / "config.json").read_text(encoding="utf-8")))
+    config = LlamaConfig(**json.loads((folder / "language_model" / "config.json").read_text(encoding="utf-8")))
     model: Any = on_meta(lambda: LlamaModel(config))
     for name, slot in list(model.named_parameters()):
         value = rounded.get(name, floats[f"model.{name}"])

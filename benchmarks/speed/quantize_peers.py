@@ -1,7 +1,7 @@
-"""Who quantizes the same language model: this project, GPTQModel, llm-compressor; each in a process of its own.
+"""Who quantizes the same language model: this project, GPTQModel, llm-compressor …; each in a process of its own.
 
-A child reads a folder that the parent wrote (``llama/``: a plain Llama in transformers' layout; ``checkpoint/``: the
-same language model in a Safe-VLM; ``samples.safetensors``: token ids) and writes ``weights.safetensors``: the
+A child reads a folder that the parent wrote (``language_model/``: a plain one in transformers' layout; ``checkpoint/``:
+the same in a Safe-VLM; ``samples.json``: token ids, a list a row) and writes ``weights.safetensors``: the
 dequantized weights of every linear. Children of the peers run in the peers' environment, so nothing of ours but
 :mod:`safevlm.machine` is imported at the top.
 """
@@ -9,16 +9,17 @@ dequantized weights of every linear. Children of the peers run in the peers' env
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safevlm.machine import peak_rss, return_freed_memory
 
-__all__ = ["PEERS", "run_peer"]
+__all__ = ["PEERS", "clocks", "run_peer"]
 
 ROOM = 16 * 2**20
 """Bytes of hidden states that ours keeps in memory; the rest is in a file."""
@@ -41,7 +42,6 @@ def run_peer(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     import torch
-    from safetensors.torch import load_file
 
     from calibration.streaming.sequential import Activations, LayerStream
     from quantize.methods.gptq_method import Gptq
@@ -54,8 +54,8 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
     from safevlm.version import VERSION
 
     return_freed_memory()  # as our commands do
-    ids = load_file(folder / "samples.safetensors")["ids"].tolist()
-    restarted = time.perf_counter()
+    ids = _ids(folder)
+    spent_since = clocks()
     checkpoint = open_checkpoint(str(folder / "checkpoint"), tap="language_model")
     products = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else None  # as --dtype auto
     stream = LayerStream(checkpoint, products=products, token_ids=lambda _: [token for row in ids for token in row])
@@ -86,26 +86,34 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
         files = [unfinished.layer_file(index) for index in unfinished.finished()]
         (out / "written").mkdir()
         write_tensors(checkpoint, files, out / "written")
-    seconds, peak = time.perf_counter() - restarted, peak_rss()
+    spent = spent_since()
     _save(out, _dequantized(out / "written", "model.language_model."))
-    return {"seconds": seconds, "peak_rss_bytes": peak, "version": VERSION}
+    return {**spent, "version": VERSION}
 
 
 def _gptqmodel(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     import gptqmodel
     from gptqmodel import GPTQModel, QuantizeConfig
-    from safetensors.torch import load_file
 
-    ids = load_file(folder / "samples.safetensors")["ids"].tolist()
+    ids = _ids(folder)
     samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
-    restarted = time.perf_counter()
-    config = QuantizeConfig(bits=int(request["bits"]), group_size=int(request["group_size"]), format="gptq")
-    model = GPTQModel.load(str(folder / "llama"), config, device="cpu")
-    model.quantize(samples, batch_size=max(1, 2048 // len(ids[0])))
+    spent_since = clocks()
+    more: dict[str, Any] = {}
+    if request["peer"] == "gptaq":
+        from gptqmodel.quantization.config import GPTAQConfig
+
+        more = {"gptaq": GPTAQConfig()}
+    elif request["peer"] == "foem":
+        from gptqmodel.quantization.config import FOEMConfig
+
+        more = {"foem": FOEMConfig(alpha=0.0, beta=0.2)}
+    config = QuantizeConfig(bits=int(request["bits"]), group_size=int(request["group_size"]), format="gptq", **more)
+    model = GPTQModel.load(str(folder / "language_model"), config, device="cpu")
+    model.quantize(samples, batch_size=_batch_size(ids))
     model.save(str(out / "written"))
-    seconds, peak = time.perf_counter() - restarted, peak_rss()
+    spent = spent_since()
     _save(out, _dequantized(out / "written", "model."))
-    return {"seconds": seconds, "peak_rss_bytes": peak, "version": gptqmodel.__version__}
+    return {**spent, "version": gptqmodel.__version__}
 
 
 def _llm_compressor(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,13 +123,12 @@ def _llm_compressor(folder: Path, out: Path, request: Mapping[str, Any]) -> dict
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    ids = load_file(folder / "samples.safetensors")["ids"].tolist()
+    ids = _ids(folder)
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
-    restarted = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    spent_since = clocks()
+    model = AutoModelForCausalLM.from_pretrained(folder / "language_model", dtype=torch.float32)
     weights = QuantizationArgs(
         num_bits=int(request["bits"]), group_size=int(request["group_size"]), strategy="group", symmetric=True
     )
@@ -133,15 +140,70 @@ def _llm_compressor(folder: Path, out: Path, request: Mapping[str, Any]) -> dict
         dataset=data,
         recipe=modifier,
         num_calibration_samples=len(ids),
-        max_seq_length=len(ids[0]),
-        batch_size=max(1, 2048 // len(ids[0])),
+        max_seq_length=max(map(len, ids)),
+        batch_size=_batch_size(ids),
     )
     kept = {name: value for name, value in model.state_dict().items() if name.endswith("_proj.weight")}
     found = {name.removeprefix("model."): value.float().clone() for name, value in kept.items()}
     model.save_pretrained(out / "written", save_compressed=True)
-    seconds, peak = time.perf_counter() - restarted, peak_rss()
+    spent = spent_since()
     _save(out, found)
-    return {"seconds": seconds, "peak_rss_bytes": peak, "version": llmcompressor.__version__}
+    return {**spent, "version": llmcompressor.__version__}
+
+
+def _autoround(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    import auto_round
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = _ids(folder)
+    longest = max(map(len, ids))
+    data = [
+        {
+            "input_ids": torch.tensor([[*row, *[0] * (longest - len(row))]]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row))]),
+        }
+        for row in ids
+    ]
+    spent_since = clocks()
+    rounder = AutoRound(
+        AutoModelForCausalLM.from_pretrained(folder / "language_model", dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder / "language_model"),
+        scheme={"bits": request["bits"], "group_size": request["group_size"], "sym": True, "data_type": "int"},
+        dataset=data,
+        iters=request["iterations"],
+        nsamples=len(ids),
+        seqlen=longest,
+        batch_size=8,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    model, _ = rounder.quantize()
+    spent = spent_since()
+    kept = {name: value for name, value in model.state_dict().items() if name.endswith("_proj.weight")}
+    _save(out, {name.removeprefix("model."): value.float() for name, value in kept.items()})
+    return {**spent, "version": auto_round.__version__}
+
+
+def clocks() -> Callable[[], dict[str, Any]]:
+    """Begin to count; what is returned gives ``seconds``, ``cpu_seconds`` and ``peak_rss_bytes`` up to its call."""
+    started, used = time.perf_counter(), time.process_time()
+    return lambda: {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - used,
+        "peak_rss_bytes": peak_rss(),
+    }
+
+
+def _ids(folder: Path) -> list[list[int]]:
+    found: list[list[int]] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _batch_size(ids: list[list[int]]) -> int:
+    """Return how many rows of one length make up a batch of about 2048 tokens; rows of many lengths go one by one."""
+    return max(1, 2048 // len(ids[0])) if len({len(row) for row in ids}) == 1 else 1
 
 
 def _dequantized(folder: Path, prefix: str) -> dict[str, Any]:
@@ -165,4 +227,11 @@ def _save(out: Path, weights: Mapping[str, Any]) -> None:
     save_file({name: value.contiguous() for name, value in weights.items()}, out / "weights.safetensors")
 
 
-_RUNS = {"ours": _ours, "gptqmodel": _gptqmodel, "llm-compressor": _llm_compressor}
+_RUNS = {
+    "ours": _ours,
+    "gptqmodel": _gptqmodel,
+    "gptaq": _gptqmodel,
+    "foem": _gptqmodel,
+    "llm-compressor": _llm_compressor,
+    "autoround": _autoround,
+}

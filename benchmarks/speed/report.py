@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.gate import GateSpeed
@@ -15,11 +16,21 @@ from benchmarks.speed.gateway_soak import GatewaySoak
 from benchmarks.speed.guard import GuardSpeed, Row
 from benchmarks.speed.peer import Subject
 from benchmarks.speed.quantize_cases import QuantizeSpeed
+from safevlm.errors import InputError
 from safevlm.machine import core_count, machine_name, now
 from safevlm.terminal.commandline import printable
 from safevlm.version import VERSION
 
-__all__ = ["gate_record", "gateway_record", "guard_record", "guard_table", "quantize_record", "soak_record"]
+__all__ = [
+    "check_out",
+    "gate_record",
+    "gateway_record",
+    "guard_record",
+    "guard_table",
+    "quantize_record",
+    "real_quantize_record",
+    "soak_record",
+]
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -121,6 +132,18 @@ def quantize_record(found: Sequence[QuantizeSpeed], command: str) -> dict[str, A
             for speed in found
         ],
     }
+
+
+def real_quantize_record(found: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Return the same of quantizing real weights; ``found`` is what was measured, and of what."""
+    return {**_surroundings("quantize-real", command), **found}
+
+
+def check_out(out: Path | None) -> None:
+    """Refuse a place that cannot be written before anything is measured."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        problem = "is a folder" if out.is_dir() else f"cannot be written: there is no folder {out.parent}"
+        raise InputError(f"--out {out} {problem}. Give the name of a JSON file in a folder that exists.")
 
 
 def _record(benchmark: str, subject: Subject, stated: Mapping[str, Any], command: str) -> dict[str, Any]:
