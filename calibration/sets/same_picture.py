@@ -36,7 +36,7 @@ COARSE = 16
 FINE = 64
 """Sides of the thumbnails that are searched and that are compared, in pixels."""
 REDUCED = 512
-"""Images whose longer side is at least twice this, in pixels, are reduced by a whole factor first."""
+"""Longest side, in pixels, that an image is reduced to by a whole factor first, as PDQ's authors advise."""
 CANDIDATE = 0.8
 NEAR = 72
 TRUSTED = 50
@@ -55,6 +55,7 @@ PLAIN_CORRELATED = 0.96
 SAME = 0.98
 UNCUT = 0.015
 FEWEST_TEXTURED = 0.05
+PLAIN_RMS = 8.0
 PLAIN = 0.25
 PLAIN_LEVELS = 3
 """An image is plain if this share of it is as bright as the commonest brightness, give or take these levels of 255."""
@@ -81,9 +82,9 @@ class _View:
     """A part of an image: S × S × 3 thumbnails, PDQ's signs in 8 orientations × 256 bits."""
 
     part: str
-    coarse_SS: Floats
-    fine_SSC: Pixels
-    signs_OB: Floats
+    coarse: Floats
+    fine: Pixels
+    signs: Floats
     trusted: bool
     plain: bool
 
@@ -115,8 +116,8 @@ class PictureIndex:
             for view in _views(picture):
                 self._items.append(item)
                 self._views.append(view)
-        self._coarse_NK = _stacked([view.coarse_SS.reshape(-1) for view in self._views], COARSE * COARSE)
-        self._signs_NB = _stacked([view.signs_OB[0] for view in self._views], BITS)
+        self._coarse_NK = _stacked([view.coarse.reshape(-1) for view in self._views], COARSE * COARSE)
+        self._signs_NB = _stacked([view.signs[0] for view in self._views], BITS)
         self._trusted_N = np.array([view.trusted for view in self._views], dtype=bool)
 
     def __len__(self) -> int:
@@ -136,9 +137,9 @@ class PictureIndex:
 
     def _candidates(self, picture: Image.Image) -> Iterator[_Candidate]:
         for view in _views(picture):
-            turned_OK = np.stack([oriented(view.coarse_SS, number).reshape(-1) for number in range(len(ORIENTATIONS))])
+            turned_OK = np.stack([oriented(view.coarse, number).reshape(-1) for number in range(len(ORIENTATIONS))])
             alike = turned_OK @ self._coarse_NK.T
-            apart = distances(view.signs_OB, self._signs_NB)
+            apart = distances(view.signs, self._signs_NB)
             near = (apart <= NEAR) & self._trusted_N & view.trusted
             for orientation, number in np.argwhere((alike >= CANDIDATE) | near):
                 bits = int(apart[orientation, number])
@@ -150,8 +151,8 @@ class PictureIndex:
     def _likest(self, candidates: list[_Candidate]) -> Match | None:
         """Return the candidate that is the same image and agrees best, the least changed one first."""
         found = agreements(
-            np.stack([oriented(candidate.view.fine_SSC, candidate.orientation) for candidate in candidates]),
-            np.stack([self._views[candidate.number].fine_SSC for candidate in candidates]),
+            np.stack([oriented(candidate.view.fine, candidate.orientation) for candidate in candidates]),
+            np.stack([self._views[candidate.number].fine for candidate in candidates]),
         )
         same = [
             (round(seen.correlation, 3), -candidate.orientation, candidate, seen)
@@ -169,10 +170,10 @@ def _is_same(seen: Agreement, plain: bool) -> bool:
     """Say whether two aligned thumbnails show the same image."""
     if seen.contrast >= FLATTEST and seen.rms <= min(MAX_RMS, MAX_RELATIVE * seen.contrast):
         return True
-    blocks, correlation = (PLAIN_BLOCKS, PLAIN_CORRELATED) if plain else (MOST_BLOCKS, CORRELATED)
-    if seen.cut < UNCUT and seen.correlation >= SAME:
-        return seen.textured >= FEWEST_TEXTURED and seen.blocks >= PLAIN_BLOCKS
-    return seen.textured >= TEXTURED and seen.blocks >= blocks and seen.correlation >= correlation
+    if seen.blocks >= PLAIN_BLOCKS and seen.correlation >= PLAIN_CORRELATED and seen.textured >= FEWEST_TEXTURED:
+        uncut = seen.cut < UNCUT and seen.correlation >= SAME
+        return uncut or seen.textured >= TEXTURED or seen.rms <= PLAIN_RMS
+    return not plain and seen.textured >= TEXTURED and seen.blocks >= MOST_BLOCKS and seen.correlation >= CORRELATED
 
 
 def _described(candidate: _Candidate, view: _View, seen: Agreement) -> str:
@@ -187,7 +188,7 @@ def _described(candidate: _Candidate, view: _View, seen: Agreement) -> str:
 
 
 def _views(picture: Image.Image) -> Iterator[_View]:
-    factor = max(1, max(picture.size) // REDUCED)
+    factor = -(-max(picture.size) // REDUCED)
     reduced = picture.reduce(factor) if factor > 1 else picture
     grey_HW = np.asarray(reduced.convert("L"), dtype=np.float32)
     for part, box in _parts(reduced):
@@ -198,9 +199,9 @@ def _views(picture: Image.Image) -> Iterator[_View]:
         hashed = pdq_hash(grey_HW[top:bottom, left:right])
         yield _View(
             part=part,
-            coarse_SS=_standardised(luminance(np.asarray(coarse))),
-            fine_SSC=np.asarray(fine),
-            signs_OB=hashed.signs,
+            coarse=_standardised(luminance(np.asarray(coarse))),
+            fine=np.asarray(fine),
+            signs=hashed.signs,
             trusted=hashed.quality >= TRUSTED,
             plain=_is_plain(np.asarray(fine)),
         )
