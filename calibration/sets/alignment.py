@@ -19,7 +19,7 @@ __all__ = ["Agreement", "agreements", "luminance"]
 SIZES = (16, 32, 64)
 STEPS = 5
 """Sides of the thumbnails that are aligned, in pixels, and steps at each."""
-HOPEFUL = 0.7
+HOPEFUL = 0.6
 """Correlation from which a pair that is aligned coarsely is looked at more finely."""
 MOST_CUT = 0.08
 LARGEST_STEP = 0.1
@@ -72,14 +72,14 @@ def agreements(ones_NSSC: Pixels, others_NSSC: Pixels) -> list[Agreement | None]
     cuts = np.zeros((len(numbers), 4))
     ones, others = luminance(ones_NSSC), luminance(others_NSSC)
     for size in SIZES:
+        if not len(numbers):
+            break
         sources, targets = _shrunk(ones[numbers], size), _shrunk(others[numbers], size)
         for _ in range(STEPS):
             cuts = _within(cuts + _step(sources, targets, cuts))
         laid, inside = _laid(sources, cuts)
         hopeful = _correlations(laid, targets, inside) >= HOPEFUL
         numbers, cuts = numbers[hopeful], cuts[hopeful]
-        if not len(numbers):
-            return found
     for number, cut in zip(numbers, cuts, strict=True):
         found[number] = _compare(ones_NSSC[number], others_NSSC[number], cut)
     return found
@@ -169,16 +169,21 @@ def _compare(one_SSC: Pixels, other_SSC: Pixels, cut_4: NDArray[np.float64]) -> 
     laid, inside = _laid(layers, np.tile(cut_4, (len(layers), 1)))
     colours, wanted = laid.transpose(1, 2, 0), other_SSC.astype(np.float32)
     one, other = luminance(colours), luminance(wanted)
-    blocks, textured = _blocks(one, other, inside[0])
     shown = inside[0]
+    blocks, textured = _blocks(one, other, shown)
     return Agreement(
         correlation=float(_correlations(one[None], other[None], inside[:1])[0]),
         blocks=blocks,
         textured=textured,
-        rms=float(np.sqrt(np.mean((colours[shown] - wanted[shown]) ** 2))),
+        rms=float(np.sqrt(np.mean(_halved((colours - wanted) * shown[..., None]) ** 2) / shown.mean())),
         contrast=float(min(colours[shown].std(), wanted[shown].std())),
         cut=float(max(np.abs(cut_4[:2]).sum(), np.abs(cut_4[2:]).sum()) / 2),
     )
+
+
+def _halved(pixels_SSC: Floats) -> Floats:
+    """Return means of 2 × 2 pixels: interpolation has blurred one of two thumbnails."""
+    return _shrunk(pixels_SSC.transpose(2, 0, 1), len(pixels_SSC) // 2)
 
 
 def _blocks(one_SS: Floats, other_SS: Floats, inside_SS: Mask) -> tuple[float, float]:

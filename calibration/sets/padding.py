@@ -11,10 +11,10 @@ TOLERANCE = 20
 """Levels of 255 by which a border's pixel may differ from its colour: JPEG's noise."""
 UNIFORM = 0.98
 """Share of a line's pixels that must have the border's colour."""
-STRAIGHT = 0.6
+STRAIGHT = 0.7
 """Share of the content's edge that must differ from the border. A shape on a plain ground stays below."""
-EDGE = 0.03
-"""Depth of that edge as a share of the side: JPEG blurs it, and dark corners occur."""
+EDGE = 0.08
+"""Depth of that edge as a share of the side: JPEG smears colours over 16 pixels, and dark corners occur."""
 BLURRED = 0.01
 """Share of a side that is cut off behind a border, where resizing and JPEG mix both."""
 THINNEST = 0.01
@@ -61,8 +61,15 @@ def _between_borders(lines_HWC: NDArray[np.uint8]) -> tuple[int, int]:
 
 def _border(lines_HWC: NDArray[np.uint8]) -> int:
     """Return how many lines from the first on have one colour."""
-    uniform = _differs(lines_HWC, _colour(lines_HWC)).mean(axis=1) <= 1 - UNIFORM
+    colour = _colour(lines_HWC)
+    if not _uniform(lines_HWC[:1], colour).all():
+        return 0
+    uniform = _uniform(lines_HWC, colour)
     return int(np.argmin(uniform)) if not uniform.all() else len(lines_HWC)
+
+
+def _uniform(lines_HWC: NDArray[np.uint8], colour: NDArray[np.int16]) -> Mask:
+    return np.asarray(_differs(lines_HWC, colour).mean(axis=1) <= 1 - UNIFORM)
 
 
 def _straight(lines_HWC: NDArray[np.uint8], first: int, end: int) -> bool:

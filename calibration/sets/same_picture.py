@@ -36,7 +36,7 @@ COARSE = 16
 FINE = 64
 """Sides of the thumbnails that are searched and that are compared, in pixels."""
 REDUCED = 512
-"""Images whose longer side is at least twice this, in pixels, are reduced by a whole factor first."""
+"""Longest side, in pixels, that an image is reduced to by a whole factor first, as PDQ's authors advise."""
 CANDIDATE = 0.8
 NEAR = 72
 TRUSTED = 50
@@ -55,6 +55,7 @@ PLAIN_CORRELATED = 0.96
 SAME = 0.98
 UNCUT = 0.015
 FEWEST_TEXTURED = 0.05
+PLAIN_RMS = 8.0
 PLAIN = 0.25
 PLAIN_LEVELS = 3
 """An image is plain if this share of it is as bright as the commonest brightness, give or take these levels of 255."""
@@ -169,10 +170,10 @@ def _is_same(seen: Agreement, plain: bool) -> bool:
     """Say whether two aligned thumbnails show the same image."""
     if seen.contrast >= FLATTEST and seen.rms <= min(MAX_RMS, MAX_RELATIVE * seen.contrast):
         return True
-    blocks, correlation = (PLAIN_BLOCKS, PLAIN_CORRELATED) if plain else (MOST_BLOCKS, CORRELATED)
-    if seen.cut < UNCUT and seen.correlation >= SAME:
-        return seen.textured >= FEWEST_TEXTURED and seen.blocks >= PLAIN_BLOCKS
-    return seen.textured >= TEXTURED and seen.blocks >= blocks and seen.correlation >= correlation
+    if seen.blocks >= PLAIN_BLOCKS and seen.correlation >= PLAIN_CORRELATED and seen.textured >= FEWEST_TEXTURED:
+        uncut = seen.cut < UNCUT and seen.correlation >= SAME
+        return uncut or seen.textured >= TEXTURED or seen.rms <= PLAIN_RMS
+    return not plain and seen.textured >= TEXTURED and seen.blocks >= MOST_BLOCKS and seen.correlation >= CORRELATED
 
 
 def _described(candidate: _Candidate, view: _View, seen: Agreement) -> str:
@@ -187,7 +188,7 @@ def _described(candidate: _Candidate, view: _View, seen: Agreement) -> str:
 
 
 def _views(picture: Image.Image) -> Iterator[_View]:
-    factor = max(1, max(picture.size) // REDUCED)
+    factor = -(-max(picture.size) // REDUCED)
     reduced = picture.reduce(factor) if factor > 1 else picture
     grey_HW = np.asarray(reduced.convert("L"), dtype=np.float32)
     for part, box in _parts(reduced):
