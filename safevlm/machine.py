@@ -28,6 +28,7 @@ __all__ = [
     "peak_rss",
     "return_freed_memory",
     "times_ms",
+    "trim_memory",
 ]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -137,6 +138,13 @@ def memory_advice(advice: str, kind: type[SafeVLMError] = InputError) -> Iterato
         if problem is None:
             raise
         raise kind(f"{problem} {advice}") from error
+
+
+def trim_memory() -> None:
+    """Give the memory of small objects that were freed back to the system, where the C library can (malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def times_ms(call: Callable[[], object], *, most: int, seconds: float, least: int = 1) -> list[float]:

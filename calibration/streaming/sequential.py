@@ -29,6 +29,7 @@ from safevlm.checkpoint.weights.finite import converted
 from safevlm.checkpoint.weights.quantized import QuantizedTensors, round_inputs
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, storing
+from safevlm.machine import trim_memory
 from safevlm.network.device import torch_device
 from safevlm.network.filling import fill, on_meta
 from safevlm.network.head import build_head
@@ -284,10 +285,15 @@ class LayerStream:
         return cast(Tensor, self._language.norm(states_BLD))
 
     def forget_vision(self) -> None:
-        """Let go of the vision tower and the projector: no more image features can be made."""
+        """Let go of vision tower, projector and tokenizer: no more image features or prompts can be made.
+
+        A tokenizer of 49,152 words has 50 MiB in small pieces, which the C library keeps unless it is told.
+        """
         for name in ("vision_tower", "multi_modal_projector", "visual"):
             if hasattr(self.skeleton.core, name):
                 setattr(self.skeleton.core, name, nn.Identity())
+        self.skeleton.tokenizer = None
+        trim_memory()
 
     def load_layer(self, index: int) -> nn.Module:
         """Return decoder layer ``index`` with its tensors; the caller's reference is the only one."""

@@ -181,3 +181,19 @@ def test_hidden_states_that_do_not_fit_on_the_disk_are_refused_before_they_are_m
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(StorageError, match=r"the disk is full.*TMPDIR"):
         Activations([(4, 8, 16)], torch.float32, 0, tmp_path)
+
+
+def test_what_makes_prompts_can_be_let_go_of_before_layers_run(written: Written) -> None:
+    outcomes = []
+    for forget in (False, True):
+        stream = stream_of(written)
+        batches, hidden = start(stream, written)
+        if forget:
+            stream.forget_vision()
+            assert stream.skeleton.tokenizer is None
+            names = [name for name, _ in stream.skeleton.named_parameters()]
+            assert not [name for name in names if "vision" in name or "visual" in name or "projector" in name]
+        with hidden:
+            stream.run(batches, hidden)
+            outcomes.append(hidden[0].clone())
+    assert torch.equal(*outcomes)
