@@ -97,6 +97,11 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     notes = []
     if not scheme.symmetric:
         notes.append("asymmetric: GPTQModel's own loader refuses it from other tools; transformers reads it")
+    if scheme.either_sign:
+        notes.append(
+            "scales of either sign: readers that multiply by them need nothing more; vLLM's Marlin with INT8 "
+            "activations (off by default) divides scales by their largest, where --unsigned is the safe choice"
+        )
     if scheme.bits not in (4, 8):
         notes.append(f"{scheme.bits} bits: fast GPU kernels (Marlin) are for 4 and 8 bits only")
     if options.act_order == "group":
