@@ -139,11 +139,12 @@ def loss_gradient(checkpoint: Checkpoint, states_MD: Tensor, wanted_M: Tensor) -
     output_VD = checkpoint.tensors.read(name, own=True)
     states = states_MD.float().cpu()
     total_M = torch.full((len(states),), -torch.inf)
-    for part in output_VD.split(VOCABULARY):
-        total_M = torch.logaddexp(total_M, (states @ part.float().T).logsumexp(dim=1))
+    for start in range(0, len(output_VD), VOCABULARY):
+        words = output_VD[start : start + VOCABULARY].float()
+        total_M = torch.logaddexp(total_M, (states @ words.T).logsumexp(dim=1))
     found = -output_VD[wanted_M].float()
-    for part in output_VD.split(VOCABULARY):
-        words = part.float()
+    for start in range(0, len(output_VD), VOCABULARY):
+        words = output_VD[start : start + VOCABULARY].float()
         found += (states @ words.T - total_M.unsqueeze(1)).exp() @ words
     return found
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from calibration.sets.mix import Mix
 from calibration.sets.samples import CalibrationOptions
+from calibration.streaming.batches import TokenWeights
 from export.gguf.artifact import GgufOptions, export_gguf
 from export.gguf.quantizing import PLAIN_TYPES, TYPES, type_of
 from export.gguf.writing import StoredType
@@ -110,6 +111,7 @@ def main(
             mix=Mix(samples=samples),
             keep_out=keep_out,
             allow_leakage=allow_leakage,
+            weights=TokenWeights(first_weight=1.0),  # the sink's few columns would be all that mean squares show
             grid=size,
         )
     options = GgufOptions(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calibration.sets.mix import Mix
 from calibration.sets.samples import Calibration, CalibrationOptions, calibrate_on
+from calibration.streaming.batches import TokenWeights
 from quantize.gptq import gptq_plan
 from quantize.int8 import int8_plan
 from quantize.methods.grid import Scheme
@@ -133,6 +134,23 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_with_the_same_bytes(tmp_path:
     assert content(out) == content(whole.out)
     for key in ("layers", "answers", "held_out_kl", "guard", "calibration", "summary", "leakage"):
         assert again.record[key] == whole.record[key]
+
+
+def test_token_weights_by_gradient_are_found_again_by_a_run_that_goes_on(tmp_path: Path) -> None:
+    by_gradient = replace(FEW, answers="given", weights=TokenWeights(by="gradient"))
+    whole = run(tmp_path / "whole", calibration=by_gradient)
+    fixed = run(tmp_path / "fixed", calibration=replace(FEW, answers="given"))
+    assert whole.out is not None and fixed.out is not None
+    assert whole.record["calibration"]["token_weights"]["by"] == "gradient"
+    assert whole.estimate.memory > fixed.estimate.memory
+    assert whole.estimate.activations == fixed.estimate.activations * (whole.estimate.layers + 1)
+    assert content(whole.out)["model.safetensors"] != content(fixed.out)["model.safetensors"]
+    assert run(tmp_path / "out", calibration=by_gradient, layers=2).out is None
+    with pytest.raises(InputError, match=r"other settings \(calibration"):
+        run(tmp_path / "out", calibration=replace(FEW, answers="given"))
+    again = run(tmp_path / "out", calibration=by_gradient)
+    assert content(tmp_path / "out") == content(whole.out)
+    assert again.record["held_out_kl"] == whole.record["held_out_kl"]
 
 
 def test_a_part_of_the_layers_can_be_tried_first(tmp_path: Path) -> None:
