@@ -19,6 +19,7 @@ from quantize.methods.grid import Scheme
 from quantize.methods.rotation import ROTATIONS, Rotate, orthogonal
 from quantize.methods.settings import Plan, Progress
 from quantize.streamed import rotated as rotated_module
+from quantize.streamed import rotation_check
 from quantize.streamed.layers import linear_names
 from quantize.streamed.rotated import RotatedTensors, rotated
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -210,7 +211,7 @@ def test_what_moves_the_guard_or_is_not_allowed_is_refused_before_any_layer(
 ) -> None:
     with pytest.raises(InputError, match="--rotate both: SafeGem has norms"):
         run(tmp_path / "gem", "tiny-safegem", plan_of("both"))
-    monkeypatch.setattr(rotated_module, "GUARD_TOLERANCE", 0.0)
+    monkeypatch.setattr(rotation_check, "GUARD_TOLERANCE", 0.0)
     with pytest.raises(
         InputError, match=r"--rotate moves a probability of tiny-safellava's guard by \S+; at most 0 is"
     ):
