@@ -92,7 +92,7 @@ class Reference:
 
 
 def _windows(model: SafeVLM, text: str, *, windows: int, length: int, seed: int) -> dict[str, list[Window]]:
-    """Return windows of ``length`` tokens, the beginning included, for each beginning."""
+    """Return the same windows of ``length`` tokens behind each beginning."""
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     room = len(ids) // windows - length
     if room < 0:
@@ -115,7 +115,7 @@ def _windows(model: SafeVLM, text: str, *, windows: int, length: int, seed: int)
         for name, beginning in zip(BEGINNINGS, (model.family.prompt.before_text, "", other), strict=True)
     }
     return {
-        name: [Window(ids=(*first, *ids[start : start + length - len(first)]), first=len(first)) for start in starts]
+        name: [Window(ids=(*first, *ids[start : start + length]), first=len(first)) for start in starts]
         for name, first in before.items()
     }
 
