@@ -37,18 +37,20 @@ def read_gguf(path: Path, *, dtype: torch.dtype = torch.float16, layers: int | N
     MissingExtraError.
     """
     gguf_library()
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     config: Any = AutoConfig.from_pretrained(**where)
     whole = int(config.num_hidden_layers)
     if layers is not None and not 1 <= layers <= whole:
         raise InputError(f"--layers {layers} is not allowed: the model has {whole}. Give a number from 1 to {whole}.")
-    skeleton: Any = on_meta(lambda: AutoModelForCausalLM.from_config(config))
-    stored = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton, torch_dtype=dtype)["tensors"]
+    model_of: Any = AutoModelForCausalLM.from_config
+    read: Any = load_gguf_checkpoint
+    skeleton: Any = on_meta(lambda: model_of(config))
+    stored = read(str(path), return_tensors=True, model_to_load=skeleton, torch_dtype=dtype)["tensors"]
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-        skeleton = on_meta(lambda: AutoModelForCausalLM.from_config(config))
+        skeleton = on_meta(lambda: model_of(config))
     tensors = {}
     for name, slot in skeleton.named_parameters():
         if name not in stored or stored[name].shape != slot.shape:

@@ -81,12 +81,13 @@ class Reference:
             total = hits = count = 0.0
             for window, wanted_LD in zip(rows, self._states[name], strict=True):
                 states_LD = _states(model, window)
-                for at in torch.arange(window.first, len(window.ids)).split(step):
+                for start in range(window.first, len(window.ids), step):
+                    at = slice(start, start + step)
                     wanted = torch.log_softmax(wanted_LD[at] @ self._head_VD.T, dim=-1)
                     given = torch.log_softmax(states_LD[at] @ head_VD.T, dim=-1)
                     total += float((wanted.exp() * (wanted - given)).sum())
                     hits += float((wanted.argmax(dim=-1) == given.argmax(dim=-1)).sum())
-                    count += len(at)
+                    count += len(wanted)
             found[name] = Divergence(kl=total / count, same_token=hits / count)
         return found
 

@@ -116,10 +116,7 @@ Measured = tuple[dict[str, Any], list[str], bool]
 @click.option("--layers", type=click.IntRange(min=1), help="With --real: number of decoder layers.  [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @json_option("the result")
-@click.pass_context
-def quantize(
-    context: click.Context, real: bool, peers: Path | None, out: Path | None, as_json: bool, **given: Any
-) -> int:
+def quantize(real: bool, peers: Path | None, out: Path | None, as_json: bool, **given: Any) -> int:
     """Time GPTQ of the same language model by this project, GPTQModel and llm-compressor, on the CPU.
 
     With --real, of real weights: by this project before its own steps, as it stands and tuned, by GPTQModel, GPTAQ,
@@ -127,7 +124,7 @@ def quantize(
     """
     from rich.console import Console
 
-    _check_given(context, real)
+    _check_given(click.get_current_context(), real)
     check_out(out)
     command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
     with Console(stderr=True).status("quantize") as status:
