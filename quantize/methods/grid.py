@@ -111,7 +111,8 @@ def fit_grid(weight_RC: Tensor, scheme: Scheme, columns: int, importance_C: Tens
     rows, width = weight_RC.shape
     grouped = weight_RC.reshape(rows, width // columns, columns)
     importance = None if importance_C is None else importance_C.reshape(width // columns, columns)
-    fits = [_fit(piece, scheme, importance) for piece in grouped.split(max(1, PIECE // width))]
+    piece = max(1, PIECE // width)
+    fits = [_fit(grouped[start : start + piece], scheme, importance) for start in range(0, rows, piece)]
     return Grid(scale=torch.cat([fit.scale for fit in fits]), zero=torch.cat([fit.zero for fit in fits]))
 
 
