@@ -19,6 +19,7 @@ from quantize.methods.gptq_method import Gptq
 from quantize.methods.grid import Scheme
 from quantize.methods.settings import Plan
 from quantize.methods.solver import ActOrder, SolveOptions
+from quantize.methods.tuning import TuneOptions, Tuner
 from quantize.streamed.compress import compress
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS
 from quantize.streamed.options import calibration_of, finish, progress_on, run_of, shared_options
@@ -59,11 +60,14 @@ def gptq_plan(
     more: Mapping[str, Any] = MappingProxyType({}),
     *,
     nearest: bool = False,
+    tuning: TuneOptions | None = None,
 ) -> Plan:
     """Return what rounds every decoder linear with ``scheme``; ``more`` goes into the config.
 
-    ``nearest`` rounds each weight by itself, to have something to compare with.
+    ``nearest`` rounds each weight by itself, to have something to compare with. With ``tuning`` each layer's codes are
+    tuned on its output.
     """
+    tuner = None if tuning is None else Tuner(tuning)
     config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
         "name": "rtn" if nearest else "gptq",
@@ -74,13 +78,15 @@ def gptq_plan(
         "damp": options.damp,
         "search": options.search,
         "linears": list(LINEARS),
+        "tuning": None if tuning is None else tuning.recipe(),
     }
     return Plan(
-        method=Gptq(scheme_of=lambda _: scheme, options=options, nearest=nearest),
+        method=Gptq(scheme_of=lambda _: scheme, options=options, nearest=nearest, tuner=tuner),
         recipe=recipe,
         quantization=config,
         extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
         consumers=_consumers(scheme, options),
+        tuner=tuner,
     )
 
 
@@ -134,6 +140,13 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     help="Damping as a share of the Hessian's mean diagonal.",
 )
 @click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
+@click.option(
+    "--time",
+    "minutes",
+    type=float,
+    help="Minutes to tune all layers, each by gradient on its output, after GPTQ.",
+)
+@click.option("--tune-steps", type=int, help="Number of steps to tune each layer instead of --time; reproducible.")
 @click.option("--nearest", is_flag=True, help="Round to nearest instead of GPTQ, for comparison.")
 def main(
     model: str,
@@ -148,6 +161,8 @@ def main(
     act_order: str,
     damp: float,
     no_search: bool,
+    minutes: float | None,
+    tune_steps: int | None,
     nearest: bool,
     as_json: bool,
     **shared: Any,
@@ -156,6 +171,11 @@ def main(
     auto = bits == "auto"
     if auto != (target_bits is not None):
         raise InputError("--bits auto needs --target-bits, and the reverse, as in --bits auto --target-bits 4.5.")
+    tuning = None
+    if minutes is not None or tune_steps is not None:
+        tuning = TuneOptions(minutes=minutes, steps=tune_steps)
+    if nearest and tuning:
+        raise InputError("--nearest rounds each weight by itself; it does not work with --time or --tune-steps.")
     if nearest and auto:
         raise InputError("--nearest needs a number of bits; it does not work with --bits auto.")
     scheme = Scheme(bits=BITS[0] if auto else whole_bits(bits), group_size=group_size, symmetric=not asymmetric)
@@ -163,14 +183,14 @@ def main(
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
-        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest)
+        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest, tuning=tuning)
         if target_bits is not None:
             plan = auto_plan(
                 checkpoint,
                 target_bits,
                 scheme,
                 options,
-                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more),
+                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more, tuning=tuning),
                 safety_weight=safety_weight,
                 samples=sensitivity_samples,
             )

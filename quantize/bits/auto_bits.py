@@ -171,6 +171,7 @@ def mixed_plan(
         method=Gptq(
             scheme_of=lambda name: None if bits_by_name[name] == SIXTEEN else schemes[bits_by_name[name]],
             options=options,
+            tuner=plan.tuner,
         ),
         recipe={
             **plan.recipe,
@@ -181,4 +182,5 @@ def mixed_plan(
         quantization=plan.quantization,
         extra_files=plan.extra_files,
         consumers=notes,
+        tuner=plan.tuner,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from quantize.methods.tuning import Tuner
 from quantize.streamed.artifact import SHARD_BYTES
 from quantize.streamed.layers import Method
 from safevlm.errors import InputError
@@ -51,6 +52,8 @@ class Plan:
     quantization: Mapping[str, Any]
     extra_files: Mapping[str, Any] = field(default_factory=dict)
     consumers: Sequence[str] = ()
+    tuner: Tuner | None = None
+    """The method's, if it has one: it is given the 16-bit model's hidden states beside the rounded model's."""
     auto: AutoBits | None = None
     """Set: this plan only says what is wanted, and the one that its measurement leads to is done."""
 

@@ -5,6 +5,7 @@ What all ways of rounding share; each of them is a :class:`quantize.streamed.lay
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -230,7 +231,13 @@ class _Run:
             device=self.options.device,
             token_ids=token_ids,
         )
-        needed = estimate(self.checkpoint, packed, dtype=self.options.dtype, device=stream.device)
+        needed = estimate(
+            self.checkpoint,
+            packed,
+            dtype=self.options.dtype,
+            device=stream.device,
+            tuning=None if self.plan.tuner is None else self.plan.tuner.options,
+        )
         check_memory(needed, self.max_memory, gpu_room(stream.device))
         self._check_disk(needed)
         finished = self.unfinished.finished()
@@ -277,7 +284,12 @@ class _Run:
             before = now
 
         prefills = [batch.prefill for batch in batches]
-        with Caches(room, self.unfinished.folder) as caches:
+        with contextlib.ExitStack() as stack:
+            target, tuner = None, self.plan.tuner
+            if tuner is not None:
+                target = stack.enter_context(tuner.begin(hidden, self.unfinished, room))
+                room -= 0 if target.on_disk else target.nbytes
+            caches = stack.enter_context(Caches(room, self.unfinished.folder))
             round_layers(
                 stream,
                 prefills,
@@ -289,6 +301,7 @@ class _Run:
                 report=report,
                 stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
                 caches=caches,
+                target=target,
             )
         self.seconds_per_layer = float(np.mean(times)) if times else None
 

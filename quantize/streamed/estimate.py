@@ -15,6 +15,7 @@ import torch
 
 from calibration.streaming.batches import Row
 from quantize.methods.solver import rows_together
+from quantize.methods.tuning import PIECE_TOKENS, STEP_TOKENS, TuneOptions
 from quantize.streamed.layers import SHARED_INPUTS, linear_names
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
@@ -36,6 +37,10 @@ WORKING_COPIES = 10
 """Matrices of the size of the rows in work that rounding holds at its widest."""
 STORING_COPIES = 3
 """Matrices of a linear's size, 4 bytes a value, that its stored form is made in."""
+TUNING_BYTES = 24
+"""Of a weight that is tuned: its 16-bit value, its place, its rounded value and gradient, and what a step makes."""
+STEP_PASSES = 3
+"""Forward passes that a step is worth."""
 GIBIBYTE = 2**30
 
 
@@ -74,6 +79,7 @@ def estimate(
     dtype: torch.dtype,
     device: torch.device,
     speed: float | None = None,
+    tuning: TuneOptions | None = None,
 ) -> Estimate:
     """Estimate a run over batches of rows; ``speed`` in multiply-adds a second is measured where it is not given."""
     shapes = {name: checkpoint.tensors.shape(f"{full}.weight") for _, name, full in linear_names(checkpoint)}
@@ -90,13 +96,22 @@ def estimate(
     )
     solving = columns**2 * 4 + max(WORKING_COPIES * together, STORING_COPIES * largest) * 4 + widest * columns
     forward = max(tokens) * (2 * widest + 8 * hidden) * dtype.itemsize
-    rounding = weights * dtype.itemsize + max(solving, forward)
+    learning = 0
+    if tuning is not None:
+        piece = max(PIECE_TOKENS, max(len(row.ids) for batch in packed for row in batch))
+        learning = weights * TUNING_BYTES + piece * (2 * columns + 4 * widest + 16 * hidden) * 4
+    rounding = weights * dtype.itemsize + max(solving, forward, learning)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())
     seeing = vision * dtype.itemsize + 2 * forward
     macs = sum(tokens) * (PASSES * weights + sum(shapes[names[0]][1] ** 2 for names in SHARED_INPUTS))
     for names in SHARED_INPUTS:
         width = shapes[names[0]][1]
         macs += sum(shapes[name][0] for name in names) * width**2 + width**3 / 6
+    seconds = 0.0
+    if tuning is not None:
+        macs += sum(tokens) * weights  # the 16-bit model's pass
+        macs += STEP_PASSES * STEP_TOKENS * weights * (tuning.steps or 0)
+        seconds = 60 * (tuning.minutes or 0) / layers
     total = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names())
     peak = max(rounding, seeing)
     read = max(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names()) * STORED
@@ -105,9 +120,9 @@ def estimate(
     return Estimate(
         memory=INTERPRETER + memory,
         gpu=0 if device.type == "cpu" else WORKSPACE + peak,
-        activations=sum(tokens) * hidden * dtype.itemsize,
+        activations=(1 if tuning is None else 2) * sum(tokens) * hidden * dtype.itemsize,
         disk=2 * (total * 2 - weights * layers),
-        seconds_per_layer=macs / (speed or _multiply_adds_a_second(dtype, device)),
+        seconds_per_layer=seconds + macs / (speed or _multiply_adds_a_second(dtype, device)),
         layers=layers,
     )
 

@@ -104,7 +104,9 @@ class Stage:
     """Canonical name of the layer, a dot at its end."""
     caches: Caches = field(default_factory=Caches)
     moved: bool = False
-    """Whether kept inputs were changed by :meth:`rescale`."""
+    """Whether kept inputs were changed by :meth:`rescale`, or weights since they were kept."""
+    target: Activations | None = None
+    """What the 16-bit layer makes of the 16-bit model's hidden states, where a method asks for it."""
     _known: dict[str, Activations] = field(default_factory=dict)
 
     def linear(self, name: str) -> Any:
@@ -277,13 +279,15 @@ def round_layers(
     stop: int | None = None,
     caches: Caches | None = None,
     last_states: bool = True,
+    target: Activations | None = None,
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
     ``weights`` are the tokens' (T each) of every batch. ``write`` gets each layer once, with all its tensors, and
     nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is put in place instead
     of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the memory of linears'
-    inputs. Without ``last_states`` the last layer need not run once it is rounded.
+    inputs. Without ``last_states`` the last layer need not run once it is rounded. ``target`` (embeddings, as
+    ``hidden``) goes through the 16-bit model for a method that looks at it.
 
     Raises those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
@@ -311,6 +315,7 @@ def round_layers(
             weights=weights,
             prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
             caches=kept,
+            target=target,
         )
         rounded = method.round_layer(stage)
         plain = {
@@ -330,6 +335,8 @@ def round_layers(
         return None if stage.moved else stage.output
 
     for index, layer in stream.layers(stop):
+        if target is not None:
+            stream.advance(index, layer, batches, target)
         output = settle(index, layer)
         if last_states or index < len(stream) - 1:
             stream.advance(index, layer, batches, hidden, output)
