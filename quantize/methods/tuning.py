@@ -10,6 +10,7 @@ Shapes: B rows, L positions, D width; a linear has R outputs and C inputs in G g
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,13 +32,20 @@ __all__ = ["Codes", "TuneOptions", "Tuned", "Tuner"]
 PIECE_TOKENS = 512
 """Rows of a batch that run together, padding included; a longer row is a piece by itself."""
 STEP_TOKENS = 1024
-"""Tokens whose gradients a step adds up."""
+"""Tokens whose gradients a step adds up, about."""
 HELD_OUT = 8
 """One piece in so many is not learnt from: it tells whether the layer got better."""
-EDGE = 0.48
-"""How far from its integer a weight may start; at 0.5 the next one begins."""
+EDGE = 0.25
+"""How far from its integer a weight may start; at 0.5 the next one begins. Those that GPTQ did not round to the nearest
+would all start at the border: the first steps then undo GPTQ at once, with many times its error."""
+BEYOND = 0.48
+"""How far past the grid's ends a weight may be moved."""
+CHECKS = 4
+"""How often the rows held out are looked at while learning; the best codes seen are taken."""
 SCALE_SHARE = 0.2
 """How far a scale may move, as a share of itself; a weight moves by half a step at most."""
+LONGEST_STEP = 1 / 25
+"""Of the way from one integer to the next, in one step: more at once, and the linears no longer know of each other."""
 TIMED_STEPS = 3
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.5, 1.5
 
@@ -88,7 +96,9 @@ class Tuned:
 
     def report(self) -> dict[str, Any]:
         """Return what compression.json keeps of a layer."""
-        return {"steps": self.steps, "loss_before": self.before, "loss_after": self.after, "kept": self.kept}
+        losses = {"loss_before": self.before, "loss_after": self.after}
+        finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+        return {"steps": self.steps, **finite, "kept": self.kept}
 
 
 class Tuner:
@@ -130,20 +140,23 @@ class Tuner:
         if not starts or not math.isfinite(before):
             return Tuned(codes=starts, steps=0, before=before, after=before, kept=False)
 
-        def learn(steps: int) -> dict[str, Codes]:
+        def learn(steps: int) -> tuple[float, Mapping[str, Codes]]:
             learnt = {name: _Learnt(originals[name], start) for name, start in starts.items()}
-            with torch.enable_grad():
-                _learn(stage, learnt, lesson, learnt_from, steps)
-            return {name: each.codes() for name, each in learnt.items()}
+            best, codes = math.inf, starts
+            for _ in _learn(stage, learnt, lesson, learnt_from, steps):
+                found = {name: each.codes() for name, each in learnt.items()}
+                _put(stage, {name: each.weight() for name, each in found.items()})
+                loss = lesson.loss(held_out)
+                if loss < best:
+                    best, codes = loss, found
+            return best, codes
 
         steps = self.steps or self._timed(learn, len(stage.stream))
-        found = learn(steps)
-        _put(stage, {name: each.weight() for name, each in found.items()})
-        after = lesson.loss(held_out)
-        kept = after <= before  # false for NaN, too
-        if not kept:
-            _put(stage, {name: each.weight() for name, each in starts.items()})
-        return Tuned(codes=found if kept else starts, steps=steps, before=before, after=after, kept=kept)
+        after, found = learn(steps)
+        kept = after <= before
+        codes = found if kept else starts
+        _put(stage, {name: each.weight() for name, each in codes.items()})
+        return Tuned(codes=codes, steps=steps, before=before, after=after, kept=kept)
 
     def _timed(self, learn: Callable[[int], Any], layers: int) -> int:
         """Return how many steps fit into a layer's share of the time, and let them be kept."""
@@ -151,9 +164,12 @@ class Tuner:
         began = time.monotonic()
         learn(TIMED_STEPS)
         each = (time.monotonic() - began) / TIMED_STEPS
-        self.steps = max(1, int(60 * cast(float, self.options.minutes) / layers / each))
-        self._decided(self.steps)
-        return self.steps
+        return self._decide(max(1, int(60 * cast(float, self.options.minutes) / layers / each)))
+
+    def _decide(self, steps: int) -> int:
+        self.steps = steps
+        self._decided(steps)
+        return steps
 
 
 def _originals(stage: Stage, starts: Mapping[str, Codes]) -> dict[str, Tensor]:
@@ -231,20 +247,27 @@ def _some(batch: Prefill, rows: Tensor) -> Prefill:
     return replace(batch, masks=masks, position_ids=batch.position_ids[..., rows, :])
 
 
-def _learn(stage: Stage, learnt: Mapping[str, _Learnt], lesson: _Lesson, pieces: Sequence[_Piece], steps: int) -> None:
-    """Take so many steps, each as long as there are steps left; the layer's own weights are lost."""
+def _learn(
+    stage: Stage, learnt: Mapping[str, _Learnt], lesson: _Lesson, pieces: Sequence[_Piece], steps: int
+) -> Iterator[int]:
+    """Take so many steps, each as long as there are steps left, and yield now and then, at the end for sure.
+
+    The layer's own weights are lost.
+    """
+    mean = sum(piece.tokens for piece in pieces) / len(pieces)
+    together = min(len(pieces), math.ceil(STEP_TOKENS / mean))
+    first = min(1 / steps, LONGEST_STEP)
     drawn = _drawn(pieces, torch.Generator().manual_seed(stage.index))
-    with _fast_products(stage.stream) as dtype:
-        for step in range(steps):
+    for step in range(steps):
+        with torch.enable_grad(), _fast_products(stage.stream) as dtype:
             for name, each in learnt.items():
                 stage.linear(name).weight = nn.Parameter(each.weight().to(dtype))
-            tokens = 0
-            while tokens < STEP_TOKENS:
-                piece = next(drawn)
+            for piece in itertools.islice(drawn, together):
                 lesson.errors(piece)[0].backward()  # type: ignore[no-untyped-call]
-                tokens += piece.tokens
-            for name, each in learnt.items():
-                each.step(stage.linear(name).weight.grad, (1 - step / steps) / steps)
+        for name, each in learnt.items():
+            each.step(stage.linear(name).weight.grad, (1 - step / steps) * first)
+        if step == steps - 1 or (step + 1) % math.ceil(steps / CHECKS) == 0:
+            yield step
 
 
 def _drawn(pieces: Sequence[_Piece], generator: torch.Generator) -> Iterator[_Piece]:
@@ -302,7 +325,7 @@ class _Learnt:
         of_scale = (self._place.round().sub_(self._zero).mul_(gradient)).sum(dim=-1, keepdim=True) * self._scale
         self._factor.sub_(of_scale.sign(), alpha=SCALE_SHARE * rate).clamp_(SMALLEST_FACTOR, LARGEST_FACTOR)
         self._place.sub_(gradient.sign() * self._scale.sign().to(gradient.dtype), alpha=rate)
-        self._place.clamp_(-EDGE, 2**self._start.bits - 1 + EDGE)  # off the grid there is nothing to round to
+        self._place.clamp_(-BEYOND, 2**self._start.bits - 1 + BEYOND)  # off the grid there is nothing to round to
 
     def codes(self) -> Codes:
         """Return the codes that stand now."""

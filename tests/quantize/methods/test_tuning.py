@@ -23,7 +23,7 @@ from safevlm.errors import InputError
 from tests.quantize.streamed.test_layers import prefills
 from tests.safevlm.checkpoint.random_checkpoints import QUESTIONS, SIZE, Written, write_checkpoint
 
-STEPS = TuneOptions(steps=12)
+STEPS = TuneOptions(steps=6)
 
 
 @pytest.fixture(scope="module", params=[("llava", "original"), ("qwen2_5_vl", "old"), ("gemma3", "hf")], ids=str)
@@ -116,7 +116,7 @@ def test_the_16_bit_model_is_left_alone(llava: Written) -> None:
 @pytest.mark.parametrize("act_order", ["group", "static", "none"])
 def test_every_order_of_columns(llava: Written, act_order: ActOrder) -> None:
     found, _, _ = rounded(llava, Scheme(bits=2, group_size=32), Tuner(STEPS), options=SolveOptions(act_order=act_order))
-    assert all(layer.report[0]["tuning"]["steps"] == 12 for layer in found)
+    assert all(layer.report[0]["tuning"]["steps"] == STEPS.steps for layer in found)
 
 
 def test_linears_in_16_bit_stay_as_they_are(llava: Written) -> None:
@@ -134,7 +134,7 @@ def test_linears_in_16_bit_stay_as_they_are(llava: Written) -> None:
 
 def test_what_is_worse_is_not_kept(llava: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = Scheme(bits=3, group_size=32)
-    monkeypatch.setattr(_Learnt, "step", lambda self, gradient, rate: self._place.fill_(0))
+    monkeypatch.setattr(_Learnt, "step", lambda self, *_: self._place.fill_(0))
     found, states, _ = rounded(llava, scheme, Tuner(STEPS))
     before, untouched, _ = rounded(llava, scheme, None)
     assert not any(layer.report[0]["tuning"]["kept"] for layer in found)
