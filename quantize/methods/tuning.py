@@ -1,8 +1,8 @@
 """Tuning: a decoder layer's integers and scales learnt together, by gradient on what the whole layer gives.
 
 GPTQ fits each linear to its own weight. Here the layer's output is held against what the 16-bit layer makes of the
-16-bit model's own hidden states, so errors of the layers before are made up for as well. Signed gradient descent as in
-AutoRound (Cheng et al. 2023, https://arxiv.org/abs/2309.05516), from GPTQ's integers instead of the nearest ones.
+16-bit model's own hidden states, so errors of the layers before are made up for as well. As in AutoRound (Cheng et al.
+2023, https://arxiv.org/abs/2309.05516), but from GPTQ's integers instead of the nearest ones, and by Adam.
 
 Shapes: B rows, L positions, D width; a linear has R outputs and C inputs in G groups of K columns.
 """
@@ -46,6 +46,8 @@ SCALE_SHARE = 0.2
 """How far a scale may move, as a share of itself; a weight moves by half a step at most."""
 LONGEST_STEP = 1 / 25
 """Of the way from one integer to the next, in one step: more at once, and the linears no longer know of each other."""
+MEMORY, SQUARE_MEMORY = 0.9, 0.95
+"""Of a gradient's mean and of its square's, from step to step."""
 TIMED_STEPS = 3
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.5, 1.5
 
@@ -287,6 +289,21 @@ def _fast_products(stream: LayerStream) -> Iterator[torch.dtype]:
         yield torch.bfloat16
 
 
+class _Adam:
+    """Running means of a gradient and of its square (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980)."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Return where to go: as long as 1 where the gradient stays as it is."""
+        self._steps += 1
+        self._mean.lerp_(gradient, 1 - MEMORY)
+        self._square.mul_(SQUARE_MEMORY).addcmul_(gradient, gradient, value=1 - SQUARE_MEMORY)
+        size = (self._square / (1 - SQUARE_MEMORY**self._steps)).sqrt_().add_(1e-12)
+        return (self._mean / (1 - MEMORY**self._steps)).div_(size)
+
+
 class _Learnt:
     """A linear's codes as real numbers: where a weight lies among the integers, and what each scale is times by.
 
@@ -304,6 +321,7 @@ class _Learnt:
         ints = self._grouped(start.ints).float()
         place = self._grouped(weight_RC).float().div(self._scale).add_(self._zero)
         self._place = torch.minimum(torch.maximum(place, ints - EDGE), ints + EDGE)
+        self._of_place, self._of_factor = _Adam(self._place), _Adam(self._factor)
 
     def _grouped(self, values_RC: Tensor) -> Tensor:
         ordered = values_RC if self._order is None else values_RC[:, self._order]
@@ -320,11 +338,12 @@ class _Learnt:
         return found if self._order is None else found[:, torch.argsort(self._order)]
 
     def step(self, gradient_RC: Tensor, rate: float) -> None:
-        """Move by the gradient's sign, as far as ``rate`` says."""
-        gradient = self._grouped(gradient_RC)
+        """Move against the gradient by about ``rate``, less where its sign keeps changing (Adam)."""
+        gradient = self._grouped(gradient_RC).float()
         of_scale = (self._place.round().sub_(self._zero).mul_(gradient)).sum(dim=-1, keepdim=True) * self._scale
-        self._factor.sub_(of_scale.sign(), alpha=SCALE_SHARE * rate).clamp_(SMALLEST_FACTOR, LARGEST_FACTOR)
-        self._place.sub_(gradient.sign() * self._scale.sign().to(gradient.dtype), alpha=rate)
+        self._factor.sub_(self._of_factor.direction(of_scale), alpha=SCALE_SHARE * rate)
+        self._factor.clamp_(SMALLEST_FACTOR, LARGEST_FACTOR)
+        self._place.sub_(self._of_place.direction(gradient * self._scale), alpha=rate)
         self._place.clamp_(-BEYOND, 2**self._start.bits - 1 + BEYOND)  # off the grid there is nothing to round to
 
     def codes(self) -> Codes:

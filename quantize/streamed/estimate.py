@@ -37,8 +37,8 @@ WORKING_COPIES = 10
 """Matrices of the size of the rows in work that rounding holds at its widest."""
 STORING_COPIES = 3
 """Matrices of a linear's size, 4 bytes a value, that its stored form is made in."""
-TUNING_BYTES = 24
-"""Of a weight that is tuned: its 16-bit value, its place, its rounded value and gradient, and what a step makes."""
+TUNING_BYTES = 32
+"""Of a weight that is tuned: its 16-bit value, its place, Adam's two means, rounded value, gradient and a step's own."""
 STEP_PASSES = 3
 """Forward passes that a step is worth."""
 GIBIBYTE = 2**30

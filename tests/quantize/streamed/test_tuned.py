@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from quantize.methods.grid import Scheme
 from quantize.methods.settings import Plan, Progress
 from quantize.methods.tuning import TuneOptions, Tuner
 from quantize.streamed.compress import Compressed
-from quantize.streamed.estimate import Estimate
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
-from tests.quantize.streamed.test_compress import content, run
+from tests.quantize.streamed.test_compress import FEW, content, run
 
 MODEL = "tiny-safellava"
 
@@ -59,14 +59,16 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_with_the_same_bytes(whole: Co
     assert again.record["layers"] == whole.record["layers"]
 
 
-def test_in_the_memory_that_is_said_to_be_enough(whole: Compressed, tmp_path: Path) -> None:
+def test_in_the_memory_that_is_said_to_be_enough(tmp_path: Path) -> None:
     """With all hidden states in files."""
-    needed: Estimate = whole.estimate
-    again = run(tmp_path / "out", MODEL, partial(tuned, steps=3), max_memory=needed.memory + 1000)
-    assert again.out is not None and whole.out is not None
-    assert content(again.out) == content(whole.out)
+    given, plan = replace(FEW, answers="given"), partial(tuned, steps=3)
+    first = run(tmp_path / "first", MODEL, plan, calibration=given)
+    needed = first.estimate.memory
+    again = run(tmp_path / "again", MODEL, plan, calibration=given, max_memory=needed + 1000)
+    assert again.out is not None and first.out is not None
+    assert content(again.out) == content(first.out)
     with pytest.raises(InputError, match=r"--max-memory .* are needed"):
-        run(tmp_path / "less", MODEL, partial(tuned, steps=3), max_memory=needed.memory - 1000)
+        run(tmp_path / "less", MODEL, plan, calibration=given, max_memory=needed - 1000)
 
 
 def test_a_run_by_time_goes_on_with_the_steps_it_had_decided_on(
