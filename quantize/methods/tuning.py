@@ -207,10 +207,9 @@ def _split(stage: Stage) -> tuple[list[_Piece], list[_Piece]]:
         for start in range(0, rows, together):
             chosen = order[start : start + together]
             pieces.append(_Piece(batch=number, rows=chosen, tokens=len(chosen) * length))
-    order = torch.randperm(len(pieces), generator=generator).tolist()
+    drawn = [pieces[place] for place in torch.randperm(len(pieces), generator=generator).tolist()]
     aside = max(1, len(pieces) // HELD_OUT)
-    held_out, learnt_from = order[:aside], order[aside:] or order
-    return [pieces[place] for place in learnt_from], [pieces[place] for place in held_out]
+    return drawn[aside:] or drawn, drawn[:aside]
 
 
 class _Lesson:

@@ -38,7 +38,7 @@ WORKING_COPIES = 10
 STORING_COPIES = 3
 """Matrices of a linear's size, 4 bytes a value, that its stored form is made in."""
 TUNING_BYTES = 32
-"""Of a weight that is tuned: its 16-bit value, its place, Adam's two means, rounded value, gradient and a step's own."""
+"""Of a tuned weight: its 16-bit value, its place, Adam's two means, rounded value, gradient and a step's own."""
 STEP_PASSES = 3
 """Forward passes that a step is worth."""
 GIBIBYTE = 2**30
