@@ -21,6 +21,7 @@ from quantize.methods.grid import Scheme
 from quantize.methods.rotation import Rotate
 from quantize.methods.settings import Plan
 from quantize.methods.solver import ActOrder, SolveOptions
+from quantize.methods.tuning import TuneOptions, Tuner
 from quantize.streamed.compress import compress
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS
 from quantize.streamed.options import calibration_of, finish, progress_on, rotate_option, run_of, shared_options
@@ -62,13 +63,16 @@ def gptq_plan(
     *,
     nearest: bool = False,
     rotate: Rotate = "none",
+    tuning: TuneOptions | None = None,
 ) -> Plan:
     """Return what rounds every decoder linear with ``scheme``; ``more`` goes into the config.
 
     ``nearest`` rounds each weight by itself, to have something to compare with; ``rotate`` says what is turned before.
+    With ``tuning`` each layer's codes are tuned on its output.
     """
     if nearest:
         options = replace(options, sweeps=0)
+    tuner = None if tuning is None else Tuner(tuning)
     config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
         "name": "rtn" if nearest else "gptq",
@@ -81,14 +85,16 @@ def gptq_plan(
         "search": options.search,
         "sweeps": options.sweeps,
         "linears": list(LINEARS),
+        "tuning": None if tuning is None else tuning.recipe(),
     }
     return Plan(
-        method=Gptq(scheme_of=lambda _: scheme, options=options, nearest=nearest),
+        method=Gptq(scheme_of=lambda _: scheme, options=options, nearest=nearest, tuner=tuner),
         recipe=recipe,
         rotate=rotate,
         quantization=config,
         extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
         consumers=_consumers(scheme, options),
+        tuner=tuner,
     )
 
 
@@ -157,6 +163,13 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     help="Passes over scales and integers after GPTQ, each lowering the error; 0 for none.",
 )
 @click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
+@click.option(
+    "--time",
+    "minutes",
+    type=float,
+    help="Minutes to tune all layers, each by gradient on its output, after GPTQ.",
+)
+@click.option("--tune-steps", type=int, help="Number of steps to tune each layer instead of --time; reproducible.")
 @click.option("--nearest", is_flag=True, help="Round to nearest instead of GPTQ, for comparison.")
 @rotate_option("none")
 def main(
@@ -174,6 +187,8 @@ def main(
     damp: float,
     sweeps: int,
     no_search: bool,
+    minutes: float | None,
+    tune_steps: int | None,
     nearest: bool,
     rotate: Rotate,
     as_json: bool,
@@ -183,6 +198,11 @@ def main(
     auto = bits == "auto"
     if auto != (target_bits is not None):
         raise InputError("--bits auto needs --target-bits, and the reverse, as in --bits auto --target-bits 4.5.")
+    tuning = None
+    if minutes is not None or tune_steps is not None:
+        tuning = TuneOptions(minutes=minutes, steps=tune_steps)
+    if nearest and tuning:
+        raise InputError("--nearest rounds each weight by itself; it does not work with --time or --tune-steps.")
     if nearest and auto:
         raise InputError("--nearest needs a number of bits; it does not work with --bits auto.")
     scheme = Scheme(
@@ -197,14 +217,14 @@ def main(
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)
     with progress_on(Console(stderr=True)) as progress:
-        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest, rotate=rotate)
+        plan = gptq_plan(checkpoint, scheme, options, nearest=nearest, rotate=rotate, tuning=tuning)
         if target_bits is not None:
             plan = auto_plan(
                 checkpoint,
                 target_bits,
                 scheme,
                 options,
-                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more, rotate=rotate),
+                lambda scheme, more: gptq_plan(checkpoint, scheme, options, more, rotate=rotate, tuning=tuning),
                 safety_weight=safety_weight,
                 samples=sensitivity_samples,
             )

@@ -168,6 +168,7 @@ def mixed_plan(
         method=Gptq(
             scheme_of=lambda name: None if bits_by_name[name] == SIXTEEN else schemes[bits_by_name[name]],
             options=options,
+            tuner=plan.tuner,
         ),
         recipe={
             **plan.recipe,
@@ -179,4 +180,5 @@ def mixed_plan(
         extra_files=plan.extra_files,
         rotate=plan.rotate,
         consumers=notes,
+        tuner=plan.tuner,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantize.methods.grid import Scheme
 from quantize.methods.packing import check_packable, pack_linear
 from quantize.methods.solver import Solved, SolveOptions, solve
+from quantize.methods.tuning import Codes, Tuner
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS, Rounded, Stage, linear_names, stored_dtype
 from safevlm.checkpoint.checkpoint import Checkpoint
 
@@ -32,6 +33,8 @@ class Gptq:
     scheme_of: Callable[[str], Scheme | None]
     options: SolveOptions = field(default_factory=SolveOptions)
     nearest: bool = False
+    tuner: Tuner | None = None
+    """Set: a layer's codes are tuned once its linears are solved."""
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises InputError for a group size that does not divide a width, or a width that cannot be packed."""
@@ -46,6 +49,7 @@ class Gptq:
         """Round a layer's linears group by group; InputError names the linear."""
         tensors: dict[str, Tensor] = {}
         report: list[dict[str, Any]] = []
+        codes: dict[str, Codes] = {}
         for names in SHARED_INPUTS:
             schemes = {name: self.scheme_of(stage.prefix + name) for name in names}
             wanted = dict.fromkeys(each for each in schemes.values() if each is not None)
@@ -65,6 +69,8 @@ class Gptq:
                     tensors |= {key: tensor.cpu() for key, tensor in packed.items()}
                     linear.weight.data = linear.weight.data.new_empty(0)  # before its successor is there
                     linear.weight.data = each.weight().to(linear.weight)
+                    if self.tuner is not None:
+                        codes[name] = Codes(ints=each.ints, grid=each.grid, group_of=each.group_of, bits=scheme.bits)
                     told = linear_report(name, scheme.bits, each, self.options)
                     report.append(told | {"kept": "nearest"} if self.nearest else told)
             for name in names:
@@ -74,6 +80,12 @@ class Gptq:
                     tensors[f"{name}.weight"] = stored.cpu()
                     weight.data = stored.to(weight.dtype)
                     report.append({"linear": name, "bits": 16, "kept": "16 bit"})
+        if self.tuner is not None:
+            tuned = self.tuner.tune(stage, codes)
+            for name, found in tuned.codes.items():
+                packed = pack_linear(name, found.ints, found.grid, found.group_of, found.bits)
+                tensors |= {key: tensor.cpu() for key, tensor in packed.items()}
+            report = [row | {"tuning": tuned.report()} if row["linear"] in codes else row for row in report]
         order = {name: place for place, name in enumerate(LINEARS)}
         return Rounded(tensors=tensors, report=sorted(report, key=lambda row: order[row["linear"]]))
 

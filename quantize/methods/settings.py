@@ -10,6 +10,7 @@ import torch
 
 from quantize.methods.grid import Scheme
 from quantize.methods.rotation import Rotate
+from quantize.methods.tuning import Tuner
 from quantize.streamed.artifact import SHARD_BYTES
 from quantize.streamed.layers import Method
 from safevlm.errors import InputError
@@ -63,6 +64,8 @@ class Plan:
     consumers: Sequence[str] = ()
     rotate: Rotate = "none"
     """What is turned before anything is rounded."""
+    tuner: Tuner | None = None
+    """The method's, if it has one: it is given the 16-bit model's hidden states beside the rounded model's."""
     auto: AutoBits | None = None
     """Set: this plan only says what is wanted, and the one that its measurement leads to is done."""
 

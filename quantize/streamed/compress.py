@@ -5,6 +5,7 @@ What all ways of rounding share; each of them is a :class:`quantize.streamed.lay
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from calibration.answers import Answer
 from calibration.sets.conversations import Sample
-from calibration.sets.mix import samples_sha256
 from calibration.sets.samples import Calibration, CalibrationOptions, calibrate_on
 from calibration.streaming.batches import Batch, Row, TokenWeights, embed_batches, lay_out, pack_rows
 from calibration.streaming.gradients import gradient_weights
@@ -34,7 +34,7 @@ from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
 from quantize.streamed.held_out import HeldOut, held_out_samples
 from quantize.streamed.layers import Caches, round_layers
-from quantize.streamed.record import calibration_record, identity, jsonable, rows_record, summary
+from quantize.streamed.record import calibration_record, recipe_record, rows_record, summary
 from quantize.streamed.rotated import rotated
 from quantize.streamed.rotation_check import checked_rotation
 from quantize.streamed.unfinished import RECORD, Unfinished
@@ -109,19 +109,7 @@ def _compress(
     if not chosen.leakage.clean:
         progress.say(f"LEAKAGE ALLOWED: {len(chosen.leakage.leaks)} hits; reports about this artifact are ANOMALOUS.")
     max_memory = options.max_memory or int(MEMORY_SHARE * available_memory())
-    recipe = {
-        "method": dict(plan.recipe),
-        "rotate": plan.rotate,
-        "checkpoint": identity(checkpoint),
-        "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
-        "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
-        "run": {
-            "dtype": options.dtype_name,
-            "device": gpu.name if gpu else "cpu",
-            "batch_tokens": options.batch_tokens,
-        },
-        "version": VERSION,
-    }
+    recipe = recipe_record(checkpoint, chosen, calibration, plan, options, gpu.name if gpu else "cpu")
     with Unfinished(out, recipe) as unfinished:
         check_values(checkpoint.tensors, partial(_kept_in, checkpoint), progress.status)
         rotation = checked_rotation(
@@ -271,7 +259,12 @@ class _Run:
         )
         all_rows = [*packed, *held_out.packed, *held_out.packed]
         needed = estimate(
-            self.checkpoint, all_rows, dtype=self.options.dtype, products=stream.products, device=stream.device
+            self.checkpoint,
+            all_rows,
+            dtype=self.options.dtype,
+            products=stream.products,
+            device=stream.device,
+            tuning=None if self.plan.tuner is None else self.plan.tuner.options,
         )
         if self.weights.by == "gradient":
             needed = with_backward(needed, self.checkpoint, packed, self.options.dtype, stream.device)
@@ -331,7 +324,12 @@ class _Run:
             folder, status = self.unfinished.folder, self.progress.status
             by_layer = gradient_weights(stream, batches, hidden, fixed, max_bytes=room, folder=folder, report=status)
             weights = by_layer.__getitem__
-        with Caches(room, self.unfinished.folder) as caches:
+        with contextlib.ExitStack() as stack:
+            target, tuner = None, self.plan.tuner
+            if tuner is not None:
+                target = stack.enter_context(tuner.begin(hidden, self.unfinished, room))
+                room -= 0 if target.on_disk else target.nbytes
+            caches = stack.enter_context(Caches(room, self.unfinished.folder))
             round_layers(
                 stream,
                 prefills,
@@ -344,6 +342,7 @@ class _Run:
                 stop=None if self.options.layers is None else min(self.options.layers, len(stream)),
                 caches=caches,
                 beside=held_out,
+                target=target,
             )
         self.seconds_per_layer = float(np.mean(times)) if times else None
 

@@ -15,6 +15,7 @@ import torch
 
 from calibration.streaming.batches import Row
 from quantize.methods.solver import rows_together
+from quantize.methods.tuning import PIECE_TOKENS, STEP_TOKENS, TuneOptions
 from quantize.streamed.layers import SHARED_INPUTS, linear_names
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
@@ -42,6 +43,10 @@ SMALLEST_HEAD = 64
 """Width of an attention head, for the number of heads."""
 PASSES_BACK = 4
 """Forward passes that token weights by gradient take: one forward, one more and one back, which is two."""
+TUNING_BYTES = 32
+"""Of a tuned weight: its 16-bit value, its place, Adam's two means, rounded value, gradient and a step's own."""
+STEP_PASSES = 3
+"""Forward passes that a step is worth."""
 GIBIBYTE = 2**30
 
 
@@ -81,6 +86,7 @@ def estimate(
     device: torch.device,
     products: torch.dtype | None = None,
     speed: float | None = None,
+    tuning: TuneOptions | None = None,
 ) -> Estimate:
     """Estimate a run over batches of rows, weights in ``dtype``, factors of products in ``products``.
 
@@ -100,13 +106,22 @@ def estimate(
     )
     solving = columns**2 * 4 + max(WORKING_COPIES * together, STORING_COPIES * largest) * 4 + widest * columns
     forward = max(tokens) * (2 * widest + 8 * hidden) * dtype.itemsize
-    rounding = weights * dtype.itemsize + max(solving, forward)
+    learning = 0
+    if tuning is not None:
+        piece = max(PIECE_TOKENS, max(len(row.ids) for batch in packed for row in batch))
+        learning = weights * TUNING_BYTES + piece * (2 * columns + 4 * widest + 16 * hidden) * 4
+    rounding = weights * dtype.itemsize + max(solving, forward, learning)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())
     seeing = vision * dtype.itemsize + 2 * forward
     macs = sum(tokens) * (PASSES * weights + sum(shapes[names[0]][1] ** 2 for names in SHARED_INPUTS))
     for names in SHARED_INPUTS:
         width = shapes[names[0]][1]
         macs += sum(shapes[name][0] for name in names) * width**2 + width**3 / 6
+    seconds = 0.0
+    if tuning is not None:
+        macs += sum(tokens) * weights  # the 16-bit model's pass
+        macs += STEP_PASSES * STEP_TOKENS * weights * (tuning.steps or 0)
+        seconds = 60 * (tuning.minutes or 0) / layers
     total = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names())
     peak = max(rounding, seeing)
     read = max(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names()) * STORED
@@ -115,9 +130,9 @@ def estimate(
     return Estimate(
         memory=INTERPRETER + memory,
         gpu=0 if device.type == "cpu" else WORKSPACE + peak,
-        activations=sum(tokens) * hidden * dtype.itemsize,
+        activations=(1 if tuning is None else 2) * sum(tokens) * hidden * dtype.itemsize,
         disk=2 * (total * 2 - weights * layers),
-        seconds_per_layer=macs / (speed or _multiply_adds_a_second(products or dtype, device)),
+        seconds_per_layer=seconds + macs / (speed or _multiply_adds_a_second(products or dtype, device)),
         layers=layers,
     )
 

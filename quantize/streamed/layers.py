@@ -105,7 +105,9 @@ class Stage:
     """Canonical name of the layer, a dot at its end."""
     caches: Caches = field(default_factory=Caches)
     moved: bool = False
-    """Whether kept inputs were changed by :meth:`rescale`."""
+    """Whether kept inputs were changed by :meth:`rescale`, or weights since they were kept."""
+    target: Activations | None = None
+    """What the 16-bit layer makes of the 16-bit model's hidden states, where a method asks for it."""
     _known: dict[str, Activations] = field(default_factory=dict)
 
     @property
@@ -296,6 +298,7 @@ def round_layers(
     caches: Caches | None = None,
     beside: Beside | None = None,
     last_states: bool = True,
+    target: Activations | None = None,
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
@@ -303,7 +306,8 @@ def round_layers(
     all its tensors, and nothing is kept; what ``finished`` returns for a layer (its tensors as they were written) is
     put in place instead of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the
     memory of linears' inputs. ``beside`` runs each layer by itself, before and after, which needs ``finished`` to know
-    what was written. Without ``last_states`` the last layer need not run once it is rounded.
+    what was written. Without ``last_states`` the last layer need not run once it is rounded. ``target`` (embeddings, as
+    ``hidden``) goes through the 16-bit model for a method that looks at it.
 
     Raises those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
@@ -331,6 +335,7 @@ def round_layers(
             weights=weights(index) if callable(weights) else weights,
             prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
             caches=kept,
+            target=target,
         )
         rounded = method.round_layer(stage)
         plain = {
@@ -352,6 +357,8 @@ def round_layers(
     for index, layer in stream.layers(stop):
         if beside is not None:
             beside.unrounded(index, layer)
+        if target is not None:
+            stream.advance(index, layer, batches, target)
         output = settle(index, layer)
         if last_states or index < len(stream) - 1:
             stream.advance(index, layer, batches, hidden, output)

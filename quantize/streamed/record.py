@@ -15,10 +15,32 @@ from calibration.sets.beginnings import Beginnings, beginnings_record
 from calibration.sets.mix import samples_sha256
 from calibration.sets.samples import Calibration, CalibrationOptions
 from calibration.streaming.batches import Batch
+from quantize.methods.settings import Plan, RunOptions
 from quantize.streamed.layers import linear_names
 from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.version import VERSION
 
-__all__ = ["calibration_record", "identity", "jsonable", "rows_record", "summary", "token_counts"]
+__all__ = ["calibration_record", "identity", "jsonable", "recipe_record", "rows_record", "summary", "token_counts"]
+
+
+def recipe_record(
+    checkpoint: Checkpoint,
+    chosen: Calibration,
+    calibration: CalibrationOptions,
+    plan: Plan,
+    options: RunOptions,
+    device: str,
+) -> dict[str, Any]:
+    """Return all that an artifact's bytes depend on: an unfinished run goes on only with the same."""
+    return {
+        "method": dict(plan.recipe),
+        "rotate": plan.rotate,
+        "checkpoint": identity(checkpoint),
+        "calibration": {**jsonable(calibration), "source": chosen.source.sha256},
+        "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
+        "run": {"dtype": options.dtype_name, "device": device, "batch_tokens": options.batch_tokens},
+        "version": VERSION,
+    }
 
 
 def calibration_record(

@@ -28,7 +28,7 @@ from safevlm.machine import now
 
 __all__ = ["Unfinished"]
 
-ANSWERS, RESUMED = "answers.json", "resumed.json"
+ANSWERS, RESUMED, TUNING = "answers.json", "resumed.json", "tuning.json"
 RECORD = "compression.json"
 LAYER = "layer"
 """The one metadata key of a layer's file: safetensors writes several in an order that changes."""
@@ -76,7 +76,7 @@ class Unfinished:
             return
         differing = sorted(key for key in {*there, *recipe} if there.get(key) != recipe.get(key))
         if differing and not self.finished():
-            for name in (ANSWERS, RESUMED):
+            for name in (ANSWERS, RESUMED, TUNING):
                 (self.folder / name).unlink(missing_ok=True)
             self.keep("recipe.json", recipe)
         elif differing:
