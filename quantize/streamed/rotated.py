@@ -159,7 +159,7 @@ class RotatedTensors(TensorStore):
                 yield self._turned(piece, turn)
         else:
             whole = self.read(name, own=True)
-            yield from (whole,) if rows is None or not whole.ndim else whole.split(rows)
+            yield from (whole,) if rows is None or not whole.ndim else whole.split(rows)  # type: ignore[no-untyped-call]
 
     def _source(self, name: str) -> str:
         return f"{self._prefix}embed_tokens.weight" if self._untied and name == OUTPUT else name

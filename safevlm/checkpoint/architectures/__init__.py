@@ -7,7 +7,7 @@ from typing import Any
 from safevlm.imports.left_out import left_out
 
 with left_out("sklearn", "scipy"):
-    from transformers.utils import is_scipy_available, is_sklearn_available
+    from transformers.utils.import_utils import is_scipy_available, is_sklearn_available
 
     # transformers keeps the answers, and loads neither (130 MiB) for assisted decoding and detectors' losses
     is_scipy_available(), is_sklearn_available()
