@@ -138,7 +138,9 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
 )
 @click.option("--asymmetric", is_flag=True, help="Use a zero point per group.")
 @click.option(
-    "--unsigned", is_flag=True, help="Use positive scales only; else a scale's sign says which side has one more level."
+    "--unsigned",
+    is_flag=True,
+    help="Store positive scales only, instead of letting their sign say which side has one more level.",
 )
 @click.option(
     "--act-order",

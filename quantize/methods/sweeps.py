@@ -38,8 +38,7 @@ class Standing:
     def of(cls, weight_CR: Tensor, ints_CR: Tensor, scale_GR: Tensor, zero_GR: Tensor) -> Standing:
         """Return what stands, in memory of its own."""
         ints, scale = ints_CR.to(weight_CR), scale_GR.clone()
-        grouped = ints.reshape(len(scale), -1, ints.shape[1])
-        stored = (grouped - zero_GR.unsqueeze(1)).mul_(scale.unsqueeze(1))
+        stored = (ints.reshape(len(scale), -1, ints.shape[1]) - zero_GR.unsqueeze(1)).mul_(scale.unsqueeze(1))
         return cls(ints=ints, errors=stored.flatten(0, 1).sub_(weight_CR), scale=scale, zero=zero_GR)
 
     def round_again(self, columns: Tensor, largest: int) -> None:
