@@ -44,12 +44,14 @@ Mask = NDArray[np.bool_]
 class Agreement:
     """What two aligned thumbnails have in common where they overlap.
 
-    ``correlation`` is that of luminance, ``blocks`` the share of textured blocks that agree, ``textured`` the share of
-    blocks that are textured, ``rms`` the colours' root mean square difference and ``contrast`` their lower standard
-    deviation, both in levels of 255. ``cut`` is the largest share cut off a side.
+    ``correlation`` is that of luminance, ``colours`` that of red, green and blue together, ``blocks`` the share of
+    textured blocks that agree, ``textured`` the share of blocks that are textured, ``rms`` the colours' root mean
+    square difference and ``contrast`` their lower standard deviation, both in levels of 255. ``cut`` is the largest
+    share cut off a side.
     """
 
     correlation: float
+    colours: float
     blocks: float
     textured: float
     rms: float
@@ -63,10 +65,7 @@ def luminance(pixels: Pixels | Floats) -> Floats:
 
 
 def agreements(ones_NSSC: Pixels, others_NSSC: Pixels) -> list[Agreement | None]:
-    """Align pairs of 64 × 64 RGB thumbnails and compare them; ``None`` for a pair that coarsely has nothing in common.
-
-    Thumbnails that show the same part agree also as they are, so the alignment is left out where it does not help.
-    """
+    """Align pairs of 64 × 64 RGB thumbnails and compare them; ``None`` for a pair with little in common coarsely."""
     found: list[Agreement | None] = [None] * len(ones_NSSC)
     numbers = np.arange(len(ones_NSSC))
     cuts = np.zeros((len(numbers), 4))
@@ -173,6 +172,7 @@ def _compare(one_SSC: Pixels, other_SSC: Pixels, cut_4: NDArray[np.float64]) -> 
     blocks, textured = _blocks(one, other, shown)
     return Agreement(
         correlation=float(_correlations(one[None], other[None], inside[:1])[0]),
+        colours=float(np.corrcoef(colours[shown].reshape(-1), wanted[shown].reshape(-1))[0, 1]),
         blocks=blocks,
         textured=textured,
         rms=float(np.sqrt(np.mean(_halved((colours - wanted) * shown[..., None]) ** 2) / shown.mean())),

@@ -76,8 +76,8 @@ def written(picture: Image.Image) -> Image.Image:
     return copy
 
 
-ANY_PICTURE = [reencoded, resized, cropped, brightened, mirrored, turned, mirrored_and_turned, greyed]
-PHOTOGRAPHS = [*ANY_PICTURE, framed, letterboxed_and_mirrored, written]
+ANY_PICTURE = [reencoded, resized, cropped, brightened, mirrored, turned, mirrored_and_turned]
+PHOTOGRAPHS = [*ANY_PICTURE, greyed, framed, letterboxed_and_mirrored, written]
 SAID = {
     mirrored: "mirrored; ",
     turned: "turned 90° clockwise; ",
