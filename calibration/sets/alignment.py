@@ -67,8 +67,8 @@ def luminance(pixels: Pixels | Floats) -> Floats:
 def agreements(ones_NSSC: Pixels, others_NSSC: Pixels) -> list[Agreement | None]:
     """Align pairs of 64 × 64 RGB thumbnails and compare them; ``None`` for a pair with little in common coarsely."""
     found: list[Agreement | None] = [None] * len(ones_NSSC)
-    numbers = np.arange(len(ones_NSSC))
-    cuts = np.zeros((len(numbers), 4))
+    numbers: NDArray[np.int64] = np.arange(len(ones_NSSC), dtype=np.int64)
+    cuts: NDArray[np.float64] = np.zeros((len(numbers), 4))
     ones, others = luminance(ones_NSSC), luminance(others_NSSC)
     for size in SIZES:
         if not len(numbers):
@@ -128,7 +128,7 @@ def _laid(sources_NSS: Floats, cuts_N4: NDArray[np.float64]) -> tuple[Floats, Ma
     """Return sources as their cuts show them, and where these are inside."""
     columns, rows = _lines(sources_NSS.shape[1], cuts_N4[:, :2]), _lines(sources_NSS.shape[1], cuts_N4[:, 2:])
     inside = (rows.sum(axis=2) > 0)[:, :, None] & (columns.sum(axis=2) > 0)[:, None]
-    return rows @ sources_NSS @ columns.swapaxes(1, 2), inside
+    return np.asarray(rows @ sources_NSS @ columns.swapaxes(1, 2), np.float32), inside
 
 
 def _places(size: int) -> Floats:

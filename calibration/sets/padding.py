@@ -101,7 +101,7 @@ def _blurred(length: int) -> int:
 
 
 def _colour(lines_HWC: NDArray[np.uint8]) -> NDArray[np.int16]:
-    return np.median(lines_HWC[0], axis=0).astype(np.int16)
+    return np.asarray(np.median(lines_HWC[0], axis=0), np.int16)
 
 
 def _differs(lines_HWC: NDArray[np.uint8], colour: NDArray[np.int16]) -> Mask:

@@ -8,8 +8,8 @@ over each other (:mod:`calibration.sets.alignment`), and two are the same image 
 
 - luminance correlates by ``PLAIN_CORRELATED`` and *colours* differ by ``MAX_RMS`` levels of 255 at most (root mean
   square) and by ``MAX_RELATIVE`` of the contrast;
-- it does, nearly all *textured blocks* agree, brightness and contrast of each apart, and nothing was cut off and colours
-  correlate, or colours are still near, or there are many such blocks (and PDQ says so if much is plain ground);
+- it does, nearly all *textured blocks* agree, brightness and contrast of each apart, and either nothing was cut off and
+  colours correlate, or colours are still near, or such blocks are many (and PDQ says so if much is plain ground);
 - most of many textured blocks agree, half of them if PDQ says so as well. This is for photographs, where a line of text
   may lie over the rest, and not for images with much plain ground, such as drawings and forms.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ MAX_RELATIVE = 0.08
 PLAIN_BLOCKS = 0.9
 FEWEST_TEXTURED = 0.05
 UNCUT = 0.015
-SAME = 0.98
+SAME = 0.99
 PLAIN_RMS = 4.0
 """What must hold of drawings: see the list above, in its order. Shapes of one kind lie over each other when cut."""
 CORRELATED = 0.85
@@ -122,7 +122,7 @@ class PictureIndex:
             self._first.setdefault(pixels_sha256(picture), item)
             for view in _views(picture):
                 self._items.append(item)
-                self._views.append(view)
+                self._views.append(replace(view, signs=view.signs[:1].copy()))  # the other seven are the sample's
         self._coarse_NK = _stacked([view.coarse.reshape(-1) for view in self._views], COARSE * COARSE)
         self._signs_NB = _stacked([view.signs[0] for view in self._views], BITS)
         self._trusted_N = np.array([view.trusted for view in self._views], dtype=bool)
