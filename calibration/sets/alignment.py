@@ -44,12 +44,14 @@ Mask = NDArray[np.bool_]
 class Agreement:
     """What two aligned thumbnails have in common where they overlap.
 
-    ``correlation`` is that of luminance, ``blocks`` the share of textured blocks that agree, ``textured`` the share of
-    blocks that are textured, ``rms`` the colours' root mean square difference and ``contrast`` their lower standard
-    deviation, both in levels of 255. ``cut`` is the largest share cut off a side.
+    ``correlation`` is that of luminance, ``colours`` that of red, green and blue together, ``blocks`` the share of
+    textured blocks that agree, ``textured`` the share of blocks that are textured, ``rms`` the colours' root mean
+    square difference and ``contrast`` their lower standard deviation, both in levels of 255. ``cut`` is the largest
+    share cut off a side.
     """
 
     correlation: float
+    colours: float
     blocks: float
     textured: float
     rms: float
@@ -63,13 +65,10 @@ def luminance(pixels: Pixels | Floats) -> Floats:
 
 
 def agreements(ones_NSSC: Pixels, others_NSSC: Pixels) -> list[Agreement | None]:
-    """Align pairs of 64 × 64 RGB thumbnails and compare them; ``None`` for a pair that coarsely has nothing in common.
-
-    Thumbnails that show the same part agree also as they are, so the alignment is left out where it does not help.
-    """
+    """Align pairs of 64 × 64 RGB thumbnails and compare them; ``None`` for a pair with little in common coarsely."""
     found: list[Agreement | None] = [None] * len(ones_NSSC)
-    numbers = np.arange(len(ones_NSSC))
-    cuts = np.zeros((len(numbers), 4))
+    numbers: NDArray[np.int64] = np.arange(len(ones_NSSC), dtype=np.int64)
+    cuts: NDArray[np.float64] = np.zeros((len(numbers), 4))
     ones, others = luminance(ones_NSSC), luminance(others_NSSC)
     for size in SIZES:
         if not len(numbers):
@@ -129,7 +128,7 @@ def _laid(sources_NSS: Floats, cuts_N4: NDArray[np.float64]) -> tuple[Floats, Ma
     """Return sources as their cuts show them, and where these are inside."""
     columns, rows = _lines(sources_NSS.shape[1], cuts_N4[:, :2]), _lines(sources_NSS.shape[1], cuts_N4[:, 2:])
     inside = (rows.sum(axis=2) > 0)[:, :, None] & (columns.sum(axis=2) > 0)[:, None]
-    return rows @ sources_NSS @ columns.swapaxes(1, 2), inside
+    return np.asarray(rows @ sources_NSS @ columns.swapaxes(1, 2), np.float32), inside
 
 
 def _places(size: int) -> Floats:
@@ -173,6 +172,7 @@ def _compare(one_SSC: Pixels, other_SSC: Pixels, cut_4: NDArray[np.float64]) -> 
     blocks, textured = _blocks(one, other, shown)
     return Agreement(
         correlation=float(_correlations(one[None], other[None], inside[:1])[0]),
+        colours=float(np.corrcoef(colours[shown].reshape(-1), wanted[shown].reshape(-1))[0, 1]),
         blocks=blocks,
         textured=textured,
         rms=float(np.sqrt(np.mean(_halved((colours - wanted) * shown[..., None]) ** 2) / shown.mean())),

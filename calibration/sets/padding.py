@@ -17,6 +17,8 @@ EDGE = 0.08
 """Depth of that edge as a share of the side: JPEG smears colours over 16 pixels, and dark corners occur."""
 BLURRED = 0.01
 """Share of a side that is cut off behind a border, where resizing and JPEG mix both."""
+RIM = 0.2
+"""Share of each side of the content that is left out when asked whether it shows anything."""
 THINNEST = 0.01
 SMALLEST = 0.25
 """Shares of a side: the thinnest border that counts, the smallest content."""
@@ -43,6 +45,8 @@ def content_box(pixels_HWC: NDArray[np.uint8]) -> Box | None:
         top, bottom = 0, height
     if max(top, height - bottom) < THINNEST * height and max(left, width - right) < THINNEST * width:
         return None
+    if _flat(pixels_HWC[top:bottom, left:right]):
+        return None
     across, down = _blurred(right - left), _blurred(bottom - top)
     return (
         left + across * (left > 0),
@@ -50,6 +54,14 @@ def content_box(pixels_HWC: NDArray[np.uint8]) -> Box | None:
         right - across * (right < width),
         bottom - down * (bottom < height),
     )
+
+
+def _flat(content_HWC: NDArray[np.uint8]) -> bool:
+    """Say whether content is one colour, its rim apart: a square that was drawn, no picture in a frame."""
+    height, width = content_HWC.shape[:2]
+    rows, columns = round(height * RIM), round(width * RIM)
+    inner = content_HWC[rows : height - rows, columns : width - columns].reshape(-1, 1, content_HWC.shape[2])
+    return bool(_differs(inner, np.median(inner, axis=(0, 1)).astype(np.int16)).mean() <= 1 - UNIFORM)
 
 
 def _between_borders(lines_HWC: NDArray[np.uint8]) -> tuple[int, int]:
@@ -89,7 +101,7 @@ def _blurred(length: int) -> int:
 
 
 def _colour(lines_HWC: NDArray[np.uint8]) -> NDArray[np.int16]:
-    return np.median(lines_HWC[0], axis=0).astype(np.int16)
+    return np.asarray(np.median(lines_HWC[0], axis=0), np.int16)
 
 
 def _differs(lines_HWC: NDArray[np.uint8], colour: NDArray[np.int16]) -> Mask:

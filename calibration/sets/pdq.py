@@ -60,7 +60,7 @@ def oriented(picture: NDArray[np.generic], orientation: int) -> NDArray[np.gener
 def pdq_hash(luminance_HW: Floats) -> PdqHash:
     """Hash luminance from 0 to 255. Raises ValueError for an empty picture."""
     height, width = luminance_HW.shape
-    sampled = _sampling(height) @ luminance_HW @ _sampling(width).T
+    sampled: Floats = np.asarray(_sampling(height) @ luminance_HW @ _sampling(width).T, np.float32)
     frequencies = _cosines() @ sampled @ _cosines().T
     turns = [frequencies]
     for _ in range(3):
@@ -73,7 +73,7 @@ def pdq_hash(luminance_HW: Floats) -> PdqHash:
 
 def distances(signs_QB: Floats, others_NB: Floats) -> Floats:
     """Return the number of bits in which each of Q hashes differs from each of N: Q × N."""
-    return (BITS - signs_QB @ others_NB.T) / 2
+    return np.asarray((BITS - signs_QB @ others_NB.T) / 2, np.float32)
 
 
 def _quality(sampled: Floats) -> int:

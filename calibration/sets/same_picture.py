@@ -6,9 +6,12 @@ eight orientations. Candidates are what resembles it coarsely: thumbnails whose 
 Neither is proof: tiles of one sky and forms of one template have hashes as near as copies have. So candidates are laid
 over each other (:mod:`calibration.sets.alignment`), and two are the same image if
 
-- *colours* differ by ``MAX_RMS`` levels of 255 at most (root mean square) and by ``MAX_RELATIVE`` of the contrast, or
-- enough of the *textured blocks* agree, brightness and contrast of each apart: ``MOST_BLOCKS`` in a photograph, where a
-  line of text may lie over the rest, ``PLAIN_BLOCKS`` where much is plain ground, as in drawings and forms.
+- luminance correlates by ``PLAIN_CORRELATED`` and *colours* differ by ``MAX_RMS`` levels of 255 at most (root mean
+  square) and by ``MAX_RELATIVE`` of the contrast;
+- it does, nearly all *textured blocks* agree, brightness and contrast of each apart, and either nothing was cut off and
+  colours correlate, or colours are still near, or such blocks are many (and PDQ says so if much is plain ground);
+- most of many textured blocks agree, half of them if PDQ says so as well. This is for photographs, where a line of text
+  may lie over the rest, and not for images with much plain ground, such as drawings and forms.
 
 The bounds were measured on holisafe-mini, whose drawn images resemble each other more than photographs do, on
 photographs and their tiles, and on forms, charts, chats and typed pages. Not found are images that were cut by more
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,18 +47,21 @@ TRUSTED = 50
 MOST_COMPARED = 1024
 TOGETHER = 64
 """Candidates that are compared with an image at most, and how many at once, likest first."""
+PLAIN_CORRELATED = 0.96
 MAX_RMS = 3.2
 MAX_RELATIVE = 0.08
-MOST_BLOCKS = 0.5
 PLAIN_BLOCKS = 0.9
-TEXTURED = 0.25
-"""Share of blocks that must show anything before they say that two images are the same."""
-CORRELATED = 0.85
-PLAIN_CORRELATED = 0.96
-SAME = 0.98
-UNCUT = 0.015
 FEWEST_TEXTURED = 0.05
-PLAIN_RMS = 8.0
+UNCUT = 0.015
+SAME = 0.99
+PLAIN_RMS = 4.0
+"""What must hold of drawings: see the list above, in its order. Shapes of one kind lie over each other when cut."""
+CORRELATED = 0.85
+NEAR_BLOCKS = 0.5
+TEXTURED = 0.25
+MOST_BLOCKS = 0.75
+FAR_TEXTURED = 0.5
+"""What must hold of photographs: blocks that agree and that are textured, if PDQ says so as well and otherwise."""
 PLAIN = 0.25
 PLAIN_LEVELS = 3
 """An image is plain if this share of it is as bright as the commonest brightness, give or take these levels of 255."""
@@ -96,6 +102,7 @@ class _Candidate:
     number: int
     likeness: float
     distance: int
+    near: bool
 
 
 def pixels_sha256(picture: Image.Image) -> str:
@@ -115,7 +122,7 @@ class PictureIndex:
             self._first.setdefault(pixels_sha256(picture), item)
             for view in _views(picture):
                 self._items.append(item)
-                self._views.append(view)
+                self._views.append(replace(view, signs=view.signs[:1].copy()))  # the other seven are the sample's
         self._coarse_NK = _stacked([view.coarse.reshape(-1) for view in self._views], COARSE * COARSE)
         self._signs_NB = _stacked([view.signs[0] for view in self._views], BITS)
         self._trusted_N = np.array([view.trusted for view in self._views], dtype=bool)
@@ -145,7 +152,12 @@ class PictureIndex:
                 bits = int(apart[orientation, number])
                 likeness = max(float(alike[orientation, number]), 1 - bits / BITS if near[orientation, number] else 0)
                 yield _Candidate(
-                    view=view, orientation=int(orientation), number=int(number), likeness=likeness, distance=bits
+                    view=view,
+                    orientation=int(orientation),
+                    number=int(number),
+                    likeness=likeness,
+                    distance=bits,
+                    near=bool(near[orientation, number]),
                 )
 
     def _likest(self, candidates: list[_Candidate]) -> Match | None:
@@ -157,7 +169,8 @@ class PictureIndex:
         same = [
             (round(seen.correlation, 3), -candidate.orientation, candidate, seen)
             for candidate, seen in zip(candidates, found, strict=True)
-            if seen is not None and _is_same(seen, candidate.view.plain or self._views[candidate.number].plain)
+            if seen is not None
+            and _is_same(seen, plain=candidate.view.plain or self._views[candidate.number].plain, near=candidate.near)
         ]
         if not same:
             return None
@@ -166,14 +179,19 @@ class PictureIndex:
         return Match(self._items[candidate.number], "picture", detail)
 
 
-def _is_same(seen: Agreement, plain: bool) -> bool:
-    """Say whether two aligned thumbnails show the same image."""
-    if seen.contrast >= FLATTEST and seen.rms <= min(MAX_RMS, MAX_RELATIVE * seen.contrast):
-        return True
-    if seen.blocks >= PLAIN_BLOCKS and seen.correlation >= PLAIN_CORRELATED and seen.textured >= FEWEST_TEXTURED:
-        uncut = seen.cut < UNCUT and seen.correlation >= SAME
-        return uncut or seen.textured >= TEXTURED or seen.rms <= PLAIN_RMS
-    return not plain and seen.textured >= TEXTURED and seen.blocks >= MOST_BLOCKS and seen.correlation >= CORRELATED
+def _is_same(seen: Agreement, *, plain: bool, near: bool) -> bool:
+    """Say whether two aligned thumbnails show the same image; ``near`` is what PDQ says."""
+    if seen.correlation < CORRELATED or seen.contrast < FLATTEST:
+        return False
+    enough = seen.textured >= (TEXTURED if near else FAR_TEXTURED)
+    if seen.correlation >= PLAIN_CORRELATED:
+        if seen.rms <= min(MAX_RMS, MAX_RELATIVE * seen.contrast):
+            return True
+        unchanged = seen.cut < UNCUT and seen.colours >= SAME
+        many = enough and (near or not plain)
+        if seen.blocks >= PLAIN_BLOCKS and seen.textured >= FEWEST_TEXTURED:
+            return unchanged or many or seen.rms <= PLAIN_RMS
+    return enough and not plain and seen.blocks >= (NEAR_BLOCKS if near else MOST_BLOCKS)
 
 
 def _described(candidate: _Candidate, view: _View, seen: Agreement) -> str:
@@ -203,7 +221,7 @@ def _views(picture: Image.Image) -> Iterator[_View]:
             fine=np.asarray(fine),
             signs=hashed.signs,
             trusted=hashed.quality >= TRUSTED,
-            plain=_is_plain(np.asarray(fine)),
+            plain=_is_plain(grey_HW[top:bottom, left:right]),
         )
 
 
@@ -227,9 +245,9 @@ def _standardised(pixels: Floats) -> Floats:
     return np.asarray(pixels / np.float32(scale), dtype=np.float32)
 
 
-def _is_plain(pixels_SSC: Pixels) -> bool:
+def _is_plain(grey_HW: Floats) -> bool:
     """Say whether much of an image is a ground of one brightness."""
-    counts = np.bincount(np.rint(luminance(pixels_SSC)).astype(int).reshape(-1), minlength=256)
+    counts = np.bincount(grey_HW.astype(np.uint8).reshape(-1), minlength=256)
     window = np.convolve(counts, np.ones(2 * PLAIN_LEVELS + 1))
     return bool(window.max() >= PLAIN * counts.sum())
 

@@ -26,6 +26,11 @@ def test_pictures() -> list[Image.Image]:
     return [draw(picture.scene) for picture in build_suite("test").pictures]
 
 
+@pytest.fixture(scope="module")
+def test_index(test_pictures: list[Image.Image]) -> PictureIndex:
+    return PictureIndex(test_pictures)
+
+
 def reencoded(picture: Image.Image) -> Image.Image:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=60)
@@ -76,8 +81,8 @@ def written(picture: Image.Image) -> Image.Image:
     return copy
 
 
-ANY_PICTURE = [reencoded, resized, cropped, brightened, mirrored, turned, mirrored_and_turned, greyed]
-PHOTOGRAPHS = [*ANY_PICTURE, framed, letterboxed_and_mirrored, written]
+ANY_PICTURE = [reencoded, resized, cropped, brightened, mirrored, turned, mirrored_and_turned]
+PHOTOGRAPHS = [*ANY_PICTURE, greyed, framed, letterboxed_and_mirrored, written]
 SAID = {
     mirrored: "mirrored; ",
     turned: "turned 90° clockwise; ",
@@ -101,10 +106,11 @@ def photograph(seed: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("change", ANY_PICTURE)
-def test_a_changed_drawing_is_found_again(test_pictures: list[Image.Image], change: Change) -> None:
-    index = PictureIndex(test_pictures)
+def test_a_changed_drawing_is_found_again(
+    test_pictures: list[Image.Image], test_index: PictureIndex, change: Change
+) -> None:
     planted = range(0, len(test_pictures), 37)
-    found = [index.find(change(test_pictures[number])) for number in planted]
+    found = [test_index.find(change(test_pictures[number])) for number in planted]
     hits = [match is not None and match.item == number for match, number in zip(found, planted, strict=True)]
     assert np.mean(hits) >= 0.95, f"{hits.count(False)} of {len(hits)} were missed"
 
