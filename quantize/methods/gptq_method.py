@@ -62,6 +62,7 @@ class Gptq:
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
                     solved = solve([linear.weight for linear in linears], moments, scheme, self.options)
+                damped = None if self.tuner is None else _damped(moments, self.options.damp)
                 if number == len(wanted):
                     moments = None  # done with before the packing takes memory
                 for name, linear, each in zip(chosen, linears, solved, strict=True):
@@ -69,8 +70,10 @@ class Gptq:
                     tensors |= {key: tensor.cpu() for key, tensor in packed.items()}
                     linear.weight.data = linear.weight.data.new_empty(0)  # before its successor is there
                     linear.weight.data = each.weight().to(linear.weight)
-                    if self.tuner is not None:
-                        codes[name] = Codes(ints=each.ints, grid=each.grid, group_of=each.group_of, bits=scheme.bits)
+                    if damped is not None:
+                        codes[name] = Codes(
+                            ints=each.ints, grid=each.grid, group_of=each.group_of, bits=scheme.bits, moments=damped
+                        )
                     told = linear_report(name, scheme.bits, each, self.options)
                     report.append(told | {"kept": "nearest"} if self.nearest else told)
             for name in names:
@@ -96,6 +99,13 @@ class Gptq:
 
     def attach(self, layer: nn.Module) -> None:
         """Weights alone make a rounded layer."""
+
+
+def _damped(moments_CC: Tensor, damp: float) -> Tensor:
+    """Return second moments, damped as GPTQ does it."""
+    damped = moments_CC.clone()
+    damped.diagonal().add_(damp * float(damped.diagonal().mean()))
+    return damped
 
 
 def linear_report(name: str, bits: int, solved: Solved, options: SolveOptions) -> dict[str, Any]:

@@ -47,6 +47,9 @@ LONGEST_STEP = 1 / 25
 """Of the way from one integer to the next, in one step: more at once, and the linears no longer know of each other."""
 MEMORY, SQUARE_MEMORY = 0.9, 0.95
 """Of a gradient's mean and of its square's, from step to step."""
+ANCHOR = 1.0
+"""What the linears' own errors, by GPTQ's damped second moments, count beside the layer's, each relative to its start.
+Without it a layer is fitted to the few rows at hand: text that begins otherwise is lost (RESULTS.md)."""
 TIMED_STEPS = 3
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.5, 1.5
 
@@ -73,12 +76,16 @@ class TuneOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
-    """A rounded linear: integers R × C (uint8) of so many ``bits``, their grid, and each column's group."""
+    """A rounded linear: integers R × C (uint8) of so many ``bits``, their grid, and each column's group.
+
+    ``moments`` C × C, damped, are those of its inputs.
+    """
 
     ints: Tensor
     grid: Grid
     group_of: Tensor
     bits: int
+    moments: Tensor
 
     def weight(self) -> Tensor:
         """Return the weights that are stored, R × C."""
@@ -144,7 +151,7 @@ class Tuner:
         def learn(steps: int) -> tuple[float, Mapping[str, Codes]]:
             learnt = {name: _Learnt(originals[name], start) for name, start in starts.items()}
             best, codes = math.inf, starts
-            for _ in _learn(stage, learnt, lesson, learnt_from, steps):
+            for _ in _learn(stage, learnt, lesson, learnt_from, steps, ANCHOR * before):
                 found = {name: each.codes() for name, each in learnt.items()}
                 _put(stage, {name: each.weight() for name, each in found.items()})
                 loss = lesson.loss(held_out)
@@ -248,11 +255,17 @@ def _some(batch: Prefill, rows: Tensor) -> Prefill:
 
 
 def _learn(
-    stage: Stage, learnt: Mapping[str, _Learnt], lesson: _Lesson, pieces: Sequence[_Piece], steps: int
+    stage: Stage,
+    learnt: Mapping[str, _Learnt],
+    lesson: _Lesson,
+    pieces: Sequence[_Piece],
+    steps: int,
+    anchor: float,
 ) -> Iterator[int]:
     """Take so many steps, each as long as there are steps left, and yield now and then, at the end for sure.
 
-    The layer's own weights are lost.
+    ``anchor`` is what the linears' own errors count together as they start, in the loss of a token. The layer's own
+    weights are lost.
     """
     mean = sum(piece.tokens for piece in pieces) / len(pieces)
     together = min(len(pieces), math.ceil(STEP_TOKENS / mean))
@@ -262,10 +275,14 @@ def _learn(
         with torch.enable_grad():
             for name, each in learnt.items():
                 stage.linear(name).weight = nn.Parameter(each.weight().to(stage.stream.products))
+            tokens = 0.0
             for piece in itertools.islice(drawn, together):
-                lesson.errors(piece)[0].backward()  # type: ignore[no-untyped-call]
+                error, weight = lesson.errors(piece)
+                error.backward()  # type: ignore[no-untyped-call]
+                tokens += weight
         for name, each in learnt.items():
-            each.step(stage.linear(name).weight.grad, (1 - step / steps) * first)
+            own = each.own_gradient(stage.stream.products).mul_(anchor * tokens / len(learnt))
+            each.step(own.add_(stage.linear(name).weight.grad), (1 - step / steps) * first)
         if step == steps - 1 or (step + 1) % math.ceil(steps / CHECKS) == 0:
             yield step
 
@@ -310,6 +327,18 @@ class _Learnt:
         place = self._grouped(weight_RC).float().div(self._scale).add_(self._zero)
         self._place = torch.minimum(torch.maximum(place, ints - EDGE), ints + EDGE)
         self._of_place, self._of_factor = _Adam(self._place), _Adam(self._factor)
+        self._original = weight_RC
+        self._cost = float(self._error_moments(torch.float32).mul_(self._error()).sum())
+
+    def _error(self) -> Tensor:
+        return self.weight().sub_(self._original)
+
+    def _error_moments(self, products: torch.dtype) -> Tensor:
+        return (self._error().to(products) @ self._start.moments.to(products)).float()
+
+    def own_gradient(self, products: torch.dtype) -> Tensor:
+        """Return the gradient of the linear's own error, tr((W - Q) H (W - Q)ᵀ), over what it was at first, R × C."""
+        return self._error_moments(products).mul_(2 / max(self._cost, 1e-30))
 
     def _grouped(self, values_RC: Tensor) -> Tensor:
         ordered = values_RC if self._order is None else values_RC[:, self._order]

@@ -147,14 +147,14 @@ def codes_of(weight: torch.Tensor, scheme: Scheme) -> Codes:
     group_of = groups_of(weight.shape[1], 32)
     grid = fit_grid(weight, scheme, 32)
     ints = round_to_grid(weight, grid, scheme, group_of).to(torch.uint8)
-    return Codes(ints=ints, grid=grid, group_of=group_of, bits=scheme.bits)
+    return Codes(ints=ints, grid=grid, group_of=group_of, bits=scheme.bits, moments=torch.eye(ints.shape[1]))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_it_starts_at_the_codes_and_steps_against_the_gradient(sign: int) -> None:
     """With scales of either sign; integers that are not the nearest ones included."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    start = codes_of(weight, Scheme(bits=3, group_size=32))
+    start = codes_of(weight, Scheme(bits=3, group_size=32, signed=False))
     start = replace(
         start, ints=(start.ints + 1).clamp(max=7), grid=Grid(scale=sign * start.grid.scale, zero=start.grid.zero)
     )
