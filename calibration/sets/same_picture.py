@@ -53,7 +53,7 @@ MAX_RELATIVE = 0.08
 PLAIN_BLOCKS = 0.9
 FEWEST_TEXTURED = 0.05
 UNCUT = 0.015
-SAME = 0.99
+SAME = 0.98
 PLAIN_RMS = 4.0
 """What must hold of drawings: see the list above, in its order. Shapes of one kind lie over each other when cut."""
 CORRELATED = 0.85
