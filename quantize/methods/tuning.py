@@ -225,13 +225,17 @@ class _Lesson:
         self._stage, self._target = stage, target
 
     def errors(self, piece: _Piece) -> tuple[Tensor, float]:
-        """Return the weighted sum of the tokens' mean squared errors, and the sum of their weights."""
+        """Return the weighted sum of the tokens' squared errors, and the sum of their weights.
+
+        A token's is relative to what it is to be: the first ones of a text can be a thousand times as large as all
+        others, and a layer that is fitted to those of a few rows fails where a text begins otherwise.
+        """
         stage, rows = self._stage, piece.rows
         states = stage.hidden[piece.batch][rows]
         wanted = self._target[piece.batch][rows].to(stage.stream.device).float()
         found = stage.stream.run_layer(stage.index, stage.layer, _some(stage.batches[piece.batch], rows), states)
-        weights = self._weights(piece)
-        return ((found.float() - wanted).square().mean(dim=-1) * weights).sum(), float(weights.sum())
+        weights, size = self._weights(piece), wanted.square().mean(dim=-1).clamp(min=1e-12)
+        return ((found.float() - wanted).square().mean(dim=-1) / size * weights).sum(), float(weights.sum())
 
     def _weights(self, piece: _Piece) -> Tensor:
         stage = self._stage
@@ -243,7 +247,7 @@ class _Lesson:
 
     @torch.no_grad()
     def loss(self, pieces: Sequence[_Piece]) -> float:
-        """Return the weighted mean of the pieces' squared errors, in the dtype that the layer will run in."""
+        """Return the weighted mean of the pieces' relative squared errors, in the dtype that the layer will run in."""
         found = [self.errors(piece) for piece in pieces]
         return float(sum(error for error, _ in found)) / max(sum(weight for _, weight in found), 1e-12)
 
