@@ -102,13 +102,14 @@ def solve(
     scheme: Scheme,
     options: SolveOptions = SolveOptions(),
     *,
+    products: torch.dtype | None = None,
     name: str = "the linear",
 ) -> list[Solved]:
     """Round linears that share their inputs (each R × C), in the dtype of ``hessian_CC``.
 
     Rows do not know of each other, so the result is that of solving each linear alone; together they take one
     factorisation and one walk over the columns. The work is done in the memory of ``hessian_CC``, which is as it
-    was in the end.
+    was in the end. ``products`` is what factors of the sweeps' products are rounded to (by default they are not).
 
     Raises InputError for a group size that does not divide C, or values that are not finite.
     """
@@ -129,7 +130,7 @@ def solve(
         moments.arrange(torch.argsort(ours[0].group_of, stable=True))
         moments.damp_diagonal()
         for number, rows in enumerate(_chunks(weights, moments.diagonal)):
-            ours[number] = _swept(rows, ours[number], moments, scheme, options.sweeps)
+            ours[number] = _swept(rows, ours[number], moments, scheme, options.sweeps, products)
     moments.restore()
     whole, signal, cost_to_nearest = _joined(ours), torch.cat(signals), torch.cat(plain)
     ours.clear()
@@ -220,14 +221,20 @@ def _to_the_nearest(
     return _Rows(ints=ints, grid=grid, group_of=groups_of(width, columns, weight_RC.device), loss=loss)
 
 
-def _swept(weight_RC: Tensor, walked: _Rows, moments: Moments, scheme: Scheme, sweeps: int) -> _Rows:
+def _swept(
+    weight_RC: Tensor,
+    walked: _Rows,
+    moments: Moments,
+    scheme: Scheme,
+    sweeps: int,
+    products: torch.dtype | None,
+) -> _Rows:
     """Return rows after so many sweeps with H damped; a row whose cost without damping rose stays as it was."""
     order, alive = moments.order, moments.alive
     standing = Standing.of(
         weight_RC.T[order], walked.ints.T[order], walked.grid.scale.T.contiguous(), walked.grid.zero.T.contiguous()
     )
-    for _ in range(sweeps):
-        cost = sweep(standing, moments.matrix, scheme)
+    cost = sweep(standing, moments.matrix, scheme, sweeps, products)
     loss = (cost - moments.damping * standing.errors[alive].square().sum(dim=0)).clamp_(min=0)
     better = loss <= walked.loss
     standing.round_again(torch.nonzero(~alive).flatten(), scheme.largest)
