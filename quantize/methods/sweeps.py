@@ -32,7 +32,7 @@ INNER = 32
 TINY = 1e-30
 STRONG_SHARE = 32
 """One in so many columns, those with the largest inputs, are multiplied as they are."""
-DEPTH = 1024
+DEPTH = 4096
 """Columns whose rounded products are added up together: a CPU gives the sum in the factors' dtype."""
 
 
@@ -126,7 +126,7 @@ class _Rounded(_Products):
         found = self._strong_HC[first:stop, here].T @ self._errors[strong]
         for start in range(columns.start, columns.stop, DEPTH):
             part = slice(start, min(start + DEPTH, columns.stop))
-            one, other = self._hessian[here, part].to(self._rounded.dtype), self._rounded[part]
+            one, other = self._hessian[part, here].mT.to(self._rounded.dtype), self._rounded[part]
             found += torch.mm(one, other, out_dtype=found.dtype) if one.is_cuda else one @ other
         return found
 
