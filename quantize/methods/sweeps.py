@@ -7,8 +7,8 @@ second part is what the sweep before made as its first part: N sweeps cost (N + 
 little more (Conrad and Wallach 1979 keep halves of symmetric relaxation so).
 
 Factors of these products may be rounded to bfloat16: a step that is a little off is followed by others. What a row
-costs in the end is not rounded. Rounding is relative, so it needs no scaling; but a few columns with huge inputs
-(attention sinks) rule sums in which errors cancel, so those stay as they are.
+costs in the end is not rounded. Rounding is relative, so columns with huge inputs (attention sinks) need no care of
+their own: errors in them are as much smaller.
 
 Shapes: R output rows, C input columns, G groups of neighbouring columns, T columns of a tile. Columns are rows here,
 so that one column of the weight is one run of memory.
@@ -16,7 +16,6 @@ so that one column of the weight is one run of memory.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +29,6 @@ TILE = 128
 INNER = 32
 """Columns that are made up for one by one before a matrix product takes them together."""
 TINY = 1e-30
-STRONG_SHARE = 32
-"""One in so many columns, those with the largest inputs, are multiplied as they are."""
 DEPTH = 4096
 """Columns whose rounded products are added up together: a CPU gives the sum in the factors' dtype."""
 
@@ -111,19 +108,14 @@ class _Products:
 
 
 class _Rounded(_Products):
-    """The same with rounded factors, but for the strongest columns."""
+    """The same with rounded factors, added up in H's dtype."""
 
     def __init__(self, hessian_CC: Tensor, errors_CR: Tensor, dtype: torch.dtype) -> None:
         super().__init__(hessian_CC, errors_CR)
-        self._strong = hessian_CC.diagonal().topk(-(-len(hessian_CC) // STRONG_SHARE)).indices.sort().values
-        self._places = self._strong.tolist()
-        self._strong_HC = hessian_CC[self._strong]
-        self._rounded = errors_CR.to(dtype).index_fill_(0, self._strong, 0)
+        self._rounded = errors_CR.to(dtype)
 
     def of(self, here: slice, columns: slice) -> Tensor:
-        first, stop = bisect_left(self._places, columns.start), bisect_left(self._places, columns.stop)
-        strong = self._strong[first:stop]
-        found = self._strong_HC[first:stop, here].T @ self._errors[strong]
+        found = torch.zeros_like(self._errors[here])
         for start in range(columns.start, columns.stop, DEPTH):
             part = slice(start, min(start + DEPTH, columns.stop))
             one, other = self._hessian[part, here].mT.to(self._rounded.dtype), self._rounded[part]
@@ -131,9 +123,7 @@ class _Rounded(_Products):
         return found
 
     def moved(self, here: slice) -> None:
-        first, stop = bisect_left(self._places, here.start), bisect_left(self._places, here.stop)
         self._rounded[here] = self._errors[here]
-        self._rounded.index_fill_(0, self._strong[first:stop], 0)
 
 
 def _move_scale(rows: Standing, group: slice, place: int, own_TT: Tensor, slopes_TR: Tensor, scheme: Scheme) -> None:
