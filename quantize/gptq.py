@@ -71,7 +71,7 @@ def gptq_plan(
     With ``tuning`` each layer's codes are tuned on its output.
     """
     if nearest:
-        options = replace(options, sweeps=0)
+        options = replace(options, sweeps=0, beams=1)
     tuner = None if tuning is None else Tuner(tuning)
     config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
@@ -84,6 +84,7 @@ def gptq_plan(
         "damp": options.damp,
         "search": options.search,
         "sweeps": options.sweeps,
+        "beams": options.beams,
         "linears": list(LINEARS),
         "tuning": None if tuning is None else tuning.recipe(),
     }
@@ -164,6 +165,13 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     show_default=True,
     help="Passes over scales and integers after GPTQ, each lowering the error; 0 for none.",
 )
+@click.option(
+    "--beams",
+    type=int,
+    default=SolveOptions.beams,
+    show_default=True,
+    help="Partial roundings of each row that GPTQ keeps within a block of columns; more take longer.",
+)
 @click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
 @click.option(
     "--time",
@@ -188,6 +196,7 @@ def main(
     act_order: str,
     damp: float,
     sweeps: int,
+    beams: int,
     no_search: bool,
     minutes: float | None,
     tune_steps: int | None,
@@ -214,7 +223,11 @@ def main(
         signed=not (unsigned or nearest),
     )
     options = SolveOptions(
-        act_order=cast(ActOrder, act_order), damp=damp, search=not (no_search or nearest), sweeps=sweeps
+        act_order=cast(ActOrder, act_order),
+        damp=damp,
+        search=not (no_search or nearest),
+        sweeps=sweeps,
+        beams=beams,
     )
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)

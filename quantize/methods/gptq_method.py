@@ -61,7 +61,8 @@ class Gptq:
                 chosen = [name for name in names if schemes[name] == scheme]
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
-                    solved = solve([linear.weight for linear in linears], moments, scheme, self.options)
+                    weights = [linear.weight for linear in linears]
+                    solved = solve(weights, moments, scheme, self.options, products=stage.moment_dtype)
                 damped = None if self.tuner is None else _damped(moments, self.options.damp)
                 if number == len(wanted):
                     moments = None  # done with before the packing takes memory

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantize.methods.beams import best_of_block
 from quantize.methods.grid import Grid, Scheme, dequantize, fit_grid, groups_of
 from quantize.methods.moments import Moments
 from quantize.methods.sweeps import Standing, sweep
@@ -48,13 +49,14 @@ class SolveOptions:
     ``act_order`` ``none``: as they stand; ``group``: by falling second moment, and groups are formed in that order
     (readers need ``g_idx``); ``static``: by falling second moment, groups and grids as they stand. ``damp`` is the
     share of H's mean diagonal that is added to it. ``search`` tries shrunk grids. ``sweeps`` is how often scales and
-    integers are gone over afterwards.
+    integers are gone over afterwards. ``beams`` is how many partial roundings of a row are kept within a block.
     """
 
     act_order: ActOrder = "static"
     damp: float = 0.2
     search: bool = True
     sweeps: int = 2
+    beams: int = 1
     block: int = 128
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class SolveOptions:
             raise InputError(f"--damp {self.damp} is not allowed. Give a number above 0 and below 1; 0.2 is usual.")
         if self.sweeps < 0:
             raise InputError(f"--sweeps {self.sweeps} is not allowed. Give 0 for none, or more; 2 is usual.")
+        if self.beams < 1:
+            raise InputError(f"--beams {self.beams} is not allowed. Give at least 1; 1 keeps one rounding of a row.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,13 +106,14 @@ def solve(
     scheme: Scheme,
     options: SolveOptions = SolveOptions(),
     *,
+    products: torch.dtype | None = None,
     name: str = "the linear",
 ) -> list[Solved]:
     """Round linears that share their inputs (each R × C), in the dtype of ``hessian_CC``.
 
     Rows do not know of each other, so the result is that of solving each linear alone; together they take one
     factorisation and one walk over the columns. The work is done in the memory of ``hessian_CC``, which is as it
-    was in the end.
+    was in the end. ``products`` is what factors of the sweeps' products are rounded to (by default they are not).
 
     Raises InputError for a group size that does not divide C, or values that are not finite.
     """
@@ -124,12 +129,12 @@ def solve(
     for rows in _chunks(weights, moments.diagonal):
         signals.append((rows @ probes).square().mean(dim=1))
         plain.append(_to_the_nearest(rows, moments, scheme, columns, None if exactly else probes).loss)
-        ours.append(_walk(rows, moments, scheme, options, columns))
+        ours.append(_walked(rows, moments, scheme, options, columns))
     if options.sweeps:
         moments.arrange(torch.argsort(ours[0].group_of, stable=True))
         moments.damp_diagonal()
         for number, rows in enumerate(_chunks(weights, moments.diagonal)):
-            ours[number] = _swept(rows, ours[number], moments, scheme, options.sweeps)
+            ours[number] = _swept(rows, ours[number], moments, scheme, options.sweeps, products)
     moments.restore()
     whole, signal, cost_to_nearest = _joined(ours), torch.cat(signals), torch.cat(plain)
     ours.clear()
@@ -220,14 +225,20 @@ def _to_the_nearest(
     return _Rows(ints=ints, grid=grid, group_of=groups_of(width, columns, weight_RC.device), loss=loss)
 
 
-def _swept(weight_RC: Tensor, walked: _Rows, moments: Moments, scheme: Scheme, sweeps: int) -> _Rows:
+def _swept(
+    weight_RC: Tensor,
+    walked: _Rows,
+    moments: Moments,
+    scheme: Scheme,
+    sweeps: int,
+    products: torch.dtype | None,
+) -> _Rows:
     """Return rows after so many sweeps with H damped; a row whose cost without damping rose stays as it was."""
     order, alive = moments.order, moments.alive
     standing = Standing.of(
         weight_RC.T[order], walked.ints.T[order], walked.grid.scale.T.contiguous(), walked.grid.zero.T.contiguous()
     )
-    for _ in range(sweeps):
-        cost = sweep(standing, moments.matrix, scheme)
+    cost = sweep(standing, moments.matrix, scheme, sweeps, products)
     loss = (cost - moments.damping * standing.errors[alive].square().sum(dim=0)).clamp_(min=0)
     better = loss <= walked.loss
     standing.round_again(torch.nonzero(~alive).flatten(), scheme.largest)
@@ -247,8 +258,32 @@ def _order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def _walk(weight_RC: Tensor, moments: Moments, scheme: Scheme, options: SolveOptions, columns: int) -> _Rows:
-    """Round columns from the last of the factor's order to its first."""
+def _walked(weight_RC: Tensor, moments: Moments, scheme: Scheme, options: SolveOptions, columns: int) -> _Rows:
+    """Round columns; with several beams each row as they or as one has it, whichever costs less with H damped.
+
+    The best partial rounding need not become the best one, so one alone is walked, too.
+    """
+    one, costs = _walk(weight_RC, moments, scheme, replace(options, beams=1), columns)
+    if options.beams == 1:
+        return one
+    more, costs_of_more = _walk(weight_RC, moments, scheme, options, columns)
+    better = costs_of_more < costs
+    chosen = better.unsqueeze(1)
+    return _Rows(
+        ints=torch.where(chosen, more.ints, one.ints),
+        grid=Grid(
+            scale=torch.where(chosen, more.grid.scale, one.grid.scale),
+            zero=torch.where(chosen, more.grid.zero, one.grid.zero),
+        ),
+        group_of=one.group_of,
+        loss=torch.where(better, more.loss, one.loss),
+    )
+
+
+def _walk(
+    weight_RC: Tensor, moments: Moments, scheme: Scheme, options: SolveOptions, columns: int
+) -> tuple[_Rows, Tensor]:
+    """Round columns from the last of the factor's order to its first; also return the costs with H damped, R."""
     rows, width = weight_RC.shape
     lower, order, alive = moments.matrix, moments.order, moments.alive
     importance = moments.diagonal if options.search else None
@@ -280,16 +315,27 @@ def _walk(weight_RC: Tensor, moments: Moments, scheme: Scheme, options: SolveOpt
             fit, group = fit_grid(found, scheme, columns, counts), (width - stop) // columns
             scales[:, group], zeros[:, group] = fit.scale[:, 0], fit.zero[:, 0]
         groups = group_of[start:stop]
-        grid_of_block = (scales.T[groups], zeros.T[groups])
-        _walk_block(slice(start, stop), owed, weight, moments, grid_of_block, scheme.largest, errors, ints, loss)
+        grid_of_block, here = (scales.T[groups], zeros.T[groups]), slice(start, stop)
+        if options.beams == 1:
+            _walk_block(here, owed, weight, moments, grid_of_block, scheme.largest, errors, ints, loss)
+            continue
+        own, alive_here = lower[here, here], alive[here].tolist()
+        errors[here], cost = best_of_block(
+            weight[here], owed, own, alive_here, grid_of_block, scheme.largest, options.beams
+        )
+        stored = (weight[here] - errors[here]).div_(grid_of_block[0])
+        ints[here] = stored.round_().add_(grid_of_block[1])
+        loss += cost
+    damped = loss.clone()
     loss -= moments.damping * errors[alive].square_().sum(dim=0)
     back = torch.argsort(order)
-    return _Rows(
+    rows_walked = _Rows(
         ints=ints[back].T.contiguous(),
         grid=Grid(scale=scales, zero=zeros),
         group_of=group_of[back],
         loss=loss.clamp_(min=0),
     )
+    return rows_walked, damped
 
 
 def _walk_block(

@@ -1,8 +1,14 @@
 """Less error in integers and scales that stand: coordinate descent over both, as GPTQ leaves them.
 
 The cost of a row's errors e is e H eᵀ. A sweep goes once over the columns, a tile at a time: each scale moves to where
-the cost is least while the rest stands (as a stored number can), then each integer. H times the errors is made anew for
-each tile, so a sweep costs R C² multiplications and little more.
+the cost is least while the rest stands (as a stored number can), then each integer. H times the errors has two parts
+for each tile, of the tiles that the sweep has been at and of those still to come. Sweeps go there and back, so the
+second part is what the sweep before made as its first part: N sweeps cost (N + 1) / 2 times R C² multiplications and
+little more (Conrad and Wallach 1979 keep halves of symmetric relaxation so).
+
+Factors of these products may be rounded to bfloat16: a step that is a little off is followed by others. What a row
+costs in the end is not rounded. Rounding is relative, so columns with huge inputs (attention sinks) need no care of
+their own: errors in them are as much smaller.
 
 Shapes: R output rows, C input columns, G groups of neighbouring columns, T columns of a tile. Columns are rows here,
 so that one column of the weight is one run of memory.
@@ -23,6 +29,8 @@ TILE = 128
 INNER = 32
 """Columns that are made up for one by one before a matrix product takes them together."""
 TINY = 1e-30
+DEPTH = 4096
+"""Columns whose rounded products are added up together: a CPU gives the sum in the factors' dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,25 +59,71 @@ class Standing:
         self.errors[columns] += (self.ints[columns] - before) * scale
 
 
-def sweep(rows: Standing, hessian_CC: Tensor, scheme: Scheme) -> Tensor:
-    """Go over all columns once and return what each row costs then, R. No row costs more than before.
+def sweep(
+    rows: Standing, hessian_CC: Tensor, scheme: Scheme, times: int = 1, products: torch.dtype | None = None
+) -> Tensor:
+    """Go over all columns so many times and return what each row costs then, R. No row costs more than before.
 
-    Columns whose diagonal entry is 0 keep their integers.
+    Columns whose diagonal entry is 0 keep their integers. With ``products`` narrower than H a row may cost more than
+    before; what is returned is as exact as without.
     """
     width, columns = len(rows.ints), len(rows.ints) // len(rows.scale)
     tile = max(1, TILE // columns) * columns
+    tiles = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
+    exactly = _Products(hessian_CC, rows.errors)
+    quickly = exactly if products in (None, hessian_CC.dtype) else _Rounded(hessian_CC, rows.errors, products)
+    visited_CR = torch.empty_like(rows.errors)
     cost = torch.zeros_like(rows.errors[0])
-    for start in range(0, width, tile):
-        here = slice(start, min(start + tile, width))
-        own = hessian_CC[here, here]
-        before = hessian_CC[here, :start] @ rows.errors[:start]
-        slopes = torch.addmm(before, hessian_CC[here, start:], rows.errors[start:])
-        for first in range(here.start, here.stop, columns):
-            _move_scale(rows, slice(first, first + columns), first - start, own, slopes, scheme)
-        _move_ints(rows, here, own, slopes, scheme.largest)
-        errors = rows.errors[here]
-        cost += (before.mul_(2).addmm_(own, errors) * errors).sum(dim=0)
+    for number in range(times):
+        onward, last = number % 2 == 0, number == times - 1
+        for here in tiles if onward else reversed(tiles):
+            before, behind = slice(0, here.start), slice(here.stop, width)
+            own, errors = hessian_CC[here, here], rows.errors[here]
+            made = (exactly if last else quickly).of(here, before if onward else behind)
+            ahead = visited_CR[here] if number else quickly.of(here, behind)
+            slopes = torch.addmm(made, own, errors).add_(ahead)
+            for first in range(here.start, here.stop, columns):
+                _move_scale(rows, slice(first, first + columns), first - here.start, own, slopes, scheme)
+            _move_ints(rows, here, own, slopes, scheme.largest)
+            quickly.moved(here)
+            if last:
+                cost += (made.mul_(2).addmm_(own, errors) * errors).sum(dim=0)
+            else:
+                visited_CR[here] = made
     return cost
+
+
+class _Products:
+    """Products of rows of H with the errors as they are when asked."""
+
+    def __init__(self, hessian_CC: Tensor, errors_CR: Tensor) -> None:
+        self._hessian, self._errors = hessian_CC, errors_CR
+
+    def of(self, here: slice, columns: slice) -> Tensor:
+        """Return H's rows ``here``, but only these columns of them, times the errors: T × R."""
+        return self._hessian[here, columns] @ self._errors[columns]
+
+    def moved(self, here: slice) -> None:
+        """Take note that errors of these columns have changed."""
+
+
+class _Rounded(_Products):
+    """The same with rounded factors, added up in H's dtype."""
+
+    def __init__(self, hessian_CC: Tensor, errors_CR: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(hessian_CC, errors_CR)
+        self._rounded = errors_CR.to(dtype)
+
+    def of(self, here: slice, columns: slice) -> Tensor:
+        found = torch.zeros_like(self._errors[here])
+        for start in range(columns.start, columns.stop, DEPTH):
+            part = slice(start, min(start + DEPTH, columns.stop))
+            one, other = self._hessian[part, here].mT.to(self._rounded.dtype), self._rounded[part]
+            found += torch.mm(one, other, out_dtype=found.dtype) if one.is_cuda else one @ other
+        return found
+
+    def moved(self, here: slice) -> None:
+        self._rounded[here] = self._errors[here]
 
 
 def _move_scale(rows: Standing, group: slice, place: int, own_TT: Tensor, slopes_TR: Tensor, scheme: Scheme) -> None:

@@ -17,6 +17,8 @@ def test_how_scales_and_sweeps_were_is_in_the_recipe_so_that_an_unfinished_run_i
     assert (old["signed"], old["sweeps"], old["damp"]) == (False, 0, 0.05)
     assert not gptq_plan(checkpoint, Scheme(group_size=32, symmetric=False)).recipe["signed"]
     assert gptq_plan(checkpoint, Scheme(group_size=32), nearest=True).recipe["sweeps"] == 0
+    assert usual["beams"] == 1
+    assert gptq_plan(checkpoint, Scheme(group_size=32), SolveOptions(beams=4)).recipe["beams"] == 4
     assert int8_plan().recipe["damp"] == 0.05
 
 

@@ -64,6 +64,42 @@ def test_no_row_is_worse_than_without_sweeps(
     assert torch.equal(after.ints[:, seed % 192].double(), nearest[:, seed % 192])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([2, 3, 4]), st.sampled_from([32, 192]), st.integers(1, 3), st.integers(0, 10**6))
+def test_with_rounded_products_no_row_is_worse_and_all_are_nearly_as_good(
+    bits: int, group_size: int, times: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hessian, weight = (each.float() for each in inputs_and_weights(40, 192, seed))
+    huge = 1 + 500 * (torch.randperm(192, generator=generator) < 3)  # as attention sinks leave it
+    hessian = hessian * huge * huge.unsqueeze(1)
+    scheme = Scheme(bits=bits, group_size=group_size)
+    before, exact, rounded = (
+        solve([weight], hessian, scheme, SolveOptions(sweeps=sweeps), products=products)[0]
+        for sweeps, products in ((0, None), (times, torch.float32), (times, torch.bfloat16))
+    )
+    costs = [row_costs((weight - found.weight()).T.double(), hessian.double()) for found in (before, exact, rounded)]
+    if before.kept == rounded.kept == "gptq":
+        assert bool((costs[2] <= costs[0] * (1 + 1e-3)).all())
+    assert rounded.loss == pytest.approx(float(costs[2].sum()), rel=1e-2)
+    if before.kept == exact.kept == rounded.kept == "gptq":
+        assert costs[0].sum() - costs[2].sum() > 0.8 * (costs[0].sum() - costs[1].sum())
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_sweeps_that_keep_halves_of_products_cost_what_they_say(times: int) -> None:
+    hessian, weight = inputs_and_weights(40, 384, seed=2)
+    scheme = Scheme(bits=3, group_size=32)
+    together, again = standing(weight, scheme), standing(weight, scheme)
+    told = sweep(together, hessian, scheme, times)
+    assert torch.allclose(told, row_costs(together.errors, hessian))
+    assert bool((told <= sweep(again, hessian, scheme, times - 1) * (1 + 1e-12)).all())
+    rounded = standing(weight, scheme)
+    told = sweep(rounded, hessian, scheme, times, torch.bfloat16)
+    assert torch.allclose(told, row_costs(rounded.errors, hessian)), "the cost is not rounded"
+    assert not torch.equal(rounded.ints, together.ints)
+
+
 def test_a_sweep_lowers_the_cost_that_it_returns_and_far() -> None:
     hessian, weight = inputs_and_weights(40, 256, seed=1)
     for scheme in (Scheme(bits=2, group_size=64), Scheme(bits=3, group_size=256), Scheme(bits=3, symmetric=False)):
@@ -104,12 +140,15 @@ def test_it_ends_where_no_integer_and_no_scale_alone_can_do_better_and_near_the_
     assert told.sum() < 0.8 * start.sum()
 
 
-def test_the_result_does_not_depend_on_which_rows_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_the_result_does_not_depend_on_which_rows_are_taken_together(
+    products: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hessian, weight = inputs_and_weights(600, 64, seed=5)
     parts, scheme = [weight[:300], weight[300:]], Scheme(bits=3, group_size=16)
-    whole = solve(parts, hessian, scheme)
+    whole = solve(parts, hessian, scheme, products=products)
     monkeypatch.setattr(solver, "TOGETHER", 1)
-    for found, expected in zip(solve(parts, hessian, scheme), whole, strict=True):
+    for found, expected in zip(solve(parts, hessian, scheme, products=products), whole, strict=True):
         assert torch.equal(found.ints, expected.ints) and torch.equal(found.grid.scale, expected.grid.scale)
         assert found.loss == pytest.approx(expected.loss)
 

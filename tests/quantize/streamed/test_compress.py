@@ -310,6 +310,7 @@ def test_two_runs_do_not_write_one_artifact(tmp_path: Path) -> None:
         (["--group-size", "96"], "does not divide the 256 input columns of model.language_model.layers.0"),
         (["--damp", "0"], "--damp 0"),
         (["--sweeps", "-1"], "--sweeps -1"),
+        (["--beams", "0"], "--beams 0"),
         (["--mix", "harm=1"], "--mix harm=1"),
         (["--calibration", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--layers", "0"], "--layers 0"),
