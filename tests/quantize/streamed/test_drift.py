@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantize.bits.sensitivity import _divergence
+from quantize.bits.sensitivity import divergence
 from quantize.streamed import drift
 from quantize.streamed.drift import exact_probs, guard_drift, token_choices
 from safevlm.checkpoint.checkpoint import open_checkpoint
@@ -44,8 +44,8 @@ def test_divergences_in_one_pass_are_those_of_the_whole_table(part: int, monkeyp
     one, two = (F.log_softmax(each.double() @ output.T, dim=1) for each in (states, other))
     expected = F.kl_div(two, one, log_target=True, reduction="none").sum(dim=1)
     assert expected.max() > 1e-3
-    assert torch.allclose(_divergence(checkpoint, states, other).double(), expected, rtol=1e-3, atol=1e-5)
-    assert _divergence(checkpoint, states, states).abs().max() <= 1e-5
+    assert torch.allclose(divergence(checkpoint, states, other).double(), expected, rtol=1e-3, atol=1e-5)
+    assert divergence(checkpoint, states, states).abs().max() <= 1e-5
 
 
 def test_no_table_of_tokens_times_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_no_table_of_tokens_times_vocabulary_is_made(monkeypatch: pytest.MonkeyP
     states, other = torch.randn(40, width), torch.randn(40, width)
     with _Largest() as made:
         token_choices(checkpoint, states, torch.arange(40))
-        _divergence(checkpoint, states, other)
+        divergence(checkpoint, states, other)
     assert made.numel == 16 * width
 
 

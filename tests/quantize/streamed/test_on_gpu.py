@@ -175,12 +175,12 @@ def operations(rows: int, columns: int) -> int:
 
 
 def test_a_gpu_is_not_told_of_millions_of_operations() -> None:
-    """Qwen-32B's down_proj: 5,120 rows of 27,648 columns."""
-    rows, columns = 5120, 27648
+    """Qwen-32B's down_proj: 5,120 rows of 27,648 columns, which are walked over once by GPTQ and once a sweep."""
+    rows, columns, most = 5120, 27648, 1e6 * (1 + SolveOptions().sweeps)
     chunks = -(-rows // rows_together(columns, GPU))
     one = (operations(64, 512) - operations(64, 256)) / 256
     assert 5 < one < 40
-    assert one * columns * chunks < 1e6 < one * columns * -(-rows // rows_together(columns, CPU))
+    assert one * columns * chunks < most < one * columns * -(-rows // rows_together(columns, CPU))
     for width, height in ((4096, 22016), (11008, 4096), (5120, 55296)):
         assert rows_together(width, GPU) * width * 4 * 10 < 6e9, "and the copies fit on a small card"
         assert -(-height // rows_together(width, GPU)) <= 3
