@@ -181,7 +181,7 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
 )
 @click.option("--tune-steps", type=int, help="Number of steps to tune each layer instead of --time; reproducible.")
 @click.option("--nearest", is_flag=True, help="Round to nearest instead of GPTQ, for comparison.")
-@rotate_option("none")
+@rotate_option
 def main(
     model: str,
     revision: str | None,

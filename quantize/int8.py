@@ -107,7 +107,7 @@ def int8_plan(
     show_default=True,
     help="Damping as a share of the Hessian's mean diagonal.",
 )
-@rotate_option("none")
+@rotate_option
 def main(
     model: str,
     revision: str | None,

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from calibration.streaming.batches import Batch
 from calibration.streaming.sequential import Activations, LayerStream
 from quantize.methods.grid import Scheme, dequantize, fit_grid, groups_of, round_to_grid
-from quantize.streamed.drift import answer_states, token_blocks, vocabulary_parts
+from quantize.streamed.drift import answer_states, divergence
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.errors import InputError
 
-__all__ = ["PARTS", "Sensitivity", "choose_bits", "divergence", "measure", "stored_bits"]
+__all__ = ["PARTS", "Sensitivity", "choose_bits", "measure", "stored_bits"]
 
 PARTS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -269,25 +269,6 @@ class _Outcome:
             float(others.mean()) if len(others) else 0.0,
             max(guard, 0.0),
         )
-
-
-def divergence(checkpoint: Checkpoint, states_MD: Tensor, other_MD: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence of next-token distributions, M, in one pass over the vocabulary.
-
-    With logits a and b it is the mean of a - b under softmax(a), less the difference of their log normalizers.
-    """
-    count = len(states_MD)
-    own, other = torch.full((count,), -torch.inf), torch.full((count,), -torch.inf)
-    mean = torch.zeros(count)
-    for _, words_VD in vocabulary_parts(checkpoint):
-        for rows in token_blocks(count):
-            a, b = states_MD[rows] @ words_VD.T, other_MD[rows] @ words_VD.T
-            before, part = own[rows].clone(), a.logsumexp(dim=1)
-            own[rows] = torch.logaddexp(before, part)
-            other[rows] = torch.logaddexp(other[rows], b.logsumexp(dim=1))
-            share = (a - own[rows].unsqueeze(1)).exp_()
-            mean[rows] = mean[rows] * (before - own[rows]).exp() + share.mul_(a.sub_(b)).sum(dim=1)
-    return (mean - (own - other)).clamp(min=0)
 
 
 def _advance(

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantize.methods.moments import INNER
+
 __all__ = ["best_of_block"]
 
-INNER = 32
-"""Columns that are made up for one by one before a matrix product takes them together."""
 TOGETHER = 2**20
 """Numbers that are held for the rows that are searched together: B K R."""
 

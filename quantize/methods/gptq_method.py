@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.methods.grid import Scheme
+from quantize.methods.moments import Moments
 from quantize.methods.packing import check_packable, pack_linear
 from quantize.methods.solver import Solved, SolveOptions, solve
 from quantize.methods.tuning import Codes, Tuner
@@ -63,7 +64,7 @@ class Gptq:
                 with stage.named(chosen[0]):
                     weights = [linear.weight for linear in linears]
                     solved = solve(weights, moments, scheme, self.options, products=stage.moment_dtype)
-                damped = None if self.tuner is None else _damped(moments, self.options.damp)
+                damped = None if self.tuner is None else _damped(moments, solved[0].damp)
                 if number == len(wanted):
                     moments = None  # done with before the packing takes memory
                 for name, linear, each in zip(chosen, linears, solved, strict=True):
@@ -103,10 +104,11 @@ class Gptq:
 
 
 def _damped(moments_CC: Tensor, damp: float) -> Tensor:
-    """Return second moments, damped as GPTQ does it."""
-    damped = moments_CC.clone()
-    damped.diagonal().add_(damp * float(damped.diagonal().mean()))
-    return damped
+    """Return a copy of second moments with the solver's damping."""
+    found = Moments(moments_CC.clone())
+    found.damp = damp
+    found.damp_diagonal()
+    return found.matrix
 
 
 def linear_report(name: str, bits: int, solved: Solved, options: SolveOptions) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from safevlm.errors import InputError
 
-__all__ = ["Moments"]
+__all__ = ["INNER", "Moments"]
 
 DAMP_GROWTH, DAMP_LIMIT = 10.0, 1e3
 BLOCK = 1024
+INNER = 32
+"""Columns that are made up for one by one before a matrix product takes them together."""
 PANEL = 256
 """Columns that are factorised together."""
 PROBES = 64

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantize.methods.beams import best_of_block
 from quantize.methods.grid import Grid, Scheme, dequantize, fit_grid, groups_of
-from quantize.methods.moments import Moments
+from quantize.methods.moments import INNER, Moments
 from quantize.methods.sweeps import Standing, sweep
 from safevlm.errors import InputError
 
@@ -38,8 +38,6 @@ EXACTLY = 2048
 """Up to this width the cost of rounding to the nearest is computed; above, it is estimated unless that is close."""
 SURELY = 0.9
 """An estimate that is larger than the walk's cost by this factor settles which is better."""
-INNER = 32
-"""Columns that are made up for one by one before a matrix product takes them together."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from quantize.methods.grid import LARGEST, SMALLEST, Scheme
+from quantize.methods.moments import INNER
 
 __all__ = ["Standing", "sweep"]
 
 TILE = 128
-INNER = 32
-"""Columns that are made up for one by one before a matrix product takes them together."""
 TINY = 1e-30
 DEPTH = 4096
 """Columns whose rounded products are added up together: a CPU gives the sum in the factors' dtype."""

@@ -20,15 +20,7 @@ from safevlm.contract.class_names import safe_index
 from safevlm.network.device import torch_device
 from safevlm.network.reference import build_reference_guard
 
-__all__ = [
-    "answer_drift",
-    "answer_states",
-    "exact_probs",
-    "guard_drift",
-    "token_blocks",
-    "token_choices",
-    "vocabulary_parts",
-]
+__all__ = ["answer_drift", "answer_states", "divergence", "exact_probs", "guard_drift", "token_choices"]
 
 VOCABULARY, TOKENS = 2048, 1024
 """Words of the vocabulary, and tokens, whose logits are in memory together."""
@@ -119,7 +111,7 @@ def answer_states(batches: Sequence[Batch], hidden: Activations, *, usual: bool 
     return found
 
 
-def vocabulary_parts(checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
+def _vocabulary_parts(checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
     """Yield the output matrix a part of the vocabulary at a time: the first word, and float32 words × D."""
     name = f"{OUTPUT_PREFIX}weight"
     if name not in checkpoint.tensors:
@@ -130,7 +122,7 @@ def vocabulary_parts(checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
         first += len(part)
 
 
-def token_blocks(count: int) -> Iterator[slice]:
+def _token_blocks(count: int) -> Iterator[slice]:
     """Yield the places of ``count`` tokens, so many at a time as have their logits in memory together."""
     for start in range(0, count, TOKENS):
         yield slice(start, min(start + TOKENS, count))
@@ -143,9 +135,9 @@ def token_choices(checkpoint: Checkpoint, states_MD: Tensor, wanted_M: Tensor) -
     """
     best = torch.full((len(states_MD),), -torch.inf)
     chosen, total, own = torch.zeros_like(wanted_M), best.clone(), best.clone()
-    for first, words_VD in vocabulary_parts(checkpoint):
+    for first, words_VD in _vocabulary_parts(checkpoint):
         inside = (wanted_M >= first) & (wanted_M < first + len(words_VD))
-        for rows in token_blocks(len(states_MD)):
+        for rows in _token_blocks(len(states_MD)):
             logits = states_MD[rows] @ words_VD.T
             high, at = logits.max(dim=1)
             chosen[rows] = torch.where(high > best[rows], at + first, chosen[rows])
@@ -154,3 +146,22 @@ def token_choices(checkpoint: Checkpoint, states_MD: Tensor, wanted_M: Tensor) -
             own[rows][here] = logits[here, wanted_M[rows][here] - first]
             total[rows] = torch.logaddexp(total[rows], high + logits.sub_(high.unsqueeze(1)).exp_().sum(dim=1).log_())
     return chosen, total - own
+
+
+def divergence(checkpoint: Checkpoint, states_MD: Tensor, other_MD: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of next-token distributions, M, in one pass over the vocabulary.
+
+    With logits a and b it is the mean of a - b under softmax(a), less the difference of their log normalizers.
+    """
+    count = len(states_MD)
+    own, other = torch.full((count,), -torch.inf), torch.full((count,), -torch.inf)
+    mean = torch.zeros(count)
+    for _, words_VD in _vocabulary_parts(checkpoint):
+        for rows in _token_blocks(count):
+            a, b = states_MD[rows] @ words_VD.T, other_MD[rows] @ words_VD.T
+            before, part = own[rows].clone(), a.logsumexp(dim=1)
+            own[rows] = torch.logaddexp(before, part)
+            other[rows] = torch.logaddexp(other[rows], b.logsumexp(dim=1))
+            share = (a - own[rows].unsqueeze(1)).exp_()
+            mean[rows] = mean[rows] * (before - own[rows]).exp() + share.mul_(a.sub_(b)).sum(dim=1)
+    return (mean - (own - other)).clamp(min=0)

@@ -109,7 +109,9 @@ def estimate(
     learning = 0
     if tuning is not None:
         piece = max(PIECE_TOKENS, max(len(row.ids) for batch in packed for row in batch))
-        learning = weights * TUNING_BYTES + piece * (2 * columns + 4 * widest + 16 * hidden) * 4
+        moments = sum(shapes[names[0]][1] ** 2 for names in SHARED_INPUTS) * 4
+        learning = weights * TUNING_BYTES + piece * (2 * columns + 4 * widest + 16 * hidden) * 4 + moments
+        solving += moments  # kept from linear to linear, for the tuning at the end
     rounding = weights * dtype.itemsize + max(solving, forward, learning)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())
     seeing = vision * dtype.itemsize + 2 * forward

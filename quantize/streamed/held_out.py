@@ -21,7 +21,7 @@ from calibration.sets.conversations import Sample
 from calibration.sets.samples import Calibration
 from calibration.streaming.batches import Batch, Row, embed_batches, pack_rows, row_limit, row_of
 from calibration.streaming.sequential import Activations, LayerStream
-from quantize.bits.sensitivity import divergence
+from quantize.streamed.drift import divergence
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.network.prompt_tokens import IMAGE
 from safevlm.network.safe_vlm import SafeVLM

@@ -16,7 +16,7 @@ from calibration.sets.beginnings import Beginnings
 from calibration.sets.mix import Mix, read_mix
 from calibration.sets.samples import CalibrationOptions
 from calibration.streaming.batches import TokenWeights
-from quantize.methods.rotation import ROTATIONS, Rotate
+from quantize.methods.rotation import ROTATIONS
 from quantize.methods.settings import Progress, RunOptions
 from quantize.streamed.compress import Compressed
 from quantize.streamed.estimate import shown_seconds
@@ -123,15 +123,13 @@ OPTIONS = (
 )
 
 
-def rotate_option(default: Rotate) -> Callable[[Command], Command]:
-    """Return ``--rotate``, whose default is the method's own."""
-    return click.option(
-        "--rotate",
-        type=click.Choice(ROTATIONS),
-        default=default,
-        show_default=True,
-        help="Turn the attention's values, the residual stream or both by orthogonal matrices merged into the weights.",
-    )
+rotate_option = click.option(
+    "--rotate",
+    type=click.Choice(ROTATIONS),
+    default="none",
+    show_default=True,
+    help="Turn the attention's values, the residual stream or both by orthogonal matrices merged into the weights.",
+)
 
 
 def shared_options(command: Command) -> Command:

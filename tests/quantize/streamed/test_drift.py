@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantize.bits.sensitivity import divergence
 from quantize.streamed import drift
-from quantize.streamed.drift import exact_probs, guard_drift, token_choices
+from quantize.streamed.drift import divergence, exact_probs, guard_drift, token_choices
 from safevlm.checkpoint.checkpoint import open_checkpoint
 
 
