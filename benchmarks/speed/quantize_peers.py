@@ -50,14 +50,14 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
     from quantize.streamed.layers import Caches, round_layers
     from quantize.streamed.unfinished import Unfinished
     from safevlm.checkpoint.checkpoint import open_checkpoint
-    from safevlm.network.device import multiplies_bfloat16
+    from safevlm.network.device import multiplies_bfloat16, torch_device
     from safevlm.version import VERSION
 
     return_freed_memory()  # as our commands do
     ids = _ids(folder)
     spent_since = clocks()
     checkpoint = open_checkpoint(str(folder / "checkpoint"), tap="language_model")
-    products = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else None  # as --dtype auto
+    products = torch.bfloat16 if multiplies_bfloat16(torch_device("cpu")) else None  # as --dtype auto
     stream = LayerStream(checkpoint, products=products, token_ids=lambda _: [token for row in ids for token in row])
     each = max(1, 1024 // len(ids[0]))
     rows = [ids[start : start + each] for start in range(0, len(ids), each)]

@@ -60,6 +60,7 @@ _GROUPED = {
     "benchmarks large_images": "benchmarks.large_images",
     "benchmarks holisafe_mini": "benchmarks.holisafe_mini",
     "benchmarks random_checkpoint": "benchmarks.random_checkpoint",
+    "benchmarks real_checkpoint": "benchmarks.real_checkpoint",
     "benchmarks true_shapes": "benchmarks.true_shapes.__main__",
     "benchmarks gpu_proof": "benchmarks.gpu_proof.__main__",
     "benchmarks tiny": "benchmarks.tiny.__main__",

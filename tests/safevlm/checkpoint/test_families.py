@@ -22,6 +22,7 @@ TABLES = (
     "export/guard/trunks.py",
     "benchmarks/shapes/configs.py",
     "benchmarks/tiny/blueprints.py",
+    "benchmarks/real/packages.py",
 )
 """Where a family's key, or a class of its own, may be named."""
 CLASSES = {architecture.config_class.__name__ for architecture in ARCHITECTURES.values()}
