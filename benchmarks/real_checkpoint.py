@@ -23,7 +23,11 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 @click.command()
 @click.option(
-    "--weights", type=click.Choice(tuple(WEIGHTS)), default="smollm2", show_default=True, help="Language model to read from its package."
+    "--weights",
+    type=click.Choice(tuple(WEIGHTS)),
+    default="smollm2",
+    show_default=True,
+    help="Language model to read from its package.",
 )
 @click.option("--out", type=FOLDER, required=True, help="Folder to write; must not exist.")
 @click.option(
