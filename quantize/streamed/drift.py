@@ -25,6 +25,8 @@ __all__ = ["answer_drift", "answer_states", "divergence", "exact_probs", "guard_
 VOCABULARY, TOKENS = 2048, 1024
 """Words of the vocabulary, and tokens, whose logits are in memory together."""
 BATCH = 8
+OTHERS = 4096
+"""Answer tokens outside refusals that are looked at, spread evenly: their share is then known to 1 % or better."""
 
 
 def exact_probs(
@@ -69,6 +71,7 @@ def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activ
     """Compare answers with what the last hidden states would say at each of their places, refusals apart.
 
     Looked at are rows with the family's usual prompt: behind other ones the answer need not be the 16-bit model's own.
+    All tokens of refusals are, of others at most :data:`OTHERS`.
     ``same_token`` is the share of tokens that the rounded model would choose, too; ``nll`` their mean negative log
     likelihood; ``None`` where there is no token.
     """
@@ -80,10 +83,15 @@ def answer_drift(checkpoint: Checkpoint, batches: Sequence[Batch], hidden: Activ
         refused += [row.refused] * length
     if not truth:
         return {kind: {"tokens": 0, "same_token": None, "nll": None} for kind in ("refusals", "others")}
-    wanted = torch.tensor(truth)
-    chosen, nll = token_choices(checkpoint, answer_states(batches, hidden, usual=True), wanted)
+    of_refusals = torch.tensor(refused)
+    looked_at = of_refusals.clone()
+    others = torch.nonzero(~of_refusals).flatten()
+    count = min(len(others), OTHERS)
+    looked_at[others[torch.arange(count) * len(others) // max(count, 1)]] = True
+    wanted, of_refusals = torch.tensor(truth)[looked_at], of_refusals[looked_at]
+    chosen, nll = token_choices(checkpoint, answer_states(batches, hidden, usual=True)[looked_at], wanted)
     found: dict[str, Any] = {}
-    for kind, flags in (("refusals", torch.tensor(refused)), ("others", ~torch.tensor(refused))):
+    for kind, flags in (("refusals", of_refusals), ("others", ~of_refusals)):
         count = int(flags.sum())
         found[kind] = {
             "tokens": count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from calibration.sets.conversations import Sample
+from calibration.streaming.batches import Row
 from quantize.streamed import drift
 from quantize.streamed.drift import divergence, exact_probs, guard_drift, token_choices
 from safevlm.checkpoint.checkpoint import open_checkpoint
@@ -72,6 +75,39 @@ class _Largest(TorchDispatchMode):
             if found.untyped_storage().data_ptr() not in shared:  # no view
                 self.numel = max(self.numel, found.numel())
         return found
+
+
+@pytest.mark.parametrize(("most", "others"), [(4, [20, 22, 25, 27]), (99, list(range(20, 30)))])
+def test_all_tokens_of_refusals_and_some_of_other_answers_are_looked_at(
+    most: int, others: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States hold their token's number, so a token that is held against another's state shows."""
+    monkeypatch.setattr(drift, "OTHERS", most)
+    sample = Sample(kind="text", question="?", answer="", image=None, name="", where="")
+    answers = [(range(10, 13), True), (range(20, 30), False), (range(30, 34), True)]
+    rows = [
+        Row(sample=sample, ids=(1, 2, *ids), answer_length=len(ids), refused=refused) for ids, refused in answers
+    ]
+    batches: Any = [SimpleNamespace(rows=[row]) for row in rows]
+    states: Any = [torch.tensor([*row.ids[1:], 0.0]).reshape(1, -1, 1) for row in rows]
+    hidden: Any = _States(states)
+
+    def choices(_: Any, states_MD: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert states_MD.flatten().tolist() == wanted.tolist() == [10, 11, 12, *others, 30, 31, 32, 33]
+        return wanted.where(wanted != 31, 0), wanted.float()
+
+    monkeypatch.setattr(drift, "token_choices", choices)
+    found = drift.answer_drift(open_checkpoint("tiny-safellava"), batches, hidden)
+    assert found["refusals"]["tokens"] == 7 and found["refusals"]["same_token"] == pytest.approx(6 / 7)
+    assert found["others"] == {"tokens": len(others), "same_token": 1.0, "nll": sum(others) / len(others)}
+
+
+class _States(list[Any]):
+    """Hidden states by batch, as the stream keeps them."""
+
+    @property
+    def shapes(self) -> list[Any]:
+        return [each.shape for each in self]
 
 
 def test_flips_have_a_direction() -> None:
