@@ -166,10 +166,11 @@ def with_backward(
     heads = shapes["self_attn.q_proj"][0] // SMALLEST_HEAD
     kept = max(rows * length * (each + heads * length) for rows, length in lengths) * dtype.itemsize
     weights = sum(rows * columns for rows, columns in shapes.values())
-    macs = PASSES_BACK * weights * sum(rows * length for rows, length in lengths)
+    tokens = sum(rows * length for rows, length in lengths)
+    macs = PASSES_BACK * weights * tokens
     seconds = needed.seconds_per_layer + macs / _multiply_adds_a_second(dtype, device)
     host = {"memory": needed.memory + kept} if device.type == "cpu" else {"gpu": needed.gpu + kept}
-    activations = needed.activations * (needed.layers + 1)
+    activations = needed.activations + needed.layers * tokens * checkpoint.hidden_size * dtype.itemsize
     return replace(needed, activations=activations, seconds_per_layer=seconds, **host)
 
 
