@@ -71,7 +71,7 @@ def gptq_plan(
     With ``tuning`` each layer's codes are tuned on its output.
     """
     if nearest:
-        options = replace(options, sweeps=0, beams=1)
+        options = replace(options, sweeps=0, beams=1, mismatch=0.0)
     tuner = None if tuning is None else Tuner(tuning)
     config = {**quantization_config(checkpoint, scheme, options), **more}
     recipe = {
@@ -85,6 +85,7 @@ def gptq_plan(
         "search": options.search,
         "sweeps": options.sweeps,
         "beams": options.beams,
+        "mismatch": options.mismatch,
         "linears": list(LINEARS),
         "tuning": None if tuning is None else tuning.recipe(),
     }
@@ -96,6 +97,7 @@ def gptq_plan(
         extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
         consumers=_consumers(scheme, options),
         tuner=tuner,
+        original_inputs=options.mismatch > 0,
     )
 
 
@@ -172,6 +174,14 @@ def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
     show_default=True,
     help="Partial roundings of each row that GPTQ keeps within a block of columns; more take longer.",
 )
+@click.option(
+    "--mismatch",
+    type=float,
+    default=SolveOptions.mismatch,
+    show_default=True,
+    metavar="SHARE",
+    help="How far weights make up, before rounding, for what the layers before did to their inputs; from 0 (off) to 1.",
+)
 @click.option("--no-search", is_flag=True, help="Use the full range for every grid, without a search.")
 @click.option(
     "--time",
@@ -197,6 +207,7 @@ def main(
     damp: float,
     sweeps: int,
     beams: int,
+    mismatch: float,
     no_search: bool,
     minutes: float | None,
     tune_steps: int | None,
@@ -214,6 +225,8 @@ def main(
         tuning = TuneOptions(minutes=minutes, steps=tune_steps)
     if nearest and tuning:
         raise InputError("--nearest rounds each weight by itself; it does not work with --time or --tune-steps.")
+    if nearest and mismatch:
+        raise InputError("--nearest rounds each weight by itself; it does not work with --mismatch.")
     if nearest and auto:
         raise InputError("--nearest needs a number of bits; it does not work with --bits auto.")
     scheme = Scheme(
@@ -228,6 +241,7 @@ def main(
         search=not (no_search or nearest),
         sweeps=sweeps,
         beams=beams,
+        mismatch=mismatch,
     )
     return_freed_memory()
     checkpoint = open_checkpoint(model, revision=revision)

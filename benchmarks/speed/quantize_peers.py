@@ -47,7 +47,8 @@ def _ours(folder: Path, out: Path, request: Mapping[str, Any]) -> dict[str, Any]
     from quantize.methods.gptq_method import Gptq
     from quantize.methods.grid import Scheme
     from quantize.streamed.artifact import write_tensors
-    from quantize.streamed.layers import Caches, round_layers
+    from quantize.streamed.caches import Caches
+    from quantize.streamed.layers import round_layers
     from quantize.streamed.unfinished import Unfinished
     from safevlm.checkpoint.checkpoint import open_checkpoint
     from safevlm.network.device import multiplies_bfloat16, torch_device

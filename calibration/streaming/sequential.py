@@ -151,6 +151,13 @@ class Activations:
         mapped = mmap.mmap(self._file.fileno(), self.sizes[index], offset=self._starts[index])
         return torch.frombuffer(mapped, dtype=self.dtype).view(self.shapes[index])
 
+    def copy(self, max_bytes: int | None, folder: Path | None = None) -> Activations:
+        """Return the same numbers once more, in memory up to ``max_bytes``, otherwise in a file in ``folder``."""
+        found = Activations(self.shapes, self.dtype, max_bytes, folder)
+        for number in range(len(self)):
+            found[number].copy_(self[number])
+        return found
+
     def __enter__(self) -> Self:
         return self
 

@@ -119,6 +119,8 @@ def auto_plan(
         recipe={**uniform.recipe, "bits": "auto", **wanted},
         quantization=uniform.quantization,
         rotate=uniform.rotate,
+        tuner=uniform.tuner,
+        original_inputs=uniform.original_inputs,
         auto=auto,
     )
 
@@ -181,4 +183,5 @@ def mixed_plan(
         rotate=plan.rotate,
         consumers=notes,
         tuner=plan.tuner,
+        original_inputs=plan.original_inputs,
     )

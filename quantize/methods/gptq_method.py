@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.methods.grid import Scheme
+from quantize.methods.mismatch import moved_weights
 from quantize.methods.moments import Moments
 from quantize.methods.packing import check_packable, pack_linear
 from quantize.methods.solver import Solved, SolveOptions, solve
@@ -57,26 +58,39 @@ class Gptq:
             if wanted and report and not self.nearest:
                 stage.gather(names[0])
             moments = self._moments(stage, names[0]) if wanted else None
+            cross = stage.mismatch(names[0]) if wanted and self.options.mismatch else None
             for number, scheme in enumerate(wanted, 1):
                 assert moments is not None
                 chosen = [name for name in names if schemes[name] == scheme]
                 linears = [stage.linear(name) for name in chosen]
                 with stage.named(chosen[0]):
-                    weights = [linear.weight for linear in linears]
+                    weights, moved = [linear.weight for linear in linears], None
+                    if cross is not None:
+                        moved = moved_weights(weights, moments, cross, self.options.mismatch, self.options.damp)
+                        weights = [each.weight for each in moved]
+                    if number == len(wanted):
+                        cross = None  # done with before the solver takes memory
                     solved = solve(weights, moments, scheme, self.options, products=stage.moment_dtype)
                 damped = None if self.tuner is None else _damped(moments, solved[0].damp)
                 if number == len(wanted):
                     moments = None  # done with before the packing takes memory
-                for name, linear, each in zip(chosen, linears, solved, strict=True):
+                for place, (name, linear, each) in enumerate(zip(chosen, linears, solved, strict=True)):
                     packed = pack_linear(name, each.ints, each.grid, each.group_of, scheme.bits)
                     tensors |= {key: tensor.cpu() for key, tensor in packed.items()}
                     linear.weight.data = linear.weight.data.new_empty(0)  # before its successor is there
                     linear.weight.data = each.weight().to(linear.weight)
                     if damped is not None:
                         codes[name] = Codes(
-                            ints=each.ints, grid=each.grid, group_of=each.group_of, bits=scheme.bits, moments=damped
+                            ints=each.ints,
+                            grid=each.grid,
+                            group_of=each.group_of,
+                            bits=scheme.bits,
+                            moments=damped,
+                            wanted=None if moved is None else moved[place].weight.to(linear.weight.dtype),
                         )
                     told = linear_report(name, scheme.bits, each, self.options)
+                    if moved is not None:
+                        told["moved"] = moved[place].distance
                     report.append(told | {"kept": "nearest"} if self.nearest else told)
             for name in names:
                 if schemes[name] is None:

@@ -66,6 +66,8 @@ class Plan:
     """What is turned before anything is rounded."""
     tuner: Tuner | None = None
     """The method's, if it has one: it is given the 16-bit model's hidden states beside the rounded model's."""
+    original_inputs: bool = False
+    """Whether the method asks for what the 16-bit model's linears read."""
     auto: AutoBits | None = None
     """Set: this plan only says what is wanted, and the one that its measurement leads to is done."""
 

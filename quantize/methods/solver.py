@@ -48,6 +48,8 @@ class SolveOptions:
     (readers need ``g_idx``); ``static``: by falling second moment, groups and grids as they stand. ``damp`` is the
     share of H's mean diagonal that is added to it. ``search`` tries shrunk grids. ``sweeps`` is how often scales and
     integers are gone over afterwards. ``beams`` is how many partial roundings of a row are kept within a block.
+    ``mismatch``, between 0 and 1, says how far weights are moved before, to give what they give in the 16-bit model
+    (:mod:`quantize.methods.mismatch`).
     """
 
     act_order: ActOrder = "static"
@@ -55,6 +57,7 @@ class SolveOptions:
     search: bool = True
     sweeps: int = 2
     beams: int = 1
+    mismatch: float = 0.0
     block: int = 128
 
     def __post_init__(self) -> None:
@@ -64,6 +67,8 @@ class SolveOptions:
             raise InputError(f"--sweeps {self.sweeps} is not allowed. Give 0 for none, or more; 2 is usual.")
         if self.beams < 1:
             raise InputError(f"--beams {self.beams} is not allowed. Give at least 1; 1 keeps one rounding of a row.")
+        if not 0 <= self.mismatch <= 1:
+            raise InputError(f"--mismatch {self.mismatch:g} is not allowed. Give a share from 0 (off) to 1.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

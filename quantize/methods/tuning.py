@@ -78,7 +78,8 @@ class TuneOptions:
 class Codes:
     """A rounded linear: integers R × C (uint8) of so many ``bits``, their grid, and each column's group.
 
-    ``moments`` C × C, damped, are those of its inputs.
+    ``moments`` C × C, damped, are those of its inputs. ``wanted`` R × C is what was rounded, where that is not the
+    checkpoint's weight.
     """
 
     ints: Tensor
@@ -86,6 +87,7 @@ class Codes:
     group_of: Tensor
     bits: int
     moments: Tensor
+    wanted: Tensor | None = None
 
     def weight(self) -> Tensor:
         """Return the weights that are stored, R × C."""
@@ -125,10 +127,7 @@ class Tuner:
         if self.options.steps is None:
             self.steps = (unfinished.kept(TUNING) or {}).get("steps")
             self._decided = lambda steps: unfinished.keep(TUNING, {"steps": steps})
-        target = Activations(hidden.shapes, hidden.dtype, room, unfinished.folder)
-        for number in range(len(hidden)):
-            target[number].copy_(hidden[number])
-        return target
+        return hidden.copy(room, unfinished.folder)
 
     def tune(self, stage: Stage, starts: Mapping[str, Codes]) -> Tuned:
         """Learn a layer's codes from ``starts``, by linear; the layer then has the weights that they stand for.
@@ -181,12 +180,12 @@ class Tuner:
 
 
 def _originals(stage: Stage, starts: Mapping[str, Codes]) -> dict[str, Tensor]:
-    """Return the 16-bit weights of the linears to tune, and give the layer those of all others as they are stored."""
+    """Return what the linears to tune were rounded from, and give the layer all others' weights as they are stored."""
     fresh = stage.stream.load_layer(stage.index)
     weights = {name: cast(Tensor, fresh.get_submodule(name).weight.data) for name in LINEARS}
     dtype = stored_dtype(stage.stream.checkpoint)
     _put(stage, {name: weights.pop(name).to(dtype) for name in LINEARS if name not in starts})
-    return weights
+    return {name: weight if (wanted := starts[name].wanted) is None else wanted for name, weight in weights.items()}
 
 
 def _put(stage: Stage, weights: Mapping[str, Tensor]) -> None:

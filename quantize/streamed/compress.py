@@ -30,10 +30,11 @@ from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
 from quantize.streamed.answers import kept_answers, whose
 from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
+from quantize.streamed.caches import Caches
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
 from quantize.streamed.held_out import HeldOut, held_out_samples
-from quantize.streamed.layers import Caches, round_layers
+from quantize.streamed.layers import round_layers
 from quantize.streamed.record import calibration_record, recipe_record, rows_record, summary
 from quantize.streamed.rotated import rotated
 from quantize.streamed.rotation_check import checked_rotation
@@ -265,6 +266,7 @@ class _Run:
             products=stream.products,
             device=stream.device,
             tuning=None if self.plan.tuner is None else self.plan.tuner.options,
+            original_inputs=self.plan.original_inputs,
         )
         if self.weights.by == "gradient":
             needed = with_backward(needed, self.checkpoint, packed, self.options.dtype, stream.device)
@@ -306,7 +308,6 @@ class _Run:
         self, stream: LayerStream, batches: Sequence[Batch], hidden: Activations, held_out: HeldOut, room: int
     ) -> None:
         before, times = time.monotonic(), []
-
         was_there = set(self.unfinished.finished())
 
         def report(index: int) -> None:
@@ -328,7 +329,10 @@ class _Run:
             target, tuner = None, self.plan.tuner
             if tuner is not None:
                 target = stack.enter_context(tuner.begin(hidden, self.unfinished, room))
-                room -= 0 if target.on_disk else target.nbytes
+            elif self.plan.original_inputs:
+                target = stack.enter_context(hidden.copy(room, self.unfinished.folder))
+            if target is not None and not target.on_disk:
+                room -= target.nbytes
             caches = stack.enter_context(Caches(room, self.unfinished.folder))
             round_layers(
                 stream,
@@ -343,6 +347,7 @@ class _Run:
                 caches=caches,
                 beside=held_out,
                 target=target,
+                original_inputs=self.plan.original_inputs,
             )
         self.seconds_per_layer = float(np.mean(times)) if times else None
 

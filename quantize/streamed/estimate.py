@@ -87,10 +87,12 @@ def estimate(
     products: torch.dtype | None = None,
     speed: float | None = None,
     tuning: TuneOptions | None = None,
+    original_inputs: bool = False,
 ) -> Estimate:
     """Estimate a run over batches of rows, weights in ``dtype``, factors of products in ``products``.
 
-    ``speed`` in multiply-adds a second is measured where it is not given.
+    ``speed`` in multiply-adds a second is measured where it is not given. With ``original_inputs`` what linears read in
+    the 16-bit model is kept, too, and weights are moved by it.
     """
     shapes = {name: checkpoint.tensors.shape(f"{full}.weight") for _, name, full in linear_names(checkpoint)}
     layers = len({index for index, _, _ in linear_names(checkpoint)})
@@ -112,6 +114,10 @@ def estimate(
         moments = sum(shapes[names[0]][1] ** 2 for names in SHARED_INPUTS) * 4
         learning = weights * TUNING_BYTES + piece * (2 * columns + 4 * widest + 16 * hidden) * 4 + moments
         solving += moments  # kept from linear to linear, for the tuning at the end
+    if original_inputs:  # moments of both models' inputs, and weights as they are to be
+        moved = max(sum(shapes[name][0] * shapes[name][1] for name in names) for names in SHARED_INPUTS)
+        solving += (columns**2 + moved) * 4
+        learning += weights * dtype.itemsize if tuning is not None else 0
     rounding = weights * dtype.itemsize + max(solving, forward, learning)
     vision = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.vision_names())
     seeing = vision * dtype.itemsize + 2 * forward
@@ -120,8 +126,12 @@ def estimate(
         width = shapes[names[0]][1]
         macs += sum(shapes[name][0] for name in names) * width**2 + width**3 / 6
     seconds = 0.0
-    if tuning is not None:
+    if tuning is not None or original_inputs:
         macs += sum(tokens) * weights  # the 16-bit model's pass
+    if original_inputs:
+        macs += sum(sum(tokens) * shapes[names[0]][1] ** 2 for names in SHARED_INPUTS)
+        macs += sum(2 * rows * columns**2 for rows, columns in shapes.values())
+    if tuning is not None:
         macs += STEP_PASSES * STEP_TOKENS * weights * (tuning.steps or 0)
         seconds = 60 * (tuning.minutes or 0) / layers
     total = sum(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names())
@@ -129,10 +139,13 @@ def estimate(
     read = max(torch.Size(checkpoint.tensors.shape(name)).numel() for name in checkpoint.tensors.names()) * STORED
     # on a GPU, the host holds a tensor as it is read, and a rounded layer and its copy as they are written
     memory = peak if device.type == "cpu" else CUDA_LIBRARIES + read + 2 * STORED * weights
+    kept = hidden * dtype.itemsize * (1 if tuning is None and not original_inputs else 2)
+    if original_inputs:
+        kept += sum(shapes[names[0]][1] for names in SHARED_INPUTS) * (products or dtype).itemsize
     return Estimate(
         memory=INTERPRETER + memory,
         gpu=0 if device.type == "cpu" else WORKSPACE + peak,
-        activations=(1 if tuning is None else 2) * sum(tokens) * hidden * dtype.itemsize,
+        activations=sum(tokens) * kept,
         disk=2 * (total * 2 - weights * layers),
         seconds_per_layer=seconds + macs / (speed or _multiply_adds_a_second(products or dtype, device)),
         layers=layers,
@@ -153,10 +166,11 @@ def with_backward(
     heads = shapes["self_attn.q_proj"][0] // SMALLEST_HEAD
     kept = max(rows * length * (each + heads * length) for rows, length in lengths) * dtype.itemsize
     weights = sum(rows * columns for rows, columns in shapes.values())
-    macs = PASSES_BACK * weights * sum(rows * length for rows, length in lengths)
+    tokens = sum(rows * length for rows, length in lengths)
+    macs = PASSES_BACK * weights * tokens
     seconds = needed.seconds_per_layer + macs / _multiply_adds_a_second(dtype, device)
     host = {"memory": needed.memory + kept} if device.type == "cpu" else {"gpu": needed.gpu + kept}
-    activations = needed.activations * (needed.layers + 1)
+    activations = needed.activations + needed.layers * tokens * checkpoint.hidden_size * dtype.itemsize
     return replace(needed, activations=activations, seconds_per_layer=seconds, **host)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from calibration.streaming.sequential import Activations, LayerStream
-from quantize.methods.hessian import Hessian
+from quantize.methods.hessian import CrossMoments, Hessian
+from quantize.streamed.caches import Caches, OriginalInputs
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.finite import is_finite
 from safevlm.checkpoint.weights.quantized import GPTQ_PARTS, dequantized
@@ -26,7 +26,6 @@ __all__ = [
     "LINEARS",
     "SHARED_INPUTS",
     "Beside",
-    "Caches",
     "Method",
     "Rounded",
     "Stage",
@@ -60,33 +59,6 @@ class Rounded:
     report: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Caches:
-    """What linears of the layer at hand read, so that nothing before them has to run again: T × C of every batch.
-
-    A context manager. In memory up to ``max_bytes`` altogether, else in files in ``folder``.
-    """
-
-    def __init__(self, max_bytes: int | None = None, folder: Path | None = None) -> None:
-        self._left = max_bytes
-        self._folder = folder
-        self._kept: dict[str, Activations] = {}
-
-    def __enter__(self) -> Caches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kept in self._kept.values():
-            kept.__exit__(None, None, None)
-
-    def of(self, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Activations:
-        """Return the place for a linear's inputs, the same for every layer."""
-        if name not in self._kept:
-            self._kept[name] = Activations(shapes, dtype, self._left, self._folder)
-            if self._left is not None and not self._kept[name].on_disk:
-                self._left -= self._kept[name].nbytes
-        return self._kept[name]
-
-
 @dataclass(kw_only=True, eq=False)
 class Stage:
     """A decoder layer in its place: what comes in, and what each of its linears reads, found in the order of data.
@@ -108,6 +80,8 @@ class Stage:
     """Whether kept inputs were changed by :meth:`rescale`, or weights since they were kept."""
     target: Activations | None = None
     """What the 16-bit layer makes of the 16-bit model's hidden states, where a method asks for it."""
+    originals: OriginalInputs | None = None
+    """What the layer's linears read in the 16-bit model, where a method asks for it."""
     _known: dict[str, Activations] = field(default_factory=dict)
 
     @property
@@ -129,6 +103,21 @@ class Stage:
             for number, inputs in enumerate(self.inputs(name)):
                 hessian.add(inputs, None if self.weights is None else self.weights[number].to(self.stream.device))
             return hessian.mean()
+
+    def mismatch(self, name: str) -> Tensor:
+        """Return the mean of (x - y) yᵀ, C × C: x is what a linear reads in the 16-bit model, y what it reads here.
+
+        Tokens count as for :meth:`moments`. Raises InputError, with the linear's name, for inputs that are not finite,
+        and where what the 16-bit model's linears read was not kept.
+        """
+        with self.named(name):
+            if self.originals is None:
+                raise InputError("what it reads in the 16-bit model was not kept.")
+            cross = CrossMoments(self.linear(name).in_features, self.stream.device, self.moment_dtype)
+            for number, inputs in enumerate(self.inputs(name)):
+                original = self.originals.of(name, number).to(self.stream.device)
+                cross.add(original, inputs, None if self.weights is None else self.weights[number].to(original.device))
+            return cross.mean()
 
     def gather(self, name: str) -> None:
         """Find what a linear reads in all batches, and let go of the weights that stand before it.
@@ -299,6 +288,7 @@ def round_layers(
     beside: Beside | None = None,
     last_states: bool = True,
     target: Activations | None = None,
+    original_inputs: bool = False,
 ) -> None:
     """Round every decoder layer; ``hidden`` goes from embeddings to last hidden states, those of the rounded model.
 
@@ -307,7 +297,8 @@ def round_layers(
     put in place instead of being found again. With ``stop`` only so many layers are rounded. ``caches`` bounds the
     memory of linears' inputs. ``beside`` runs each layer by itself, before and after, which needs ``finished`` to know
     what was written. Without ``last_states`` the last layer need not run once it is rounded. ``target`` (embeddings, as
-    ``hidden``) goes through the 16-bit model for a method that looks at it.
+    ``hidden``) goes through the 16-bit model for a method that looks at it; with ``original_inputs`` what linears read
+    there is kept in ``caches``, too.
 
     Raises those of the method, before anything is read; InputError for activations that are not finite, with the
     layer's and the linear's name.
@@ -315,10 +306,10 @@ def round_layers(
     method.check(stream.checkpoint)
     dtype = stored_dtype(stream.checkpoint)
     kept = caches or Caches()
+    originals = OriginalInputs(kept, [names[0] for names in SHARED_INPUTS]) if original_inputs else None
 
-    def settle(index: int, layer: nn.Module) -> Callable[[int], Tensor] | None:
+    def settle(index: int, layer: nn.Module, done: Mapping[str, Tensor] | None) -> Callable[[int], Tensor] | None:
         """Give a layer its rounded weights; return the short way to what it then makes of a batch, if there is one."""
-        done = finished(index)
         if done is not None:
             _restore(layer, done)
             method.attach(layer)
@@ -336,6 +327,7 @@ def round_layers(
             prefix=f"{stream.checkpoint.family.language_prefix}layers.{index}.",
             caches=kept,
             target=target,
+            originals=originals,
         )
         rounded = method.round_layer(stage)
         plain = {
@@ -357,9 +349,14 @@ def round_layers(
     for index, layer in stream.layers(stop):
         if beside is not None:
             beside.unrounded(index, layer)
+        done = finished(index)
         if target is not None:
-            stream.advance(index, layer, batches, target)
-        output = settle(index, layer)
+            with contextlib.ExitStack() as stack:
+                if originals is not None and done is None:
+                    stack.enter_context(originals.keeping(layer, target.shapes, stream.products))
+                stream.advance(index, layer, batches, target)
+        output = settle(index, layer, done)
+        del done
         if last_states or index < len(stream) - 1:
             stream.advance(index, layer, batches, hidden, output)
         del output

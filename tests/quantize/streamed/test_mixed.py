@@ -15,7 +15,8 @@ from calibration.streaming.sequential import Activations, LayerStream
 from quantize.methods.gptq_method import Gptq
 from quantize.methods.grid import Scheme
 from quantize.streamed import options as options_module
-from quantize.streamed.layers import Caches, Rounded, round_layers
+from quantize.streamed.caches import Caches
+from quantize.streamed.layers import Rounded, round_layers
 from quantize.streamed.options import run_of
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
