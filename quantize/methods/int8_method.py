@@ -141,7 +141,7 @@ def _product(linear: Any, factor_C: Tensor, inputs: Tensor) -> Tensor:
     divided = round_tokens(inputs.float() / factor_C)
     parts = linear.weight.data.split(rows_together(linear.in_features, linear.weight.device))
     found = torch.cat([divided @ _moved(part.float(), factor_C)[1].T for part in parts], dim=-1)
-    return found if linear.bias is None else found + linear.bias
+    return (found if linear.bias is None else found + linear.bias).to(inputs.dtype)
 
 
 def _moved(weight_RC: Tensor, factor_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from quantize.methods.int8_method import _inputs
+from quantize.methods.int8_method import _inputs, _product
 from quantize.methods.unseen import Unseen, surely_less
 from quantize.streamed.layers import Stage
 from tests.quantize.methods.test_int8_method import outputs, stage_of
@@ -61,6 +61,15 @@ def test_tokens_without_weight_count_nothing_and_a_lone_row_is_both(written: Wri
         assert float(Unseen.of(stage).errors(doubled).sum()) == 0
     alone = cast(Any, SimpleNamespace(hidden=SimpleNamespace(shapes=[(1, 5, 8)])))
     assert bool(Unseen(stage=cast(Stage, alone), rows={0: torch.tensor([0])}, wanted={}).learnt_from(0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_linear_gives_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(64, 32, dtype=dtype).requires_grad_(False)
+    inputs = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = _product(linear, torch.full((64,), 2.0), inputs)
+    assert found.dtype == dtype
+    assert 0 < float((found - linear(inputs)).float().norm() / linear(inputs).float().norm()) < 0.02
 
 
 def test_a_gain_is_more_than_its_standard_error() -> None:
