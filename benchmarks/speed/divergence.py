@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safevlm.checkpoint.checkpoint import open_checkpoint
+from safevlm.checkpoint.weights.quantized import round_inputs
 from safevlm.errors import InputError
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.safe_vlm import SafeVLM
@@ -62,13 +63,19 @@ class Reference:
         """Return the divergence of a compressed checkpoint."""
         return self.of(load_safe_vlm(open_checkpoint(folder, tap="language_model")))
 
-    def of_weights(self, weights: dict[str, Tensor]) -> dict[str, Divergence]:
-        """Return that of the 16-bit model with some weights replaced: ``layers.0.mlp.up_proj.weight`` …"""
+    def of_weights(self, weights: dict[str, Tensor], *, rounds_inputs: bool = False) -> dict[str, Divergence]:
+        """Return that of the 16-bit model with some weights replaced: ``layers.0.mlp.up_proj.weight`` …
+
+        With ``rounds_inputs`` what the linears among them read is rounded to 8 bits, a scale a token.
+        """
         model = load_safe_vlm(open_checkpoint(self._checkpoint, tap="language_model"))
         slots = dict(model.core.language_model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
                 slots[name].copy_(value)
+        if rounds_inputs:
+            linears = [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
+            round_inputs(model.core.language_model, linears)
         return self.of(model)
 
     @torch.no_grad()

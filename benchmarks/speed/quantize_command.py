@@ -26,7 +26,7 @@ __all__ = ["quantize"]
 USUAL = RealCase(weights="smollm2")
 PLAIN_PEERS = Path(".venv-gptqmodel/bin/python")
 REAL_PEERS_PYTHON = ENVIRONMENT / "bin" / "python"
-REAL_ONLY = ("weights", "subject", "who", "bits", "rows", "seed", "windows", "iterations", "minutes", "layers")
+REAL_ONLY = ("weights", "subject", "who", "int8", "bits", "rows", "seed", "windows", "iterations", "minutes", "layers")
 PLAIN_ONLY = ("cases", "no_peers", "rounds", "threads")
 Measured = tuple[dict[str, Any], list[str], bool]
 """The record, the table's lines, whether anyone failed."""
@@ -70,6 +70,7 @@ Measured = tuple[dict[str, Any], list[str], bool]
     multiple=True,
     help=f"With --real: who quantizes, of {', '.join((*WAYS, *REAL_PEERS))}; repeatable.  [default: all]",
 )
+@click.option("--int8", is_flag=True, help="With --real: round weights and inputs to 8 bits (quantize.int8) instead.")
 @click.option(
     "--bits",
     type=click.IntRange(2, 8),
@@ -120,7 +121,8 @@ def quantize(real: bool, peers: Path | None, out: Path | None, as_json: bool, **
     """Time GPTQ of the same language model by this project, GPTQModel and llm-compressor, on the CPU.
 
     With --real, of real weights: by this project before its own steps, as it stands and tuned, by GPTQModel, GPTAQ,
-    FOEM, llm-compressor and AutoRound, with the KL divergence from the 16-bit model on held-out text.
+    FOEM, llm-compressor and AutoRound, with the KL divergence from the 16-bit model on held-out text. With --int8, of
+    weights and inputs, by this project before and as it stands, and by llm-compressor.
     """
     from rich.console import Console
 
@@ -143,6 +145,8 @@ def _check_given(context: click.Context, real: bool) -> None:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             option = next(each.opts[0] for each in context.command.params if each.name == name)
             raise InputError(f"{option} {'does not go with' if real else 'needs'} --real. Leave out one of the two.")
+    if context.params["int8"] and context.get_parameter_source("bits") is click.core.ParameterSource.COMMANDLINE:
+        raise InputError("--bits does not go with --int8. Leave out one of the two.")
 
 
 def _plain(given: Mapping[str, Any], peers: Path | None, command: str, report: Callable[[str], None]) -> Measured:
@@ -168,7 +172,7 @@ def _real(given: Mapping[str, Any], peers: Path | None, command: str, report: Ca
     from benchmarks.speed.quantize_real import measure_real
 
     case = RealCase(**{name: given[name] for name in REAL_ONLY if name not in ("subject", "who")})
-    who, weights = find_peers(given["who"]), find_weights(case.weights)
+    who, weights = find_peers(given["who"], int8=case.int8), find_weights(case.weights)
     python = (peers or REAL_PEERS_PYTHON).absolute()
     if any(name in REAL_PEERS for name in who) and not python.is_file():
         raise InputError(f"{python} is missing. Run make peers to create the environment of the peers.")

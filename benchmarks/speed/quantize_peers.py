@@ -124,27 +124,35 @@ def _llm_compressor(folder: Path, out: Path, request: Mapping[str, Any]) -> dict
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM
 
     ids = _ids(folder)
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
     spent_since = clocks()
     model = AutoModelForCausalLM.from_pretrained(folder / "language_model", dtype=torch.float32)
-    weights = QuantizationArgs(
-        num_bits=int(request["bits"]), group_size=int(request["group_size"]), strategy="group", symmetric=True
-    )
-    modifier = GPTQModifier(
-        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
-    )
+    recipe: list[Any]
+    if request.get("int8"):
+        recipe = [
+            SmoothQuantModifier(smoothing_strength=0.8),
+            GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        ]
+    else:
+        weights = QuantizationArgs(
+            num_bits=int(request["bits"]), group_size=int(request["group_size"]), strategy="group", symmetric=True
+        )
+        groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights)}
+        recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
     oneshot(
         model=model,
         dataset=data,
-        recipe=modifier,
+        recipe=recipe,
         num_calibration_samples=len(ids),
         max_seq_length=max(map(len, ids)),
         batch_size=_batch_size(ids),
     )
-    kept = {name: value for name, value in model.state_dict().items() if name.endswith("_proj.weight")}
+    ends = ("_proj.weight", "norm.weight") if request.get("int8") else ("_proj.weight",)  # smoothing divides norms
+    kept = {name: value for name, value in model.state_dict().items() if name.endswith(ends)}
     found = {name.removeprefix("model."): value.float().clone() for name, value in kept.items()}
     model.save_pretrained(out / "written", save_compressed=True)
     spent = spent_since()

@@ -1,6 +1,7 @@
 """Round real weights by this project's ways and by its peers, on the same token ids, and measure what is lost.
 
-This project runs as its command does, ``python -m quantize.gptq``; everyone in a process of its own with one thread.
+This project runs as its commands do, ``python -m quantize.gptq`` and ``quantize.int8``; everyone in a process of its
+own with one thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from benchmarks.real.names import CALIBRATION, CHECKPOINT, HELD_OUT, LANGUAGE_MODEL
 from benchmarks.speed.isolation import run_isolated
 from benchmarks.speed.quantize_peers import clocks
-from benchmarks.speed.quantize_real_cases import WAYS, RealCase, RealRow
+from benchmarks.speed.quantize_real_cases import RealCase, RealRow
 
 __all__ = ["measure_real", "run_way"]
 
@@ -47,19 +48,19 @@ def measure_real(
         subject.mkdir()
         (subject / LANGUAGE_MODEL).symlink_to((folder / LANGUAGE_MODEL).resolve())
         (subject / "samples.json").write_text(json.dumps(ids), encoding="utf-8")
-        for bits in case.bits:
+        for bits in (8,) if case.int8 else case.bits:
             for peer in who:
-                report(f"{peer}, {bits} bits")
+                report(f"{peer}, {'int8' if case.int8 else f'{bits} bits'}")
                 out = Path(name, "out")
-                ours = peer in WAYS
-                if ours:
+                if peer in case.ways:
                     request = _way(case, folder, out, bits, case.options(peer))
                     outcome = run_isolated("benchmarks.speed.quantize_real:run_way", request, threads=1)
                 else:
                     request = {"peer": peer, "folder": str(subject), "out": str(out), "threads": 1, "bits": bits}
+                    more = {"group_size": case.group_size, "iterations": case.iterations, "int8": case.int8}
                     outcome = run_isolated(
                         "benchmarks.speed.quantize_peers:run_peer",
-                        {**request, "group_size": case.group_size, "iterations": case.iterations},
+                        {**request, **more},
                         threads=1,
                         python=str(peers_python),
                         variables=variables,
@@ -67,7 +68,7 @@ def measure_real(
                 if outcome.problem is not None:
                     row = RealRow(peer=peer, bits=bits, problem=outcome.problem)
                 else:
-                    row = _judged(reference, peer, bits, out, outcome.answers[0])
+                    row = _judged(reference, case, peer, bits, out, outcome.answers[0])
                 shutil.rmtree(out, ignore_errors=True)
                 rows.append(row)
                 done(row)
@@ -99,29 +100,34 @@ def _way(case: RealCase, folder: Path, out: Path, bits: int, options: Sequence[s
         "--samples": case.rows,
         "--seed": case.seed,
         "--answers": "given",
-        "--bits": bits,
-        "--group-size": case.group_size,
     }
-    return {"arguments": [str(part) for pair in given.items() for part in pair] + list(options)}
+    if not case.int8:
+        given |= {"--bits": bits, "--group-size": case.group_size}
+    arguments = [str(part) for pair in given.items() for part in pair] + list(options)
+    return {"command": "int8" if case.int8 else "gptq", "arguments": arguments}
 
 
 def run_way(request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Run ``quantize.gptq`` with the request's ``arguments``; answer as peers do."""
+    """Run ``quantize.gptq`` or ``quantize.int8``, its ``command``, with its ``arguments``; answer as peers do."""
     import torch
 
-    from quantize.gptq import main
+    from quantize import gptq, int8
     from safevlm.version import VERSION
 
     torch.set_num_threads(1)
     spent_since = clocks()
+    main = {"gptq": gptq.main, "int8": int8.main}[request["command"]]
     main.main(args=list(request["arguments"]), standalone_mode=False)
     yield {**spent_since(), "version": VERSION}
 
 
-def _judged(reference: Any, peer: str, bits: int, out: Path, answer: Mapping[str, Any]) -> RealRow:
+def _judged(reference: Any, case: RealCase, peer: str, bits: int, out: Path, answer: Mapping[str, Any]) -> RealRow:
     from safetensors.torch import load_file
 
-    found = reference.of_artifact(out) if peer in WAYS else reference.of_weights(load_file(out / "weights.safetensors"))
+    if peer in case.ways:
+        found = reference.of_artifact(out)
+    else:
+        found = reference.of_weights(load_file(out / "weights.safetensors"), rounds_inputs=case.int8)
     return RealRow(
         peer=peer,
         bits=bits,

@@ -18,7 +18,16 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.divergence import BEGINNINGS, Reference
 from benchmarks.speed.quantize import PEER_VARIABLES
 from benchmarks.speed.quantize_real import measure_real
-from benchmarks.speed.quantize_real_cases import REAL_PEERS, WAYS, RealCase, RealRow, find_peers, real_table
+from benchmarks.speed.quantize_real_cases import (
+    INT8_PEERS,
+    INT8_WAYS,
+    REAL_PEERS,
+    WAYS,
+    RealCase,
+    RealRow,
+    find_peers,
+    real_table,
+)
 from quantize.gptq import main as gptq
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.errors import InputError
@@ -57,6 +66,26 @@ def test_fewer_bits_lose_more_and_a_peer_that_fails_is_a_row(subject: Path) -> N
     assert failed.problem is not None and "No module named 'gptqmodel'" in failed.problem
 
 
+def test_int8_rounds_inputs_of_whoever_it_is(subject: Path) -> None:
+    case = replace(CASE, int8=True)
+    _, rows = measure_real(
+        case, subject, ("before", "now", "llm-compressor"), peers_python=Path(sys.executable), variables=PEER_VARIABLES
+    )
+    before, now, failed = rows
+    assert {row.bits for row in rows} == {8} and now.problem is None and before.problem is None
+    assert tuple(now.kl) == BEGINNINGS and 0 < now.kl["calibrated"] < 0.1
+    assert failed.problem is not None and "No module named 'llmcompressor'" in failed.problem
+    lines = real_table(case, "a note", 1234, rows)
+    assert "a scale a row, inputs a token" in lines[0] and lines[3].split()[:2] == ["int8", "before"]
+    text = (subject / HELD_OUT).read_text(encoding="utf-8")
+    reference = Reference(subject / CHECKPOINT, text, windows=2, length=64, seed=0)
+    model = load_safe_vlm(open_checkpoint(subject / CHECKPOINT, tap="language_model"))
+    own = {name: value for name, value in model.core.language_model.named_parameters() if "layers." in name}
+    for rounds_inputs, low, high in ((False, -1e-6, 1e-6), (True, 1e-6, 0.1)):
+        found = reference.of_weights(own, rounds_inputs=rounds_inputs)
+        assert all(low < each.kl < high for each in found.values())
+
+
 def test_the_16_bit_model_has_no_divergence_from_itself(subject: Path) -> None:
     text = (subject / HELD_OUT).read_text(encoding="utf-8")
     reference = Reference(subject / CHECKPOINT, text, windows=2, length=64, seed=0)
@@ -93,6 +122,11 @@ def test_the_table_has_every_figure_and_every_reason() -> None:
 def test_names_and_ways() -> None:
     assert find_peers(()) == (*WAYS, *REAL_PEERS)
     assert find_peers(("foem", "now")) == ("now", "foem")
+    assert find_peers((), int8=True) == (*INT8_WAYS, *INT8_PEERS) == ("before", "now", "llm-compressor")
+    with pytest.raises(
+        InputError, match=r"--who autoround does not go with --int8\. Give names out of before, now, llm"
+    ):
+        find_peers(("autoround",), int8=True)
     assert replace(CASE, minutes=2.5).options("tuned") == ("--time", "2.5")
     with pytest.raises(InputError, match=r"--who awq is unknown\. Give names out of before, now, tuned, gptqmodel"):
         find_peers(("awq",))
@@ -103,6 +137,9 @@ def test_names_and_ways() -> None:
     [
         ("--real --case llama", "--case does not go with --real"),
         ("--rows 12", "--rows needs --real"),
+        ("--int8", "--int8 needs --real"),
+        ("--real --int8 --bits 8", "--bits does not go with --int8"),
+        ("--real --int8 --who tuned", "--who tuned does not go with --int8"),
         ("--real --who now --subject /nowhere", "there is no checkpoint/"),
         ("--real --who foem --peers /nowhere/python", "/nowhere/python is missing. Run make peers"),
         ("--real --who awq", "--who awq is unknown"),

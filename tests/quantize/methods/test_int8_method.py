@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calibration.streaming.sequential import Activations, LayerStream
+from quantize.methods import int8_method
 from quantize.methods.int8_method import STRENGTHS, W8A8, _Fold
 from quantize.streamed.layers import LINEARS, SHARED_INPUTS, Rounded, Stage, round_layers
 from safevlm.checkpoint.checkpoint import open_checkpoint
@@ -98,19 +99,53 @@ def test_outliers_are_moved_and_make_the_rounded_layer_better(written: Written) 
         moved = {row["linear"]: row["smoothing"] for row in rounded.report}
         assert (moved["self_attn.q_proj"] > 0) == (moved["mlp.gate_proj"] > 0) == (strengths is STRENGTHS)
         assert all(row["smoothed_error"] <= 1 for row in rounded.report)
-        assert not any(row["descended"] for row in rounded.report)
+        assert not any(row["descent"] for row in rounded.report)
     assert errors[STRENGTHS] < 0.7 * errors[(0.0,)]
 
 
 @torch.no_grad()
-def test_the_descent_is_kept_where_it_makes_less_error_and_is_off_with_smoothing(written: Written) -> None:
+def test_the_descent_is_kept_where_the_layer_gets_better_and_is_off_with_smoothing(written: Written) -> None:
     reports = []
     for strengths, steps in ((STRENGTHS, 0), (STRENGTHS, 60), ((0.0,), 60)):
         reports.append(W8A8(strengths=strengths, steps=steps).round_layer(stage_of(written)).report)
     without, descended, off = reports
-    assert any(row["descended"] for row in descended)
-    first = [report[0]["smoothed_error"] for report in (without, descended)]  # which reads the same in both
-    assert first[1] <= first[0] and not any(row["descended"] or row["smoothing"] for row in off)
+    if written.family != "gemma3":  # of which a row of 19 tokens is held out, too few to be sure
+        assert any(row["descent"]["kept"] for row in descended)
+    assert not any(row["descent"] for row in (*without, *off)) and not any(row["smoothing"] for row in off)
+    for row, plain in zip(descended, without, strict=True):
+        descent = row["descent"]
+        assert descent["loss_after"] < descent["loss_before"] or not descent["kept"]
+        if row["linear"].endswith("q_proj"):  # which reads the same in both
+            assert row["smoothed_error"] <= plain["smoothed_error"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 60.0, 100.0])
+def test_a_descent_does_not_lose_to_its_start_beside_outliers(written: Written, outlier: float) -> None:
+    errors = []
+    for steps in (0, 60):
+        stage = stage_of(written, outlier)
+        before = outputs(stage)
+        W8A8(steps=steps).round_layer(stage)
+        lost = (outputs(stage) - before).square().sum(dim=1) / before.square().sum(dim=1)
+        errors.append(float(lost.mean().sqrt()))
+    assert errors[1] <= 1.1 * errors[0], "0.1 is what tokens that attend to another place by chance make"
+
+
+@torch.no_grad()
+def test_factors_that_make_the_layer_worse_are_not_taken(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse(factor: Tensor, *_: object, **__: object) -> Tensor:
+        return factor * torch.logspace(-1.5, 1.5, len(factor))[torch.arange(len(factor)) // 64 * 64]
+
+    tensors = []
+    for descended in (None, worse):
+        if descended is not None:
+            monkeypatch.setattr(int8_method, "descend", descended)
+        rounded = W8A8(steps=60 if descended else 0).round_layer(stage_of(written))
+        tensors.append(rounded.tensors)
+        assert not any(row["descent"] and row["descent"]["kept"] for row in rounded.report)
+    # what was tried and left is nowhere in what is stored; without a descent the same rows are held out
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 @torch.no_grad()

@@ -201,19 +201,25 @@ def test_the_search_for_a_strength_is_the_same_in_parts(monkeypatch: pytest.Monk
     linears: Sequence[nn.Linear] = [nn.Linear(96, count, bias=False) for count in (300, 700)]
     sample = torch.randn(128, 96) * torch.logspace(-1, 1.5, 96)
     largest = sample.abs().amax(dim=0)
-    search = partial(W8A8()._search, list(linears), largest, sample, _Fold())
+    other = torch.randn(64, 96) * torch.logspace(-1, 1.5, 96)
+
+    def errors(factor: Tensor) -> Tensor:
+        found = [int8_method._product(linear, factor, other) - linear(other) for linear in linears]
+        return torch.cat(found, dim=1).square().sum(dim=1)
+
+    search = partial(W8A8()._search, list(linears), largest, sample, _Fold(), torch.no_grad()(errors))
     factor, found = search()
     sizes: list[int] = []
-    error = int8_method._part_error
+    moved = int8_method._moved
 
-    def watched(part: Tensor, *given: Tensor) -> float:
+    def watched(part: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(len(part))
-        return error(part, *given)
+        return moved(part, factor)
 
     monkeypatch.setattr(solver, "TOGETHER", 1)
-    monkeypatch.setattr(int8_method, "_part_error", watched)
+    monkeypatch.setattr(int8_method, "_moved", watched)
     same, again = search()
-    assert found["smoothing"] > 0 and found["descended"] and found["smoothed_error"] < 1
+    assert found["smoothing"] > 0 and found["descent"]["kept"] and found["smoothed_error"] < 1
     assert torch.equal(same, factor) and again["smoothing"] == found["smoothing"]
     assert abs(again["smoothed_error"] / found["smoothed_error"] - 1) < 1e-4
     assert max(sizes) == 256, "no copy is of all the rows"
