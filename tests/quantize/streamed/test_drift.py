@@ -85,9 +85,7 @@ def test_all_tokens_of_refusals_and_some_of_other_answers_are_looked_at(
     monkeypatch.setattr(drift, "OTHERS", most)
     sample = Sample(kind="text", question="?", answer="", image=None, name="", where="")
     answers = [(range(10, 13), True), (range(20, 30), False), (range(30, 34), True)]
-    rows = [
-        Row(sample=sample, ids=(1, 2, *ids), answer_length=len(ids), refused=refused) for ids, refused in answers
-    ]
+    rows = [Row(sample=sample, ids=(1, 2, *ids), answer_length=len(ids), refused=refused) for ids, refused in answers]
     batches: Any = [SimpleNamespace(rows=[row]) for row in rows]
     states: Any = [torch.tensor([*row.ids[1:], 0.0]).reshape(1, -1, 1) for row in rows]
     hidden: Any = _States(states)
