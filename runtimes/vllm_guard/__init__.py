@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from runtimes.vllm_guard.versions import api_problem
 
-__all__ = ["CONNECTOR", "CONNECTOR_CLASS", "CONNECTOR_MODULE", "register"]
+__all__ = ["CONNECTOR", "CONNECTOR_MODULE", "register"]
 
 CONNECTOR = "SafeVLMGuard"
-"""The name to give as ``kv_connector``."""
+"""The name to give as ``kv_connector``, and the class's."""
 CONNECTOR_MODULE = "runtimes.vllm_guard.connector"
-CONNECTOR_CLASS = "SafeVLMGuard"
 
 
 def register() -> None:
@@ -30,4 +29,4 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR_CLASS)
+        KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)

@@ -93,13 +93,17 @@ class SafeVLMGuard(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return False
 
     @classmethod
-    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:  # noqa: ARG003
         """A token's state is contiguous in the cache."""
         return "LBNHC"
 
     # -- in the scheduler -------------------------------------------------------------------------------
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(
+        self,
+        request: Any,  # noqa: ARG002
+        num_computed_tokens: int,  # noqa: ARG002
+    ) -> tuple[int | None, bool]:
         """Nothing is ever loaded."""
         return 0, False
 
@@ -206,10 +210,10 @@ class SafeVLMGuard(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if len(layers) != 1:
             raise InputError(f"vLLM keeps the hidden states of {len(layers)} layers; 1 is needed.")
         cache = kv_caches[layers[0]]
-        if cache.ndim != 4 or cache.shape[1:] != (1, self.block_size, len(self.head.norm_D)):
+        if cache.ndim != 4 or cache.shape[1:] != (1, self.block_size, len(self.head.norm)):
             raise InputError(
                 f"vLLM's cache of hidden states has shape {tuple(cache.shape)}; (blocks, 1, {self.block_size}, "
-                f"{len(self.head.norm_D)}) is needed. Serve without the guard's connector, or with a tested vLLM."
+                f"{len(self.head.norm)}) is needed. Serve without the guard's connector, or with a tested vLLM."
             )
         self.cache, self.head = cache, self.head.to(cache.device)
 

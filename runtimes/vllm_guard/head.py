@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safevlm.checkpoint.families import FAMILIES
@@ -39,7 +40,8 @@ class ExactHead:
     family: Family
     classes: tuple[str, ...]
     layers: tuple[tuple[Tensor, Tensor], ...]
-    norm_D: Tensor
+    norm: Tensor
+    """D, the final norm's weight."""
     sha256: str
 
     @classmethod
@@ -66,18 +68,18 @@ class ExactHead:
                 "The head belongs to another checkpoint."
             )
         classes = _classes(folder, config, len(layers[-1][0]))
-        return cls(family=family, classes=classes, layers=layers, norm_D=norm_D, sha256=head_sha256(layers))
+        return cls(family=family, classes=classes, layers=layers, norm=norm_D, sha256=head_sha256(layers))
 
     def to(self, device: torch.device) -> ExactHead:
         """Return the same guard on another device."""
         moved = tuple((weight.to(device), bias.to(device)) for weight, bias in self.layers)
-        return replace(self, layers=moved, norm_D=self.norm_D.to(device))
+        return replace(self, layers=moved, norm=self.norm.to(device))
 
     @torch.inference_mode()
     def probs(self, hidden_TD: Tensor, eps: float) -> list[float]:
         """Return C probabilities from the last layer's output at the image positions, before the final norm."""
         x_TD = hidden_TD.float()
-        x_TD = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * (self.norm_D + self.family.norm_offset)
+        x_TD = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * (self.norm + self.family.norm_offset)
         x = x_TD.mean(0)
         for number, (weight, bias) in enumerate(self.layers):
             x = torch.nn.functional.linear(x if number == 0 else torch.nn.functional.gelu(x), weight, bias)
@@ -138,20 +140,25 @@ def require_language_tap(folder: Path, family: Family, config: Mapping[str, Any]
         )
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises GuardHeadError where it is damaged or cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise GuardHeadError(f"{path} cannot be read: {error}. Fetch the file again.") from error
+
+
 def _read_layers(path: Path) -> tuple[tuple[Tensor, Tensor], ...]:
     """Return the head's Linears in float32. Raises GuardHeadError where they are not a chain at 0, 3, 6, …"""
     stored: dict[tuple[int, str], Tensor] = {}
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                matched = re.fullmatch(re.escape(HEAD_PREFIX) + r"mlp\.(\d{1,4})\.(weight|bias)", name)
-                if matched is None:
-                    raise GuardHeadError(f"{path}: '{name[:200]}' is not a guard head's tensor. Fetch the file again.")
-                stored[int(matched[1]), matched[2]] = file.get_tensor(name).float()
-    except GuardHeadError:
-        raise
-    except Exception as error:  # safetensors raises a class of its own, and what the system raises
-        raise GuardHeadError(f"{path} cannot be read: {error}. Fetch the file again.") from error
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            matched = re.fullmatch(re.escape(HEAD_PREFIX) + r"mlp\.(\d{1,4})\.(weight|bias)", name)
+            if matched is None:
+                raise GuardHeadError(f"{path}: '{name[:200]}' is not a guard head's tensor. Fetch the file again.")
+            stored[int(matched[1]), matched[2]] = file.get_tensor(name).float()
     places = range(0, LAYER_STEP * (len(stored) // 2), LAYER_STEP)
     if not stored or set(stored) != {(place, kind) for place in places for kind in ("weight", "bias")}:
         raise GuardHeadError(f"{path} is not a chain of Linears at 0, 3, 6, … Fetch the file again.")
@@ -170,14 +177,11 @@ def _read_norm(folder: Path, family: Family) -> Tensor:
     """Return the final norm's weight, float32. Raises GuardHeadError where no safetensors file has it."""
     wanted = f"{family.language_prefix}norm.weight"
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name.endswith("norm.weight") and family.canonical(name) == wanted:
-                        found: Tensor = file.get_tensor(name).float()
-                        return found
-        except Exception as error:
-            raise GuardHeadError(f"{path} cannot be read: {error}. Fetch the file again.") from error
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith("norm.weight") and family.canonical(name) == wanted:
+                    found: Tensor = file.get_tensor(name).float()
+                    return found
     raise GuardHeadError(f"{folder}: no safetensors file holds '{wanted}'. Give the whole checkpoint.")
 
 

@@ -29,7 +29,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "quantize": "Compress the language model of a checkpoint.",
         "calibration": "Fit guard heads and thresholds, and write answers to calibrate with.",
         "benchmarks": "Run suites, compare runs, measure speed.",
-        "runtimes": "The commands check, gate, chat and gateway, by their package.",
+        "runtimes": "The commands check, gate, chat, vllm and gateway, by their package.",
     }
 )
 """The groups, one for each of our packages, and what is in each."""
@@ -45,6 +45,7 @@ _GROUPED = {
     "runtimes check": "runtimes.check",
     "runtimes gate": "runtimes.gate.__main__",
     "runtimes chat": "runtimes.chat",
+    "runtimes vllm": "runtimes.vllm",
     "runtimes gateway": "runtimes.gateway.__main__",
     "runtimes gateway keys": "runtimes.gateway.keys",
     "benchmarks run": "benchmarks.run",
