@@ -16,10 +16,8 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from quantize.streamed.artifact import SHARD_BYTES, artifact_config, kept_dtype, write_tensors
-from quantize.streamed.companions import write_companions
+from quantize.streamed.artifact import SHARD_BYTES, kept_dtype, write_light_files, write_tensors
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.family import TapSource
 from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.errors import InputError
@@ -59,12 +57,9 @@ def export_hf(
     if out.exists():
         raise InputError(f"{out} already exists. Give --out a new folder, or remove this one.")
     check_writable(out)
-    config = build_config(checkpoint)
     check_room(out, _bytes_of(checkpoint))
     with draft_of(out) as draft, storing(out, advice="give --out another place"):
-        token = write_companions(checkpoint, config, draft)
-        stated = json.dumps(artifact_config(checkpoint, token), indent=2)
-        (draft / "config.json").write_text(stated + "\n", encoding="utf-8")
+        token = write_light_files(checkpoint, draft)
         written = write_tensors(checkpoint, None, draft, token=token, shard_bytes=shard_bytes, report=report)
         open_checkpoint(draft)
         publish(draft, out)

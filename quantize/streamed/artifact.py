@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from quantize.streamed.companions import ImageToken
+from quantize.streamed.companions import ImageToken, image_token_of, write_companions
 from quantize.streamed.layers import stored_dtype
 from quantize.streamed.rotated import RotatedTensors
 from safevlm.checkpoint.architectures import architecture_of
@@ -28,6 +28,7 @@ from safevlm.checkpoint.weights.finite import converted
 from safevlm.checkpoint.weights.shard_header import read_header
 from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.files.regular_file import open_regular
+from safevlm.network.prompt_tokens import load_tokenizer
 
 __all__ = [
     "SHARD_BYTES",
@@ -36,6 +37,7 @@ __all__ = [
     "kept_dtype",
     "stored_name",
     "write_bytes",
+    "write_light_files",
     "write_shards",
     "write_tensors",
 ]
@@ -55,6 +57,21 @@ def stored_name(name: str) -> str:
     """Return the name that transformers >= 4.52 stores a canonical tensor under."""
     tower = "model.vision_tower."
     return f"{tower}vision_model.{name.removeprefix(tower)}" if name.startswith(tower) else name
+
+
+def write_light_files(
+    checkpoint: Checkpoint, folder: Path, quantization: Mapping[str, Any] | None = None
+) -> ImageToken:
+    """Write all but the tensors into ``folder``: config.json and its companions; return the image token.
+
+    Raises CheckpointError for a config or a tokenizer that transformers does not take; OSError.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    token = image_token_of(checkpoint, tokenizer)
+    stated = json.dumps(artifact_config(checkpoint, token, quantization), indent=2)
+    (folder / "config.json").write_text(stated + "\n", encoding="utf-8")
+    write_companions(checkpoint, tokenizer, token, folder)
+    return token
 
 
 def artifact_config(

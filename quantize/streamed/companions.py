@@ -13,6 +13,7 @@ The source's own files are kept and completed. What transformers and vLLM need a
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from typing import Any
 
 from safevlm.checkpoint.architectures import ARCHITECTURES
 from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.hub import LIGHT_PATTERNS
 from safevlm.files.json_file import read_json_object
-from safevlm.network.prompt_tokens import load_tokenizer, single_id, stated_ends, stop_ids
+from safevlm.network.prompt_tokens import load_tokenizer, prompt_ids, single_id, stated_ends, stop_ids
 
 __all__ = ["ImageToken", "copy_light_files", "image_token_of", "write_companions"]
+
+log = logging.getLogger(__name__)
 
 NOT_COPIED = ("config.json", "*.index.json", "quantize_config.json", "compression.json")
 PROCESSOR, PREPROCESSOR, GENERATION = "processor_config.json", "preprocessor_config.json", "generation_config.json"
@@ -67,13 +71,12 @@ def copy_light_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def write_companions(checkpoint: Checkpoint, config: Any, folder: Path) -> ImageToken:
-    """Copy the light files of a checkpoint into ``folder`` and complete them; return the image token that they have.
+def write_companions(checkpoint: Checkpoint, tokenizer: Any, token: ImageToken, folder: Path) -> None:
+    """Copy the light files of a checkpoint into ``folder``, where its config.json is, and complete them.
 
-    ``config`` is transformers' own. Raises CheckpointError for a tokenizer that cannot be read; OSError.
+    A prompt that the completed tokenizer splits otherwise is logged. Raises CheckpointError; OSError.
     """
-    tokenizer = load_tokenizer(checkpoint.folder)
-    token = image_token_of(checkpoint, tokenizer)
+    config = build_config(checkpoint)
     copy_light_files(checkpoint.folder, folder)
     if not (folder / TOKENIZER).is_file() and hasattr(tokenizer, "backend_tokenizer"):
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
@@ -87,7 +90,17 @@ def write_companions(checkpoint: Checkpoint, config: Any, folder: Path) -> Image
         template = resources.files("safevlm.checkpoint").joinpath("chat_templates", f"{checkpoint.family.key}.jinja")
         if template.is_file():
             (folder / TEMPLATES[0]).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
-    return token
+    before, after = (_prompt_of(checkpoint, each) for each in (tokenizer, load_tokenizer(folder)))
+    if before != after:
+        log.warning(
+            "%s: with %s as a token, the tokenizer writes a prompt as %s, which was %s around the image. Readers of "
+            "this layout see the former.",
+            *(checkpoint.name, token.text, after, before),
+        )
+
+
+def _prompt_of(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    return prompt_ids(tokenizer, checkpoint.family.prompt, "What is this?", 1)
 
 
 def _add(token: ImageToken, folder: Path) -> None:

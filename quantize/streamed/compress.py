@@ -29,8 +29,7 @@ from calibration.streaming.sequential import Activations, LayerStream
 from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
 from quantize.streamed.answers import kept_answers, whose
-from quantize.streamed.artifact import artifact_config, kept_dtype, write_tensors
-from quantize.streamed.companions import write_companions
+from quantize.streamed.artifact import kept_dtype, write_light_files, write_tensors
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
 from quantize.streamed.held_out import HeldOut, held_out_samples
@@ -41,7 +40,6 @@ from quantize.streamed.rotation_check import checked_rotation
 from quantize.streamed.unfinished import RECORD, Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.configs.processor_config import read_processor
-from safevlm.checkpoint.configs.transformers_config import build_config
 from safevlm.checkpoint.weights.finite import check_values
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, check_writable
@@ -354,9 +352,8 @@ class _Run:
         with self.unfinished.storing():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            token = write_companions(self.checkpoint, build_config(self.checkpoint), folder)
-            config = artifact_config(self.checkpoint, token, self.plan.quantization)
-            for name, data in {"config.json": config, **self.plan.extra_files}.items():
+            token = write_light_files(self.checkpoint, folder, self.plan.quantization)
+            for name, data in self.plan.extra_files.items():
                 (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             layers = [self.unfinished.layer_file(index) for index in self.unfinished.finished()]
             stored = write_tensors(
