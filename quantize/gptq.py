@@ -1,7 +1,7 @@
 """GPTQ of a Safe-VLM's language model: ``python -m quantize.gptq --model SafeLLaVA-7B --out DIR --bits 4``.
 
 Decoder layers stream by one at a time, calibrated on images and text; vision tower, projector and guard head stay in
-16 bit. The result is a checkpoint in GPTQ's v1 format that transformers, vLLM and GPTQModel load.
+16 bit. The result is a checkpoint in GPTQ's v1 format that transformers and GPTQModel load, and vLLM with 4 or 8 bits.
 """
 
 from __future__ import annotations

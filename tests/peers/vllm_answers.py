@@ -1,8 +1,9 @@
 """Run in vLLM's environment: load artifacts and answer questions about pictures, a line of JSON a job.
 
-Each line of stdin is ``{"folder", "dtype", "rows": [{"image", "question"}], "out"}``. vLLM is imported once and each
-job is done in a fork of this process, so that an engine costs seconds. What was found is written to ``out``, and a line
-says so on stdout.
+Each line of stdin is ``{"folder", "max_tokens", "rows": [{"image", "question"}], "out"}``, or with ``modules`` in place
+of rows, of which vLLM says by the artifact's config how many bits they have. vLLM is imported once and each job is done
+in a fork of this process, so that an engine costs seconds. What was found is written to ``out``, and a line says so on
+stdout.
 
 The kernel that multiplies by 4-bit weights on a CPU is written in AVX-512. Where the processor lacks it, plain torch
 stands in for that one function; what vLLM does before (names, fusing, sharding, repacking) is its own everywhere.
@@ -56,7 +57,7 @@ def answered(job: dict[str, Any]) -> dict[str, Any]:
     """Load an artifact and answer its rows greedily, through the checkpoint's own chat template."""
     model = LLM(
         job["folder"],
-        dtype=job["dtype"],
+        dtype="auto",
         max_model_len=512,
         max_num_seqs=8,
         enforce_eager=True,
@@ -85,6 +86,30 @@ def answered(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def bits(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the bits of modules, by vLLM's names; 16 of those that are not quantized."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+
+    class Linear(LinearBase):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    stated = json.loads((Path(job["folder"]) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = AutoGPTQConfig.from_config(stated)
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    config.maybe_update_config(job["folder"])
+    found = {}
+    for name in job["modules"]:
+        method = config.get_quant_method(Linear(), name)
+        plain = method is None or isinstance(method, UnquantizedLinearMethod)
+        found[name] = 16 if plain else method.quant_config.weight_bits
+    return {"bits": found}
+
+
 def forked(job: dict[str, Any]) -> None:
     """Do a job in a process of its own, whose end is the engine's."""
     child = os.fork()
@@ -95,7 +120,8 @@ def forked(job: dict[str, Any]) -> None:
     try:
         if not OWN_KERNEL:
             operators.cpu_gemm_wna16 = multiply
-        Path(job["out"]).write_text(json.dumps(answered(job)), encoding="utf-8")
+        found = bits(job) if "modules" in job else answered(job)
+        Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
         code = 0
     except BaseException:  # the parent shows it
         Path(job["out"]).write_text(json.dumps({"error": traceback.format_exc()}), encoding="utf-8")
