@@ -29,7 +29,7 @@ from calibration.streaming.sequential import Activations, LayerStream
 from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
 from quantize.streamed.answers import kept_answers, whose
-from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
+from quantize.streamed.artifact import kept_dtype, write_light_files, write_tensors
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
 from quantize.streamed.held_out import HeldOut, held_out_samples
@@ -352,13 +352,17 @@ class _Run:
         with self.unfinished.storing():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            copy_light_files(self.checkpoint.folder, folder)
-            config = artifact_config(self.checkpoint, self.plan.quantization)
-            for name, data in {"config.json": config, **self.plan.extra_files}.items():
+            token = write_light_files(self.checkpoint, folder, self.plan.quantization)
+            for name, data in self.plan.extra_files.items():
                 (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             layers = [self.unfinished.layer_file(index) for index in self.unfinished.finished()]
             stored = write_tensors(
-                self.checkpoint, layers, folder, shard_bytes=self.options.shard_bytes, report=self.progress.status
+                self.checkpoint,
+                layers,
+                folder,
+                token=token,
+                shard_bytes=self.options.shard_bytes,
+                report=self.progress.status,
             )
         tensors = self.source.tensors
         whole = sum(torch.Size(tensors.shape(name)).numel() * 2 for name in tensors.names())

@@ -18,6 +18,7 @@ from calibration.streaming.batches import Batch
 from quantize.methods.settings import Plan, RunOptions
 from quantize.streamed.layers import linear_names
 from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.version import VERSION
 
 __all__ = ["calibration_record", "identity", "jsonable", "recipe_record", "rows_record", "summary", "token_counts"]
@@ -102,8 +103,11 @@ def summary(checkpoint: Checkpoint, layers: Sequence[Mapping[str, Any]]) -> dict
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what tells a checkpoint from another one without reading its weights."""
-    files = sorted(path for path in checkpoint.folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    stats = {path.name: path.stat() for path in files}
+    files = [path for path in checkpoint.folder.iterdir() if path.suffix in (".safetensors", ".json")]
+    guard = checkpoint.folder / GUARD_FILE
+    stats = {path.relative_to(checkpoint.folder).as_posix(): path.stat() for path in sorted(files)}
+    if guard.is_file():
+        stats[GUARD_FILE] = guard.stat()
     return {
         "name": checkpoint.name,
         "revision": checkpoint.revision,

@@ -25,7 +25,7 @@ __all__ = ["COMMANDS", "GROUPS", "PROGRAM", "program"]
 PROGRAM = "safevlm"
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
-        "export": "Write guards and language models as ONNX, TensorRT and GGUF files.",
+        "export": "Write guards and language models as ONNX, TensorRT, GGUF and transformers files.",
         "quantize": "Compress the language model of a checkpoint.",
         "calibration": "Fit guard heads and thresholds, and write answers to calibrate with.",
         "benchmarks": "Run suites, compare runs, measure speed.",
@@ -37,6 +37,7 @@ _GROUPED = {
     "export onnx": "export.onnx",
     "export trt": "export.trt",
     "export gguf": "export.gguf.__main__",
+    "export hf": "export.hf",
     "quantize gptq": "quantize.gptq",
     "quantize int8": "quantize.int8",
     "calibration distill": "calibration.distill",
