@@ -313,8 +313,6 @@ def _check_settings(config: VllmConfig) -> None:
     for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, name) != 1:
             raise InputError(f"the guard needs {name} = 1, not {getattr(parallel, name)}: use tensor parallelism.")
-    if config.compilation_config.pass_config.enable_sp:
-        raise InputError("the guard cannot read hidden states under sequence parallelism. Leave enable_sp out.")
     if config.cache_config.cache_dtype not in ("auto", "bfloat16"):
         raise InputError(f"the guard needs --kv-cache-dtype auto, not {config.cache_config.cache_dtype}.")
 
