@@ -55,9 +55,9 @@ class ExactUpstream:
         try:
             listed = await self.upstream.models({})
             models = listed.body.get("data")
-            model = models[0]["id"] if isinstance(models, list) and models else None
+            model = str(models[0]["id"]) if isinstance(models, list) and models else ""
             grey = np.full((PROBE_PIXELS, PROBE_PIXELS, 3), 128, np.uint8)
-            found = await self.upstream.whole(_probe(image_url(grey), str(model)), {})
+            found = await self.upstream.whole(_probe(image_url(grey), model), {})
             identity = read_identity(found.body.get(KV_PARAMS))
         except (Refusal, VerdictError, KeyError, TypeError) as error:
             raise InputError(
@@ -103,7 +103,8 @@ class ExactUpstream:
 
     async def probs(self, url: str, model: str, headers: Mapping[str, str]) -> npt.NDArray[np.float32]:
         """Return the exact guard's C probabilities of an image, given as a data URL. Raises Refusal without them."""
-        found = await self.upstream.whole(_probe(url, model), headers)
+        own = {name: value for name, value in headers.items() if name != "x-request-id"}
+        found = await self.upstream.whole(_probe(url, model), own)
         if found.status != httpx.codes.OK:
             raise guard_error("the upstream gave no exact verdict, so the request was not answered.")
         try:
@@ -148,4 +149,5 @@ def image_url(rgb_HWC: npt.NDArray[np.uint8]) -> str:
 
 def _probe(url: str, model: str) -> dict[str, Any]:
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROBE_TEXT}]
-    return {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0}
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0}
+    return {"model": model, **asked} if model else asked
