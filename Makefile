@@ -43,7 +43,8 @@ $(VENV)/.installed: $(VENV)/.demo
 # Other projects that read our files or are measured beside us, each in an environment of its own; their tests skip
 # where these are missing.
 peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.installed .venv-clients/.installed .venv-litellm/.installed \
-       .venv-vercel/.installed .venv-deploy/.installed .venv-docs/.installed .venv-weights/.installed
+       .venv-vercel/.installed .venv-deploy/.installed .venv-docs/.installed .venv-weights/.installed \
+       .venv-vllm/.installed
 
 # A client for Node; without npm its test skips.
 .venv-vercel/.installed: tests/peers/vercel.json
@@ -55,6 +56,8 @@ peers: .venv-gptqmodel/.installed .venv-autogptq/.installed .venv-openvino/.inst
 .venv-%/.installed: tests/peers/%.txt install_peers.sh
 	PYTHON=$(PYTHON) sh install_peers.sh $*
 	touch $@
+
+.venv-vllm/.installed: tests/peers/vllm-alone.txt tests/peers/vllm_after.py
 
 # The command reference, from the help texts, and the site, into build/site.
 docs: $(VENV)/.installed .venv-docs/.installed

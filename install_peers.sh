@@ -15,3 +15,7 @@ fi
 if [ -f "tests/peers/$name-alone.txt" ]; then
     ".venv-$name/bin/python" -m pip install --quiet --no-deps --requirement "tests/peers/$name-alone.txt"
 fi
+# what has to be put right in what was installed
+if [ -f "tests/peers/${name}_after.py" ]; then
+    ".venv-$name/bin/python" "tests/peers/${name}_after.py"
+fi

@@ -21,7 +21,8 @@ from torch import nn
 from benchmarks.shapes.random_vlm import config_and_class
 from benchmarks.shapes.shapes import VisionShape, find_shape, shape_names
 from benchmarks.tiny.blueprints import BLUEPRINTS
-from quantize.streamed.artifact import Piece, copy_light_files, stored_name, write_bytes, write_shards
+from quantize.streamed.artifact import Piece, stored_name, write_bytes, write_shards
+from quantize.streamed.companions import copy_light_files
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, open_checkpoint
 from safevlm.checkpoint.families import FAMILIES
 from safevlm.checkpoint.family import HEAD_PREFIX

@@ -1,7 +1,7 @@
 """GPTQ of a Safe-VLM's language model: ``python -m quantize.gptq --model SafeLLaVA-7B --out DIR --bits 4``.
 
 Decoder layers stream by one at a time, calibrated on images and text; vision tower, projector and guard head stay in
-16 bit. The result is a checkpoint in GPTQ's v1 format that transformers, vLLM and GPTQModel load.
+16 bit. The result is a checkpoint in GPTQ's v1 format that transformers and GPTQModel load, and vLLM with 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from quantize.methods.settings import Plan
 from quantize.methods.solver import ActOrder, SolveOptions
 from quantize.methods.tuning import TuneOptions, Tuner
 from quantize.streamed.compress import compress
-from quantize.streamed.layers import LINEARS, SHARED_INPUTS
+from quantize.streamed.consumers import consumers
+from quantize.streamed.layers import LINEARS
 from quantize.streamed.options import calibration_of, finish, progress_on, rotate_option, run_of, shared_options
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.weights.quantized import BITS
@@ -36,7 +37,11 @@ __all__ = ["gptq_plan", "quantization_config"]
 
 
 def quantization_config(checkpoint: Checkpoint, scheme: Scheme, options: SolveOptions) -> dict[str, Any]:
-    """Return GPTQ's settings for config.json: all that any reader asks for, nothing left to defaults."""
+    """Return GPTQ's settings for config.json: all that any reader asks for, nothing left to defaults.
+
+    ``modules_in_block_to_quantize`` is left out: vLLM looks for its names anywhere in a module's, and then takes the
+    vision tower's linears for quantized, too. Without it every reader finds the same modules by itself.
+    """
     return {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -50,7 +55,6 @@ def quantization_config(checkpoint: Checkpoint, scheme: Scheme, options: SolveOp
         "lm_head": False,
         "pack_dtype": "int32",
         "block_name_to_quantize": f"{checkpoint.family.language_prefix}layers",
-        "modules_in_block_to_quantize": [list(names) for names in SHARED_INPUTS],
         "meta": {"quantizer": [f"safevlm-edge:{VERSION}"]},
     }
 
@@ -95,29 +99,10 @@ def gptq_plan(
         rotate=rotate,
         quantization=config,
         extra_files={"quantize_config.json": {**config, "model_name_or_path": None, "model_file_base_name": None}},
-        consumers=_consumers(scheme, options),
+        consumers=consumers({scheme.bits}, scheme, options),
         tuner=tuner,
         original_inputs=options.mismatch > 0,
     )
-
-
-def _consumers(scheme: Scheme, options: SolveOptions) -> list[str]:
-    """Return which readers cannot take this artifact, as they were tried (RESULTS.md)."""
-    notes = []
-    if not scheme.symmetric:
-        notes.append("asymmetric: GPTQModel's own loader refuses it from other tools; transformers reads it")
-    if scheme.either_sign:
-        notes.append(
-            "scales of either sign: readers that multiply by them need nothing more; vLLM's Marlin with INT8 "
-            "activations (off by default) divides scales by their largest, where --unsigned is the safe choice"
-        )
-    if scheme.bits not in (4, 8):
-        notes.append(f"{scheme.bits} bits: fast GPU kernels (Marlin) are for 4 and 8 bits only")
-    if options.act_order == "group":
-        notes.append(
-            "act order by groups: readers need g_idx and run slower; --act-order static has the same gain without it"
-        )
-    return notes
 
 
 @click.command(name="gptq")

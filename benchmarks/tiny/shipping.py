@@ -31,7 +31,7 @@ def ship(network: TinyNetwork, folder: Path) -> None:
     categories = ["safe", *world()["classes"]]
     _write(folder / "config.json", {**blueprint.config, "safety_categories": categories})
     _write(folder / "preprocessor_config.json", blueprint.processor)
-    template = resources.files("benchmarks.tiny").joinpath("templates", f"{blueprint.family}.jinja")
+    template = resources.files("safevlm.checkpoint").joinpath("chat_templates", f"{blueprint.family}.jinja")
     (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
 
 

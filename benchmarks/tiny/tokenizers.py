@@ -114,14 +114,18 @@ def train_llama(lines: Iterable[str], folder: Path) -> None:
 
 
 def _gemma_added() -> Iterator[tuple[int, str]]:
-    """Yield Gemma's special tokens with their ids: the turn and image marks, and the image token after all."""
+    """Yield Gemma's special tokens with their ids: the turn and image marks, and the image token after all.
+
+    The last one is a word of the real vocabulary that vLLM looks up.
+    """
     yield from enumerate(("<pad>", "<eos>", "<bos>", "<unk>", *_GEMMA_SPECIAL[:4]))
     yield PIECES, "<image_soft_token>"
+    yield PIECES + 1, "\n" * 4
 
 
 def _added(token: str) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {"content": token, **flags, "special": True}
+    return {"content": token, **flags, "special": token.strip() != ""}
 
 
 def train_gemma(lines: Iterable[str], folder: Path) -> None:

@@ -59,13 +59,16 @@ def bundle_draft(out: Path) -> Iterator[Path]:
 
 def origin_of(checkpoint: Checkpoint, *, standalone: bool) -> tuple[Source, Tap]:
     """Return what a manifest says of the checkpoint that it was made from; vision tower and guard are hashed."""
-    from safevlm.network.reference import guard_sha256  # torch, which a device has not
+    from runtimes.vllm_guard.head import head_sha256  # torch, which a device has not
+    from safevlm.network.head import build_head
+    from safevlm.network.reference import guard_sha256
 
     tap = checkpoint.tap
     source = Source(
         checkpoint=checkpoint.name,
         revision=checkpoint.revision,
         sha256=guard_sha256(checkpoint),
+        head_sha256=head_sha256(build_head(checkpoint).linears),
         family=checkpoint.family.key,
         standalone=standalone,
         random_weights=checkpoint.random_weights,

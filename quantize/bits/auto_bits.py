@@ -15,6 +15,7 @@ from quantize.methods.gptq_method import Gptq
 from quantize.methods.grid import Scheme
 from quantize.methods.settings import AutoBits, Plan
 from quantize.methods.solver import SolveOptions
+from quantize.streamed.consumers import FUSED, consumers
 from quantize.streamed.unfinished import Unfinished
 from safevlm.checkpoint.checkpoint import Checkpoint
 from safevlm.checkpoint.weights.quantized import BITS
@@ -145,27 +146,24 @@ def mixed_plan(
     bits_by_name = {f"{prefix}{layer}.{name}": bits for (layer, part), bits in bits_of.items() for name in PARTS[part]}
     dynamic: dict[str, dict[str, Any]] = {}
     for (layer, part), bits in bits_of.items():
-        names = "|".join(name.split(".")[1] for name in PARTS[part])
+        names = "|".join([*(name.split(".")[1] for name in PARTS[part]), FUSED[part]])
         parent = PARTS[part][0].split(".")[0]
         rule = rf"{re.escape(f'layers.{layer}.{parent}.')}({names})$"
         if bits == SIXTEEN:
             dynamic[f"-:.*{rule}"] = {}
         elif bits != usual:
             dynamic[f"+:.*{rule}"] = {"bits": bits}
-    more: dict[str, Any] = {"dynamic": dynamic} if dynamic else {}
-    widths = sorted(set(bits_of.values()))
-    if SIXTEEN in widths:  # transformers knows no rules, but which modules are quantized
+    more: dict[str, Any] = {}
+    if SIXTEEN in bits_of.values():  # transformers knows no rules, but which modules are quantized
+        # vLLM finds these names in the vision tower's, too
+        dynamic |= {f"-:.*{vision.split('.')[1]}.*": {} for vision in checkpoint.family.vision_prefixes}
         quantized = [name.removeprefix(f"{prefix}") for name, bits in bits_by_name.items() if bits != SIXTEEN]
         more["modules_in_block_to_quantize"] = [[f"layers.{name}" for name in quantized]]
+    if dynamic:
+        more["dynamic"] = dynamic
     if len(rounded) > 1:
         more["dataset"] = REFUSED_BY_TRANSFORMERS
     plan = base(schemes[usual], more)
-    notes = list(plan.consumers)
-    if len(rounded) > 1:
-        notes.append(
-            "several bit widths: GPTQModel and vLLM read the dynamic rules; transformers (through optimum) and "
-            "AutoGPTQ support one width only; the artifact makes them refuse it"
-        )
     return Plan(
         method=Gptq(
             scheme_of=lambda name: None if bits_by_name[name] == SIXTEEN else schemes[bits_by_name[name]],
@@ -181,7 +179,7 @@ def mixed_plan(
         quantization=plan.quantization,
         extra_files=plan.extra_files,
         rotate=plan.rotate,
-        consumers=notes,
+        consumers=consumers(set(rounded) or {usual}, schemes[usual], options),
         tuner=plan.tuner,
         original_inputs=plan.original_inputs,
     )

@@ -1,40 +1,43 @@
-"""Write a compressed checkpoint as transformers has its checkpoints: config, safetensors, tokenizer, processor.
+"""Write a checkpoint as transformers has its checkpoints: config and safetensors, beside the companions.
 
 Whatever layout the source had, tensors get the names that transformers >= 4.52 writes, so that a checkpoint whose own
-code is no longer loadable becomes one that is. The guard head and its config keys are in it.
+code is no longer loadable becomes one that is. The guard's config keys are in it, its head in a file of its own
+(:data:`safevlm.checkpoint.weights.shards.GUARD_FILE`), which readers of the model alone do not see.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from quantize.streamed.companions import ImageToken, image_token_of, write_companions
 from quantize.streamed.layers import stored_dtype
 from quantize.streamed.rotated import RotatedTensors
 from safevlm.checkpoint.architectures import architecture_of
 from safevlm.checkpoint.checkpoint import RANDOM_KEY, Checkpoint
 from safevlm.checkpoint.configs.transformers_config import build_config
-from safevlm.checkpoint.hub import LIGHT_PATTERNS
+from safevlm.checkpoint.family import HEAD_PREFIX, OUTPUT_PREFIX
 from safevlm.checkpoint.tap import CONFIG_KEY
+from safevlm.checkpoint.weights.finite import converted
 from safevlm.checkpoint.weights.shard_header import read_header
+from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.files.regular_file import open_regular
+from safevlm.network.prompt_tokens import load_tokenizer
 
 __all__ = [
     "SHARD_BYTES",
     "Piece",
     "artifact_config",
-    "copy_light_files",
     "kept_dtype",
     "stored_name",
     "write_bytes",
+    "write_light_files",
     "write_shards",
     "write_tensors",
 ]
@@ -42,7 +45,6 @@ __all__ = [
 SHARD_BYTES = 4 * 2**30
 CHUNK_BYTES = 8 << 20
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-NOT_COPIED = ("config.json", "*.index.json", "quantize_config.json", "compression.json")
 NOT_SAID = (
     "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "output_attentions", "output_hidden_states",
     "problem_type", "return_dict",
@@ -57,9 +59,31 @@ def stored_name(name: str) -> str:
     return f"{tower}vision_model.{name.removeprefix(tower)}" if name.startswith(tower) else name
 
 
-def artifact_config(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json: transformers' own config of the model, the guard's keys, the tap, ``quantization_config``."""
+def write_light_files(
+    checkpoint: Checkpoint, folder: Path, quantization: Mapping[str, Any] | None = None
+) -> ImageToken:
+    """Write all but the tensors into ``folder``: config.json and its companions; return the image token.
+
+    Raises CheckpointError for a config or a tokenizer that transformers does not take; OSError.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    token = image_token_of(checkpoint, tokenizer)
+    stated = json.dumps(artifact_config(checkpoint, token, quantization), indent=2)
+    (folder / "config.json").write_text(stated + "\n", encoding="utf-8")
+    write_companions(checkpoint, tokenizer, token, folder)
+    return token
+
+
+def artifact_config(
+    checkpoint: Checkpoint, token: ImageToken, quantization: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return config.json: transformers' own config of the model, the guard's keys, the tap, ``quantization_config``.
+
+    The vocabulary has a row for the image ``token``.
+    """
     config = build_config(checkpoint)
+    config.image_token_id = token.id
+    config.text_config.vocab_size = token.rows(config.text_config.vocab_size)
     stated = {key: value for key, value in checkpoint.config.items() if key.startswith(SAFETY_KEYS)}
     tap = {"source": checkpoint.tap.source, "pooling": checkpoint.tap.pooling, "tokens": checkpoint.tap.tokens}
     model_class: Any = architecture_of(config).whole_class
@@ -72,14 +96,22 @@ def artifact_config(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> 
         **stored,
         "text_config": {**_older_rope(stored["text_config"]), **stored["text_config"]},
         "architectures": [model_class.__name__],
-        "dtype": str(stored_dtype(checkpoint)).removeprefix("torch."),
+        "dtype": "bfloat16"
+        if checkpoint.family.half == "BF16"
+        else str(stored_dtype(checkpoint)).removeprefix("torch."),
         **stated,
         "safety_categories": list(checkpoint.classes),
         "num_safety_categories": len(checkpoint.classes),
         CONFIG_KEY: tap,
         **({RANDOM_KEY: True} if checkpoint.random_weights else {}),
-        "quantization_config": dict(quantization),
+        **({} if quantization is None else {"quantization_config": dict(quantization)}),
     }
+
+
+def _computed_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype to compute in: that of the tensors, unless activations exceed it."""
+    wide = checkpoint.family.half == "BF16"
+    return str(torch.bfloat16 if wide else stored_dtype(checkpoint)).removeprefix("torch.")
 
 
 def _older_rope(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,14 +131,6 @@ def _rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if plain else scaling}
 
 
-def copy_light_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, processor, chat template and generation settings."""
-    for path in sorted(source.iterdir()):
-        light = any(fnmatch(path.name, pattern) for pattern in LIGHT_PATTERNS)
-        if path.is_file() and light and not any(fnmatch(path.name, pattern) for pattern in NOT_COPIED):
-            shutil.copyfile(path, folder / path.name)
-
-
 @dataclass(frozen=True)
 class Piece:
     """One tensor to write: what the header says of it (dtype as ``F16``), and its bytes when their turn comes."""
@@ -120,24 +144,30 @@ class Piece:
 
 def write_tensors(
     checkpoint: Checkpoint,
-    layers: Sequence[Path],
+    layers: Sequence[Path] | None,
     folder: Path,
     *,
+    token: ImageToken | None = None,
     shard_bytes: int = SHARD_BYTES,
     report: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Write all tensors into ``folder``, one at a time; return their bytes.
 
-    ``layers`` are the files of the decoder layers, by names within the layer. What is not in a decoder layer (vision,
+    ``layers`` are the files of the decoder layers, by names within the layer, or None. Everything else (vision,
     projector, embedding, norm, output, guard head) comes from the checkpoint in 16 bit. One file, or several of
-    ``shard_bytes`` at most with an index.
+    ``shard_bytes`` at most with an index, and one for the guard head. ``token`` gets a row of the embeddings.
 
     Raises OSError; CheckpointError.
     """
-    pieces = [*_rest(checkpoint)]
-    for index, path in enumerate(layers):
+    pieces = [*_of_checkpoint(checkpoint, token, layers=layers is None)]
+    for index, path in enumerate(layers or ()):
         pieces += _of_layer(path, f"{checkpoint.family.language_prefix}layers.{index}.")
-    return write_shards(pieces, folder, shard_bytes=shard_bytes, report=report)
+    head = [piece for piece in pieces if piece.name.startswith(HEAD_PREFIX)]
+    if head:
+        (folder / GUARD_FILE).parent.mkdir(exist_ok=True)
+        _write_file(folder / GUARD_FILE, head)
+    model = [piece for piece in pieces if not piece.name.startswith(HEAD_PREFIX)]
+    return write_shards(model, folder, shard_bytes=shard_bytes, report=report) + sum(piece.nbytes for piece in head)
 
 
 def write_shards(
@@ -180,22 +210,32 @@ def kept_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     return stored_dtype(checkpoint) if own is None else own
 
 
-def _rest(checkpoint: Checkpoint) -> Iterator[Piece]:
+def _of_checkpoint(checkpoint: Checkpoint, token: ImageToken | None, *, layers: bool) -> Iterator[Piece]:
+    """Yield what is written of a checkpoint's own tensors, decoder layers only with ``layers``."""
     family = checkpoint.family
     for name in checkpoint.tensors.names():
-        if not name.startswith(family.prefixes) or name.startswith(f"{family.language_prefix}layers."):
+        if not name.startswith(family.prefixes) or name.endswith("rotary_emb.inv_freq"):  # computed; old files hold it
             continue
-        if name.endswith("rotary_emb.inv_freq"):  # computed, not learned; old checkpoints store it
+        if name.startswith(f"{family.language_prefix}layers.") and not layers:
             continue
         shape = checkpoint.tensors.shape(name)
+        more = 0
+        if token is not None and name in (f"{family.language_prefix}embed_tokens.weight", f"{OUTPUT_PREFIX}weight"):
+            more = token.rows(shape[0]) - shape[0]
+        shape = (shape[0] + more, *shape[1:]) if more else shape
         kept = kept_dtype(checkpoint, name)
-        nbytes = torch.Size(shape).numel() * kept.itemsize
 
-        def write(file: BinaryIO, name: str = name, kept: torch.dtype = kept) -> None:
+        def write(file: BinaryIO, name: str = name, kept: torch.dtype = kept, more: int = more) -> None:
+            first = None
             for part in checkpoint.tensors.pieces(name):
-                write_bytes(file, part.to(kept))
+                values = converted(part, kept, name)
+                first = values[:1].clone() if first is None and more else first
+                write_bytes(file, values)
+            for _ in range(more):  # as the first token: no logit is above all that there were
+                assert first is not None
+                write_bytes(file, first)
 
-        yield Piece(stored_name(name), DTYPES[kept], shape, nbytes, write)
+        yield Piece(stored_name(name), DTYPES[kept], shape, torch.Size(shape).numel() * kept.itemsize, write)
 
 
 def _of_layer(path: Path, prefix: str) -> Iterator[Piece]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from calibration.answers import Answer
@@ -29,13 +28,13 @@ from calibration.streaming.sequential import Activations, LayerStream
 from quantize.bits.auto_bits import sensitivity_of
 from quantize.methods.settings import Plan, Progress, RunOptions
 from quantize.streamed.answers import kept_answers, whose
-from quantize.streamed.artifact import artifact_config, copy_light_files, kept_dtype, write_tensors
+from quantize.streamed.artifact import kept_dtype, write_light_files, write_tensors
 from quantize.streamed.caches import Caches
 from quantize.streamed.drift import answer_drift, exact_probs, guard_drift
 from quantize.streamed.estimate import Estimate, check_memory, estimate, with_backward
 from quantize.streamed.held_out import HeldOut, held_out_samples
 from quantize.streamed.layers import round_layers
-from quantize.streamed.record import calibration_record, recipe_record, rows_record, summary
+from quantize.streamed.record import calibration_record, measured_record, recipe_record, rows_record, summary
 from quantize.streamed.rotated import rotated
 from quantize.streamed.rotation_check import checked_rotation
 from quantize.streamed.unfinished import RECORD, Unfinished
@@ -44,10 +43,9 @@ from safevlm.checkpoint.configs.processor_config import read_processor
 from safevlm.checkpoint.weights.finite import check_values
 from safevlm.errors import InputError
 from safevlm.files.storage import check_room, check_writable
-from safevlm.machine import available_memory, machine_name, memory_advice, peak_rss
+from safevlm.machine import available_memory, memory_advice
 from safevlm.network.device import gpu_room, gpu_use, reset_gpu_peak, torch_device
 from safevlm.network.reference import guard_sha256
-from safevlm.version import VERSION
 
 __all__ = ["Compressed", "check_place", "compress"]
 
@@ -157,21 +155,8 @@ def _compress(
         if outcome.answers:
             artifact = run.write(record)
             record["guard"] = run.guard(open_checkpoint(str(artifact)), chosen, calibration.grid)
-            gpu = gpu_use(device)
-            record["measured"] = {
-                "seconds": time.monotonic() - started,
-                "seconds_per_layer": run.seconds_per_layer,
-                "peak_memory_bytes": peak_rss(),
-                "peak_gpu_memory_bytes": gpu.peak_bytes if gpu else None,
-                "max_memory_bytes": max_memory,
-                "machine": machine_name(),
-                "device": options.device,
-                "dtype": options.dtype_name,
-                "gpu": gpu.name if gpu else None,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safevlm-edge": VERSION,
-            }
+            record["measured"] = {"seconds": time.monotonic() - started, "seconds_per_layer": run.seconds_per_layer}
+            record["measured"] |= measured_record(options, max_memory, gpu_use(device))
             with unfinished.storing():
                 (artifact / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             unfinished.publish(artifact)
@@ -357,13 +342,17 @@ class _Run:
         with self.unfinished.storing():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            copy_light_files(self.checkpoint.folder, folder)
-            config = artifact_config(self.checkpoint, self.plan.quantization)
-            for name, data in {"config.json": config, **self.plan.extra_files}.items():
+            token = write_light_files(self.checkpoint, folder, self.plan.quantization)
+            for name, data in self.plan.extra_files.items():
                 (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             layers = [self.unfinished.layer_file(index) for index in self.unfinished.finished()]
             stored = write_tensors(
-                self.checkpoint, layers, folder, shard_bytes=self.options.shard_bytes, report=self.progress.status
+                self.checkpoint,
+                layers,
+                folder,
+                token=token,
+                shard_bytes=self.options.shard_bytes,
+                report=self.progress.status,
             )
         tensors = self.source.tensors
         whole = sum(torch.Size(tensors.shape(name)).numel() * 2 for name in tensors.names())

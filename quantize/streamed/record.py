@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import transformers
 
 from calibration.answers import Answer
 from calibration.sets.beginnings import Beginnings, beginnings_record
@@ -18,9 +19,21 @@ from calibration.streaming.batches import Batch
 from quantize.methods.settings import Plan, RunOptions
 from quantize.streamed.layers import linear_names
 from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.weights.shards import GUARD_FILE
+from safevlm.machine import machine_name, peak_rss
+from safevlm.network.device import GpuUse
 from safevlm.version import VERSION
 
-__all__ = ["calibration_record", "identity", "jsonable", "recipe_record", "rows_record", "summary", "token_counts"]
+__all__ = [
+    "calibration_record",
+    "identity",
+    "jsonable",
+    "measured_record",
+    "recipe_record",
+    "rows_record",
+    "summary",
+    "token_counts",
+]
 
 
 def recipe_record(
@@ -40,6 +53,22 @@ def recipe_record(
         "samples": samples_sha256(chosen.samples, [None] * len(chosen.samples)),
         "run": {"dtype": options.dtype_name, "device": device, "batch_tokens": options.batch_tokens},
         "version": VERSION,
+    }
+
+
+def measured_record(options: RunOptions, max_memory: int, gpu: GpuUse | None) -> dict[str, Any]:
+    """Return what a run took, in bytes, and on what it ran."""
+    return {
+        "peak_memory_bytes": peak_rss(),
+        "peak_gpu_memory_bytes": gpu.peak_bytes if gpu else None,
+        "max_memory_bytes": max_memory,
+        "machine": machine_name(),
+        "device": options.device,
+        "dtype": options.dtype_name,
+        "gpu": gpu.name if gpu else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safevlm-edge": VERSION,
     }
 
 
@@ -102,8 +131,11 @@ def summary(checkpoint: Checkpoint, layers: Sequence[Mapping[str, Any]]) -> dict
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what tells a checkpoint from another one without reading its weights."""
-    files = sorted(path for path in checkpoint.folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    stats = {path.name: path.stat() for path in files}
+    files = [path for path in checkpoint.folder.iterdir() if path.suffix in (".safetensors", ".json")]
+    guard = checkpoint.folder / GUARD_FILE
+    stats = {path.relative_to(checkpoint.folder).as_posix(): path.stat() for path in sorted(files)}
+    if guard.is_file():
+        stats[GUARD_FILE] = guard.stat()
     return {
         "name": checkpoint.name,
         "revision": checkpoint.revision,

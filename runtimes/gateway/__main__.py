@@ -36,6 +36,11 @@ ENDING_SECONDS = 1.0
 @config_option()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Folder of the guard bundle.")
 @click.option("--upstream", metavar="URL", help="OpenAI-compatible server to put the guard in front of.")
+@click.option(
+    "--exact",
+    type=click.Choice(["upstream"]),
+    help="Settle unsure images by the upstream's own exact verdict: vLLM started by runtimes.vllm.",
+)
 @answering_model_option
 @click.option(
     "--policy",
@@ -260,6 +265,7 @@ def _gateway(given: dict[str, Any]) -> Any:
     gateway = Gateway.open(
         bundle,
         upstream=given["upstream"],
+        exact=given["exact"] == "upstream",
         model=given["model"],
         policy=None if given["policy"] is None else read_policy(given["policy"]),
         options=options,

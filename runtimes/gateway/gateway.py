@@ -10,11 +10,13 @@ from runtimes.gate.gate import Gate
 from runtimes.gate.open import open_gate
 from runtimes.gateway.options import GatewayOptions
 from runtimes.gateway.serving.clients import Clients
+from runtimes.gateway.upstream.exact import expected_guard
 from runtimes.guard.bundle import Bundle, open_bundle
 from runtimes.guard.judge import Guard
 from runtimes.guard.policy import Policy
 from runtimes.language.exact_guard import ExactGuardRunner
 from runtimes.language.torch_language import TorchLanguageRunner
+from runtimes.vllm_guard.verdict import Identity
 from safevlm.errors import InputError
 
 __all__ = ["Gateway"]
@@ -32,6 +34,8 @@ class Gateway:
     name: str
     """Name of the model in this process, as clients see it."""
     upstream: str | None = None
+    exact: Identity | None = None
+    """Whose exact verdicts the upstream gives; None where it is not asked for any."""
     options: GatewayOptions = field(default_factory=GatewayOptions)
     key: str | None = field(default=None, repr=False)
     clients: Clients | None = field(default=None, repr=False)
@@ -44,6 +48,7 @@ class Gateway:
         bundle: Path | str | Bundle | None,
         *,
         upstream: str | None = None,
+        exact: bool = False,
         model: str | None = None,
         policy: Policy | None = None,
         options: GatewayOptions | None = None,
@@ -55,14 +60,19 @@ class Gateway:
     ) -> Gateway:
         """Open a bundle, and a model (by default the bundle's own source) unless there is an ``upstream``.
 
+        ``exact``: the upstream's own exact verdict settles what the guard is unsure of.
+
         A bundle of a guard's exact parts judges with the model in this process, by a prefill of each image. Raises
         InputError for a guard that cannot judge by itself; those of :func:`open_gate`.
         """
         options = options or GatewayOptions()
         if upstream is not None and (model is not None or bundle is None):
             raise InputError("--upstream needs --bundle and excludes --model, because the model runs upstream.")
+        if exact and upstream is None:
+            raise InputError("--exact upstream needs --upstream: a model in this process gives exact verdicts anyway.")
         if upstream is not None:
             assert bundle is not None
+            bundle = open_bundle(bundle) if isinstance(bundle, (str, Path)) else bundle
             guard = Guard.open(bundle, runtime, precision=precision, threads=threads, view=options.view)
             gate = Gate(guard, None, policy)
         else:
@@ -82,6 +92,7 @@ class Gateway:
             gate=gate,
             name=name,
             upstream=upstream,
+            exact=expected_guard(bundle) if exact and isinstance(bundle, Bundle) else None,
             options=options,
             key=key,
             clients=None if client_key is None else Clients.of_key(client_key),

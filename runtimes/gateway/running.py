@@ -34,9 +34,10 @@ from runtimes.gateway.serving.serving import (
 from runtimes.gateway.serving.streams import EventsResponse, answer_events, failure, noted, refusal_events, rest
 from runtimes.gateway.serving.threads import off_loop
 from runtimes.gateway.upstream.embedded import AnswerPart, Embedded
+from runtimes.gateway.upstream.exact import ExactUpstream
 from runtimes.gateway.upstream.upstream import Events, HttpUpstream
-from runtimes.guard.verdict import stops_at_guard
-from safevlm.errors import SafeVLMError
+from runtimes.guard.verdict import Finding, stops_at_guard
+from safevlm.errors import InputError, SafeVLMError
 
 __all__ = ["Running"]
 
@@ -58,8 +59,11 @@ class Running:
         self._reloading: asyncio.Task[None] | None = None
         self.http: HttpUpstream | None = None
         self.embedded: Embedded | None = None
+        self.exact: ExactUpstream | None = None
         if gateway.upstream is not None:
             self.http = HttpUpstream(gateway.upstream, gateway.options, metrics, key=gateway.key)
+            if gateway.exact is not None:
+                self.exact = ExactUpstream(self.http, gateway.exact)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +76,7 @@ class Running:
             async with AsyncExitStack() as held:
                 if self.http is not None:
                     await held.enter_async_context(self.http)
+                    await self._begin_exact(app)
                 else:
                     self.embedded = await held.enter_async_context(
                         Embedded(self.gateway.gate, self.gateway.name, self.metrics)
@@ -85,6 +90,14 @@ class Running:
             if self._reloading is not None:
                 await asyncio.wait({self._reloading})
             await self.judge.close()
+
+    async def _begin_exact(self, app: FastAPI) -> None:
+        try:
+            if self.exact is not None:
+                await self.exact.begin()
+        except SafeVLMError as error:
+            app.state.failure = error
+            raise
 
     def reload_soon(self) -> None:
         """Reload once requests are served: from any thread, or a signal's handler. Many calls at once are one."""
@@ -105,6 +118,8 @@ class Running:
             self._reload_wanted = False
             try:
                 gateway = await asyncio.to_thread(self.gateway.renewed)
+                if gateway.exact != self.gateway.exact:
+                    raise InputError("the new bundle is of another guard than the upstream's. Restart both.")
                 judge = Judge(gateway, self.metrics)
                 await judge.open()
             except Exception as error:  # of any kind: what serves goes on serving
@@ -156,6 +171,12 @@ class Running:
         if self.embedded is not None and asked is not None:
             return await self._embedded(request, parsed, judged[0], asked, self.embedded)
         assert self.http is not None
+        if self.exact is not None:
+            asking = self.exact.stops(judged, judge.policy, parsed.model, self._headers(request))
+            stopped = await while_connected(request, asking)
+            if stopped is not None:
+                index, found, reason = stopped.index, stopped.finding, stopped.reason
+                return self._blocked(request, parsed, judged, index, reason, stage="exact", finding=found)
         return await self._passed_on(request, parsed, judged, self.http)
 
     async def guard_images(self, request: Request) -> Response:
@@ -242,25 +263,35 @@ class Running:
 
     def _stops(self, judged: Judged, judge: Judge) -> str | None:
         """Return why an image is not answered about, None where it may be."""
-        settles = self.embedded is not None and self.embedded.settles
+        settles = self.exact is not None or (self.embedded is not None and self.embedded.settles)
         hidden = judged.view if judged.hidden else None
         return stops_at_guard(judged.finding, judge.policy, settles=settles, hidden=hidden)
 
     def _blocked(
-        self, request: Request, parsed: ChatRequest, judged: Sequence[Judged], index: int, reason: str
+        self,
+        request: Request,
+        parsed: ChatRequest,
+        judged: Sequence[Judged],
+        index: int,
+        reason: str,
+        *,
+        stage: str = "guard",
+        finding: Finding | None = None,
     ) -> Response:
-        harm = judged[index].finding.harm or judged[index].finding.label
+        """Refuse by the guard's finding on an image, or by a later stage's."""
+        finding = finding or judged[index].finding
+        harm = finding.harm or finding.label
         stated = self._stated(
             judged,
             verdict="block",
-            stage="guard",
+            stage=stage,
             image=index,
-            label=judged[index].finding.label,
+            label=finding.label,
             harm=harm,
-            p_unsafe=round(judged[index].finding.p_unsafe, 6),
+            p_unsafe=round(finding.p_unsafe, 6),
             reason=reason,
         )
-        return self._refuse(request, parsed, harm, "guard", stated)
+        return self._refuse(request, parsed, harm, stage, stated)
 
     def _refuse(
         self, request: Request, parsed: ChatRequest, harm: str | None, stage: str, stated: dict[str, Any]
@@ -323,19 +354,7 @@ class Running:
         """Answer what the gate blocked after the standalone guard let it pass: by the exact verdict, or an error."""
         if result.finding is None:
             raise failure(result)
-        finding = result.finding
-        harm = finding.harm or finding.label
-        stated = self._stated(
-            [judged],
-            verdict="block",
-            stage=result.stage,
-            image=0,
-            label=finding.label,
-            harm=harm,
-            p_unsafe=round(finding.p_unsafe, 6),
-            reason=result.reason,
-        )
-        return self._refuse(request, parsed, harm, result.stage, stated)
+        return self._blocked(request, parsed, [judged], 0, result.reason, stage=result.stage, finding=result.finding)
 
     def _own_model(self) -> dict[str, Any]:
         return {"id": self.gateway.name, "object": "model", "created": 0, "owned_by": "safevlm-edge"}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safevlm.checkpoint.family import HEAD_PREFIX
+from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.checkpoint.weights.tensors import TensorStore
 from safevlm.contract.class_names import class_names_problem
 from safevlm.errors import GuardHeadError
@@ -67,7 +68,7 @@ def read_head(name: str, tensors: TensorStore) -> HeadShape:
         raise GuardHeadError(
             f"{name}: no tensor '{HEAD_PREFIX}mlp.*', so this checkpoint has no guard head. Loading a Safe-VLM as the "
             "stock class of its base and saving it drops the head silently, as every public quantization of these "
-            "models did. Give the original checkpoint."
+            f"models did. Give the original checkpoint; one that was written here needs its '{GUARD_FILE}', too."
         )
     layers: set[int] = set()
     for tensor in stored:

@@ -177,6 +177,8 @@ class Source(Frozen):
     sha256: Sha256
     family: Name
     standalone: bool = True
+    head_sha256: Sha256 | None = None
+    """Of the exact head's numbers, as vLLM's guard states it; None of bundles that do not say it."""
     random_weights: bool = False
     """Whether they are random: verdicts mean nothing then, sizes and times what they mean else."""
 

@@ -90,6 +90,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
                 "transformers": ">=5.14",
             },
         ),
+        "vllm": Extra(purpose="serve with vLLM and the exact guard", needs={"vllm": ">=0.32,<0.33"}),
         "gguf": Extra(purpose="write and run GGUF files", needs={"gguf": ">=0.19", "llama-cpp-python": ">=0.3.36"}),
         "gateway": Extra(
             purpose="serve the gateway",

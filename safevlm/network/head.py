@@ -31,6 +31,12 @@ class GuardHead(nn.Module):
             steps += [nn.Linear(inner, outer), nn.GELU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*steps[:-2])
 
+    @property
+    def linears(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each Linear, in order."""
+        found = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        return [(layer.weight, layer.bias) for layer in found]
+
     def forward(self, pooled_ND: Tensor) -> Tensor:
         """Return N × C logits in float32."""
         weight = cast(nn.Linear, self.mlp[0]).weight

@@ -29,6 +29,7 @@ __all__ = [
     "fitting_tokenizer",
     "load_tokenizer",
     "prompt_ids",
+    "single_id",
     "stated_ends",
     "stop_ids",
     "text_dialogue_ids",
@@ -90,7 +91,7 @@ def check_tokenizer(tokenizer: Any, folder: Path, prompt: PromptFormat, rows: in
     """
     text = "".join([prompt.before_image, prompt.after_image, prompt.after_question, prompt.end_of_turn])
     advice = "Copy the tokenizer's files from the base model that the checkpoint was trained from."
-    split = [token for token in SPECIAL_TOKEN.findall(text) if _single_id(tokenizer, token) is None]
+    split = [token for token in SPECIAL_TOKEN.findall(text) if single_id(tokenizer, token) is None]
     if split:
         raise CheckpointError(
             f"{folder}: the tokenizer has no token {split[0]!r}, which this family's prompt contains. {advice}"
@@ -158,7 +159,7 @@ def _around_ids(tokenizer: Any, image_token: str, around: Around, image_tokens: 
 
     Else it is tokenised in two pieces around the image, as LLaVA's own ``tokenizer_image_token`` does.
     """
-    placeholder = _single_id(tokenizer, image_token)
+    placeholder = single_id(tokenizer, image_token)
     if placeholder is None:
         before_ids, after_ids = _encode(tokenizer, around.before), _encode(tokenizer, around.after)
     else:
@@ -185,7 +186,7 @@ def answer_ids(tokenizer: Any, prompt: PromptFormat, answer: str) -> list[int]:
 
 def stop_ids(tokenizer: Any, prompt: PromptFormat) -> frozenset[int]:
     """Return the ids that end an answer: the family's end of turn and the tokenizer's end of sequence."""
-    found = {_single_id(tokenizer, prompt.end_of_turn), tokenizer.eos_token_id}
+    found = {single_id(tokenizer, prompt.end_of_turn), tokenizer.eos_token_id}
     return frozenset(found - {None})
 
 
@@ -201,7 +202,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return cast("list[int]", tokenizer.encode(text, add_special_tokens=False))
 
 
-def _single_id(tokenizer: Any, token: str) -> int | None:
+def single_id(tokenizer: Any, token: str) -> int | None:
     """Return the id of a token that the vocabulary holds whole, else ``None``."""
     found = tokenizer.convert_tokens_to_ids(token)
     known = isinstance(found, int) and tokenizer.convert_ids_to_tokens(found) == token

@@ -25,11 +25,11 @@ __all__ = ["COMMANDS", "GROUPS", "PROGRAM", "program"]
 PROGRAM = "safevlm"
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
-        "export": "Write guards and language models as ONNX, TensorRT and GGUF files.",
+        "export": "Write guards and language models as ONNX, TensorRT, GGUF and transformers files.",
         "quantize": "Compress the language model of a checkpoint.",
         "calibration": "Fit guard heads and thresholds, and write answers to calibrate with.",
         "benchmarks": "Run suites, compare runs, measure speed.",
-        "runtimes": "The commands check, gate, chat and gateway, by their package.",
+        "runtimes": "The commands check, gate, chat, vllm and gateway, by their package.",
     }
 )
 """The groups, one for each of our packages, and what is in each."""
@@ -37,6 +37,7 @@ _GROUPED = {
     "export onnx": "export.onnx",
     "export trt": "export.trt",
     "export gguf": "export.gguf.__main__",
+    "export hf": "export.hf",
     "quantize gptq": "quantize.gptq",
     "quantize int8": "quantize.int8",
     "calibration distill": "calibration.distill",
@@ -45,6 +46,7 @@ _GROUPED = {
     "runtimes check": "runtimes.check",
     "runtimes gate": "runtimes.gate.__main__",
     "runtimes chat": "runtimes.chat",
+    "runtimes vllm": "runtimes.vllm",
     "runtimes gateway": "runtimes.gateway.__main__",
     "runtimes gateway keys": "runtimes.gateway.keys",
     "benchmarks run": "benchmarks.run",

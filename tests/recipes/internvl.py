@@ -91,6 +91,7 @@ def _geometry(config: Any) -> SquareGeometry:
 
 
 TRANSFORMERS = Architecture(
+    processor_class="InternVLProcessor",
     config_class=InternVLConfig,
     build_config=_config,
     inner_class=InternVLModel,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from safevlm.checkpoint.checkpoint import Checkpoint
+from safevlm.checkpoint.weights.shards import GUARD_FILE
 
 __all__ = [
     "Answerer",
@@ -144,7 +145,8 @@ def checkpoint_artifact(checkpoint: Checkpoint) -> Artifact:
     kind = "checkpoint" if quantization is None else ("gptq" if quantization.method == "gptq" else "int8")
     record = _compression(checkpoint.folder)
     names = [*checkpoint.vision_names(), *checkpoint.language_names(), *checkpoint.head_names()]
-    weights = [path for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"]
+    files = [*checkpoint.folder.iterdir(), checkpoint.folder / GUARD_FILE]
+    weights = [path for path in files if path.suffix == ".safetensors" and path.is_file()]
     return Artifact(
         name=checkpoint.name,
         kind=kind,  # type: ignore[arg-type]

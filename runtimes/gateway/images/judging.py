@@ -44,6 +44,8 @@ class Judged:
     hidden: bool = False
     bundle: str | None = None
     """Hash of the bundle whose guard it was."""
+    unsure_tiles: tuple[int, ...] = ()
+    """Which of the usual view's tiles the guard is unsure of."""
 
     @property
     def url(self) -> str:
@@ -136,7 +138,8 @@ class Judging:
             raise guard_error("the guard gave no verdict, so the request was not answered.") from None
         at = worst(findings, decoded.own)
         bundle = getattr(getattr(self.guard.runner, "bundle", None), "digest", None)
-        return Judged(decoded, rows[at], findings[at], decoded.name(at), decoded.is_hidden(at), bundle)
+        unsure = tuple(tile for tile in range(1, decoded.own) if findings[tile].verdict == "unsure")
+        return Judged(decoded, rows[at], findings[at], decoded.name(at), decoded.is_hidden(at), bundle, unsure)
 
     async def _rows(self, decoded: Decoded) -> list[npt.NDArray[np.float32]]:
         """Judge all views and tiles, so many at a time that the images of one request do not fill the queue."""

@@ -30,8 +30,10 @@ from runtimes.gateway.serving.threads import off_loop
 from runtimes.gateway.upstream.address import trusted, upstream_address
 from runtimes.gateway.upstream.errors import MAX_ERROR, stated_error, upstream_words
 
-__all__ = ["Events", "HttpUpstream", "Passed"]
+__all__ = ["KV_PARAMS", "Events", "HttpUpstream", "Passed"]
 
+KV_PARAMS = "kv_transfer_params"
+"""Key of vLLM's answers that holds exact verdicts, with probabilities: never passed on."""
 FORWARDED = ("authorization", "openai-organization", "openai-project", "x-request-id")
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,200}", re.ASCII)
 CONNECT_SECONDS = 10.0
@@ -121,6 +123,12 @@ class HttpUpstream:
         return await self._whole(self._open().build_request("GET", f"{self.url}/models{path}", **more), headers)
 
     async def complete(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed:
+        """Return the upstream's whole answer for the client. Raises as :meth:`whole`."""
+        found = await self.whole(body, headers)
+        found.body.pop(KV_PARAMS, None)
+        return found
+
+    async def whole(self, body: dict[str, Any], headers: Mapping[str, str]) -> Passed:
         """Return the upstream's whole answer. Raises Refusal for one that is none, and when it is down or slow."""
         found = await self._whole(await self._request(body, headers, None), headers)
         if found.status == httpx.codes.OK and not isinstance(found.body.get("choices"), list):
@@ -194,6 +202,9 @@ class HttpUpstream:
                     return
                 found = await self._object(data)
                 error = stated_error(found, response.status_code, hidden)
+                if KV_PARAMS in found:
+                    del found[KV_PARAMS]
+                    data = json.dumps(found).encode("ascii")
                 yield b"data: " + data + b"\n\n" if error is None else event(error)
             raise self._broken("the upstream's stream ended before it was complete")
         except _TooLong:

@@ -39,6 +39,10 @@ class Architecture:
     projector: str = "multi_modal_projector"
     unread: tuple[str, ...] = ()
     """Modules that nothing here reads and that checkpoints need not hold."""
+    processor_class: str
+    """transformers' processor, which puts an image's placeholders into a text."""
+    placeholders: Callable[[Any], dict[str, Any]] = lambda _: {}
+    """Says of a config what ``processor_config.json`` counts an image's placeholders by."""
     geometry: Callable[[Any], VisionGeometry]
     """Says of a config how images enter its vision path."""
     axes: int = 1

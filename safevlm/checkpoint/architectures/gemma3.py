@@ -68,6 +68,8 @@ GEMMA3 = Architecture(
     whole_class=Gemma3ForConditionalGeneration,
     rotary_class=Gemma3RotaryEmbedding,
     rotary_by_layer_type=True,
+    processor_class="Gemma3Processor",
+    placeholders=lambda config: {"image_seq_length": config.mm_tokens_per_image},
     geometry=_geometry,
     images_see_themselves=True,
 )

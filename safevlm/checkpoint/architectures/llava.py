@@ -142,6 +142,14 @@ def _geometry(config: Any) -> SquareGeometry:
     return SquareGeometry(vision.image_size, (vision.image_size // vision.patch_size) ** 2 + class_token)
 
 
+def _placeholders(config: Any) -> dict[str, Any]:
+    return {
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # CLIP's class token, taken away again where it is not read
+    }
+
+
 LLAVA = Architecture(
     config_class=LlavaConfig,
     build_config=_config,
@@ -149,5 +157,7 @@ LLAVA = Architecture(
     whole_class=LlavaForConditionalGeneration,
     rotary_class=LlamaRotaryEmbedding,
     unread=("vision_tower.post_layernorm",),  # only CLIP's pooled output reads it
+    processor_class="LlavaProcessor",
+    placeholders=_placeholders,
     geometry=_geometry,
 )

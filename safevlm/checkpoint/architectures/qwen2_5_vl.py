@@ -97,6 +97,7 @@ QWEN2_5_VL = Architecture(
     vision_rotary_class=Qwen2_5_VLVisionRotaryEmbedding,
     tower="visual",
     projector="visual.merger",
+    processor_class="Qwen2_5_VLProcessor",
     geometry=_geometry,
     axes=3,
     positions=axial_positions,

@@ -1,7 +1,8 @@
 """The safetensors files of one checkpoint: which tensor lies in which file.
 
 No file of another format is ever opened; what a file's header says is checked by
-``safevlm.checkpoint.weights.shard_header``.
+``safevlm.checkpoint.weights.shard_header``. The guard head may lie beside them in :data:`GUARD_FILE`, a file of its
+own: what serves the model alone (vLLM, for one) refuses tensors that it has no module for, and looks into no subfolder.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from safevlm.checkpoint.adapter import refuse_adapter_files, refuse_adapter_tensors
+from safevlm.checkpoint.family import HEAD_PREFIX, HEAD_RENAME
 from safevlm.checkpoint.weights.shard_header import TensorEntry, read_header
 from safevlm.checkpoint.weights.weight_files import choose_weights, stays_inside
 from safevlm.errors import CheckpointError
 from safevlm.files.json_file import read_json_object
 
-__all__ = ["Shards"]
+__all__ = ["GUARD_FILE", "Shards"]
+
+GUARD_FILE = "guard/head.safetensors"
 
 
 class Shards:
@@ -49,6 +53,7 @@ class Shards:
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         chosen = choose_weights(where, files, stated=stated, exists=exists)
         self.index = chosen.index
+        self._indexed: frozenset[str] = frozenset()
         if self.index is not None:
             self.stored: dict[str, str] = _read_index(folder / self.index, where, exists)
         else:
@@ -56,6 +61,10 @@ class Shards:
             for shard in chosen.shards:
                 for name in self.header(shard):
                     self._place(name, shard)
+        if self.index is not None:
+            self._indexed = frozenset(self.stored.values())
+        if exists(GUARD_FILE):
+            self._place_guard()
         refuse_adapter_tensors(where, self.stored)
         self.ignored = chosen.ignored(files, set(self.stored.values()))
         """Weight files beside those that are read."""
@@ -94,7 +103,7 @@ class Shards:
         """
         if shard not in self._headers:
             header = read_header(self.path(shard))
-            if self.index is not None:
+            if shard in self._indexed:
                 self._check_against_index(shard, header)
             self._headers[shard] = header
         return self._headers[shard]
@@ -109,6 +118,16 @@ class Shards:
             return None
         total = sum(entry.nbytes for header in self._headers.values() for entry in header.values())
         return sum(self.entry(name).nbytes for name in names) / total if total else 0.0
+
+    def _place_guard(self) -> None:
+        """Add the guard head's own file, which holds nothing else: no other reader of the checkpoint sees it."""
+        for name in self.header(GUARD_FILE):
+            if not HEAD_RENAME.compiled.match(name):
+                raise CheckpointError(
+                    f"{self.where}: '{GUARD_FILE}' holds tensor '{name[:200]}'; only '{HEAD_PREFIX}mlp.*' is allowed "
+                    "there. Fetch the file again."
+                )
+            self._place(name, GUARD_FILE)
 
     def _place(self, name: str, shard: str) -> None:
         other = self.stored.setdefault(name, shard)

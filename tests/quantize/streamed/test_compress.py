@@ -33,6 +33,7 @@ from safevlm.checkpoint.checkpoint import RANDOM_KEY, Checkpoint, open_checkpoin
 from safevlm.checkpoint.family import HEAD_PREFIX
 from safevlm.checkpoint.hub import TINY_FOLDER
 from safevlm.checkpoint.weights.quantized import QuantizedTensors
+from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.errors import CheckpointError, InputError, PrecisionError
 from safevlm.network.loading import load_safe_vlm
 from tests.killing import Warm
@@ -67,8 +68,8 @@ def built_in(model: str) -> Calibration:
 
 def content(folder: Path) -> dict[str, str]:
     """Return the hash of every file but compression.json, which states times."""
-    files = (path for path in sorted(folder.iterdir()) if path.name != "compression.json")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "compression.json")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module", params=["tiny-safellava", "tiny-safeqwen", "tiny-safegem"])
@@ -86,8 +87,11 @@ def test_an_artifact_is_a_whole_safe_vlm(model: str, plan: Plans, tmp_path: Path
     assert artifact.classes == source.classes and artifact.family == source.family
     for name in (*source.head_names(), *source.vision_names()):
         assert torch.equal(source.tensors.read(name), artifact.tensors.read(name)), f"{name} stays in 16 bit"
+    head = load_file(tmp_path / "out" / GUARD_FILE)
+    assert set(head) == set(source.head_names())
+    assert {tensor.dtype for tensor in head.values()} <= {torch.float16, torch.bfloat16}
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert {tensor.dtype for name, tensor in stored.items() if HEAD_PREFIX in name} <= {torch.float16, torch.bfloat16}
+    assert not any(HEAD_PREFIX in name for name in stored), "who serves the model alone has no module for the head"
     assert set(artifact.tensors.names()) >= {f"{full}.weight" for _, _, full in linear_names(source)}
     assert len(artifact.tensors.quantized_modules()) == len(linear_names(source))  # type: ignore[attr-defined]
     record = json.loads((tmp_path / "out" / "compression.json").read_text())

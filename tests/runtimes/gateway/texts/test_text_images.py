@@ -155,7 +155,7 @@ def test_the_place_of_an_image(token: str) -> None:
 
 def test_the_templates_of_the_families_hold_no_other_place() -> None:
     """What a template writes for an image is refused in a text."""
-    templates = sorted((ROOT / "benchmarks" / "tiny" / "templates").glob("*.jinja"))
+    templates = sorted((ROOT / "safevlm" / "checkpoint" / "chat_templates").glob("*.jinja"))
     assert len(templates) == 3
     for template in templates:
         written = re.findall(r"'([^']*)' if part\['type'\] == 'image'", template.read_text())
