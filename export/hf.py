@@ -84,7 +84,7 @@ def _bytes_of(checkpoint: Checkpoint) -> int:
 @tap_option
 @json_option("what was written")
 def main(model: str, out: Path, revision: str | None, tap: TapSource | None, as_json: bool) -> None:
-    """Write MODEL in 16 bit in the layout of transformers, for transformers, vLLM and SGLang."""
+    """Write MODEL in 16 bit in the layout of transformers, for transformers, vLLM and others."""
     return_freed_memory()
     checkpoint = open_checkpoint(model, tap=tap, revision=revision)
     with Console(stderr=True).status("opening") as status:

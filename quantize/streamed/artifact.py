@@ -88,6 +88,7 @@ def artifact_config(
     tap = {"source": checkpoint.tap.source, "pooling": checkpoint.tap.pooling, "tokens": checkpoint.tap.tokens}
     model_class: Any = architecture_of(config).whole_class
     stored = json.loads(config.to_json_string(use_diff=False))
+    dtype = torch.bfloat16 if checkpoint.family.half == "BF16" else stored_dtype(checkpoint)  # what it computes in
     for part in (stored, stored["text_config"], stored["vision_config"]):
         for key in NOT_SAID:
             part.pop(key, None)
@@ -96,9 +97,7 @@ def artifact_config(
         **stored,
         "text_config": {**_older_rope(stored["text_config"]), **stored["text_config"]},
         "architectures": [model_class.__name__],
-        "dtype": "bfloat16"
-        if checkpoint.family.half == "BF16"
-        else str(stored_dtype(checkpoint)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         **stated,
         "safety_categories": list(checkpoint.classes),
         "num_safety_categories": len(checkpoint.classes),

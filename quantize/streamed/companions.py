@@ -82,7 +82,7 @@ def write_companions(checkpoint: Checkpoint, tokenizer: Any, token: ImageToken, 
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     if token.is_new:
         _add(token, folder)
-    _write_processor(checkpoint, config, token, folder)
+    _write_processor(checkpoint, config, folder)
     ends = stop_ids(tokenizer, checkpoint.family.prompt) | stated_ends(checkpoint.folder)
     _write_generation(config, sorted(ends), folder)
     stated = _read(folder / TOKENIZER_CONFIG)
@@ -116,7 +116,7 @@ def _add(token: ImageToken, folder: Path) -> None:
         _write(folder / TOKENIZER_CONFIG, stated)
 
 
-def _write_processor(checkpoint: Checkpoint, config: Any, token: ImageToken, folder: Path) -> None:
+def _write_processor(checkpoint: Checkpoint, config: Any, folder: Path) -> None:
     """Write the image processor's settings as they are followed here, and how an image's placeholders are counted."""
     architecture = ARCHITECTURES[checkpoint.family.key]
     settings = {key: value for key, value in checkpoint.processor.items() if key != "image_aspect_ratio"}
@@ -126,7 +126,7 @@ def _write_processor(checkpoint: Checkpoint, config: Any, token: ImageToken, fol
     stated = _read(folder / PROCESSOR)
     stated.pop("image_processor", None)
     counts = {"processor_class": architecture.processor_class, **architecture.placeholders(config)}
-    _write(folder / PROCESSOR, {**stated, **counts, "image_token": token.text})
+    _write(folder / PROCESSOR, {**stated, **counts})
 
 
 def _write_generation(config: Any, ends: list[int], folder: Path) -> None:

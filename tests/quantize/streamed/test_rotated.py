@@ -25,6 +25,7 @@ from quantize.streamed.rotated import RotatedTensors, rotated
 from safevlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from safevlm.checkpoint.family import TapSource
 from safevlm.checkpoint.hub import TINY_FOLDER
+from safevlm.checkpoint.weights.shards import GUARD_FILE
 from safevlm.errors import InputError
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.reference import build_reference_guard, guard_sha256
@@ -176,7 +177,7 @@ def test_an_artifact_computes_what_the_checkpoint_does(model: str, rotate: Rotat
     assert found.record["source"]["guard_sha256"] == guard_sha256(source)
     assert (guard_sha256(artifact) == guard_sha256(source)) == (rotate == "values")
     assert found.record["guard"]["n"] == 4
-    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stored = {**load_file(tmp_path / "out" / "model.safetensors"), **load_file(tmp_path / "out" / GUARD_FILE)}
     exact = {name for name, value in stored.items() if value.dtype == torch.float32 and "scale" not in name}
     assert (len(exact) == 3) == (rotate != "values") and (not exact) == (rotate == "values"), "projection and head"
 
