@@ -318,8 +318,13 @@ def _check_settings(config: VllmConfig) -> None:
 
 
 def _group_of_states(kv_cache_config: Any) -> int:
-    """Return which group of the KV cache holds the hidden states. Raises InputError."""
+    """Return which group of the KV cache holds the hidden states, the only one where they share the model's own.
+
+    Raises InputError where several may, or none does.
+    """
     groups = [isinstance(each.kv_cache_spec, HiddenStateCacheSpec) for each in kv_cache_config.kv_cache_groups]
+    if len(groups) == 1:
+        return 0
     if groups.count(True) != 1:
         raise InputError(f"vLLM's KV cache has {groups.count(True)} groups of hidden states; 1 is needed.")
     return groups.index(True)
