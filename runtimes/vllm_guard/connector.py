@@ -5,8 +5,8 @@ positions a step computes (:mod:`.requests`); the worker's half applies norm, me
 complete, and hands the verdict over (:mod:`.storage`) before the scheduler sees the step's tokens, so that a request
 that ends with its first token has it.
 
-vLLM leaves the states out of the cache in a step in which any sequence fills the model's length; what is there then is
-of another request. Each step therefore begins with NaN at the image positions that it is to compute: what was left out
+Where a step does not fit its drafter vLLM leaves the states out of the cache, and what is there then is of another
+request. Each step therefore begins with NaN at the image positions that it is to compute: what was left out
 stays NaN, which is an error and no verdict, and its blocks are not used again.
 """
 
