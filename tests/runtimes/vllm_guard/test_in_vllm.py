@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from export.hf import export_hf
 from safevlm.checkpoint.checkpoint import open_checkpoint
 from safevlm.network.loading import load_safe_vlm
 from safevlm.network.safe_vlm import SafeVLM
+from tests.quantize.streamed.test_consumers import ROOT, peer
 from tests.runtimes.vllm_guard.warm import Ask, asking, failing
 
 MODELS = ("tiny-safellava", "tiny-safeqwen")
@@ -41,8 +43,12 @@ class Case:
     def __init__(self, model: str, folder: Path) -> None:
         self.folder = export_hf(open_checkpoint(model), folder / "model").out
         self.vlm: SafeVLM = load_safe_vlm(open_checkpoint(self.folder))
-        suite = build_suite(pairs=IMAGES, questions=0)
-        self.pixels = [self.vlm.preprocessing.apply(draw(each.scene)) for each in suite.pictures[:IMAGES]]
+        suite = build_suite(pairs=100, questions=0)
+        safe, unsafe = (
+            [each.scene for each in suite.pictures if (each.scene.label == 0) is kind] for kind in (True, False)
+        )
+        scenes = [*safe[: IMAGES // 2], *unsafe[: IMAGES // 2]]
+        self.pixels = [self.vlm.preprocessing.apply(draw(scene)) for scene in scenes]
         self.paths = [str(folder / f"{at}.png") for at in range(len(self.pixels))]
         for path, pixels in zip(self.paths, self.pixels, strict=True):
             Image.fromarray(pixels).save(path)
@@ -185,8 +191,8 @@ def test_an_engine_without_the_connector_gives_no_verdict(ask: Ask, case: Callab
     assert found["at_once"][0]["params"] is None
 
 
-def test_gemma_is_refused_with_what_to_do_instead(ask: Ask, tmp_path: Path) -> None:
+def test_the_command_refuses_gemma_with_what_to_do_instead(tmp_path: Path) -> None:
     folder = export_hf(open_checkpoint("tiny-safegem"), tmp_path / "model").out
-    shutil.copytree(folder, tmp_path / "copy")
-    said = failing(ask, {"folder": str(folder), "engine": {"dtype": "bfloat16"}})
-    assert "splits off exactly" in said or "extract_hidden_states" in said
+    command = [sys.executable, "-m", "runtimes.vllm", "--model", str(folder), "--python", peer("vllm")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "splits off exactly" in done.stderr, done.stderr
