@@ -5,8 +5,8 @@ positions a step computes (:mod:`.requests`); the worker's half applies norm, me
 complete, and hands the verdict over (:mod:`.storage`) before the scheduler sees the step's tokens, so that a request
 that ends with its first token has it.
 
-vLLM leaves the states out of the cache in a step in which any sequence fills the model's length; what is there then is
-of another request. Each step therefore begins with NaN at the image positions that it is to compute: what was left out
+Where a step does not fit its drafter vLLM leaves the states out of the cache, and what is there then is of another
+request. Each step therefore begins with NaN at the image positions that it is to compute: what was left out
 stays NaN, which is an error and no verdict, and its blocks are not used again.
 """
 
@@ -318,8 +318,13 @@ def _check_settings(config: VllmConfig) -> None:
 
 
 def _group_of_states(kv_cache_config: Any) -> int:
-    """Return which group of the KV cache holds the hidden states. Raises InputError."""
+    """Return which group of the KV cache holds the hidden states, the only one where they share the model's own.
+
+    Raises InputError where several may, or none does.
+    """
     groups = [isinstance(each.kv_cache_spec, HiddenStateCacheSpec) for each in kv_cache_config.kv_cache_groups]
+    if len(groups) == 1:
+        return 0
     if groups.count(True) != 1:
         raise InputError(f"vLLM's KV cache has {groups.count(True)} groups of hidden states; 1 is needed.")
     return groups.index(True)
