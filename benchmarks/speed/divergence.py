@@ -80,8 +80,11 @@ class Reference:
 
     @torch.no_grad()
     def of(self, model: SafeVLM) -> dict[str, Divergence]:
-        """Return the divergence of a model for each beginning."""
-        head_VD = _output_matrix(model)
+        """Return the divergence of a model for each beginning, over the 16-bit model's words: an artifact may have more.
+
+        One more is ``<image>``, which LLaVA's readers look up.
+        """
+        head_VD = _output_matrix(model)[: len(self._head_VD)]
         step = max(1, SCORED // len(head_VD))
         found = {}
         for name, rows in self.windows.items():

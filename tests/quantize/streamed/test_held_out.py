@@ -42,9 +42,16 @@ def hidden_states(model: SafeVLM, rows: Sequence[Row]) -> Tensor:
 
 
 def divergence(before: SafeVLM, after: SafeVLM, rows: Sequence[Row], at: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the KL of what follows the tokens at some places of rows, counted from the row's end, in float64."""
+    """Return the KL of what follows the tokens at some places of rows, counted from the row's end, in float64.
+
+    Over the words of the one before: the other may know ``<image>`` as well.
+    """
+    words = len(before.token_logits(hidden_states(before, rows[:1])[0, :1])[0])
     was, now = (
-        [model.token_logits(states[back]).double().log_softmax(dim=-1) for states, back in zip(found, at, strict=True)]
+        [
+            model.token_logits(states[back])[:, :words].double().log_softmax(dim=-1)
+            for states, back in zip(found, at, strict=True)
+        ]
         for model, found in ((before, hidden_states(before, rows)), (after, hidden_states(after, rows)))
     )
     return [(one.exp() * (one - other)).sum(dim=1) for one, other in zip(was, now, strict=True)]
