@@ -80,7 +80,7 @@ class Reference:
 
     @torch.no_grad()
     def of(self, model: SafeVLM) -> dict[str, Divergence]:
-        """Return the divergence of a model for each beginning, over the 16-bit model's words: an artifact may have more.
+        """Return the divergence of a model for each beginning, over the 16-bit model's words: others may have more.
 
         One more is ``<image>``, which LLaVA's readers look up.
         """
