@@ -155,8 +155,9 @@ def mixed_plan(
             dynamic[f"+:.*{rule}"] = {"bits": bits}
     more: dict[str, Any] = {}
     if SIXTEEN in bits_of.values():  # transformers knows no rules, but which modules are quantized
-        # vLLM finds these names in the vision tower's, too
-        dynamic |= {f"-:.*{vision.split('.')[1]}.*": {} for vision in checkpoint.family.vision_prefixes}
+        # vLLM finds these names in the vision tower's, too; the first rule that fits counts
+        spared = {f"-:.*{vision.split('.')[1]}.*": {} for vision in checkpoint.family.vision_prefixes}
+        dynamic = {**spared, **dynamic}
         quantized = [name.removeprefix(f"{prefix}") for name, bits in bits_by_name.items() if bits != SIXTEEN]
         more["modules_in_block_to_quantize"] = [[f"layers.{name}" for name in quantized]]
     if dynamic:

@@ -88,9 +88,15 @@ def answered(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def bits(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the bits of modules, by vLLM's names; 16 of those that are not quantized."""
+    """Return the bits of modules, by vLLM's names; 16 of those that are not quantized.
+
+    Whether this machine has a kernel for so many is not asked: vLLM's for 8 bits is for GPUs alone.
+    """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization import auto_gptq
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+
+    auto_gptq.verify_marlin_supported = lambda **_: None
 
     class Linear(LinearBase):
         def __init__(self) -> None:
