@@ -156,7 +156,9 @@ def mixed_plan(
     more: dict[str, Any] = {}
     if SIXTEEN in bits_of.values():  # transformers knows no rules, but which modules are quantized
         # vLLM finds these names in the vision tower's, too; the first rule that fits counts
-        spared = {f"-:.*{vision.split('.')[1]}.*": {} for vision in checkpoint.family.vision_prefixes}
+        spared: dict[str, dict[str, Any]] = {
+            f"-:.*{vision.split('.')[1]}.*": {} for vision in checkpoint.family.vision_prefixes
+        }
         dynamic = {**spared, **dynamic}
         quantized = [name.removeprefix(f"{prefix}") for name, bits in bits_by_name.items() if bits != SIXTEEN]
         more["modules_in_block_to_quantize"] = [[f"layers.{name}" for name in quantized]]
