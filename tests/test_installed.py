@@ -217,7 +217,7 @@ def test_on_a_device_with_safevlm_and_runtimes_alone_the_rest_is_named(installed
     project = write_project(tmp_path / "project", tmp_path / "device", ["export"])
     assert project.safevlm("check", "bundle", "red.png").returncode == 10
     lists = project.safevlm("export", "--help")
-    assert lists.returncode == 0 and lists.stdout.count("(not installed)") == 3
+    assert lists.returncode == 0 and lists.stdout.count("(not installed)") == 4
     refused = project.safevlm("export", "trt", "--model", "tiny-safegem")
     assert refused.returncode == 2 and refused.stderr.startswith("error: the package 'export' is not installed")
     told = project.safevlm("doctor", "--json")

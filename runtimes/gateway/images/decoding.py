@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -137,16 +138,28 @@ class _Job:
     """An image at work in a process. It frees its lane when it ends, or earlier if it is slow."""
 
     def __init__(self, pool: Decoders, process: _Process, content: bytes) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self.pool, self.process = pool, process
         self._is_wanted = True
         self._is_slow = False
-        self.running = loop.run_in_executor(process.thread, process.ask, content)
-        self._timers = [
-            loop.call_later(SHORT, self._turns_slow),
-            loop.call_later(PATIENCE * pool.settings.seconds, process.kill, "slow"),
-        ]
+        self._timers: list[asyncio.TimerHandle] = []
+        self.running = self._loop.run_in_executor(process.thread, self._work, content)
         self.running.add_done_callback(self._ended)
+
+    def _work(self, content: bytes) -> Decoded | _Failure:
+        """Decode in the process's thread; time counts once the process is there."""
+        self.process.make_ready()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._begin)
+        return self.process.ask(content)
+
+    def _begin(self) -> None:
+        if not self.running.done():
+            allowed = PATIENCE * self.pool.settings.seconds
+            self._timers = [
+                self._loop.call_later(SHORT, self._turns_slow),
+                self._loop.call_later(allowed, self.process.kill, "slow"),
+            ]
 
     def leave(self) -> None:
         """Say that nobody waits for it any more: it is ended, unless it is about to end anyhow."""
@@ -164,7 +177,7 @@ class _Job:
         elif self.pool._waiting:
             self.process.kill("given up")
         else:
-            self._timers[0] = asyncio.get_running_loop().call_later(SHORT, self._turns_slow)
+            self._timers[0] = self._loop.call_later(SHORT, self._turns_slow)
 
     def _ended(self, _: object) -> None:
         for timer in self._timers:
@@ -239,6 +252,9 @@ class _Process:
                 start_new_session=True,
             )
         self._socket = Connection(ours.detach())
+        if self._is_closed:  # meanwhile
+            self._end()
+            raise SafeVLMError("the image decoders have ended.")
         try:
             self._socket.send_bytes(self.settings.packed())
             if self._socket.poll(STARTING):
@@ -254,10 +270,13 @@ class _Process:
         if not self._is_closed:
             self.thread.submit(self._start_again)
 
-    def ask(self, content: bytes) -> Decoded | _Failure:
-        """Return the image in some bytes, or why there is none."""
+    def make_ready(self) -> None:
+        """Start it anew if it has ended; where that fails, :meth:`ask` says so."""
         if not self.is_alive or (self._process is not None and self._process.poll() is not None):
             self._start_again()
+
+    def ask(self, content: bytes) -> Decoded | _Failure:
+        """Return the image in some bytes, or why there is none."""
         if self._socket is None:
             return UNAVAILABLE
         try:
