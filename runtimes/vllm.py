@@ -22,6 +22,7 @@ import click
 
 from safevlm.errors import InputError
 from safevlm.imports.siblings import ROOT
+from safevlm.terminal.child import module_arguments
 from safevlm.terminal.commandline import run
 
 __all__ = ["server_flags"]
@@ -129,7 +130,7 @@ def _storage(given: Path | None) -> Iterator[Path]:
 
 def _checked(python: str, model: Path, environment: dict[str, str], allow_untested: bool) -> dict[str, Any]:
     """Return what vLLM's environment says of the model. Raises InputError for what cannot be served."""
-    command = [python, "-m", "runtimes.vllm_guard", str(model.absolute())]
+    command = [python, *module_arguments("runtimes.vllm_guard", model.absolute())]
     try:
         done = subprocess.run(
             [*command, *(["--allow-untested-vllm"] if allow_untested else [])],

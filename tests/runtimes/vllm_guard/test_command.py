@@ -76,7 +76,7 @@ def interpreter(folder: Path, said: dict[str, Any] | str, code: int = 0) -> Path
     path.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
-        "if sys.argv[1:3] == ['-m', 'runtimes.vllm_guard']:\n"
+        "if 'runtimes.vllm_guard' in sys.argv:\n"
         f"    print({text!r})\n"
         "else:\n"
         "    storage = json.loads(sys.argv[sys.argv.index('--kv-transfer-config') + 1])\n"

@@ -23,6 +23,7 @@ TABLES = (
     "benchmarks/shapes/configs.py",
     "benchmarks/tiny/blueprints.py",
     "benchmarks/real/packages.py",
+    "runtimes/vllm_guard/head.py",
 )
 """Where a family's key, or a class of its own, may be named."""
 CLASSES = {architecture.config_class.__name__ for architecture in ARCHITECTURES.values()}
